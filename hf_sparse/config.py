@@ -1,0 +1,184 @@
+"""`SparseAttentionConfig`: everything that decides what a patched model attends to."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from hf_sparse.budget import LAWS, Budget, LawName
+
+SelectorName = Literal["grouped", "topk", "window"]
+EngineName = Literal["auto", "reference", "gather"]
+SELECTORS: tuple[str, ...] = get_args(SelectorName)
+ENGINES: tuple[str, ...] = get_args(EngineName)
+
+SCHEMA_VERSION = 1
+
+HeadLaw = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SparseAttentionConfig:
+    """What a row keeps: a budget law, the selector that spends it and the engine that attends to the result.
+
+    Args:
+        alpha: Factor of the `power` and `log` laws.
+        exponent: C of the power law k(n) = alpha * n ** C, in `[0, 1]`.
+        law: `"power"`, `"fixed"` (needs `keys`), `"fraction"` (needs `fraction`) or `"log"`: see `Budget`.
+        keys: Keys a row keeps under `law="fixed"`.
+        fraction: Share of its visible keys that a row keeps under `law="fraction"`, in `(0, 1]`.
+        min_keys: A row never keeps fewer keys than this (or all it sees).
+        max_keys: A row never keeps more keys than this; `None` for no limit.
+        sink_keys: First visible keys that are always kept, counted in the budget.
+        recent_keys: Most recent visible keys that are always kept, counted in the budget. Where the budget is
+            smaller than `sink_keys + recent_keys`, the recent keys go first.
+        selector: `"grouped"` (rows of a group share their keys), `"topk"` (exact, per row) or `"window"` (sinks
+            and the most recent keys).
+        engine: `"auto"`, `"reference"` or `"gather"`.
+        dense_layers: Indices of layers left dense. `None` means the first layer, where sparsity costs most, and
+            every sliding-window layer, whose cost is bounded already.
+        dense_below: A row that sees fewer keys than this keeps them all.
+        per_head: Calibrated laws: layer index -> one `(alpha, exponent)` for each query head; `None` for one law
+            for all. Layers without an entry follow `alpha` and `exponent`. Only with `law="power"`.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    alpha: float = 8.0
+    exponent: float = 0.5
+    law: LawName = "power"
+    keys: int | None = None
+    fraction: float | None = None
+    min_keys: int = 128
+    max_keys: int | None = None
+    sink_keys: int = 4
+    recent_keys: int = 64
+    selector: SelectorName = "grouped"
+    engine: EngineName = "auto"
+    dense_layers: tuple[int, ...] | None = None
+    dense_below: int = 256
+    per_head: Mapping[int, tuple[HeadLaw, ...]] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("law", LAWS), ("selector", SELECTORS), ("engine", ENGINES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        _check_number("alpha", self.alpha, above=0.0)
+        _check_number("exponent", self.exponent, least=0.0, most=1.0)
+        for name in ("min_keys", "max_keys", "keys"):
+            if name == "min_keys" or getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), least=1)
+        for name in ("sink_keys", "recent_keys", "dense_below"):
+            _check_integer(name, getattr(self, name), least=0)
+        if self.max_keys is not None and self.max_keys < self.min_keys:
+            raise ValueError(f"max_keys must be at least min_keys ({self.min_keys}); got {self.max_keys}")
+        if self.fraction is not None:
+            _check_number("fraction", self.fraction, above=0.0, most=1.0)
+        for law, name in (("fixed", "keys"), ("fraction", "fraction")):
+            if (self.law == law) != (getattr(self, name) is not None):
+                raise ValueError(
+                    f"{name} goes with law={law!r}, and with it alone; got law={self.law!r}, "
+                    f"{name}={getattr(self, name)!r}"
+                )
+        if self.dense_layers is not None:
+            object.__setattr__(self, "dense_layers", _normalise_layers(self.dense_layers))
+        if self.per_head is not None:
+            if self.law != "power":
+                raise ValueError(f"per_head needs law='power'; got law={self.law!r}")
+            object.__setattr__(self, "per_head", _normalise_heads(self.per_head))
+
+    def budget(self, layer: int | None = None) -> Budget:
+        """The budget of `layer`, or of a layer without a calibrated law when `layer` is `None`."""
+        alpha: float | tuple[float, ...] = self.alpha
+        exponent: float | tuple[float, ...] = self.exponent
+        if self.per_head is not None and layer is not None and layer in self.per_head:
+            laws = self.per_head[layer]
+            alpha, exponent = tuple(a for a, _ in laws), tuple(c for _, c in laws)
+        return Budget(
+            law=self.law,
+            alpha=alpha,
+            exponent=exponent,
+            keys=self.keys or 1,
+            fraction=self.fraction or 1.0,
+            min_keys=self.min_keys,
+            max_keys=self.max_keys,
+            dense_below=self.dense_below,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that `json.dumps` takes and `from_dict` gives back."""
+        out = asdict(self)
+        out["dense_layers"] = None if self.dense_layers is None else list(self.dense_layers)
+        if self.per_head is not None:
+            out["per_head"] = {str(layer): [list(law) for law in laws] for layer, laws in self.per_head.items()}
+        return {"schema_version": SCHEMA_VERSION, **out}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SparseAttentionConfig:
+        """The inverse of `to_dict`. Keys of a newer schema are ignored with a warning, missing ones defaulted."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known - {"schema_version"})
+        if unknown:
+            warnings.warn(
+                f"ignoring fields this release does not know: {', '.join(unknown)} "
+                f"(schema {data.get('schema_version')!r}, this release reads {SCHEMA_VERSION})",
+                UserWarning,
+                stacklevel=2,
+            )
+        return cls(**{name: value for name, value in data.items() if name in known})
+
+
+def _check_number(
+    name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None
+) -> None:
+    bounds = [f"above {above:g}"] if above is not None else []
+    bounds += [f"at least {least:g}"] if least is not None else []
+    bounds += [f"at most {most:g}"] if most is not None else []
+    inside = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (above is None or value > above)
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+    )
+    if not inside:
+        raise ValueError(f"{name} must be a finite number {' and '.join(bounds)}; got {value!r}")
+
+
+def _check_integer(name: str, value: Any, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
+
+
+def _normalise_layers(layers: Any) -> tuple[int, ...]:
+    if isinstance(layers, str | bytes) or not hasattr(layers, "__iter__"):
+        raise ValueError(f"dense_layers must be layer indices or None; got {layers!r}")
+    layers = tuple(layers)
+    for layer in layers:
+        _check_integer("dense_layers", layer, least=0)
+    return tuple(sorted(set(layers)))
+
+
+def _normalise_heads(per_head: Any) -> dict[int, tuple[HeadLaw, ...]]:
+    if not isinstance(per_head, Mapping) or not per_head:
+        raise ValueError(f"per_head must map layer indices to one (alpha, exponent) per head; got {per_head!r}")
+    out: dict[int, tuple[HeadLaw, ...]] = {}
+    for layer, laws in per_head.items():
+        try:
+            index = int(layer)
+            pairs = tuple((alpha, exponent) for alpha, exponent in laws)
+        except (TypeError, ValueError):
+            raise ValueError(f"per_head[{layer!r}] must be one (alpha, exponent) per head; got {laws!r}") from None
+        _check_integer("per_head layer", index, least=0)
+        if not pairs:
+            raise ValueError(f"per_head[{layer!r}] must hold at least one (alpha, exponent); got none")
+        for head, (alpha, exponent) in enumerate(pairs):
+            _check_number(f"per_head[{layer!r}][{head}] alpha", alpha, above=0.0)
+            _check_number(f"per_head[{layer!r}][{head}] exponent", exponent, least=0.0, most=1.0)
+        out[index] = pairs
+    return out

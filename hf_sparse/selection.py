@@ -1,0 +1,111 @@
+"""What passes between the parts of a patched layer: the inputs of one attention call, and a selection of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """One attention call of one layer, as the model made it.
+
+    Attributes:
+        query: `(batch, heads, q_len, head_dim)`, rotated.
+        key: `(batch, kv_heads, kv_len, head_dim)`, rotated, from the cache, not repeated over the GQA group.
+        value: `(batch, kv_heads, kv_len, value_dim)`.
+        intervals: int32 `(batch, 1, q_len, 2)`: row i sees the keys `first <= j < stop`; empty for a pad row.
+        scaling: Factor of the scores.
+        softcap: If set, scores become `softcap * tanh(scores / softcap)` (Gemma-2).
+        sinks: If set, `(heads,)` logits that take part in the softmax without a value (gpt-oss `s_aux`).
+        dropout: Probability with which attention weights are dropped; 0 outside training.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    intervals: Tensor
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key head (GQA)."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def visible(self) -> Tensor:
+        """Visible keys of each row: int64 `(batch, q_len)`."""
+        return (self.intervals[:, 0, :, 1] - self.intervals[:, 0, :, 0]).long()
+
+    def rows(self, start: int, stop: int) -> AttentionInputs:
+        """The same call for query rows `start` to `stop` alone; nothing is copied."""
+        return AttentionInputs(
+            self.query[:, :, start:stop],
+            self.key,
+            self.value,
+            self.intervals[:, :, start:stop],
+            self.scaling,
+            self.softcap,
+            self.sinks,
+            self.dropout,
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The keys that a block of query rows keeps.
+
+    The rows of one GQA group are cut into `groups`, and the `members` of a group draw on the same candidate keys.
+    A (row, head) pair is found at `(kv_head, group, member)` through `members_of` and back through `rows_of`.
+
+    Attributes:
+        columns: int64 `(batch, kv_heads, groups, width)`: candidate keys, each named at most once where allowed.
+        allowed: bool `(batch, kv_heads, groups, members, width)`: which candidates a member attends to; what is
+            False pads a group to the common width.
+        rows_per_group: Query rows in one group. `members = rows_per_group * heads` where heads is the GQA group
+            size, or 1 if `per_head`.
+        per_head: Whether each query head has groups of its own, ordered by (head in the GQA group, row).
+    """
+
+    columns: Tensor
+    allowed: Tensor
+    rows_per_group: int
+    per_head: bool
+
+    def members_of(self, rows: Tensor, kv_heads: int) -> Tensor:
+        """`(batch, heads, rows, ...)` -> `(batch, kv_heads, groups, members, ...)`."""
+        batch, heads, length, *rest = rows.shape
+        share = heads // kv_heads
+        size = self.rows_per_group
+        x = rows.reshape(batch, kv_heads, share, length // size, size, *rest)
+        if self.per_head:
+            return x.flatten(2, 3)
+        return x.transpose(2, 3).flatten(3, 4)
+
+    def rows_of(self, members: Tensor, heads: int) -> Tensor:
+        """The inverse of `members_of`."""
+        batch, kv_heads, groups, _, *rest = members.shape
+        share = heads // kv_heads
+        size = self.rows_per_group
+        if self.per_head:
+            x = members.reshape(batch, kv_heads, share, groups // share, size, *rest)
+        else:
+            x = members.reshape(batch, kv_heads, groups, share, size, *rest).transpose(2, 3)
+        return x.reshape(batch, heads, -1, *rest)
+
+    def mask(self, heads: int, kv_len: int) -> Tensor:
+        """The selection as a bool mask `(batch, heads, rows, kv_len)`, for engines and measures that are dense."""
+        batch, kv_heads, groups, members, _ = self.allowed.shape
+        # A padded candidate may name a key that is allowed elsewhere in the row: send it to a column of its own.
+        columns = torch.where(self.allowed, self.columns.unsqueeze(3), kv_len)
+        out = torch.zeros(batch, kv_heads, groups, members, kv_len + 1, dtype=torch.bool, device=columns.device)
+        return self.rows_of(out.scatter_(-1, columns, True)[..., :kv_len], heads)
+
+    def kept(self, heads: int) -> Tensor:
+        """Kept keys of each row: int64 `(batch, heads, rows)`."""
+        return self.rows_of(self.allowed.sum(-1), heads)
