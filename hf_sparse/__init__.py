@@ -1,7 +1,23 @@
 """Adaptive-window sparse attention for Hugging Face causal language models, in one line."""
 
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.monitor import SparsityReport
+from hf_sparse.observe import observed
+from hf_sparse.patching import is_patched, patch, patched, report, unpatch
+from hf_sparse.support import SupportReport, inspect
 
 __version__ = "0.1.0"
 
-__all__ = ["SparseAttentionConfig", "__version__"]
+__all__ = [
+    "SparseAttentionConfig",
+    "SparsityReport",
+    "SupportReport",
+    "__version__",
+    "inspect",
+    "is_patched",
+    "observed",
+    "patch",
+    "patched",
+    "report",
+    "unpatch",
+]

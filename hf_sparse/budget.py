@@ -92,9 +92,6 @@ def match_cost(budget: Budget, law: LawName, lengths: Iterable[int], exponent: f
 
     The clamps and `dense_below` are kept. What is solved for is `keys` (`fixed`, to the nearest whole key),
     `fraction`, or `alpha` (`power`, at `exponent`, and `log`).
-
-    Raises:
-        ValueError: if no value of the free parameter reaches the cost, because a clamp is in the way.
     """
     lengths = list(lengths)
     target = total_cost(budget, lengths)
@@ -112,8 +109,6 @@ def match_cost(budget: Budget, law: LawName, lengths: Iterable[int], exponent: f
     low, high = 1e-6, 1.0 if law == "fraction" else float(max(lengths))
     if law == "fixed":
         low = 1.0
-    if not total_cost(with_parameter(low), lengths) <= target <= total_cost(with_parameter(high), lengths):
-        raise ValueError(f"law {law!r} cannot cost {target} keys over lengths {lengths} with the clamps of {budget}")
     # The cost is a non-decreasing step function of the parameter: bisect to the step, then take the nearer side.
     for _ in range(60):
         middle = (low + high) / 2

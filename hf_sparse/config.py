@@ -170,7 +170,7 @@ def _normalise_heads(per_head: Any) -> dict[int, tuple[HeadLaw, ...]]:
     out: dict[int, tuple[HeadLaw, ...]] = {}
     for layer, laws in per_head.items():
         try:
-            index = int(layer)
+            index = int(layer) if isinstance(layer, str) else layer
             pairs = tuple((alpha, exponent) for alpha, exponent in laws)
         except (TypeError, ValueError):
             raise ValueError(f"per_head[{layer!r}] must be one (alpha, exponent) per head; got {laws!r}") from None
@@ -180,5 +180,7 @@ def _normalise_heads(per_head: Any) -> dict[int, tuple[HeadLaw, ...]]:
         for head, (alpha, exponent) in enumerate(pairs):
             _check_number(f"per_head[{layer!r}][{head}] alpha", alpha, above=0.0)
             _check_number(f"per_head[{layer!r}][{head}] exponent", exponent, least=0.0, most=1.0)
+        if index in out:
+            raise ValueError(f"per_head names layer {index} twice")
         out[index] = pairs
     return out

@@ -42,6 +42,11 @@ class AttentionInputs:
         """Visible keys of each row: int64 `(batch, q_len)`."""
         return (self.intervals[:, 0, :, 1] - self.intervals[:, 0, :, 0]).long()
 
+    @property
+    def last_visible(self) -> int:
+        """Columns from this one on are seen by no row; at least 1."""
+        return max(1, int(self.intervals[..., 1].max()))
+
     def rows(self, start: int, stop: int) -> AttentionInputs:
         """The same call for query rows `start` to `stop` alone; nothing is copied."""
         return AttentionInputs(
@@ -109,3 +114,8 @@ class Selection:
     def kept(self, heads: int) -> Tensor:
         """Kept keys of each row: int64 `(batch, heads, rows)`."""
         return self.rows_of(self.allowed.sum(-1), heads)
+
+
+def accurate(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute weights in for inputs of `dtype`: float32, or `dtype` itself where that is wider."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,272 @@
+"""The attention function that a patched model calls: visibility -> budget -> selector -> engine -> counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hf_sparse import engines, selectors
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.engines import dense
+from hf_sparse.engines.reference import masked_weights, weighted_values
+from hf_sparse.monitor import LayerCounters
+from hf_sparse.selection import AttentionInputs
+from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.visibility import interval_mask, interval_to_mask, intervals_of, is_intervals
+
+NAME = "hf_sparse"
+"""The name under which the attention and the mask function are registered with transformers."""
+
+STATE = "_hf_sparse"
+"""The attribute of a patched attention module that holds its `LayerState`."""
+
+HONOURED = frozenset({"dropout", "scaling", "softcap", "s_aux", "sliding_window", "is_causal", "position_ids"})
+"""Arguments by which models change their attention and which this function honours (some through the mask)."""
+
+HARMLESS = frozenset(
+    {
+        "output_attentions",
+        "use_cache",
+        "attention_mask",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    }
+)
+"""Arguments that change nothing here: what they ask for is in the mask, or in what is returned."""
+
+REFUSED = frozenset({"position_bias", "indices", "block_indices", "sinks", "alibi", "head_mask", "attention_bias"})
+"""Arguments that change the result in ways this function does not know: refused, never ignored."""
+
+# Elements of scores that a block of rows may form: rows x heads x kv_len.
+_BLOCK_ELEMENTS = 1 << 23
+_MOST_ROWS = 1024
+
+Observer = Callable[[int, AttentionInputs], None]
+
+
+@dataclass
+class LayerState:
+    """What a patched attention module knows.
+
+    Attributes:
+        layer: Index of the layer.
+        config: The patch's configuration.
+        dense: Why the whole layer runs dense, or `None`.
+        counters: What the layer did so far.
+        observer: Called with every call's inputs before anything else, or `None`.
+    """
+
+    layer: int
+    config: SparseAttentionConfig
+    dense: str | None = None
+    counters: LayerCounters = field(default_factory=LayerCounters)
+    observer: Observer | None = None
+    _table: Tensor | None = None
+
+    def budgets(self, visible: Tensor, longest: int) -> Tensor:
+        """Kept keys, int64 `(batch, heads or 1, rows)`, for `visible` `(batch, rows)`, at most `longest`."""
+        if self._table is None or self._table.shape[-1] <= longest or self._table.device != visible.device:
+            table = self.config.budget(self.layer).table(1 << longest.bit_length())
+            self._table = table.view(-1, table.shape[-1]).to(visible.device)
+        return self._table[:, visible].transpose(0, 1)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with the signature that transformers' models call.
+
+    Args:
+        module: The attention module; patched, so that it has a `LayerState`.
+        query: `(batch, heads, q_len, head_dim)`.
+        key: `(batch, kv_heads, kv_len, head_dim)`.
+        value: `(batch, kv_heads, kv_len, value_dim)`.
+        attention_mask: From `interval_mask`, or a user's own 4-D mask.
+        scaling: Factor of the scores; 1 / sqrt(head_dim) if `None`.
+        dropout: Probability of dropping a weight.
+        softcap: Soft cap of the scores.
+        s_aux: `(heads,)` attention-sink logits.
+        **kwargs: What else models pass. `output_attentions=True` returns the weights, at n x n cost.
+
+    Returns:
+        `(batch, q_len, heads, value_dim)`, and the weights `(batch, heads, q_len, kv_len)` or `None`.
+
+    Raises:
+        RuntimeError: If the module was not patched, or no mask reached it.
+        ValueError: For an argument in `REFUSED`.
+    """
+    state: LayerState | None = getattr(module, STATE, None)
+    if state is None:
+        raise RuntimeError(
+            f"{type(module).__name__} uses the attention implementation {NAME!r} without having been patched: "
+            "load the model as usual and call hf_sparse.patch(model)"
+        )
+    for name in REFUSED & kwargs.keys():
+        if kwargs[name] is not None:
+            raise ValueError(f"{type(module).__name__} passes {name!r} to its attention, which hf_sparse cannot honour")
+    if attention_mask is None:
+        raise RuntimeError(
+            f"no mask reached {type(module).__name__} (layer {state.layer}): without it, causality and padding would "
+            "be lost. The model does not build its masks through transformers' mask interface, or the mask function "
+            f"{NAME!r} is no longer registered"
+        )
+    intervals: Tensor | None = attention_mask
+    if not is_intervals(attention_mask):
+        found = intervals_of(attention_mask[..., : key.shape[2]])
+        intervals = None if found is None else found.to(torch.int32)[:, None].expand(query.shape[0], -1, -1, -1)
+    inputs = AttentionInputs(
+        query,
+        key,
+        value,
+        query.new_zeros((query.shape[0], 1, query.shape[2], 2), dtype=torch.int32) if intervals is None else intervals,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap,
+        s_aux,
+        dropout if module.training else 0.0,
+    )
+    weights = None
+    if intervals is None:
+        out = dense.attend_masked(inputs, attention_mask)
+        visible = (attention_mask[:, 0, :, : key.shape[2]] > _masked_value(attention_mask)).sum(-1)
+        everything = torch.ones_like(visible, dtype=torch.bool)
+        state.counters.count(visible, None, query.shape[1], {"mask is not an interval": everything})
+    else:
+        if state.observer is not None:
+            state.observer(state.layer, inputs)
+        out, weights = _attend(state, inputs, want_weights=bool(kwargs.get("output_attentions")))
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _masked_value(mask: Tensor) -> float:
+    return 0.0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
+
+
+def _attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool) -> tuple[Tensor, Tensor | None]:
+    heads, rows = inputs.query.shape[1:3]
+    visible = inputs.visible
+    if state.dense is not None:
+        budgets, reasons = None, {state.dense: visible > 0}
+    else:
+        budgets = state.budgets(visible, inputs.key.shape[2])
+        short = visible < state.config.dense_below
+        reasons = {
+            f"fewer than {state.config.dense_below} visible keys": short,
+            "the budget covers all visible keys": (budgets >= visible[:, None]).all(1) & ~short,
+        }
+        if bool((budgets >= visible[:, None]).all()):
+            budgets = None
+    if budgets is None:
+        state.counters.count(visible, None, heads, reasons)
+        if not want_weights:
+            return dense.attend(inputs), None
+        mask = interval_to_mask(inputs.intervals, inputs.key.shape[2])
+        weights = masked_weights(inputs, mask)
+        return weighted_values(inputs, weights), weights
+
+    padded, budgets, shift = (inputs, budgets, None)
+    if state.config.selector == "grouped" and rows > 1:
+        padded, budgets, shift = _align(inputs, budgets)
+    engine = _engine(state.config, inputs, want_weights=want_weights)
+    kept = torch.zeros(heads, dtype=torch.int64, device=visible.device)
+    parts, weight_parts = [], []
+    step = _block_rows(padded)
+    for start in range(0, padded.query.shape[2], step):
+        block = padded.rows(start, min(padded.query.shape[2], start + step))
+        selection = selectors.select(state.config.selector, block, budgets[:, :, start : start + step], state.config)
+        kept += selection.kept(heads).sum((0, 2))
+        if want_weights:
+            weights = masked_weights(block, selection.mask(heads, inputs.key.shape[2]))
+            weight_parts.append(weights)
+            parts.append(weighted_values(block, weights))
+        else:
+            parts.append(engines.attend(engine, block, selection))
+    state.counters.count(visible, kept, heads, reasons)
+    outs = [torch.cat(x, dim=2) if x else None for x in (parts, weight_parts)]
+    if shift is not None:
+        outs = [None if x is None else _unalign(x, shift, rows) for x in outs]
+    assert outs[0] is not None
+    return outs[0], outs[1]
+
+
+def _engine(config: SparseAttentionConfig, inputs: AttentionInputs, *, want_weights: bool) -> str:
+    if config.engine != "auto":
+        return config.engine
+    # Single rows with keys of their own have nothing to share a gather between: masking what was scored anyway is
+    # quicker until the keys no longer fit (measured on CPU; see scripts).
+    return "reference" if config.selector == "topk" else "gather"
+
+
+def _block_rows(inputs: AttentionInputs) -> int:
+    batch, heads = inputs.query.shape[:2]
+    fitting = _BLOCK_ELEMENTS // (batch * heads * inputs.key.shape[2])
+    return min(_MOST_ROWS, max(1, fitting // ROWS) * ROWS)
+
+
+def _align(inputs: AttentionInputs, budgets: Tensor) -> tuple[AttentionInputs, Tensor, Tensor]:
+    """Shift each sequence so that its groups start at its own first token, wherever padding or a cache put it.
+
+    A group is then the same rows whether a text is alone, padded, in a batch or split over calls.
+
+    Returns:
+        Inputs and budgets with empty rows around, a whole number of groups of them if more than one, and the
+        shift of each sequence: int64 `(batch,)`.
+    """
+    rows = inputs.query.shape[2]
+    first, stop = inputs.intervals[:, 0].long().unbind(-1)
+    alive = stop > first
+    index = torch.arange(rows, device=first.device)
+    # The position of a row in its text is its last visible key, counted from the text's first visible key.
+    start = torch.where(alive, first, first.new_tensor(inputs.key.shape[2])).amin(-1)
+    head = torch.where(alive, index, rows).amin(-1).clamp(max=rows - 1)
+    position = stop.gather(1, head[:, None])[:, 0] - 1 - start
+    shift = (position - head) % ROWS
+    length = rows + int(shift.max())
+    if length > ROWS:
+        length = -(-length // ROWS) * ROWS
+    source = torch.arange(length, device=first.device) - shift[:, None]
+    inside = (source >= 0) & (source < rows)
+    source = source.clamp(0, rows - 1)
+    query = inputs.query.gather(
+        2, source[:, None, :, None].expand(-1, inputs.query.shape[1], -1, inputs.query.shape[3])
+    )
+    intervals = inputs.intervals.gather(2, source[:, None, :, None].expand(-1, -1, -1, 2)) * inside[:, None, :, None]
+    budgets = budgets.gather(2, source[:, None].expand(-1, budgets.shape[1], -1)) * inside[:, None]
+    aligned = AttentionInputs(
+        query,
+        inputs.key,
+        inputs.value,
+        intervals.to(torch.int32),
+        inputs.scaling,
+        inputs.softcap,
+        inputs.sinks,
+        inputs.dropout,
+    )
+    return aligned, budgets, shift
+
+
+def _unalign(rows_out: Tensor, shift: Tensor, rows: int) -> Tensor:
+    source = torch.arange(rows, device=shift.device) + shift[:, None]
+    return rows_out.gather(2, source[:, None, :, None].expand(-1, rows_out.shape[1], -1, rows_out.shape[3]))
+
+
+def register() -> None:
+    """Make the attention and the mask function known to transformers."""
+    AttentionInterface.register(NAME, sparse_attention_forward)
+    AttentionMaskInterface.register(NAME, interval_mask)

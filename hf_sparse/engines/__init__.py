@@ -1,0 +1,23 @@
+"""Engines: attend to exactly the keys of a selection. `reference` is the specification of all others."""
+
+from torch import Tensor
+
+from hf_sparse.engines.gather import attend as gather
+from hf_sparse.engines.reference import attend as reference
+from hf_sparse.selection import AttentionInputs, Selection
+
+__all__ = ["attend", "gather", "reference"]
+
+
+def attend(name: str, inputs: AttentionInputs, selection: Selection) -> Tensor:
+    """Run the engine called `name`: `(batch, heads, rows, value_dim)` in the dtype of the values.
+
+    A row without keys gives zeros.
+    """
+    match name:
+        case "reference":
+            return reference(inputs, selection)
+        case "gather":
+            return gather(inputs, selection)
+        case _:
+            raise ValueError(f"unknown engine {name!r}")

@@ -1,0 +1,77 @@
+"""Dense attention through PyTorch's SDPA, for layers and calls that are not sparse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_sparse.engines.reference import masked_weights, weighted_values
+from hf_sparse.selection import AttentionInputs
+from hf_sparse.visibility import interval_to_mask
+
+# Elements of a mask, or of scores where SDPA cannot be used, that are alive at a time.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def attend(inputs: AttentionInputs) -> Tensor:
+    """Attend to every visible key: `(batch, heads, rows, value_dim)`; zeros for a row that sees none.
+
+    Nothing of size rows x kv_len is formed: the rows are taken a block at a time where a mask is needed.
+    """
+    batch, heads, rows, _ = inputs.query.shape
+    plain = inputs.softcap is None and inputs.sinks is None
+    if plain and _is_causal(inputs):
+        return _sdpa(inputs, mask=None, causal=rows > 1)
+    step = max(1, _BLOCK_ELEMENTS // (inputs.key.shape[2] * batch * (1 if plain else heads)))
+    parts = []
+    for start in range(0, rows, step):
+        block = inputs.rows(start, min(rows, start + step))
+        mask = interval_to_mask(block.intervals, block.last_visible)
+        if plain:
+            # SDPA gives NaN for a row that sees nothing: let it see the first key, and drop the result.
+            alive = mask.any(-1, keepdim=True)
+            first = torch.arange(mask.shape[-1], device=mask.device) == 0
+            parts.append(_sdpa(block, mask | (~alive & first), causal=False) * alive)
+        else:
+            parts.append(weighted_values(block, masked_weights(block, mask)))
+    return torch.cat(parts, dim=2)
+
+
+def attend_masked(inputs: AttentionInputs, mask: Tensor) -> Tensor:
+    """Attend under a mask that is not made of intervals; `inputs.intervals` is not read.
+
+    Args:
+        inputs: The whole call.
+        mask: `(batch, heads or 1, rows, kv_len)`, bool (True where visible) or additive.
+    """
+    mask = mask[..., : inputs.key.shape[2]]
+    if inputs.softcap is None and inputs.sinks is None:
+        return _sdpa(inputs, mask if mask.dtype == torch.bool else mask.to(inputs.query.dtype), causal=False)
+    if mask.dtype != torch.bool:
+        raise ValueError("an additive attention_mask with a bias cannot be combined with softcap or attention sinks")
+    return weighted_values(inputs, masked_weights(inputs, mask))
+
+
+def _is_causal(inputs: AttentionInputs) -> bool:
+    """Whether every row sees exactly the keys up to its own, the last row being that of the last key."""
+    rows, kv_len = inputs.query.shape[2], inputs.key.shape[2]
+    if rows not in (1, kv_len):
+        return False
+    first, stop = inputs.intervals.unbind(-1)
+    own = torch.arange(kv_len - rows, kv_len, device=stop.device)
+    return bool(((first == 0) & (stop == own + 1)).all())
+
+
+def _sdpa(inputs: AttentionInputs, mask: Tensor | None, *, causal: bool) -> Tensor:
+    stop = None if mask is None else mask.shape[-1]
+    return F.scaled_dot_product_attention(
+        inputs.query,
+        inputs.key[:, :, :stop],
+        inputs.value[:, :, :stop],
+        attn_mask=mask,
+        dropout_p=inputs.dropout,
+        is_causal=causal,
+        scale=inputs.scaling,
+        enable_gqa=inputs.group_size > 1,
+    )

@@ -1,0 +1,126 @@
+"""Counters of what every patched layer did, and the report made from them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LayerCounters:
+    """What one layer did since it was patched. Pad rows do not count.
+
+    Attributes:
+        calls: Attention calls.
+        rows: Query rows, over all sequences.
+        visible: Visible keys, summed over the rows.
+        kept: Attended keys, summed over the rows, for each query head: float64 `(heads,)` on the layer's device.
+        dense_rows: Rows that attended to every visible key, by reason.
+    """
+
+    calls: int = 0
+    rows: int = 0
+    visible: int = 0
+    kept: Tensor | None = None
+    dense_rows: Counter[str] = field(default_factory=Counter)
+
+    def count(self, visible: Tensor, kept: Tensor | None, heads: int, reasons: dict[str, Tensor]) -> None:
+        """Add one call.
+
+        Args:
+            visible: int64 `(batch, rows)`, 0 for pad rows.
+            kept: int64 `(heads,)`, kept keys summed over the rows; `None` if all visible keys were.
+            heads: Query heads of the layer.
+            reasons: Reason -> bool `(batch, rows)`: the rows that ran dense for it.
+        """
+        self.calls += 1
+        self.rows += int((visible > 0).sum())
+        total = int(visible.sum())
+        self.visible += total
+        if kept is None:
+            kept = torch.full((heads,), total, device=visible.device)
+        self.kept = kept.double() if self.kept is None else self.kept.to(kept.device) + kept.double()
+        for reason, rows in reasons.items():
+            if number := int((rows & (visible > 0)).sum()):
+                self.dense_rows[reason] += number
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        self.calls = self.rows = self.visible = 0
+        self.kept = None
+        self.dense_rows.clear()
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What a patched model did: `str()` is a table, one line per layer.
+
+    Attributes:
+        rows: One dictionary per layer and query head: `layer`, `head`, `calls`, `rows`, `mean_visible`,
+            `mean_keys`, `density`, `dense_rows` (reason -> rows).
+        density: Kept over visible keys, over all layers, dense ones included; in `[0, 1]`, NaN before any call.
+    """
+
+    rows: list[dict[str, Any]]
+    density: float
+
+    def __str__(self) -> str:
+        header = ("layer", "heads", "calls", "rows", "mean visible", "mean keys", "density", "dense rows")
+        lines = [header]
+        for layer in dict.fromkeys(row["layer"] for row in self.rows):
+            heads = [row for row in self.rows if row["layer"] == layer]
+            one = heads[0]
+            keys = [row["mean_keys"] for row in heads]
+            density = sum(row["density"] for row in heads) / len(heads)
+            spread = f"{min(keys):.1f}" if max(keys) - min(keys) < 0.05 else f"{min(keys):.1f}-{max(keys):.1f}"
+            reasons = ", ".join(f"{number} ({reason})" for reason, number in one["dense_rows"].items())
+            lines.append(
+                (
+                    str(layer),
+                    str(len(heads)),
+                    str(one["calls"]),
+                    str(one["rows"]),
+                    f"{one['mean_visible']:.1f}",
+                    spread,
+                    f"{density:.3f}",
+                    reasons or "-",
+                )
+            )
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        table = [
+            "  ".join(
+                cell.ljust(width) if i == len(header) - 1 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*table, f"density {self.density:.3f} (kept / visible keys, all layers)"])
+
+
+def make_report(layers: dict[int, LayerCounters]) -> SparsityReport:
+    """The report of a model from the counters of its layers."""
+    rows: list[dict[str, Any]] = []
+    total_kept = total_visible = 0.0
+    for layer, counters in sorted(layers.items()):
+        if counters.kept is None:
+            continue
+        for head, kept in enumerate(counters.kept.tolist()):
+            rows.append(
+                {
+                    "layer": layer,
+                    "head": head,
+                    "calls": counters.calls,
+                    "rows": counters.rows,
+                    "mean_visible": counters.visible / max(1, counters.rows),
+                    "mean_keys": kept / max(1, counters.rows),
+                    "density": kept / max(1, counters.visible),
+                    "dense_rows": dict(counters.dense_rows),
+                }
+            )
+            total_kept += kept
+            total_visible += counters.visible
+    return SparsityReport(rows, total_kept / total_visible if total_visible else float("nan"))

@@ -1,0 +1,177 @@
+"""`patch` and its inverse: the only place that touches a model's modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_sparse.attention import NAME, STATE, LayerState, register
+from hf_sparse.budget import warn_if_too_slow
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.monitor import SparsityReport, make_report
+from hf_sparse.support import SupportReport, attention_modules, inspect
+
+register()
+
+_HANDLE = "_hf_sparse_patch"
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """What `unpatch` puts back: `(module, attribute, original configuration, the copy it was replaced by)`."""
+
+    configs: list[tuple[nn.Module, str, PreTrainedConfig, PreTrainedConfig]]
+
+
+def patch(model: ModelT, config: SparseAttentionConfig | None = None, **fields: Any) -> ModelT:
+    """Make a causal language model attend sparsely, in place.
+
+    Weights are not touched, and `unpatch` restores the model bit for bit. Patching a patched model replaces its
+    configuration and starts its counters anew; with the configuration it has already, nothing happens. While it is
+    patched, the model works on copies of its configuration objects, so that other models which share them stay
+    dense; changes made to a patched model's configuration are gone after `unpatch`.
+
+    Args:
+        model: A causal language model whose attention goes through transformers' `AttentionInterface`, or a PEFT
+            model around one.
+        config: What to attend to; the default `SparseAttentionConfig` if `None`.
+        **fields: Fields of `SparseAttentionConfig` that replace those of `config`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: If the model cannot be patched, with the reason, or a field is wrong. The model is unchanged.
+        TypeError: If `model` or `config` is something else, or a field does not exist.
+    """
+    if config is not None and not isinstance(config, SparseAttentionConfig):
+        raise TypeError(f"config must be a SparseAttentionConfig or None; got {type(config).__name__}")
+    config = replace(config or SparseAttentionConfig(), **fields)
+    base = base_model(model)
+    if is_patched(base) and all(state.config == config for state in states(base).values()):
+        return model
+    support = inspect(base)
+    if not support.supported:
+        raise ValueError(str(support))
+    reasons = _dense_reasons(support, config)
+    warn_if_too_slow(config.budget())
+    if not is_patched(base):
+        _rebind(base)
+    for layer in support.layers:
+        state = LayerState(layer.layer, config, reasons.get(layer.layer))
+        setattr(base.get_submodule(layer.name), STATE, state)
+    return model
+
+
+def unpatch(model: ModelT) -> ModelT:
+    """Undo `patch`: the same configuration objects and bit-identical logits as before. Returns `model`."""
+    base = base_model(model)
+    handle: _Patch | None = getattr(base, _HANDLE, None)
+    if handle is None:
+        return model
+    for module, name, original, ours in handle.configs:
+        if getattr(module, name, None) is ours:
+            setattr(module, name, original)
+    for module in states(base):
+        delattr(module, STATE)
+    delattr(base, _HANDLE)
+    return model
+
+
+@contextmanager
+def patched(model: ModelT, config: SparseAttentionConfig | None = None, **fields: Any) -> Iterator[ModelT]:
+    """`patch` for the length of a `with` block. What the model was before, patched or not, is restored after it."""
+    base = base_model(model)
+    before = states(base)
+    try:
+        yield patch(model, config, **fields)
+    finally:
+        if before:
+            for module, state in before.items():
+                setattr(module, STATE, state)
+        else:
+            unpatch(model)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `model` is patched."""
+    return hasattr(base_model(model), _HANDLE)
+
+
+def report(model: nn.Module) -> SparsityReport:
+    """What each layer and head of a patched model has attended to since it was patched, or since `reset`.
+
+    Raises:
+        ValueError: If the model is not patched.
+    """
+    base = base_model(model)
+    if not is_patched(base):
+        raise ValueError(f"{type(base).__name__} is not patched: there is nothing to report")
+    return make_report({state.layer: state.counters for state in states(base).values()})
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, inside a PEFT wrapper or not."""
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    if not isinstance(model, PreTrainedModel) and get_base_model is not None:
+        model = get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a transformers model; got {type(model).__name__}")
+    return model
+
+
+def states(model: nn.Module) -> dict[nn.Module, LayerState]:
+    """The attention modules of a patched model, and what they know; empty if it is not patched."""
+    return {module: vars(module)[STATE] for module in model.modules() if STATE in vars(module)}
+
+
+def _dense_reasons(support: SupportReport, config: SparseAttentionConfig) -> dict[int, str]:
+    """Why layers stay dense. Checks what in `config` depends on the model."""
+    layers = {layer.layer: layer for layer in support.layers}
+    for field, named in (("dense_layers", config.dense_layers or ()), ("per_head", config.per_head or {})):
+        unknown = sorted(set(named) - set(layers))
+        if unknown:
+            raise ValueError(
+                f"{field} names layers {unknown}, but the attention layers of {support.architecture} are "
+                f"{sorted(layers)}"
+            )
+    for index, laws in (config.per_head or {}).items():
+        if len(laws) != layers[index].heads:
+            raise ValueError(
+                f"per_head[{index}] has {len(laws)} laws, but layer {index} of {support.architecture} has "
+                f"{layers[index].heads} query heads"
+            )
+    if config.dense_layers is not None:
+        return dict.fromkeys(config.dense_layers, "in dense_layers")
+    reasons = {min(layers): "first layer"}
+    if support.hybrid:
+        reasons |= {layer.layer: "sliding window" for layer in support.layers if layer.sliding_window is not None}
+    return reasons
+
+
+def _rebind(model: PreTrainedModel) -> None:
+    """Give the model configuration objects of its own, which name our attention implementation."""
+    bound = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, PreTrainedConfig)
+    ]
+    # One memo for all: a configuration inside another stays the very object that modules hold themselves.
+    memo: dict[int, Any] = {}
+    copies = [(module, name, value, copy.deepcopy(value, memo)) for module, name, value in bound]
+    for module, name, _, ours in copies:
+        setattr(module, name, ours)
+    for _, module in attention_modules(model):
+        # The internal attribute: the property's setter would also change sub-configurations (vision towers).
+        config: Any = module.config
+        config._attn_implementation_internal = NAME
+    setattr(model, _HANDLE, _Patch(copies))
