@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from hf_sparse.engines.reference import masked_weights, weighted_values
 from hf_sparse.monitor import LayerCounters
 from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors.grouped import ROWS
-from hf_sparse.visibility import interval_mask, interval_to_mask, intervals_of, is_intervals
+from hf_sparse.visibility import as_bool, interval_mask, interval_to_mask, intervals_of, is_intervals
 
 NAME = "hf_sparse"
 """The name under which the attention and the mask function are registered with transformers."""
@@ -44,7 +44,7 @@ HARMLESS = frozenset(
 REFUSED = frozenset({"position_bias", "indices", "block_indices", "sinks", "alibi", "head_mask", "attention_bias"})
 """Arguments that change the result in ways this function does not know: refused, never ignored."""
 
-# Elements of scores that a block of rows may form: rows x heads x kv_len.
+# Elements of scores that a block of rows may form: rows x heads x columns scored.
 _BLOCK_ELEMENTS = 1 << 23
 _MOST_ROWS = 1024
 
@@ -127,35 +127,47 @@ def sparse_attention_forward(
             "be lost. The model does not build its masks through transformers' mask interface, or the mask function "
             f"{NAME!r} is no longer registered"
         )
-    intervals: Tensor | None = attention_mask
-    if not is_intervals(attention_mask):
-        found = intervals_of(attention_mask[..., : key.shape[2]])
-        intervals = None if found is None else found.to(torch.int32)[:, None].expand(query.shape[0], -1, -1, -1)
+    intervals = _intervals(attention_mask, query, key)
     inputs = AttentionInputs(
         query,
         key,
         value,
-        query.new_zeros((query.shape[0], 1, query.shape[2], 2), dtype=torch.int32) if intervals is None else intervals,
+        query.new_empty(0, dtype=torch.int32) if intervals is None else intervals,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap,
         s_aux,
         dropout if module.training else 0.0,
     )
-    weights = None
+    want_weights = bool(kwargs.get("output_attentions"))
     if intervals is None:
-        out = dense.attend_masked(inputs, attention_mask)
-        visible = (attention_mask[:, 0, :, : key.shape[2]] > _masked_value(attention_mask)).sum(-1)
-        everything = torch.ones_like(visible, dtype=torch.bool)
-        state.counters.count(visible, None, query.shape[1], {"mask is not an interval": everything})
+        out, weights = _attend_masked(state, inputs, attention_mask[..., : key.shape[2]], want_weights=want_weights)
     else:
         if state.observer is not None:
             state.observer(state.layer, inputs)
-        out, weights = _attend(state, inputs, want_weights=bool(kwargs.get("output_attentions")))
+        out, weights = _attend(state, inputs, want_weights=want_weights)
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _masked_value(mask: Tensor) -> float:
-    return 0.0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
+def _intervals(mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
+    """Intervals of the rows, int32 `(batch, 1, q_len, 2)`, or `None` if the mask is not made of intervals."""
+    if is_intervals(mask):
+        return mask
+    intervals = intervals_of(mask[..., : key.shape[2]])
+    return None if intervals is None else intervals.to(torch.int32)[:, None].expand(query.shape[0], 1, -1, -1)
+
+
+def _attend_masked(
+    state: LayerState, inputs: AttentionInputs, mask: Tensor, *, want_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Dense attention under a mask that intervals cannot express, counted as such."""
+    visible = as_bool(mask)
+    heads, rows = inputs.query.shape[1:3]
+    seen = mask.new_full((inputs.query.shape[0], rows), inputs.key.shape[2], dtype=torch.int64)
+    if visible is not None:
+        seen = visible[:, 0].sum(-1).expand_as(seen)
+    state.counters.count(seen, None, heads, {"mask is not an interval": torch.ones_like(seen, dtype=torch.bool)})
+    weights = masked_weights(inputs, visible) if want_weights and visible is not None else None
+    return dense.attend_masked(inputs, mask), weights
 
 
 def _attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool) -> tuple[Tensor, Tensor | None]:
@@ -186,7 +198,7 @@ def _attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool) -
     engine = _engine(state.config, inputs, want_weights=want_weights)
     kept = torch.zeros(heads, dtype=torch.int64, device=visible.device)
     parts, weight_parts = [], []
-    step = _block_rows(padded)
+    step = _block_rows(padded, state.config.selector)
     for start in range(0, padded.query.shape[2], step):
         block = padded.rows(start, min(padded.query.shape[2], start + step))
         selection = selectors.select(state.config.selector, block, budgets[:, :, start : start + step], state.config)
@@ -213,10 +225,12 @@ def _engine(config: SparseAttentionConfig, inputs: AttentionInputs, *, want_weig
     return "reference" if config.selector == "topk" else "gather"
 
 
-def _block_rows(inputs: AttentionInputs) -> int:
+def _block_rows(inputs: AttentionInputs, selector: str) -> int:
     batch, heads = inputs.query.shape[:2]
-    fitting = _BLOCK_ELEMENTS // (batch * heads * inputs.key.shape[2])
-    return min(_MOST_ROWS, max(1, fitting // ROWS) * ROWS)
+    kv_len = inputs.key.shape[2]
+    # The exact selector scores every key for every row; the others a fraction of them.
+    columns = kv_len if selector == "topk" else max(1024, kv_len // 8)
+    return min(_MOST_ROWS, max(1, _BLOCK_ELEMENTS // (batch * heads * columns) // ROWS) * ROWS)
 
 
 def _align(inputs: AttentionInputs, budgets: Tensor) -> tuple[AttentionInputs, Tensor, Tensor]:
@@ -248,16 +262,7 @@ def _align(inputs: AttentionInputs, budgets: Tensor) -> tuple[AttentionInputs, T
     )
     intervals = inputs.intervals.gather(2, source[:, None, :, None].expand(-1, -1, -1, 2)) * inside[:, None, :, None]
     budgets = budgets.gather(2, source[:, None].expand(-1, budgets.shape[1], -1)) * inside[:, None]
-    aligned = AttentionInputs(
-        query,
-        inputs.key,
-        inputs.value,
-        intervals.to(torch.int32),
-        inputs.scaling,
-        inputs.softcap,
-        inputs.sinks,
-        inputs.dropout,
-    )
+    aligned = replace(inputs, query=query, intervals=intervals.to(torch.int32), origin=inputs.text_start)
     return aligned, budgets, shift
 
 

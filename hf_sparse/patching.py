@@ -95,6 +95,8 @@ def patched(model: ModelT, config: SparseAttentionConfig | None = None, **fields
         yield patch(model, config, **fields)
     finally:
         if before:
+            if not is_patched(base):
+                _rebind(base)
             for module, state in before.items():
                 setattr(module, STATE, state)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class AttentionInputs:
         softcap: If set, scores become `softcap * tanh(scores / softcap)` (Gemma-2).
         sinks: If set, `(heads,)` logits that take part in the softmax without a value (gpt-oss `s_aux`).
         dropout: Probability with which attention weights are dropped; 0 outside training.
+        origin: If set, int64 `(batch,)`: the column where each sequence's text begins, as far as this call can see.
+            A block of rows may see less of it.
     """
 
     query: Tensor
@@ -31,6 +33,7 @@ class AttentionInputs:
     softcap: float | None = None
     sinks: Tensor | None = None
     dropout: float = 0.0
+    origin: Tensor | None = None
 
     @property
     def group_size(self) -> int:
@@ -47,17 +50,18 @@ class AttentionInputs:
         """Columns from this one on are seen by no row; at least 1."""
         return max(1, int(self.intervals[..., 1].max()))
 
+    @property
+    def text_start(self) -> Tensor:
+        """Column where each sequence's text begins: `origin`, or the first column that a row of it sees."""
+        if self.origin is not None:
+            return self.origin
+        first, stop = self.intervals[:, 0].long().unbind(-1)
+        return torch.where(stop > first, first, self.key.shape[2] - 1).amin(-1)
+
     def rows(self, start: int, stop: int) -> AttentionInputs:
         """The same call for query rows `start` to `stop` alone; nothing is copied."""
-        return AttentionInputs(
-            self.query[:, :, start:stop],
-            self.key,
-            self.value,
-            self.intervals[:, :, start:stop],
-            self.scaling,
-            self.softcap,
-            self.sinks,
-            self.dropout,
+        return replace(
+            self, query=self.query[:, :, start:stop], intervals=self.intervals[:, :, start:stop], origin=self.text_start
         )
 
 

@@ -107,7 +107,8 @@ def inspect(model: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of `model` that call transformers' attention interface, with their names."""
     for name, module in model.named_modules():
-        if _interface_arguments(type(module)) is not None:  # type: ignore[arg-type]
+        kind: Any = type(module)
+        if _interface_arguments(kind) is not None:
             yield name, module
 
 
@@ -124,11 +125,15 @@ def _inspect_model(model: PreTrainedModel) -> SupportReport:
             "modelling code does (Llama, Mistral, Qwen, Gemma, Phi, OLMo, gpt-oss, GPT-NeoX, GPT-2 and most others)"
         )
     elif not all(_is_causal(module) for _, module in found):
-        reasons.append("it has attention that is not causal (an encoder, or cross-attention)")
+        reasons.append(
+            "it has attention that is not causal (an encoder, or cross-attention); only decoder-only causal language "
+            "models can be patched"
+        )
     elif not _builds_masks(model):
         reasons.append("it does not build its masks through transformers' mask interface, so visibility is not known")
     if not reasons:
-        for kind in dict.fromkeys(type(module) for _, module in found):
+        kinds: dict[Any, None] = dict.fromkeys(type(module) for _, module in found)
+        for kind in kinds:
             unknown = sorted((_interface_arguments(kind) or frozenset()) - HONOURED - HARMLESS)
             if unknown:
                 reasons.append(f"{kind.__name__} passes {', '.join(unknown)} to its attention, which is not understood")

@@ -101,16 +101,12 @@ def intervals_of(mask: Tensor) -> Tensor | None:
     """The intervals of a 4-D mask, int64 `(batch, q_len, 2)`, or `None` if it is not made of intervals.
 
     Args:
-        mask: `(batch, 1 or heads, q_len, kv_len)`; bool, True where visible, or additive: 0 where visible, and
-            the most negative number (or -inf) where not. An additive mask with other values is a bias, not a mask.
+        mask: `(batch, 1 or heads, q_len, kv_len)`, bool or additive: see `as_bool`.
     """
-    if mask.dtype != torch.bool:
-        if not mask.is_floating_point():
-            return None
-        visible = mask == 0
-        if not bool((visible | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-            return None
-        mask = visible
+    visible = as_bool(mask)
+    if visible is None:
+        return None
+    mask = visible
     if mask.shape[1] > 1 and not bool((mask == mask[:, :1]).all()):
         return None
     mask = mask[:, 0]
@@ -122,6 +118,21 @@ def intervals_of(mask: Tensor) -> Tensor | None:
     if not bool(((last - first == count) | (count == 0)).all()):
         return None
     return torch.stack([first, first + count], dim=-1)
+
+
+def as_bool(mask: Tensor) -> Tensor | None:
+    """A mask as bool, True where visible; `None` if it is a bias and not a mask.
+
+    Args:
+        mask: bool, or additive: 0 where visible, and the most negative number (or -inf) where not. With any other
+            value in it, it is a bias.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        return None
+    visible = mask == 0
+    return visible if bool((visible | (mask <= torch.finfo(mask.dtype).min / 2)).all()) else None
 
 
 def is_intervals(mask: Tensor) -> bool:

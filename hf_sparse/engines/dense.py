@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hf_sparse.engines.reference import masked_weights, weighted_values
 from hf_sparse.selection import AttentionInputs
-from hf_sparse.visibility import interval_to_mask
+from hf_sparse.visibility import as_bool, interval_to_mask
 
 # Elements of a mask, or of scores where SDPA cannot be used, that are alive at a time.
 _BLOCK_ELEMENTS = 1 << 22
@@ -43,14 +43,17 @@ def attend_masked(inputs: AttentionInputs, mask: Tensor) -> Tensor:
 
     Args:
         inputs: The whole call.
-        mask: `(batch, heads or 1, rows, kv_len)`, bool (True where visible) or additive.
+        mask: `(batch, heads or 1, rows, kv_len)`: a mask as `as_bool` takes it, or a bias.
+
+    Raises:
+        ValueError: For a bias together with softcap or attention sinks.
     """
-    mask = mask[..., : inputs.key.shape[2]]
+    visible = as_bool(mask)
     if inputs.softcap is None and inputs.sinks is None:
-        return _sdpa(inputs, mask if mask.dtype == torch.bool else mask.to(inputs.query.dtype), causal=False)
-    if mask.dtype != torch.bool:
-        raise ValueError("an additive attention_mask with a bias cannot be combined with softcap or attention sinks")
-    return weighted_values(inputs, masked_weights(inputs, mask))
+        return _sdpa(inputs, mask.to(inputs.query.dtype) if visible is None else visible, causal=False)
+    if visible is None:
+        raise ValueError("an attention_mask that is a bias cannot be combined with softcap or attention sinks")
+    return weighted_values(inputs, masked_weights(inputs, visible))
 
 
 def _is_causal(inputs: AttentionInputs) -> bool:

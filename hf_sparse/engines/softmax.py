@@ -24,13 +24,14 @@ def attention_weights(scores: Tensor, allowed: Tensor, sinks: Tensor | None, inp
     scores = scores.to(accurate(scores.dtype)) * inputs.scaling
     if inputs.softcap is not None:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
-    # Not -inf: a row without keys would become NaN, and so would its gradient.
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~allowed, lowest)
+    # Masked by arithmetic, which is vectorised where masked_fill is not, and with a finite number: with -inf a row
+    # without keys would become NaN, and so would its gradient.
+    keep = allowed.to(scores.dtype)
+    scores = scores + (keep - 1) * (torch.finfo(scores.dtype).max / 2)
     if sinks is None:
         weights = scores.softmax(-1)
     else:
         sinks = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
-    weights = weights.masked_fill(~allowed, 0.0)
+    weights = weights * keep
     return F.dropout(weights, inputs.dropout) if inputs.dropout else weights

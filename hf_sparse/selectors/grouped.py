@@ -1,7 +1,9 @@
 """The grouped selector: the rows of a group, over all heads of a GQA group, draw on the same keys.
 
 A group of rows that attends to one set of gathered keys is a dense matrix product, which is what hardware is good
-at. Sharing costs little: see the README for what was measured.
+at. Of the older keys, a coarse look at blocks of them leaves a few times as many as are wanted, and exact scores
+decide between those. Rows of a group vote on keys together: in one pass over a whole text, the keys of a row
+depend a little on the rows after it in its group.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.selection import AttentionInputs, Selection, accurate
+from hf_sparse.selectors.coarse import surviving_columns
 from hf_sparse.selectors.topk import largest
 
 ROWS = 64
@@ -19,10 +22,11 @@ ROWS = 64
 
 @torch.no_grad()
 def select_grouped(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
-    """Give each group its recent keys, and the best-scoring keys before those.
+    """Give each group its recent keys, and the keys before those that its rows want most together.
 
-    A row attends to every visible key from `recent_keys` before its group's first row on, and spends the rest of its
-    budget on the group's shared ranking of the older keys, sink keys first.
+    A row keeps its `recent_keys`, its `sink_keys`, the other keys since `recent_keys` before its group's first row,
+    and with the rest of its budget the older keys that its group ranks highest: by the attention weight that the
+    group's members give a key, summed.
 
     Args:
         inputs: Query rows: a whole number of groups of `ROWS` rows, or fewer rows than that as one group.
@@ -31,45 +35,76 @@ def select_grouped(inputs: AttentionInputs, budgets: Tensor, config: SparseAtten
     """
     batch, heads, rows, _ = inputs.query.shape
     kv_heads, kv_len = inputs.key.shape[1], inputs.last_visible
+    dtype = accurate(inputs.query.dtype)
     size = min(ROWS, rows)
-    groups = rows // size
-    intervals = inputs.intervals.long()[:, 0].view(batch, groups, size, 2)
-    first, stop = intervals.unbind(-1)
+    first, stop = inputs.intervals.long()[:, 0].view(batch, rows // size, size, 2).unbind(-1)
     alive = stop > first
+    far = inputs.key.shape[2]
 
-    # Local part: all keys from `low` on, for every row of the group; `low` and `oldest` are (batch, groups).
-    oldest = torch.where(alive, first, kv_len).amin(-1)
-    low = torch.where(alive, stop, kv_len).amin(-1) - max(1, config.recent_keys)
-    low = torch.maximum(low, oldest)
-    high = torch.where(alive, stop, 0).amax(-1)
-    width = max(1, int((high - low).max()))
-    local = (low[..., None] + torch.arange(width, device=low.device)).clamp(max=kv_len - 1)
+    # Three spans of columns, each the same for all rows of a group: sinks, older keys, and from `low` on local ones.
+    oldest = torch.where(alive, first, far).amin(-1)
+    low = torch.maximum(torch.where(alive, stop, far).amin(-1) - max(1, config.recent_keys), oldest)
+    local = _span(low, torch.where(alive, stop, 0).amax(-1))
+    sinks = _span(oldest, torch.minimum(torch.where(alive, first, 0).amax(-1) + config.sink_keys, low))
+    certain = torch.cat([sinks, local], dim=-1)[:, None]
+    is_sink = torch.arange(certain.shape[-1], device=low.device) < sinks.shape[-1]
 
-    layout = Selection(local[:, None], local[:, None, ..., None], rows_per_group=size, per_head=False)
-    k = layout.members_of(budgets.expand(batch, heads, rows)[..., None], kv_heads)[..., 0]
-    first, stop = (
-        layout.members_of(x.reshape(batch, 1, rows, 1).expand(-1, heads, -1, -1), kv_heads) for x in (first, stop)
+    # From here on, one entry for each member of a group: `layout` knows which row and head it is.
+    columns = certain.clamp(max=kv_len - 1).expand(-1, kv_heads, -1, -1)
+    layout = Selection(columns, columns[..., None, :], rows_per_group=size, per_head=False)
+    budget = layout.members_of(budgets.expand(batch, heads, rows)[..., None], kv_heads)
+    first, stop, alive = (
+        layout.members_of(x.reshape(batch, 1, rows, 1).expand(-1, heads, -1, -1), kv_heads)
+        for x in (first, stop, alive)
     )
-    start = torch.maximum(torch.maximum(stop - k[..., None], first), low[:, None, :, None, None])
-    span = low[..., None] + torch.arange(width, device=low.device)
-    local_allowed = (span[:, None, :, None] >= start) & (span[:, None, :, None] < stop)
-    rest = k - local_allowed.sum(-1)
+    start = first + (budget - budget.clamp(max=config.recent_keys)).clamp(max=config.sink_keys)
+    place = certain.unsqueeze(3)
+    own_part = is_sink == (place < low[:, None, :, None, None])
+    visible = own_part & (place >= first) & (place < stop)
+    allowed = visible & ((place < start) | (~is_sink & (place >= stop - (budget - (start - first)))))
+    rest = budget - allowed.sum(-1, keepdim=True)
 
-    older = _older_scores(inputs, layout, low, oldest, first, stop, config)
-    # Some members may not see the oldest keys of their group (sliding windows): leave them room to skip these.
-    spread = (first[..., 0] - oldest[:, None, :, None]).clamp(min=0)
-    wanted = torch.where(rest > 0, rest + spread, 0).amax(-1).expand(batch, kv_heads, groups)
-    wanted = torch.minimum(wanted, (older > -torch.inf).sum(-1))
-    columns, taken = ranked(older, wanted)
-    seen = taken.unsqueeze(3) & (columns.unsqueeze(3) >= first)
-    older_allowed = seen & (seen.cumsum(-1) <= rest[..., None])
+    # Members that do not see a group's oldest keys (sliding windows) skip these in its ranking: leave room for that.
+    begin = oldest + config.sink_keys
+    skipped = (start - begin[:, None, :, None, None]).clamp(min=0)
+    room = torch.where(rest > 0, rest + skipped, 0).amax((3, 4))
+    members = layout.members_of(inputs.query, kv_heads).to(dtype) * inputs.scaling
+    keys = inputs.key[:, :, :kv_len].to(dtype)
+    certain_scores = _scores(members, keys, columns, visible)
+    total = certain_scores.logsumexp(-1).masked_fill(~alive.squeeze(-1), torch.inf)
+    # A single row gains nothing from summaries, for making them reads every key: all columns survive.
+    wanted = torch.full_like(room, kv_len) if rows == 1 else room
+    older, valid = surviving_columns(members, keys, total, inputs.text_start, begin, low, wanted)
+    seen = older.unsqueeze(3)
+    visible = valid.unsqueeze(3) & (seen >= first) & (seen < stop)
+    scores = _scores(members, keys, older, visible)
+    total = torch.logaddexp(scores.logsumexp(-1), total).unsqueeze(-1)
+    votes = (scores - total).logsumexp(3).masked_fill(~valid, -torch.inf)
 
+    place, taken = ranked(votes, torch.minimum(room, (votes > -torch.inf).sum(-1)))
+    older = older.gather(-1, place)
+    eligible = taken.unsqueeze(3) & (older.unsqueeze(3) >= start)
+    older_allowed = eligible & (eligible.cumsum(-1) <= rest)
     return Selection(
-        torch.cat([columns, local[:, None].expand(-1, kv_heads, -1, -1)], dim=-1),
-        torch.cat([older_allowed, local_allowed], dim=-1),
+        torch.cat([columns, older], dim=-1),
+        torch.cat([allowed, older_allowed], dim=-1),
         rows_per_group=size,
         per_head=False,
     )
+
+
+def _span(start: Tensor, stop: Tensor) -> Tensor:
+    """Columns from `start` on, as many as the longest `[start, stop)` has: `(batch, groups, width)`."""
+    width = max(0, int((stop - start).max()))
+    return start[..., None] + torch.arange(width, device=start.device)
+
+
+def _scores(members: Tensor, keys: Tensor, columns: Tensor, visible: Tensor) -> Tensor:
+    """Scores of the members of each group for the keys at `columns`, -inf where not visible."""
+    index = columns.flatten(2).unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
+    gathered = keys.gather(2, index).view(*columns.shape, keys.shape[-1])
+    scores = members @ gathered.transpose(-1, -2)
+    return scores + torch.zeros(visible.shape, device=keys.device).masked_fill_(~visible, -torch.inf)
 
 
 def ranked(scores: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,26 +117,3 @@ def ranked(scores: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     taken = taken.gather(-1, order)
     order = values.sort(dim=-1, descending=True, stable=True).indices
     return columns.gather(-1, order), taken.gather(-1, order)
-
-
-def _older_scores(
-    inputs: AttentionInputs,
-    layout: Selection,
-    low: Tensor,
-    oldest: Tensor,
-    first: Tensor,
-    stop: Tensor,
-    config: SparseAttentionConfig,
-) -> Tensor:
-    """Worth of the keys before `low` for each group: `(batch, kv_heads, groups, kv_len)`, -inf elsewhere."""
-    kv_heads, kv_len = inputs.key.shape[1], inputs.last_visible
-    dtype = accurate(inputs.query.dtype)
-    members = layout.members_of(inputs.query, kv_heads).to(dtype)
-    scores = (members @ inputs.key[:, :, None, :kv_len].to(dtype).transpose(-1, -2)) * inputs.scaling
-    span = torch.arange(kv_len, device=low.device)
-    visible = (span >= first) & (span < stop)
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num().sum(3)
-    old = (span >= oldest[..., None]) & (span < low[..., None])
-    sink = span < oldest[..., None] + config.sink_keys
-    weights = weights.masked_fill(sink[:, None], torch.inf)
-    return weights.masked_fill(~old[:, None], -torch.inf)

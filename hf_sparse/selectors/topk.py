@@ -30,8 +30,7 @@ def select_topk(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentio
     query = inputs.query.reshape(batch, kv_heads, share * rows, dim).to(dtype)
     scores = (query @ inputs.key[:, :, :kv_len].to(dtype).transpose(-1, -2)).mul_(inputs.scaling)
     scores = scores.view(batch, heads, rows, kv_len)
-    scores.masked_fill_(~interval_to_mask(inputs.intervals, kv_len), -torch.inf)
-    scores.masked_fill_(_forced(inputs.intervals, budgets, kv_len, config), torch.inf)
+    scores = scores.add_(_bias(inputs.intervals, budgets, kv_len, config))
     columns, allowed = largest(
         scores.view(batch, kv_heads, share * rows, kv_len),
         budgets.expand(batch, heads, rows).reshape(batch, kv_heads, share * rows),
@@ -39,14 +38,19 @@ def select_topk(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentio
     return Selection(columns, allowed.unsqueeze(3), rows_per_group=1, per_head=True)
 
 
-def _forced(intervals: Tensor, budgets: Tensor, kv_len: int, config: SparseAttentionConfig) -> Tensor:
-    """Keys that a row keeps whatever they score: bool `(batch, heads or 1, rows, kv_len)`."""
+def _bias(intervals: Tensor, budgets: Tensor, kv_len: int, config: SparseAttentionConfig) -> Tensor:
+    """What to add to scores: inf for keys that are always kept, -inf for invisible ones, 0 for the others.
+
+    Shape `(batch, heads or 1, rows, kv_len)`.
+    """
     first, stop = intervals.unbind(-1)
     recent = budgets.clamp(max=config.recent_keys)
     sinks = (budgets - recent).clamp(max=config.sink_keys)
     window = torch.stack([stop - recent, stop.expand_as(recent)], dim=-1)
     start = torch.stack([first.expand_as(sinks), first + sinks], dim=-1)
-    return interval_to_mask(window, kv_len) | interval_to_mask(start, kv_len)
+    forced = interval_to_mask(window, kv_len) | interval_to_mask(start, kv_len)
+    bias = torch.zeros(forced.shape, device=forced.device).masked_fill_(forced, torch.inf)
+    return bias.masked_fill_(~interval_to_mask(intervals, kv_len), -torch.inf)
 
 
 def largest(scores: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,121 @@
+"""The command `hf-sparse`: results on stdout, progress on stderr, exit code 2 and one line for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+import hf_sparse
+from hf_sparse.cli_demo import DEMO_MODEL, run_demo
+from hf_sparse.cli_options import DataOptions, Json, Model, Revision, RunOptions, SparseOptions, share_options
+from hf_sparse.cli_runs import Outcome, Ready, is_main_process, prepare, run_attention_error, run_perplexity
+from hf_sparse.errors import UserError
+from hf_sparse.evaluation.attention_error import ROWS_PER_LENGTH
+from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
+from hf_sparse.evaluation.models import ModelSource
+from hf_sparse.evaluation.perplexity import METHODS, make_methods
+from hf_sparse.evaluation.windows import check_lengths
+
+app = typer.Typer(
+    name="hf-sparse",
+    help="Sparse attention for Hugging Face causal language models, and what it costs.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0, 1 for a negative answer, 2 for a user's mistake.
+
+    Args:
+        arguments: What follows the name of the program; `sys.argv[1:]` if `None`.
+    """
+    # A Hub out of reach is one line, not one for every retry.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        # Bad options: Typer's own exceptions, whose classes moved between releases.
+        describe = getattr(error, "format_message", None)
+        if not isinstance(error, UserError) and describe is None:
+            raise
+        message = str(error) if describe is None else describe()
+        print("hf-sparse:", " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)
+
+
+@app.command()
+def inspect(model: Model, revision: Revision = None, as_json: Json = False) -> None:
+    """Say whether a model can be patched, from its configuration alone; exit code 1 if not."""
+    support = hf_sparse.inspect(ModelSource.find(model, revision).config)
+    print(json.dumps(asdict(support)) if as_json else support)
+    raise typer.Exit(0 if support.supported else 1)
+
+
+@app.command()
+@share_options
+def perplexity(
+    model: Model,
+    data: DataOptions,
+    run: RunOptions,
+    sparse: SparseOptions,
+    targets: Annotated[int, typer.Option(min=1, help="Last tokens of each window, the same at every length.")] = 512,
+    methods: Annotated[str, typer.Option(help="What to compare with dense.")] = ",".join(METHODS[1:]),
+) -> None:
+    """Perplexity of the same tokens across context lengths: dense, adaptive, and fixed at equal cost."""
+    lengths = data.parsed_lengths()
+    check_lengths(lengths, targets, None)
+    compared = make_methods(methods.split(","), sparse.config(), lengths)
+    ready = prepare(model, "perplexity", data, run, lengths, targets)
+    _print(run_perplexity(ready, compared), ready, run)
+
+
+@app.command("attention-error")
+@share_options
+def attention_error(
+    model: Model,
+    data: DataOptions,
+    run: RunOptions,
+    sparse: SparseOptions,
+    rows: Annotated[int, typer.Option(min=1, help="Rows measured before each length.")] = ROWS_PER_LENGTH,
+) -> None:
+    """How far sparse attention is from dense attention across context lengths, every law at equal cost."""
+    lengths = data.parsed_lengths()
+    check_lengths(lengths, 1, None)
+    compared = make_error_methods(sparse.config(), lengths)
+    ready = prepare(model, "attention-error", data, run, lengths, targets=1)
+    _print(run_attention_error(ready, lengths, compared, rows), ready, run)
+
+
+@app.command()
+@share_options
+def demo(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.")] = DEMO_MODEL, *, run: RunOptions
+) -> None:
+    """Patch a model in one line, let it write, and measure what the patch costs; minutes on a small CPU."""
+    run_demo(model, run)
+
+
+def _print(outcome: Outcome, ready: Ready, run: RunOptions) -> None:
+    if not is_main_process():
+        return
+    if run.as_json:
+        print(json.dumps(outcome.summary))
+    else:
+        print(f"{outcome}\n\nintervals: 95 %, bootstrap over {outcome.summary['resampled']}")
+        print(f"rows, summary, tables and plot: {ready.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Where the evaluated model comes from: a Hub id, a folder or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_sparse.errors import UserError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_UNREADABLE = (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError, SafetensorError, struct.error)
+_WEIGHTS = (".safetensors", ".bin")
+_PROFILE = "sparse_config.json"
+# What is read of each end of a weight file to tell two models in folders of the same name apart.
+_SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What identifies a model in results; never a path of the machine.
+
+    Attributes:
+        name: Hub id, or the last part of the path.
+        revision: Commit on the Hub; for local models the start of a SHA-256, of the GGUF file or of the folder's
+            configuration and weights.
+        max_positions: Longest input in tokens that the model was made for; `None` if it does not say.
+        architecture: transformers' model type, such as `"llama"`.
+    """
+
+    name: str
+    revision: str
+    max_positions: int | None
+    architecture: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes as a dictionary."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found and not loaded yet. Each part is read when it is asked for.
+
+    Attributes:
+        location: What `from_pretrained` takes.
+        name: Hub id, or the last part of the path.
+        revision: Commit, branch or tag on the Hub; `None` for the default branch.
+        gguf_file: File in `location` that holds the model.
+    """
+
+    location: str
+    name: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+    @classmethod
+    def find(cls, name: str, revision: str | None = None) -> ModelSource:
+        """The source that `name` stands for: an existing folder or `.gguf` file, or else a Hub id.
+
+        Raises:
+            UserError: if `name` is a path and nothing usable is there. The Hub is not asked.
+        """
+        path = Path(name).expanduser()
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                if (path / _PROFILE).is_file():
+                    raise UserError(
+                        f"{name} holds a {_PROFILE} without a model: profiles cannot be evaluated by name yet; pass "
+                        "their base model and its settings"
+                    )
+                raise UserError(f"{name} holds no model: there is no config.json; pass a .gguf file by its own name")
+            return cls(str(path), path.resolve().name)
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise UserError(f"{name}: no such file")
+            if find_spec("gguf") is None:
+                raise UserError(f'reading {path.name} needs the package gguf: pip install "hf_sparse[gguf]"')
+            return cls(str(path.parent), path.name, gguf_file=path.name)
+        if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise UserError(f"{name} is not a model: pass a Hub id, a folder that holds a config.json or a .gguf file")
+        return cls(name, name, revision)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+        with _user_errors(self):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.location, **self._arguments())
+        return config
+
+    def info(self) -> ModelInfo:
+        """What identifies the model; reads the configuration, and local weights for their hash."""
+        return ModelInfo(
+            self.name,
+            self._fingerprint() or getattr(self.config, "_commit_hash", None) or "unknown",
+            getattr(self.config.get_text_config(), "max_position_embeddings", None),
+            self.config.model_type,
+        )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        with _user_errors(self):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.location, **self._arguments())
+        return tokenizer
+
+    def model(self, *, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
+        """The model in evaluation mode; see `load_model` for the arguments."""
+        if dtype not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        _check_device(device_map)
+        arguments = self._arguments()
+        if self.gguf_file is not None:
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+        with _user_errors(self):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                self.location,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                device_map=device_map,
+                **arguments,
+            )
+        return model
+
+    def _arguments(self) -> dict[str, Any]:
+        given = {"revision": self.revision, "gguf_file": self.gguf_file}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _fingerprint(self) -> str | None:
+        folder = Path(self.location)
+        if self.gguf_file is not None:
+            with (folder / self.gguf_file).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        if not folder.is_dir():
+            return None
+        # As it is on disk: once loaded, it also says where it came from.
+        digest = hashlib.sha256((folder / "config.json").read_bytes())
+        for path in sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_SAMPLE_BYTES))
+                file.seek(max(0, path.stat().st_size - _SAMPLE_BYTES))
+                digest.update(file.read())
+        return digest.hexdigest()[:16]
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device_map: str | None = None, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelInfo]:
+    """Load a causal language model, its tokenizer and what identifies it.
+
+    Args:
+        name: Hub id, folder, or `.gguf` file (its weights are dequantised).
+        dtype: One of `DTYPES`; `"auto"` is the type the weights are stored in, float32 for a GGUF file.
+        device_map: A device such as `"cpu"` or `"cuda:0"`, `"auto"` to spread the model, or `None`.
+        revision: Commit, branch or tag on the Hub.
+
+    Raises:
+        UserError: if the model cannot be found, reached or read.
+    """
+    source = ModelSource.find(name, revision)
+    return source.model(dtype=dtype, device_map=device_map), source.tokenizer(), source.info()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without the full stop; its class if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .") if lines else type(error).__name__
+
+
+def _check_device(device_map: str | None) -> None:
+    if device_map in (None, "auto"):
+        return
+    try:
+        torch.empty(0, device=device_map)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device_map!r} cannot be used: {first_line(error)}") from error
+
+
+@contextmanager
+def _user_errors(source: ModelSource) -> Iterator[None]:
+    """What transformers raises on a model that is absent, out of reach or damaged, as one line."""
+    local = Path(source.location).is_dir()
+    advice = (
+        "" if local else "; pass a folder or a .gguf file, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+    )
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise UserError(f"cannot read the model {source.name}: {first_line(error)}{advice}") from error

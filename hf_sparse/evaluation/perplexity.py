@@ -1,0 +1,199 @@
+"""Perplexity across context lengths: the same tokens predicted by every method, with more or less text before them."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import hf_sparse
+from hf_sparse.budget import match_cost
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.errors import UserError
+from hf_sparse.evaluation.processes import my_share, process_state, repair_together
+from hf_sparse.evaluation.results import ResultFile, Row, row_key
+from hf_sparse.evaluation.windows import Window
+
+Methods = Mapping[str, SparseAttentionConfig | None]
+
+DENSE = "dense"
+METHODS = (DENSE, "topk", "grouped", "window", "fixed", "fixed-grouped")
+FIXED_OF = {"topk": "fixed", "grouped": "fixed-grouped"}
+"""Adaptive methods, and the method that spends as many keys with the same selector, the same number on every row."""
+
+BLOCK_TOKENS = 32
+"""Neighbouring tokens whose likelihoods are stored as one sum, and resampled together."""
+
+# Rows of logits that are turned into float32 at once: 64 x 262,144 tokens of vocabulary are 64 MiB.
+_LOGIT_ROWS = 64
+
+
+def make_methods(names: Iterable[str], config: SparseAttentionConfig, lengths: Sequence[int]) -> Methods:
+    """What to compare: `dense` first, then each of `names` from `METHODS` with its configuration.
+
+    All follow `config` but for the selector. `fixed` and `fixed-grouped` keep the same number of keys on every row,
+    the number with which prefills of all `lengths` together attend to as many keys as under `config`.
+
+    Raises:
+        UserError: for an unknown name, or if a fixed number of keys cannot match the cost.
+    """
+    methods: dict[str, SparseAttentionConfig | None] = {DENSE: None}
+    for name in names:
+        match name:
+            case "dense":
+                continue
+            case "topk" | "grouped" | "window":
+                methods[name] = replace(config, selector=name)
+            case "fixed":
+                methods[name] = replace(_fixed(config, lengths), selector="topk")
+            case "fixed-grouped":
+                methods[name] = replace(_fixed(config, lengths), selector="grouped")
+            case _:
+                raise UserError(f"methods must be among {', '.join(METHODS)}; got {name!r}")
+    return methods
+
+
+def _fixed(config: SparseAttentionConfig, lengths: Sequence[int]) -> SparseAttentionConfig:
+    if config.law == "fixed" or config.per_head is not None:
+        raise UserError("the fixed methods are matched to one adaptive law: leave them out with --methods")
+    try:
+        keys = match_cost(config.budget(), "fixed", lengths).keys
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return replace(config, law="fixed", keys=keys, fraction=None)
+
+
+@contextmanager
+def applied(model: PreTrainedModel, config: SparseAttentionConfig | None) -> Iterator[None]:
+    """The model patched with `config` for the length of a `with` block, or as it is if `None`."""
+    if config is None:
+        yield
+        return
+    with warnings.catch_warnings():
+        # A fixed budget is here to be compared with: its user need not be warned of it.
+        warnings.filterwarnings("ignore", message=".*grow no faster than log")
+        with hf_sparse.patched(model, config):
+            yield
+
+
+@torch.no_grad()
+def token_nll(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, in nats: float64 `(targets,)` on the CPU.
+
+    Args:
+        model: Any causal language model.
+        input_ids: int64 `(length,)`.
+        targets: int64 `(targets,)`: what the last positions of `input_ids` should predict.
+    """
+    output = model(input_ids=input_ids[None].to(model.device), use_cache=False, logits_to_keep=len(targets))
+    logits: Tensor = output.logits[0, -len(targets) :]
+    out = torch.empty(len(targets), dtype=torch.float64)
+    for start in range(0, len(targets), _LOGIT_ROWS):
+        rows = slice(start, start + _LOGIT_ROWS)
+        out[rows] = cross_entropy(logits[rows].float(), targets[rows].to(logits.device), reduction="none")
+    return out
+
+
+def measure(model: PreTrainedModel, window: Window, config: SparseAttentionConfig | None) -> Row:
+    """Likelihood of the targets of one window under one method; `None` is the model as it is.
+
+    Returns:
+        `tokens`; `nll`, their sum in nats; `block_nll`, sums over blocks of `BLOCK_TOKENS`; `density` (kept / visible
+        keys, all layers); `mean_keys` a row and head keeps on average over all layers; `rows`, summed over the
+        layers, and `dense_rows` of them by reason (both `None` for the dense model, whose keys nobody counts);
+        `seconds` of the forward pass.
+
+    Raises:
+        UserError: if a likelihood is not finite.
+    """
+    with applied(model, config):
+        start = time.perf_counter()
+        nll = token_nll(model, window.input_ids, window.targets)
+        seconds = time.perf_counter() - start
+        counts = {"density": 1.0, "mean_keys": None, "rows": None, "dense_rows": None}
+        if config is not None:
+            counts = _counts(hf_sparse.report(model))
+    if not nll.isfinite().all():
+        raise UserError(f"the likelihoods of {window.document} are not finite in {model.dtype}: try another --dtype")
+    return {
+        "tokens": len(nll),
+        "nll": nll.sum().item(),
+        "block_nll": [nll[start : start + BLOCK_TOKENS].sum().item() for start in range(0, len(nll), BLOCK_TOKENS)],
+        **counts,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _counts(report: Any) -> dict[str, Any]:
+    layers = {row["layer"]: row for row in report.rows}.values()
+    dense: dict[str, int] = {}
+    for layer in layers:
+        for reason, rows in layer["dense_rows"].items():
+            dense[reason] = dense.get(reason, 0) + rows
+    return {
+        "density": report.density,
+        "mean_keys": math.fsum(row["mean_keys"] for row in report.rows) / len(report.rows),
+        "rows": sum(layer["rows"] for layer in layers),
+        "dense_rows": dense,
+    }
+
+
+def evaluate(
+    model: PreTrainedModel, windows: Sequence[Window], methods: Methods, results: ResultFile, about: Row
+) -> list[Row]:
+    """Measure every window with every method that `results` does not hold yet, and give the rows of all.
+
+    Under `accelerate launch` each process takes its share of the windows; all get all rows.
+
+    Args:
+        model: The model, unpatched; it is patched for each sparse measurement and restored.
+        windows: What to predict.
+        methods: From `make_methods`.
+        results: Where rows are appended.
+        about: From `provenance`; written into every row.
+    """
+    repair_together(results)
+    keys = {
+        (window.sha256, name): row_key(
+            command="perplexity",
+            model=[about["model"]["name"], about["model"]["revision"], about["dtype"], about["device"]],
+            window=window.sha256,
+            method=name,
+            config=None if config is None else config.to_dict(),
+        )
+        for window in windows
+        for name, config in methods.items()
+    }
+    done = results.rows()
+    state = process_state()
+    mine = my_share(windows, lambda window: window.length)
+    tasks = [(window, name) for window in mine for name in methods if keys[window.sha256, name] not in done]
+    for window, name in tqdm(tasks, desc="perplexity", unit="run", disable=not state.is_main_process):
+        config = methods[name]
+        row = {
+            "key": keys[window.sha256, name],
+            "command": "perplexity",
+            "method": name,
+            "length": window.length,
+            "document": window.document,
+            "text_sha256": window.text_sha256,
+            "window_sha256": window.sha256,
+            **measure(model, window, config),
+            "block_tokens": BLOCK_TOKENS,
+            "config": None if config is None else config.to_dict(),
+            **about,
+        }
+        results.append(row)
+    state.wait_for_everyone()
+    done = results.rows()
+    return [done[key] for key in keys.values()]

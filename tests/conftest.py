@@ -1,0 +1,28 @@
+"""Settings for every test: one thread each, repeatable property tests, quiet libraries."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+import transformers
+
+# The tests run side by side, one process a core: more threads would only fight over the same cores.
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+transformers.logging.set_verbosity_error()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "real: needs pretrained weights that are installed as a package")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from hf_sparse.evaluation.models import ModelInfo
+from hf_sparse.evaluation.results import (
+    ResultFile,
+    commit,
+    provenance,
+    row_key,
+    write_json,
+)
+from hf_sparse.evaluation.tables import markdown_table, text_table
+from tests import tiny
+
+
+def test_rows_come_back_by_key_with_their_time(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path / "new" / "rows.jsonl")
+    assert results.rows() == {}
+    results.append({"key": "a", "nll": 1.5})
+    results.append({"key": "b", "nll": 2.5})
+    results.append({"key": "a", "nll": 9.0})
+    rows = results.rows()
+    assert {key: row["nll"] for key, row in rows.items()} == {"a": 1.5, "b": 2.5}
+    assert rows["a"]["time"].endswith("+00:00")
+
+
+@pytest.mark.parametrize("torn", ['{"key": "b", "nl', '{"key": "b"}', "\x00\x00"])
+def test_a_line_that_a_killed_run_left_is_cut_off(tmp_path: Path, torn: str) -> None:
+    results = ResultFile(tmp_path / "rows.jsonl")
+    results.repair()
+    results.append({"key": "a"})
+    whole = results.path.read_text()
+    with results.path.open("a") as file:
+        file.write(torn)
+    results.repair()
+    assert results.path.read_text() == whole
+    results.append({"key": "c"})
+    assert list(results.rows()) == ["a", "c"]
+
+
+def test_a_file_of_one_torn_line_becomes_empty(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path / "rows.jsonl")
+    results.path.write_text('{"key')
+    results.repair()
+    assert results.rows() == {}
+
+
+def _write_many(path: Path, name: str) -> None:
+    for i in range(200):
+        ResultFile(path).append({"key": f"{name}{i}", "padding": "x" * 3000})
+
+
+def test_processes_do_not_mix_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write_many, args=(path, name)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(ResultFile(path).rows()) == 400
+
+
+def test_a_number_that_json_lacks_is_refused(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        results.append({"key": "a", "nll": float("nan")})
+    assert results.rows() == {}
+
+
+def test_the_key_depends_on_values_and_not_on_their_order() -> None:
+    assert row_key(a=1, b={"x": 1, "y": 2}) == row_key(b={"y": 2, "x": 1}, a=1)
+    assert len({row_key(a=1), row_key(a=2), row_key(a="1"), row_key(b=1)}) == 4
+
+
+def test_provenance_says_what_is_needed_to_repeat_a_run_and_no_path() -> None:
+    info = ModelInfo("tiny", "abc", 256, "llama")
+    about = provenance(info, tiny.model("llama"), seed=3)
+    assert about["model"] == {"name": "tiny", "revision": "abc", "max_positions": 256, "architecture": "llama"}
+    assert (about["dtype"], about["device"], about["seed"]) == ("float32", "cpu", 3)
+    assert set(about["versions"]) == {"hf_sparse", "torch", "transformers", "python"}
+    assert {"commit", "threads", "device_name"} <= set(about)
+    assert str(Path.home()) not in json.dumps(about)
+    assert str(Path(__file__).parents[2]) not in json.dumps(about)
+
+
+def test_the_commit_is_one_or_absent() -> None:
+    found = commit()
+    assert found is None or len(found.removesuffix("-dirty")) == 40
+
+
+def test_json_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "summary.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("inf")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"a": 2})
+    assert [p.name for p in path.parent.iterdir()] == ["summary.json"]
+
+
+def test_tables_are_aligned() -> None:
+    header, rows = ["method", "n"], [["topk", "512"], ["a longer one", "8"]]
+    assert text_table(header, rows).splitlines() == [
+        "method          n",
+        "topk          512",
+        "a longer one    8",
+    ]
+    assert markdown_table(header, rows).splitlines() == [
+        "| method | n |",
+        "| --- | ---: |",
+        "| topk | 512 |",
+        "| a longer one | 8 |",
+    ]

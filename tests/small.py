@@ -1,0 +1,53 @@
+"""A tiny model with a tokenizer and texts, in a folder as users have them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from hf_sparse import SparseAttentionConfig
+from tests import tiny
+
+BOS_ID = 1
+# What makes a difference within the few tokens that a tiny model takes.
+CONFIG = SparseAttentionConfig(alpha=2.0, min_keys=4, sink_keys=1, recent_keys=2, dense_below=8, dense_layers=())
+
+
+def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
+    """One token per word `w2` ... `w96`, whose id is the number in it; optionally `<s>` with id 1."""
+    vocab = {"<unk>": 0, "<s>": BOS_ID} | {f"w{i}": i for i in range(2, tiny.VOCAB)}
+    inner = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    special = {"unk_token": "<unk>"} | ({"bos_token": "<s>"} if bos else {})
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)  # type: ignore[no-untyped-call]
+
+
+def word_ids(count: int, seed: int = 0) -> list[int]:
+    """Token ids of a random text."""
+    return random.Random(seed).choices(range(2, tiny.VOCAB), k=count)
+
+
+def words(count: int, seed: int = 0) -> str:
+    """The text with the tokens `word_ids`."""
+    return " ".join(f"w{i}" for i in word_ids(count, seed))
+
+
+def save_model(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+    """A model of the architecture `name` and the tokenizer, saved; gives `folder`."""
+    tiny.model(name, dtype=dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_texts(folder: Path, count: int = 2, tokens: int = 150) -> Path:
+    """`count` text files; gives `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (folder / f"text{i}.txt").write_text(words(tokens, seed=i), encoding="utf-8")
+    return folder

@@ -1,0 +1,197 @@
+"""Engines: the reference against plain loops, and every other engine against the reference."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from hf_sparse import engines, selectors
+from hf_sparse.config import ENGINES, SparseAttentionConfig
+from hf_sparse.engines import dense
+from hf_sparse.selection import AttentionInputs
+from tests import calls
+
+NAMES = [name for name in ENGINES if name != "auto"]
+FAST = [name for name in NAMES if name != "reference"]
+
+CALLS: dict[str, Callable[..., AttentionInputs]] = {
+    "plain": lambda **kw: calls.inputs(calls.causal_intervals(6, 11), 11, **kw),
+    "decode": lambda **kw: calls.inputs(calls.causal_intervals(1, 11), 11, **kw),
+    "padded": lambda **kw: calls.inputs(calls.causal_intervals(6, 11, left=(0, 8), right=(2, 0)), 11, **kw),
+    "softcap": lambda **kw: calls.inputs(calls.causal_intervals(6, 11), 11, softcap=1.5, **kw),
+    "sinks": lambda **kw: calls.inputs(calls.causal_intervals(6, 11, right=(2, 0)), 11, sinks=True, **kw),
+    "both": lambda **kw: calls.inputs(calls.causal_intervals(6, 11), 11, softcap=1.5, sinks=True, **kw),
+    "values wider": lambda **kw: calls.inputs(calls.causal_intervals(6, 11), 11, value_dim=13, **kw),
+    "values narrower": lambda **kw: calls.inputs(calls.causal_intervals(6, 11), 11, value_dim=3, **kw),
+    "no sharing": lambda **kw: calls.inputs(calls.causal_intervals(6, 11), 11, heads=3, kv_heads=3, **kw),
+    "one key head": lambda **kw: calls.inputs(calls.causal_intervals(6, 11), 11, heads=6, kv_heads=1, **kw),
+    "static": lambda **kw: calls.inputs(calls.causal_intervals(6, 17, spare=6), 17, **kw),
+}
+LAYOUTS = [(1, True), (1, False), (3, False), (6, True)]
+
+
+def layout(call: AttentionInputs, rows_per_group: int) -> int:
+    return min(rows_per_group, call.query.shape[2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("rows_per_group", "per_head"), LAYOUTS)
+@pytest.mark.parametrize("kind", CALLS)
+def test_engine_is_the_loops(name: str, kind: str, rows_per_group: int, per_head: bool) -> None:
+    call = CALLS[kind]()
+    selection = calls.random_selection(call, layout(call, rows_per_group), per_head)
+    mask = selection.mask(call.query.shape[1], call.key.shape[2])
+    out = engines.attend(name, call, selection)
+    assert out.dtype == call.value.dtype
+    assert_close(out.double(), calls.attend(call, mask), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("kind", CALLS)
+def test_bfloat16(name: str, kind: str) -> None:
+    call = CALLS[kind](dtype=torch.bfloat16, dim=32)
+    selection = calls.random_selection(call, layout(call, 3), False)
+    out = engines.attend(name, call, selection)
+    assert out.dtype == torch.bfloat16
+    assert_close(out, engines.reference(call, selection), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["padded", "sinks", "softcap"])
+def test_rows_without_keys_give_zeros(name: str, kind: str) -> None:
+    call = CALLS[kind]()
+    selection = calls.random_selection(call, layout(call, 3), False)
+    allowed = selection.allowed.clone()
+    allowed[:, :, 0] = False
+    selection = replace(selection, allowed=allowed)
+    out = engines.attend(name, call, selection)
+    assert out.isfinite().all()
+    assert (out[:, :, :3] == 0).all()
+    assert (out[:, :, 3:] != 0).any()
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("chunk", [1, 2_000, 5_000])
+def test_chunks_do_not_show(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = CALLS["both"]()
+    selection = calls.random_selection(call, 1, True)
+    whole = engines.attend(name, call, selection)
+    monkeypatch.setattr(importlib.import_module(f"hf_sparse.engines.{name}"), "_CHUNK_BYTES", chunk)
+    assert_close(engines.attend(name, call, selection), whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strides_do_not_matter(name: str) -> None:
+    """Models hand over transposed views, and caches slices of longer buffers."""
+    call = CALLS["plain"]()
+    selection = calls.random_selection(call, 3, False)
+    odd = replace(
+        call,
+        query=call.query.transpose(1, 2).contiguous().transpose(1, 2),
+        key=torch.cat([call.key, call.key], dim=2)[:, :, :11],
+        value=call.value.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert_close(engines.attend(name, odd, selection), engines.attend(name, call, selection))
+
+
+def differentiable(call: AttentionInputs) -> list[Tensor]:
+    tensors = [call.query, call.key, call.value] + ([] if call.sinks is None else [call.sinks])
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("kind", ["plain", "padded", "both", "sinks", "values wider"])
+def test_gradients_are_those_of_the_reference(name: str, kind: str) -> None:
+    call = CALLS[kind](dtype=torch.float64)
+    inputs = differentiable(call)
+    selection = calls.random_selection(call, 3, False)
+    outs = [engines.attend(engine, call, selection) for engine in (name, "reference")]
+    assert outs[0].dtype == torch.float64
+    assert_close(*outs)
+    upstream = torch.randn(outs[0].shape, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(out, inputs, upstream) for out in outs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.isfinite().all()
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["padded", "both"])
+def test_gradcheck(name: str, kind: str) -> None:
+    call = CALLS[kind](dtype=torch.float64, dim=2, heads=2, kv_heads=1)
+    selection = calls.random_selection(call, 3, False)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *sinks: Tensor) -> Tensor:
+        changed = replace(call, query=query, key=key, value=value, sinks=sinks[0] if sinks else None)
+        return engines.attend(name, changed, selection)
+
+    assert torch.autograd.gradcheck(attend, differentiable(call), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_kept_keys_get_a_gradient(name: str) -> None:
+    call = CALLS["plain"]()
+    _, key, value = differentiable(call)
+    selection = calls.random_selection(call, 6, False)
+    mask = selection.mask(4, 11)
+    mask[..., 5:] = False
+    columns = torch.arange(11).expand(2, 2, 1, 11)
+    allowed = selection.members_of(mask, 2)
+    selection = replace(selection, columns=columns, allowed=allowed)
+    grads = torch.autograd.grad(engines.attend(name, call, selection).sum(), [key, value])
+    for grad in grads:
+        assert (grad[:, :, 5:] == 0).all()
+        assert (grad[:, :, :5] != 0).any()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "dense"])
+def test_dropout_drops_weights_and_keeps_the_mean(name: str) -> None:
+    call = CALLS["plain"]()
+    selection = selectors.select("topk", call, call.visible[:, None], SparseAttentionConfig())
+
+    def attend(dropout: float) -> Tensor:
+        changed = replace(call, dropout=dropout)
+        return dense.attend(changed) if name == "dense" else engines.attend(name, changed, selection)
+
+    exact = attend(0.0)
+    draws = torch.stack([attend(0.3) for _ in range(600)])
+    assert draws.std(0).mean() > 0.05
+    error = (draws.mean(0) - exact) / (draws.std(0) / 600**0.5 + 1e-6)
+    assert error.abs().mean() < 1.5
+
+
+@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("elements", [1 << 22, 1])
+def test_dense_keeps_everything_visible(kind: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = CALLS[kind]()
+    monkeypatch.setattr(dense, "_BLOCK_ELEMENTS", elements)
+    assert_close(dense.attend(call).double(), calls.attend(call, calls.visible_mask(call)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "softcap", "sinks", "padded"])
+@pytest.mark.parametrize("form", ["bool", "finfo", "-inf"])
+def test_dense_under_any_mask(kind: str, form: str) -> None:
+    """Masks with holes, as bool or added to the scores; rows without keys give zeros or anything finite."""
+    call = CALLS[kind]()
+    mask = calls.visible_mask(call)[:, :1] & (torch.arange(11) % 3 != 1)
+    given_mask = mask
+    if form != "bool":
+        lowest = torch.finfo(torch.float32).min if form == "finfo" else -torch.inf
+        given_mask = torch.zeros(mask.shape).masked_fill(~mask, lowest)
+    out = dense.attend_masked(call, given_mask)
+    expected = calls.attend(call, mask.expand(-1, 4, -1, -1))
+    alive = mask.any(-1)[..., None].expand_as(out)
+    assert out.isfinite().all()
+    assert_close(out[alive].double(), expected[alive], atol=1e-5, rtol=1e-5)
+
+
+def test_unknown_engine() -> None:
+    call = CALLS["plain"]()
+    with pytest.raises(ValueError, match="fastest"):
+        engines.attend("fastest", call, calls.random_selection(call, 1, True))

