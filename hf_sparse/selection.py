@@ -64,6 +64,20 @@ class AttentionInputs:
             self, query=self.query[:, :, start:stop], intervals=self.intervals[:, :, start:stop], origin=self.text_start
         )
 
+    def visible_part(self) -> AttentionInputs:
+        """The same rows with the keys alone that some row sees, and at least one key; nothing is copied."""
+        first, stop = self.intervals.unbind(-1)
+        alive = stop > first
+        low = int(torch.where(alive, first, stop.amax() - 1).min()) if bool(alive.any()) else 0
+        keys = slice(low, self.last_visible)
+        return replace(
+            self,
+            key=self.key[:, :, keys],
+            value=self.value[:, :, keys],
+            intervals=(self.intervals - low) * alive.unsqueeze(-1),
+            origin=None,
+        )
+
 
 @dataclass(frozen=True)
 class Selection:

@@ -133,6 +133,42 @@ def select_window(call: AttentionInputs, budgets: Tensor, sink_keys: int, recent
     return out
 
 
+def select_grouped(
+    call: AttentionInputs, budgets: Tensor, sink_keys: int, recent_keys: int, rows_per_group: int
+) -> Tensor:
+    """The specification of the grouped selector if its coarse look drops nothing: bool `(batch, heads, rows, kv_len)`.
+
+    Softcap and attention sinks do not matter to it.
+    """
+    budgets = budgets.expand(call.query.shape[:3])
+    visible = visible_mask(call)
+    # A member's weight for each key; rows that see nothing have no say.
+    weights = scores(call).masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()
+    out = torch.zeros(visible.shape, dtype=torch.bool)
+    for b in range(len(out)):
+        for start in range(0, call.query.shape[2], rows_per_group):
+            rows = range(start, min(start + rows_per_group, call.query.shape[2]))
+            spans = {row: call.intervals[b, 0, row].tolist() for row in rows}
+            alive = [row for row in rows if spans[row][1] > spans[row][0]]
+            if not alive:
+                continue
+            oldest = min(spans[row][0] for row in alive)
+            low = max(oldest, min(spans[row][1] for row in alive) - max(1, recent_keys))
+            for head in range(call.query.shape[1]):
+                first_head = head // call.group_size * call.group_size
+                votes = weights[b, first_head : first_head + call.group_size, rows.start : rows.stop].sum((0, 1))
+                ranking = sorted(range(oldest, low), key=lambda j, votes=votes: (-votes[j].item(), -j))
+                for row in alive:
+                    first, stop = spans[row]
+                    order = [*range(stop - 1, max(first, stop - recent_keys) - 1, -1)]
+                    order += range(first, min(stop, first + sink_keys))
+                    order += range(stop - 1, low - 1, -1)
+                    order += ranking
+                    kept = [j for j in dict.fromkeys(order) if first <= j < stop]
+                    out[b, head, row, kept[: budgets[b, head, row]]] = True
+    return out
+
+
 def random_selection(call: AttentionInputs, rows_per_group: int, per_head: bool, seed: int = 0) -> Selection:
     """A selection of visible keys without rhyme or reason: shuffled candidates, each allowed to some members."""
     generator = torch.Generator().manual_seed(seed)

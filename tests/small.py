@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -38,9 +37,9 @@ def words(count: int, seed: int = 0) -> str:
     return " ".join(f"w{i}" for i in word_ids(count, seed))
 
 
-def save_model(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
-    """A model of the architecture `name` and the tokenizer, saved; gives `folder`."""
-    tiny.model(name, dtype=dtype).save_pretrained(folder)
+def save_model(folder: Path) -> Path:
+    """A Llama and the tokenizer, saved; gives `folder`."""
+    tiny.model("llama").save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

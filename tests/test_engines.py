@@ -32,6 +32,12 @@ CALLS: dict[str, Callable[..., AttentionInputs]] = {
     "no sharing": lambda **kw: calls.inputs(calls.causal_intervals(6, 11), 11, heads=3, kv_heads=3, **kw),
     "one key head": lambda **kw: calls.inputs(calls.causal_intervals(6, 11), 11, heads=6, kv_heads=1, **kw),
     "static": lambda **kw: calls.inputs(calls.causal_intervals(6, 17, spare=6), 17, **kw),
+    "square": lambda **kw: calls.inputs(calls.causal_intervals(6, 6), 6, **kw),
+    "square, padded": lambda **kw: calls.inputs(calls.causal_intervals(6, 6, left=(0, 3), right=(2, 0)), 6, **kw),
+    "square, sliding": lambda **kw: calls.inputs(calls.causal_intervals(6, 6, window=3), 6, **kw),
+    "decode, padded": lambda **kw: calls.inputs(calls.causal_intervals(1, 11, left=(0, 4)), 11, **kw),
+    "decode, sliding": lambda **kw: calls.inputs(calls.causal_intervals(1, 11, window=3), 11, **kw),
+    "decode, static": lambda **kw: calls.inputs(calls.causal_intervals(1, 11, spare=4), 11, **kw),
 }
 LAYOUTS = [(1, True), (1, False), (3, False), (6, True)]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_sparse import SparseAttentionConfig, selectors
 from hf_sparse.config import SELECTORS
 from hf_sparse.selection import AttentionInputs, Selection
+from hf_sparse.selectors import coarse
 from hf_sparse.selectors.grouped import ROWS
 from tests import calls
 
@@ -82,6 +83,25 @@ def test_each_row_keeps_its_budget_of_keys_that_it_sees(selector: str, data: st.
     assert not (mask & ~calls.visible_mask(call)).any()
 
 
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("kind", INTERVALS)
+@pytest.mark.parametrize("kv_len", [0, 20, 1500])
+@pytest.mark.parametrize("rows", [1, 7, ROWS, 2 * ROWS])
+def test_budgets_of_every_kind(selector: str, kind: str, kv_len: int, rows: int) -> None:
+    """As above, for all combinations, up to lengths at which the grouped selector looks at blocks first."""
+    kv_len += rows
+    call = calls.inputs(INTERVALS[kind](rows, kv_len), kv_len, heads=2, kv_heads=1, dim=4)
+    visible = calls.visible_mask(call)
+    config = SparseAttentionConfig(sink_keys=2, recent_keys=3)
+    for most in (1, 5, 100, 190, kv_len):
+        budgets = call.visible[:, None].clamp(max=most)
+        selection = selectors.select(selector, call, budgets, config)
+        mask = selection.mask(2, kv_len)
+        assert torch.equal(mask.sum(-1), budgets.expand(-1, 2, -1))
+        assert torch.equal(selection.kept(2), mask.sum(-1))
+        assert not (mask & ~visible).any()
+
+
 @given(problems("topk"))
 def test_topk_is_the_sort(problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig]) -> None:
     call, budgets, config = problem
@@ -124,30 +144,20 @@ def test_grouped_keeps_the_recent_keys_of_every_row(
     assert not (must & ~mask).any()
 
 
-@given(problems("grouped"))
-def test_grouped_rows_share_one_ranking(problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig]) -> None:
-    """Of two rows of a group, what one keeps of the older keys is part of what the other keeps."""
-    call, _, config = problem
-    mask = select(problem).mask(call.query.shape[1], call.key.shape[2])
-    first, stop = call.intervals[:, 0].unbind(-1)
-    share, size = call.group_size, min(ROWS, call.query.shape[2])
-    for b in range(mask.shape[0]):
-        for start in range(0, mask.shape[2], size):
-            rows = [r for r in range(start, start + size) if stop[b, r] > first[b, r]]
-            if not rows:
-                continue
-            # What all rows of the group see, before anything that one of them keeps as recent.
-            low, high = max(first[b, r] for r in rows), min(stop[b, r] for r in rows) - max(1, config.recent_keys)
-            if high <= low:
-                continue
-            for kv_head in range(call.key.shape[1]):
-                members = mask[b, kv_head * share : (kv_head + 1) * share][:, rows, low:high].flatten(0, 1)
-                # Keys hidden from some rows may come first in the ranking, so compare rows that see the same.
-                same = torch.tensor([int(first[b, r]) for _ in range(share) for r in rows])
-                for value in same.unique():
-                    sets = members[same == value]
-                    sets = sets[sets.sum(-1).argsort()]
-                    assert not (sets[:-1] & ~sets[1:]).any()
+@pytest.mark.parametrize("kind", INTERVALS)
+@pytest.mark.parametrize("rows", [1, 7, 2 * ROWS])
+def test_grouped_is_its_specification(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a coarse look that drops nothing: recent keys, sinks, local keys, then the ranking of the group."""
+    monkeypatch.setattr(coarse, "OVERSAMPLING", 1 << 20)
+    for seed, (extra, most, sink_keys, recent_keys) in enumerate(
+        [(60, 12, 2, 3), (60, 90, 0, 0), (200, 40, 4, 8), (0, 30, 1, 1), (200, 100, 0, 20)]
+    ):
+        kv_len = rows + extra
+        call = calls.inputs(INTERVALS[kind](rows, kv_len), kv_len, dtype=torch.float64, seed=seed)
+        config = SparseAttentionConfig(sink_keys=sink_keys, recent_keys=recent_keys)
+        budgets = call.visible[:, None].clamp(max=most)
+        mask = selectors.select("grouped", call, budgets, config).mask(4, kv_len)
+        assert torch.equal(mask, calls.select_grouped(call, budgets, sink_keys, recent_keys, min(ROWS, rows)))
 
 
 @pytest.mark.parametrize("kind", ["causal", "sliding", "left", "static"])
@@ -158,6 +168,21 @@ def test_grouped_is_topk_where_nothing_is_shared(kind: str) -> None:
     budgets = call.visible[:, None].clamp(max=11)
     grouped, topk = (selectors.select(name, call, budgets, config).mask(2, 50) for name in ("grouped", "topk"))
     assert torch.equal(grouped, topk)
+
+
+@pytest.mark.parametrize("pad", [0, 100])
+@pytest.mark.parametrize("wanted", [5, 1400, 2900])
+def test_the_coarse_look_finds_the_one_key(wanted: int, pad: int) -> None:
+    """Two rows with room for one more key, among thousands."""
+    kv_len, wanted = 3000 + pad, wanted + pad
+    call = calls.inputs(calls.causal_intervals(2, kv_len, left=(pad, pad)), kv_len)
+    key = 0.3 * call.key
+    key[:, :, wanted] = 3.0
+    call = replace(call, query=call.query + 5, key=key)
+    config = SparseAttentionConfig(sink_keys=2, recent_keys=8)
+    budgets = torch.full((2, 1, 2), 2 + 8 + 2)
+    mask = selectors.select("grouped", call, budgets, config).mask(4, kv_len)
+    assert mask[..., wanted].all()
 
 
 @pytest.mark.parametrize("kv_len", [400, 3000])

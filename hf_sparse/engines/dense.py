@@ -26,7 +26,7 @@ def attend(inputs: AttentionInputs) -> Tensor:
     step = max(1, _BLOCK_ELEMENTS // (inputs.key.shape[2] * batch * (1 if plain else heads)))
     parts = []
     for start in range(0, rows, step):
-        block = inputs.rows(start, min(rows, start + step))
+        block = inputs.rows(start, min(rows, start + step)).visible_part()
         mask = interval_to_mask(block.intervals, block.last_visible)
         if plain:
             # SDPA gives NaN for a row that sees nothing: let it see the first key, and drop the result.

@@ -29,7 +29,8 @@ def summarise(rows: Sequence[Row], seed: int) -> Summary:
           length with the worst ratio, and that ratio;
         - `adaptive_vs_fixed`: ratio of each adaptive method to the fixed number of keys at equal cost, by length,
           over all lengths (`mean`), and of each one's own worst length (`worst`): below 1, adaptive is better;
-        - `documents`, `lengths`, `targets`, `block_tokens`, `resampled` (of what the bootstrap drew), `seed`, `samples`, `confidence`, `configs`, `about`.
+        - `documents`, `lengths`, `targets`, `block_tokens`, `resampled` (what the bootstrap drew), `seed`,
+          `samples`, `confidence`, `configs`, `about`.
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lengths = sorted({row["length"] for row in rows})

@@ -56,7 +56,8 @@ def plot_perplexity(summary: Summary, path: Path) -> None:
         style = _style(method) | {"label": _label(method, summary)}
         values = [row["ratio"] for row in rows]
         # Side by side, so that intervals do not cover one another.
-        places = [length * 2 ** (0.05 * (i - len(methods) / 2)) for length in lengths]
+        aside = 0.0 if method == DENSE else 0.05 * (i - len(methods) / 2)
+        places = [length * 2**aside for length in lengths]
         ratio.errorbar(places, values, yerr=None if method == DENSE else _bars(values, rows), capsize=3, **style)
         absolute.plot(lengths, [row["perplexity"] for row in rows], **style)
         density.plot(lengths, [100 * row["density"] for row in rows], **style)

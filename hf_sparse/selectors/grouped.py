@@ -70,7 +70,9 @@ def select_grouped(inputs: AttentionInputs, budgets: Tensor, config: SparseAtten
     room = torch.where(rest > 0, rest + skipped, 0).amax((3, 4))
     members = layout.members_of(inputs.query, kv_heads).to(dtype) * inputs.scaling
     keys = inputs.key[:, :, :kv_len].to(dtype)
-    certain_scores = _scores(members, keys, columns, visible)
+    # The span of sinks may reach beyond `begin`; for the ranking, keys from there on are older keys like others.
+    counted = visible & (~is_sink | (place < begin[:, None, :, None, None]))
+    certain_scores = _scores(members, keys, columns, counted)
     total = certain_scores.logsumexp(-1).masked_fill(~alive.squeeze(-1), torch.inf)
     # A single row gains nothing from summaries, for making them reads every key: all columns survive.
     wanted = torch.full_like(room, kv_len) if rows == 1 else room
