@@ -144,7 +144,7 @@ def sparse_attention_forward(
     else:
         if state.observer is not None:
             state.observer(state.layer, inputs)
-        out, weights = _attend(state, inputs, want_weights=want_weights)
+        out, weights = attend(state, inputs, want_weights=want_weights)
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -170,7 +170,17 @@ def _attend_masked(
     return dense.attend_masked(inputs, mask), weights
 
 
-def _attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool) -> tuple[Tensor, Tensor | None]:
+def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    """One attention call of one layer, a block of rows at a time, counted.
+
+    Args:
+        state: The layer's configuration and counters.
+        inputs: The whole call.
+        want_weights: Whether to form and return the attention weights, at n x n cost.
+
+    Returns:
+        `(batch, heads, q_len, value_dim)`, and the weights `(batch, heads, q_len, kv_len)` or `None`.
+    """
     heads, rows = inputs.query.shape[1:3]
     visible = inputs.visible
     if state.dense is not None:

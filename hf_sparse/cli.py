@@ -7,13 +7,24 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import hf_sparse
 from hf_sparse.cli_demo import DEMO_MODEL, run_demo
-from hf_sparse.cli_options import DataOptions, Json, Model, Revision, RunOptions, SparseOptions, share_options
+from hf_sparse.cli_memory import run_memory
+from hf_sparse.cli_options import (
+    DataOptions,
+    Json,
+    Model,
+    Revision,
+    RunOptions,
+    SparseOptions,
+    parse_integers,
+    share_options,
+)
 from hf_sparse.cli_runs import Outcome, Ready, is_main_process, prepare, run_attention_error, run_perplexity
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.attention_error import ROWS_PER_LENGTH
@@ -96,6 +107,28 @@ def attention_error(
     compared = make_error_methods(sparse.config(), lengths)
     ready = prepare(model, "attention-error", data, run, lengths, targets=1)
     _print(run_attention_error(ready, lengths, compared, rows), ready, run)
+
+
+@app.command()
+@share_options
+def memory(
+    sparse: SparseOptions,
+    lengths: Annotated[str, typer.Option(help="Rows and keys, rising.")] = "2048,4096,8192,16384",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 9,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key heads.")] = 3,
+    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
+    limit: Annotated[float, typer.Option(min=0, help="GiB that no single call may be expected to take.")] = 10.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for summary and plot.")] = Path("results/memory"),
+    as_json: Json = False,
+) -> None:
+    """Peak memory of one attention call across context lengths, dense and sparse (Linux, CPU)."""
+    numbers = parse_integers("--lengths", lengths)
+    check_lengths(numbers, 1, None)
+    if heads % kv_heads:
+        raise UserError(f"heads must be a multiple of kv-heads ({kv_heads}); got {heads}")
+    outcome = run_memory(numbers, (heads, kv_heads, head_dim), sparse.config(), limit, seed, output)
+    print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary, table and plot: {output}")
 
 
 @app.command()

@@ -59,7 +59,7 @@ class DataOptions:
 
     def parsed_lengths(self) -> list[int]:
         """The lengths as numbers; what they must satisfy is checked by `check_lengths`."""
-        return _integers("--lengths", self.lengths)
+        return parse_integers("--lengths", self.lengths)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class SparseOptions:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.dense_layers is not None:
             layers = "" if self.dense_layers == "none" else self.dense_layers
-            values["dense_layers"] = _integers("--dense-layers", layers)
+            values["dense_layers"] = parse_integers("--dense-layers", layers)
         try:
             return SparseAttentionConfig(**values)
         except ValueError as error:
@@ -131,7 +131,8 @@ def share_options(command: Callable[..., None]) -> Callable[..., None]:
     return grouped
 
 
-def _integers(option: str, text: str) -> list[int]:
+def parse_integers(option: str, text: str) -> list[int]:
+    """The whole numbers in `text`, separated by commas; `option` is named where there are others."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:

@@ -108,7 +108,7 @@ def run_perplexity(ready: Ready, methods: perplexity.Methods) -> Outcome:
     summary = perplexity_summary.summarise(rows, ready.about["seed"])
     tables = [cells(summary) for cells in (perplexity_cells, method_cells, verdict_cells)]
     outcome = Outcome(summary, [table for table in tables if table[1]])
-    _write(outcome, ready.folder, "perplexity.png", plots.plot_perplexity)
+    write_outcome(outcome, ready.folder, "perplexity.png", plots.plot_perplexity)
     return outcome
 
 
@@ -121,7 +121,7 @@ def run_attention_error(
     summary = attention_summary.summarise(rows, ready.about["seed"])
     tables = [cells(summary) for cells in (error_cells, shape_cells, slope_cells, comparison_cells)]
     outcome = Outcome(summary, [*tables, layer_cells(summary, SparseAttentionConfig.selector)])
-    _write(outcome, ready.folder, "attention_error.png", plots.plot_attention_error)
+    write_outcome(outcome, ready.folder, "attention_error.png", plots.plot_attention_error)
     return outcome
 
 
@@ -134,7 +134,8 @@ def _rows(ready: Ready) -> ResultFile:
     return ResultFile(ready.folder / "rows.jsonl")
 
 
-def _write(outcome: Outcome, folder: Path, plot: str, draw: Any) -> None:
+def write_outcome(outcome: Outcome, folder: Path, plot: str, draw: Any) -> None:
+    """Write `summary.json`, `tables.md` and, if matplotlib is there, the plot, from the main process."""
     if not is_main_process():
         return
     write_json(folder / "summary.json", outcome.summary)

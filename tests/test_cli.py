@@ -197,18 +197,7 @@ def test_two_processes_make_the_rows_of_one(home: Path, tmp_path: Path) -> None:
     arguments = ["tiny-llama", "--text", "texts", *SHORT, "--methods", "window"]
     assert _run("perplexity", *arguments, "--output", str(tmp_path / "one")) == 0
     script = Path(__file__).parents[1] / "scripts" / "perplexity.py"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-    launch += ["--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     done = subprocess.run(
         [*launch, str(script), *arguments, "--json", "--output", str(tmp_path / "two")],
         env={**os.environ, "HF_HOME": str(tmp_path / "cache")},
@@ -219,3 +208,5 @@ def test_two_processes_make_the_rows_of_one(home: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "two") == pytest.approx(rows(tmp_path / "one"), rel=1e-6)
     assert len(json.loads(done.stdout)["results"]) == 4
+    assert "/4 [" in done.stderr  # the main process had half of the work
+    assert "/8 [" not in done.stderr

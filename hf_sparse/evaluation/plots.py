@@ -47,8 +47,8 @@ def plot_perplexity(summary: Summary, path: Path) -> None:
     Raises:
         UserError: without matplotlib.
     """
-    figure = _figure(13, 4.6)
-    ratio, absolute, density = figure.subplots(1, 3)
+    drawing = figure(13, 4.6)
+    ratio, absolute, density = drawing.subplots(1, 3)
     methods = list(dict.fromkeys(row["method"] for row in summary["results"]))
     for i, method in enumerate(methods):
         rows = [row for row in summary["results"] if row["method"] == method]
@@ -65,8 +65,8 @@ def plot_perplexity(summary: Summary, path: Path) -> None:
     absolute.set(title="Perplexity", ylabel=f"perplexity of the last {summary['targets']:,} tokens")
     density.set(title="Attended keys", ylabel="kept / visible keys, all layers (%)", ylim=(0, None))
     for axes in (ratio, absolute, density):
-        _length_axis(axes, summary["lengths"], "context length (tokens)")
-    _finish(figure, summary, "perplexity across context lengths", _handles(ratio), path)
+        length_axis(axes, summary["lengths"], "context length (tokens)")
+    _finish(drawing, summary, "perplexity across context lengths", _handles(ratio), path)
 
 
 def plot_attention_error(summary: Summary, path: Path) -> None:
@@ -82,8 +82,8 @@ def plot_attention_error(summary: Summary, path: Path) -> None:
     Raises:
         UserError: without matplotlib.
     """
-    figure = _figure(12, 11)
-    panels = figure.subplots(2, 2).flatten()
+    drawing = figure(12, 11)
+    panels = drawing.subplots(2, 2).flatten()
     for axes, (metric, (title, label)) in zip(panels, _ERRORS.items(), strict=False):
         for method in summary["methods"]:
             _draw_error(axes, summary, method, metric)
@@ -91,9 +91,9 @@ def plot_attention_error(summary: Summary, path: Path) -> None:
         axes.legend(fontsize=8, title="slope of the mean row, of the worst 1 % [95 % interval]", title_fontsize=8)
     _draw_keys(panels[-1], summary)
     for axes in panels:
-        _length_axis(axes, summary["lengths"], "visible keys n")
+        length_axis(axes, summary["lengths"], "visible keys n")
     _finish(
-        figure,
+        drawing,
         summary,
         "attention error at equal cost",
         _handles(panels[-1]),
@@ -170,7 +170,12 @@ def _style(method: str) -> dict[str, Any]:
     return {"color": color, "marker": marker, "linewidth": 1.6, "markersize": 5}
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure(width: float, height: float) -> Figure:
+    """An empty figure, inches wide and high.
+
+    Raises:
+        UserError: without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -178,7 +183,8 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
+def length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
+    """Make x a log axis with a tick at each length."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(lengths), [f"{length:,}" for length in lengths])
     axes.minorticks_off()
@@ -193,12 +199,12 @@ def _handles(axes: Axes) -> tuple[list[Any], list[str]]:
 
 
 def _finish(
-    figure: Figure, summary: Summary, title: str, legend: tuple[list[Any], list[str]], path: Path, note: str = ""
+    drawing: Figure, summary: Summary, title: str, legend: tuple[list[Any], list[str]], path: Path, note: str = ""
 ) -> None:
     about = summary["about"]
     documents = len(summary["documents"])
     what = f"{about['model']['name']} ({about['dtype']}): {title}, {documents} document{'s'[: documents > 1]}"
-    figure.suptitle("\n".join(filter(None, [what, note])), fontsize=11)
-    figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False)
+    drawing.suptitle("\n".join(filter(None, [what, note])), fontsize=11)
+    drawing.legend(*legend, loc="outside lower center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    drawing.savefig(path, dpi=150)

@@ -1,11 +1,13 @@
-"""Sharing an evaluation between the processes of `accelerate launch`."""
+"""Sharing an evaluation between the processes of `accelerate launch`, or of `torchrun` on CPUs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 
 from hf_sparse.evaluation.results import ResultFile
@@ -17,8 +19,10 @@ _PATIENCE = timedelta(days=7)
 
 
 def process_state() -> PartialState:
-    """The processes of this run: one, unless it was started by `accelerate launch`."""
-    return PartialState(timeout=_PATIENCE)
+    """The processes of this run: one, unless a launcher started several."""
+    # Without a GPU, accelerate connects the processes only if it is told that they are meant to use the CPU.
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    return PartialState(cpu=several_on_cpu, timeout=_PATIENCE)
 
 
 def my_share(items: Sequence[ItemT], cost: Callable[[ItemT], float]) -> list[ItemT]:

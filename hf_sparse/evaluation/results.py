@@ -43,10 +43,14 @@ def provenance(info: ModelInfo, model: PreTrainedModel, seed: int) -> Row:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "seed": seed,
-        "versions": {name: version(name) for name in ("hf_sparse", "torch", "transformers")}
-        | {"python": platform.python_version()},
-        "commit": commit(),
+        **software(),
     }
+
+
+def software() -> Row:
+    """Versions and commit of what ran."""
+    versions = {name: version(name) for name in ("hf_sparse", "torch", "transformers")}
+    return {"versions": versions | {"python": platform.python_version()}, "commit": commit()}
 
 
 @cache

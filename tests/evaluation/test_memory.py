@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hf_sparse.cli import main
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.evaluation import memory
+
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+
+SHAPE = (4, 2, 32)
+CONFIG = SparseAttentionConfig(min_keys=1, sink_keys=1, recent_keys=8)
+
+
+@linux
+def test_all_scores_take_what_they_must() -> None:
+    length = 2048
+    scores = SHAPE[0] * length**2 * 4
+    peak = memory.measure("eager", length, SHAPE, CONFIG, seed=0)
+    assert scores < peak < 10 * scores
+    sparse = memory.measure("window", length, SHAPE, CONFIG, seed=0)
+    assert SHAPE[0] * length * SHAPE[2] * 4 < sparse < peak / 2  # the output at least
+
+
+def test_exponents_are_those_of_the_rows() -> None:
+    rows = [{"method": "eager", "length": n, "peak_mib": 3e-6 * n**2, "mean_keys": None} for n in (512, 1024, 2048)]
+    rows += [{"method": "window", "length": n, "peak_mib": n**0.75, "mean_keys": 2 * n**0.5} for n in (512, 1024)]
+    assert memory.summarise(rows)["exponents"] == {"eager": 2.0, "window": 0.75, "mean kept keys": 0.5}
+
+
+@linux
+def test_the_command_leaves_out_what_would_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--lengths", "256,1024", "--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--limit", "0"]
+    with pytest.raises(SystemExit) as done:
+        main(["memory", *options, "--output", str(tmp_path), "--json"])
+    assert done.value.code == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert {row["length"] for row in summary["results"]} == {256}
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+    assert "masked-sdpa" in (tmp_path / "tables.md").read_text()
+
+
+def test_heads_that_do_not_divide_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["memory", "--heads", "9", "--kv-heads", "2"])
+    assert done.value.code == 2
+    assert "multiple of kv-heads (2); got 9" in capsys.readouterr().err
