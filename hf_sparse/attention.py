@@ -205,7 +205,7 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
     padded, budgets, shift = (inputs, budgets, None)
     if state.config.selector == "grouped" and rows > 1:
         padded, budgets, shift = _align(inputs, budgets)
-    engine = _engine(state.config, inputs, want_weights=want_weights)
+    engine = _engine(state.config)
     kept = torch.zeros(heads, dtype=torch.int64, device=visible.device)
     parts, weight_parts = [], []
     step = _block_rows(padded, state.config.selector)
@@ -227,11 +227,11 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
     return outs[0], outs[1]
 
 
-def _engine(config: SparseAttentionConfig, inputs: AttentionInputs, *, want_weights: bool) -> str:
+def _engine(config: SparseAttentionConfig) -> str:
     if config.engine != "auto":
         return config.engine
-    # Single rows with keys of their own have nothing to share a gather between: masking what was scored anyway is
-    # quicker until the keys no longer fit (measured on CPU; see scripts).
+    # The exact selector has formed all scores already, and its rows share no keys: masking costs less than copying
+    # keys for each row.
     return "reference" if config.selector == "topk" else "gather"
 
 

@@ -20,7 +20,7 @@ from hf_sparse.evaluation import attention_error, attention_summary, perplexity,
 from hf_sparse.evaluation.attention_tables import comparison_cells, error_cells, layer_cells, shape_cells, slope_cells
 from hf_sparse.evaluation.data import load_documents
 from hf_sparse.evaluation.models import ModelSource
-from hf_sparse.evaluation.perplexity_tables import method_cells, perplexity_cells, verdict_cells
+from hf_sparse.evaluation.perplexity_tables import method_cells, overview_cells, perplexity_cells, verdict_cells
 from hf_sparse.evaluation.processes import process_state
 from hf_sparse.evaluation.results import ResultFile, Row, provenance, write_json
 from hf_sparse.evaluation.tables import Table, markdown_table, text_table
@@ -106,7 +106,7 @@ def run_perplexity(ready: Ready, methods: perplexity.Methods) -> Outcome:
             raise UserError(str(error)) from error
     rows = perplexity.evaluate(ready.model, ready.windows, methods, _rows(ready), ready.about)
     summary = perplexity_summary.summarise(rows, ready.about["seed"])
-    tables = [cells(summary) for cells in (perplexity_cells, method_cells, verdict_cells)]
+    tables = [cells(summary) for cells in (perplexity_cells, method_cells, verdict_cells, overview_cells)]
     outcome = Outcome(summary, [table for table in tables if table[1]])
     write_outcome(outcome, ready.folder, "perplexity.png", plots.plot_perplexity)
     return outcome

@@ -11,7 +11,7 @@ from hf_sparse.evaluation.tables import Table
 
 def perplexity_cells(summary: Summary) -> Table:
     """Perplexity and ratio to dense of every method and length."""
-    header = ["method", "length", "perplexity", "ratio to dense", "95 % interval", "density", "mean keys", "seconds"]
+    header = ["method", "length", "perplexity", "ratio to dense", "95 % interval", "density", "mean keys"]
     cells = [
         [
             row["method"],
@@ -21,10 +21,23 @@ def perplexity_cells(summary: Summary) -> Table:
             "-" if row["method"] == DENSE else _interval(row),
             f"{row['density']:.3f}",
             "-" if row["mean_keys"] is None else f"{row['mean_keys']:.0f}",
-            f"{row['seconds']:.2f}",
         ]
         for row in summary["results"]
     ]
+    return header, cells
+
+
+def overview_cells(summary: Summary) -> Table:
+    """A line per method, a column per length: the dense model's perplexity, then ratios to it."""
+    header = ["method", *(f"{length:,} tokens" for length in summary["lengths"])]
+    cells = []
+    for method in dict.fromkeys(row["method"] for row in summary["results"]):
+        rows = [row for row in summary["results"] if row["method"] == method]
+        if method == DENSE:
+            cells.append(["dense: perplexity", *(f"{row['perplexity']:.2f}" for row in rows)])
+        else:
+            cells.append([f"{method}: ratio", *(f"{row['ratio']:.4f} ({_interval(row)})" for row in rows)])
+            cells.append([f"{method}: density", *(f"{row['density']:.3f}" for row in rows)])
     return header, cells
 
 

@@ -54,14 +54,18 @@ def plot_perplexity(summary: Summary, path: Path) -> None:
         rows = [row for row in summary["results"] if row["method"] == method]
         lengths = [row["length"] for row in rows]
         style = _style(method) | {"label": _label(method, summary)}
-        values = [row["ratio"] for row in rows]
+        # In per cent above dense, on an axis that shows one per cent and fifty at once.
+        values = [100 * (row["ratio"] - 1) for row in rows]
+        bounds = [{name: 100 * (row[name] - 1) for name in ("low", "high")} for row in rows if method != DENSE]
         # Side by side, so that intervals do not cover one another.
         aside = 0.0 if method == DENSE else 0.05 * (i - len(methods) / 2)
         places = [length * 2**aside for length in lengths]
-        ratio.errorbar(places, values, yerr=None if method == DENSE else _bars(values, rows), capsize=3, **style)
+        ratio.errorbar(places, values, yerr=_bars(values, bounds) if bounds else None, capsize=3, **style)
         absolute.plot(lengths, [row["perplexity"] for row in rows], **style)
         density.plot(lengths, [100 * row["density"] for row in rows], **style)
-    ratio.set(title="Perplexity divided by dense perplexity", ylabel="ratio (1 = dense)")
+    ratio.set_yscale("symlog", linthresh=1.0)
+    ratio.set_yticks([-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], ["-1", "", "0", "", "1", "2", "5", "10", "20", "50"])
+    ratio.set(title="Perplexity above dense", ylabel="perplexity / dense perplexity - 1 (%)")
     absolute.set(title="Perplexity", ylabel=f"perplexity of the last {summary['targets']:,} tokens")
     density.set(title="Attended keys", ylabel="kept / visible keys, all layers (%)", ylim=(0, None))
     for axes in (ratio, absolute, density):
