@@ -8,7 +8,6 @@ import pydoc_data.topics
 import shutil
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,88 +16,31 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, StaticCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig, attention, selectors
 from hf_sparse.config import ENGINES, SELECTORS
 from hf_sparse.engines.reference import masked_weights
 from hf_sparse.selection import AttentionInputs
-from hf_sparse.visibility import interval_mask
 from tests import tiny
-
-SPARSE = SparseAttentionConfig(
-    alpha=2.0, exponent=0.5, min_keys=3, sink_keys=1, recent_keys=2, dense_layers=(), dense_below=0
+from tests.sparse import (
+    SPARSE,
+    assert_same,
+    by_design,
+    captured_weights,
+    deviation,
+    every_architecture,
+    every_cache,
+    every_exact_selector,
+    every_selector,
+    every_side,
+    generated,
+    sparse_model,
+    step_by_step,
 )
-EXACT = ("topk", "window")  # selectors whose rows do not share their keys
+
 ENGINE_NAMES = tuple(name for name in ENGINES if name != "auto")
-
-# Asked for in some tests, where it makes engines work on all keys but one.
-by_design = pytest.mark.filterwarnings("ignore:max_keys=39 makes the kept keys grow no faster")
-every_architecture = pytest.mark.parametrize("name", tiny.ARCHITECTURES)
-every_selector = pytest.mark.parametrize("selector", SELECTORS)
-every_exact_selector = pytest.mark.parametrize("selector", EXACT)
-every_cache = pytest.mark.parametrize("cache", ["dynamic", "static"])
-every_side = pytest.mark.parametrize("side", ["left", "right"])
-
-
-def assert_same(ours: Tensor, theirs: Tensor) -> None:
-    """Logits that differ by float32 rounding alone."""
-    assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
-
-
-def sparse_model(name: str, selector: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
-    return hf_sparse.patch(tiny.model(name, dtype), SPARSE, selector=selector, **fields)
-
-
-def new_cache(kind: str, model: PreTrainedModel, longest: int) -> Any:
-    if kind == "static":
-        return StaticCache(config=model.config, max_cache_len=longest)
-    return DynamicCache(config=model.config)
-
-
-@torch.no_grad()
-def step_by_step(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: str, steps: list[int]) -> Tensor:
-    """Logits of `ids` read a few tokens at a time: `steps` says how many, and they add up to the length."""
-    past = new_cache(cache, model, ids.shape[1] + 5)
-    place = tiny.positions(mask)
-    logits, start = [], 0
-    for size in steps:
-        stop = start + size
-        out = model(
-            input_ids=ids[:, start:stop],
-            attention_mask=mask[:, :stop],
-            position_ids=place[:, start:stop],
-            past_key_values=past,
-            use_cache=True,
-        )
-        logits.append(out.logits.float())
-        start = stop
-    assert start == ids.shape[1]
-    return torch.cat(logits, dim=1)
-
-
-@contextmanager
-def captured_weights() -> Iterator[dict[int, list[Tensor]]]:
-    """The weights that each layer of patched models uses in a `with` block, whether the model hands them on or not."""
-    weights: dict[int, list[Tensor]] = {layer: [] for layer in range(tiny.LAYERS)}
-
-    def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
-        out = attention.sparse_attention_forward(module, *args, **{**kwargs, "output_attentions": True})
-        weights[module.layer_idx].append(out[1])
-        return out
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, attention.NAME, attend)
-        yield weights
-
-
-def deviation(ours: Tensor, theirs: Tensor) -> float:
-    """Mean absolute difference, to compare rounding with rounding."""
-    return float((ours - theirs).abs().mean())
-
 
 # 1. With a budget that covers everything, a patched model is the model.
 
@@ -257,16 +199,6 @@ def test_invariant_04_grouped_has_the_same_budgets(name: str, cache: str) -> Non
 
 
 # 5. Every way to generate gives the same tokens.
-
-
-def generated(model: PreTrainedModel, batch: int = 2, new: int = 12, **kwargs: Any) -> list[list[int]]:
-    """The tokens that `model` continues a left-padded batch with."""
-    ids, mask, _ = tiny.padded([24, 17][:batch], "left")
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, **kwargs
-    )
-    tokens: list[list[int]] = out[:, ids.shape[1] :].tolist()
-    return tokens
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
@@ -575,241 +507,3 @@ def test_invariant_10_sinks_keep_their_mass_when_keys_are_dropped() -> None:
     exp = scores.exp() * (weights > 0)
     expected = exp / (exp.sum(-1, keepdim=True) + inputs.sinks.exp().view(1, 4, 1, 1))
     assert_close(weights, expected, atol=1e-5, rtol=1e-4)
-
-
-@every_selector
-@every_architecture
-def test_output_attentions_are_the_weights_that_were_used(name: str, selector: str) -> None:
-    if name == "gpt2":
-        pytest.skip("this model keeps the wish for weights from its attention, with or without us")
-    ids, mask, _ = tiny.padded([40, 29], "left")
-    model = sparse_model(name, selector)
-    with captured_weights() as used, torch.no_grad():
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=tiny.positions(mask),
-            output_attentions=True,
-            use_cache=False,
-        )
-    assert len(out.attentions) == tiny.LAYERS
-    for layer, weights in enumerate(out.attentions):
-        assert torch.equal(weights, used[layer][0])
-    assert_same(out.logits[mask.bool()], tiny.logits(model, ids, mask)[mask.bool()])
-
-
-# Beyond the numbered invariants: training, packed sequences, users' own masks.
-
-
-def gradients(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@by_design
-@every_architecture
-def test_gradients_with_all_keys_are_those_of_the_model(name: str) -> None:
-    ids = tiny.tokens(2, 40)
-    model = tiny.model(name)
-    model.set_attn_implementation("eager")
-    own = gradients(model, ids[:, :-1])
-    # As in invariant 1: selector and engine do the work, and the last row, which loses a key, has no loss.
-    hf_sparse.patch(model, SPARSE, law="fraction", fraction=1.0, max_keys=39, engine="gather")
-    model.zero_grad()
-    labels = ids.clone()
-    labels[:, -1] = -100
-    model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
-    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert ours.keys() == own.keys()
-    for parameter, grad in ours.items():
-        assert_close(grad, own[parameter], atol=1e-4, rtol=1e-3, msg=lambda m, p=parameter: f"{p}: {m}")
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-@every_selector
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2"])
-def test_training_with_checkpoints(name: str, selector: str) -> None:
-    """Recomputed activations give the same gradients, and every projection of attention gets one."""
-    ids = tiny.tokens(2, 40)
-    model = sparse_model(name, selector).train()
-    plain = gradients(model, ids)
-    model.gradient_checkpointing_enable()
-    again = gradients(model, ids)
-    assert again.keys() == plain.keys()
-    for parameter, grad in again.items():
-        assert grad.isfinite().all()
-        assert_close(grad, plain[parameter], atol=1e-5, rtol=1e-4)
-        if "attn" in parameter:
-            assert (grad != 0).any(), parameter
-    assert any("attn" in parameter for parameter in again)
-
-
-def test_training_lowers_the_loss() -> None:
-    ids = tiny.tokens(2, 40)
-    model = sparse_model("llama", "grouped").train()
-    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if "self_attn" in name], lr=1e-2)
-    losses = []
-    for _ in range(15):
-        optimizer.zero_grad()
-        value = model(input_ids=ids, labels=ids, use_cache=False).loss
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    assert losses[-1] < 0.9 * losses[0]
-
-
-def test_dropout_is_applied_in_training_alone() -> None:
-    ids = tiny.tokens(2, 40)
-    model = hf_sparse.patch(tiny.model("llama", attention_dropout=0.5), SPARSE)
-    still = tiny.logits(model, ids)
-    assert torch.equal(tiny.logits(model, ids), still)
-    model.train()
-    assert not torch.allclose(tiny.logits(model, ids), tiny.logits(model, ids))
-
-
-@every_exact_selector
-@every_architecture
-def test_packed_sequences_are_like_sequences_alone(name: str, selector: str) -> None:
-    """Position ids that start anew tell transformers of several sequences in one row."""
-    if name in ("gpt2", "gpt_oss"):
-        pytest.skip("this model does not tell its masks of position ids, with or without us")
-    model = sparse_model(name, selector)
-    lengths = [30, 9, 21]
-    rows = [tiny.tokens(1, length, seed) for seed, length in enumerate(lengths)]
-    place = torch.cat([torch.arange(length) for length in lengths])[None]
-    packed = tiny.logits(model, torch.cat(rows, dim=1), position_ids=place)
-    alone = torch.cat([tiny.logits(model, row) for row in rows], dim=1)
-    assert_same(packed, alone)
-
-
-@every_selector
-@pytest.mark.parametrize("form", ["bool", "additive"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_a_users_own_interval_mask_is_as_good_as_ours(name: str, form: str, selector: str) -> None:
-    """A 4-D mask that is causal, and one that hides the first keys from everyone."""
-    ids = tiny.tokens(2, 40)
-    model = sparse_model(name, selector)
-    causal = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
-    if name not in tiny.SLIDING:
-        assert_same(tiny.logits(model, ids, own_mask(causal, form)), tiny.logits(model, ids))
-    causal = causal & (torch.arange(40) >= 7)
-    hidden = tiny.logits(model, ids, own_mask(causal, form))[:, 7:]
-    assert hf_sparse.report(model).density < 0.75
-    own = tiny.model(name)
-    own.set_attn_implementation("eager")  # which adds masks to scores: only the additive form means anything there
-    dense = tiny.logits(own, ids, own_mask(causal, "additive"))[:, 7:]
-    full = tiny.logits(hf_sparse.patch(model, alpha=1e9), ids, own_mask(causal, form))[:, 7:]
-    assert_same(full, dense)
-    assert not torch.allclose(hidden, dense, atol=1e-2)
-
-
-def own_mask(mask: Tensor, form: str) -> Tensor:
-    return mask if form == "bool" else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-
-
-@pytest.mark.parametrize("form", ["bool", "additive"])
-@every_architecture
-def test_a_users_own_mask_with_holes_runs_dense_and_exact(name: str, form: str) -> None:
-    ids = tiny.tokens(2, 40)
-    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None] & (
-        (torch.arange(40) % 5 != 2) | torch.eye(40).bool()
-    )
-    model = tiny.model(name)
-    model.set_attn_implementation("eager")
-    own = tiny.logits(model, ids, own_mask(mask, "additive"))
-    hf_sparse.patch(model, SPARSE)
-    assert_same(tiny.logits(model, ids, own_mask(mask, form)), own)
-    assert hf_sparse.report(model).density == 1.0
-    assert hf_sparse.report(model).rows[0]["dense_rows"] == {"mask is not an interval": 80}
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-def test_padding_in_the_middle_runs_dense_and_exact(name: str) -> None:
-    ids, mask, _ = tiny.padded([40, 29], "left")
-    mask[0, 11:14] = 0
-    model = tiny.model(name)
-    own = tiny.logits(model, ids, mask)
-    ours = tiny.logits(hf_sparse.patch(model, SPARSE), ids, mask)
-    assert ours.isfinite().all()
-    assert_same(ours[mask.bool()], own[mask.bool()])
-
-
-# These tests can fail.
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
-def test_forgotten_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the mask function, transformers hands over no mask and says nothing: a model must not run then."""
-    model = sparse_model(name, "topk")
-    monkeypatch.delitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, attention.NAME)
-    with pytest.raises(RuntimeError, match="mask"):
-        tiny.logits(model, tiny.tokens(2, 40))
-    with pytest.raises(RuntimeError, match="mask"):
-        generated(model)
-
-
-def seeing_everything(batch_size: int, q_length: int, kv_length: int, **_: Any) -> Tensor:
-    """A mask function that forgets causality and padding."""
-    return torch.tensor([0, kv_length], dtype=torch.int32).expand(batch_size, 1, q_length, 2).contiguous()
-
-
-def blind_to_padding(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    return interval_mask(**kwargs)
-
-
-def blind_to_windows(mask_function: Any = None, **kwargs: Any) -> Tensor:
-    return interval_mask(**kwargs)
-
-
-def blind_to_offsets(q_offset: Any = 0, **kwargs: Any) -> Tensor:
-    return interval_mask(**kwargs)
-
-
-@by_design
-@pytest.mark.parametrize(
-    ("mask_function", "broken"),
-    [
-        (seeing_everything, lambda: test_invariant_01_all_keys_is_dense("llama", "gather", "topk")),
-        (seeing_everything, lambda: test_invariant_04_prefill_is_decode("llama", "topk", "dynamic")),
-        (blind_to_padding, lambda: test_invariant_03_padding("llama", "topk", "left")),
-        (blind_to_windows, lambda: test_invariant_01_all_keys_is_dense("gemma3", "gather", "topk")),
-        (blind_to_offsets, lambda: test_invariant_04_prefill_is_decode("llama", "topk", "static")),
-        (blind_to_offsets, lambda: test_invariant_05_caches_give_the_same_tokens("llama", "topk", {})),
-    ],
-)
-def test_a_wrong_mask_breaks_the_invariants(mask_function: Any, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, attention.NAME, mask_function)
-    with pytest.raises((AssertionError, RuntimeError)):
-        broken()
-
-
-@by_design
-@pytest.mark.parametrize(
-    ("ignored", "name"), [("softcap", "gemma2"), ("s_aux", "gpt_oss"), ("scaling", "gemma3"), ("scaling", "gemma2")]
-)
-def test_an_ignored_argument_breaks_the_invariants(ignored: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(*args: Any, **kwargs: Any) -> Any:
-        return attention.sparse_attention_forward(*args, **{**kwargs, ignored: None})
-
-    if ignored == "scaling":
-        # The default is what these models ask for: make it differ.
-        monkeypatch.setitem(tiny._CONFIGS[name][1], "query_pre_attn_scalar", 64)
-    test_invariant_01_all_keys_is_dense(name, "gather", "topk")
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, attention.NAME, forgetful)
-    with pytest.raises(AssertionError):
-        test_invariant_01_all_keys_is_dense(name, "gather", "topk")
-
-
-def test_a_budget_by_the_length_of_the_buffer_breaks_the_invariants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trap that the package exists to avoid: n taken from the shape of the keys."""
-
-    def by_shape(self: attention.LayerState, visible: Tensor, longest: int) -> Tensor:
-        k = self.config.budget(self.layer)(torch.full_like(visible, longest))
-        return torch.minimum(k, visible)[:, None]
-
-    monkeypatch.setattr(attention.LayerState, "budgets", by_shape)
-    with pytest.raises(AssertionError):
-        test_invariant_03_padding("llama", "topk", "left")
-    with pytest.raises(AssertionError):
-        test_invariant_04_prefill_is_decode("llama", "window", "static")
