@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -197,7 +198,11 @@ def test_two_processes_make_the_rows_of_one(home: Path, tmp_path: Path) -> None:
     arguments = ["tiny-llama", "--text", "texts", *SHORT, "--methods", "window"]
     assert _run("perplexity", *arguments, "--output", str(tmp_path / "one")) == 0
     script = Path(__file__).parents[1] / "scripts" / "perplexity.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     done = subprocess.run(
         [*launch, str(script), *arguments, "--json", "--output", str(tmp_path / "two")],
         env={**os.environ, "HF_HOME": str(tmp_path / "cache")},

@@ -39,13 +39,13 @@ def perplexity_summary() -> dict[str, Any]:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Figures that were drawn."""
     drawn: list[Any] = []
-    make = plots._figure
+    make = plots.figure
 
     def spy(width: float, height: float) -> Any:
         drawn.append(make(width, height))
         return drawn[-1]
 
-    monkeypatch.setattr(plots, "_figure", spy)
+    monkeypatch.setattr(plots, "figure", spy)
     return drawn
 
 
@@ -61,7 +61,7 @@ def test_perplexity(tmp_path: Path, figures: list[Any]) -> None:
     plot_perplexity(perplexity_summary(), path)
     _assert_png(path)
     ratio, absolute, density = figures[0].axes
-    for axes, value in ((ratio, 1.0), (absolute, 15.0), (density, 100.0)):
+    for axes, value in ((ratio, 0.0), (absolute, 15.0), (density, 100.0)):
         (dense,) = (line for line in axes.get_lines() if line.get_color() == "#000000" and line.get_marker() == "s")
         assert list(dense.get_ydata()) == [value] * len(LENGTHS)
         assert axes.get_xscale() == "log"
