@@ -257,7 +257,7 @@ def _align(inputs: AttentionInputs, budgets: Tensor) -> tuple[AttentionInputs, T
     alive = stop > first
     index = torch.arange(rows, device=first.device)
     # The position of a row in its text is its last visible key, counted from the text's first visible key.
-    start = torch.where(alive, first, first.new_tensor(inputs.key.shape[2])).amin(-1)
+    start = inputs.text_start
     head = torch.where(alive, index, rows).amin(-1).clamp(max=rows - 1)
     position = stop.gather(1, head[:, None])[:, 0] - 1 - start
     shift = (position - head) % ROWS
@@ -272,7 +272,7 @@ def _align(inputs: AttentionInputs, budgets: Tensor) -> tuple[AttentionInputs, T
     )
     intervals = inputs.intervals.gather(2, source[:, None, :, None].expand(-1, -1, -1, 2)) * inside[:, None, :, None]
     budgets = budgets.gather(2, source[:, None].expand(-1, budgets.shape[1], -1)) * inside[:, None]
-    aligned = replace(inputs, query=query, intervals=intervals.to(torch.int32), origin=inputs.text_start)
+    aligned = replace(inputs, query=query, intervals=intervals.to(torch.int32), origin=start)
     return aligned, budgets, shift
 
 

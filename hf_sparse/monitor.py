@@ -48,12 +48,6 @@ class LayerCounters:
             if number := int((rows & (visible > 0)).sum()):
                 self.dense_rows[reason] += number
 
-    def reset(self) -> None:
-        """Forget everything counted so far."""
-        self.calls = self.rows = self.visible = 0
-        self.kept = None
-        self.dense_rows.clear()
-
 
 @dataclass(frozen=True)
 class SparsityReport:

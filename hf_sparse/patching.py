@@ -109,7 +109,7 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def report(model: nn.Module) -> SparsityReport:
-    """What each layer and head of a patched model has attended to since it was patched, or since `reset`.
+    """What each layer and head of a patched model has attended to since it was patched.
 
     Raises:
         ValueError: If the model is not patched.

@@ -62,7 +62,7 @@ def largest(scores: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Columns, int64 `(..., width)`, in no particular order, and which of them are taken, bool `(..., width)`,
-        where `width` is the largest budget.
+        where `width` is one more than the largest budget, or `length` if that is less.
     """
     length = scores.shape[-1]
     width = min(int(budgets.max()) + 1, length)
