@@ -1,0 +1,35 @@
+"""What an attention layer adds to the residual stream, as a function of what its heads put out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Names under which models keep the projection behind their heads.
+_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+
+
+@torch.no_grad()
+def output_weights(attention: nn.Module, heads: int, value_dim: int) -> Tensor:
+    """The slices W_h of the output projection, so that the layer adds the sum of W_h o_h: float32.
+
+    Where no projection is found under a usual name, the identity: heads then count by the size of what they put out.
+
+    Args:
+        attention: The attention module.
+        heads: Query heads.
+        value_dim: Size of a head's output.
+
+    Returns:
+        `(heads, hidden, value_dim)`.
+    """
+    width = heads * value_dim
+    projection = next((m for name in _NAMES if isinstance(m := getattr(attention, name, None), nn.Module)), None)
+    if projection is None:
+        columns = torch.eye(width)
+    else:
+        # Through the module itself, so that quantised weights and adapters count as they are; without its bias.
+        own = next(p for p in projection.parameters())
+        eye = torch.eye(width, device=own.device, dtype=own.dtype if own.is_floating_point() else torch.float32)
+        columns = (projection(eye) - projection(torch.zeros_like(eye[:1]))).float()
+    return columns.view(heads, value_dim, -1).transpose(1, 2)
