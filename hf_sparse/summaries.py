@@ -134,9 +134,11 @@ def _in_blocks(states: Tensor) -> Tensor:
 def _with_room(pair: tuple[Tensor, Tensor] | None, key: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`pair` with place for `count` entries, zeros where nothing was written: a masked NaN would still spread."""
     room = 0 if pair is None else pair[0].shape[2]
-    if pair is not None and room >= count:
+    # What was made in inference mode cannot be written to outside of it.
+    if pair is not None and room >= count and (not pair[0].is_inference() or torch.is_inference_mode_enabled()):
         return pair
-    room = max(count, room + room // 4, BLOCK)
+    if room < count:
+        room = max(count, room + room // 4, BLOCK)
     dtype = torch.promote_types(key.dtype, torch.float32)
     grown = tuple(key.new_zeros((*key.shape[:2], room, key.shape[3]), dtype=dtype) for _ in range(2))
     if pair is not None:
