@@ -22,8 +22,8 @@ from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.results import Row, software
 from hf_sparse.evaluation.windows import check_lengths, cut_windows
 
-# Tokens of text on which a real layer's inputs are captured, at most.
-_CAPTURED = 4096
+# Tokens of text on which a real layer's inputs are captured, at most; beyond that length they are repeated.
+_CAPTURED = 8192
 _CHARS_PER_TOKEN = 8
 
 
