@@ -92,6 +92,12 @@ def test_causal_blocks_are_causal(length: int) -> None:
     assert blocks.shape == (1, 1, length, length)
 
 
+def test_flex_under_causal_blocks_is_causal_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_compiled_flex", lambda: dense.flex_attention)  # compiling takes longer than a test may
+    inputs = gaussian(SHAPE, torch.float32, CPU, seed=0).prefill(200)
+    torch.testing.assert_close(dense.flex(inputs, dense.causal_blocks(200, CPU)), dense.sdpa(inputs))
+
+
 def test_ours_goes_back_to_before_the_step() -> None:
     config = SparseAttentionConfig(min_keys=8, alpha=2.0, recent_keys=8)
     found = layer.decode_cell(gaussian(SHAPE, torch.float32, CPU, 0), 300, config, repeats=4, seconds=0.0)
