@@ -159,6 +159,12 @@ def take_rows(states: Tensor, columns: Tensor) -> Tensor:
 
     Copies nothing else, also where `states` is a part of longer storage, as that of a cache.
     """
+    vectors, index = as_vectors(states, columns)
+    return vectors.index_select(0, index.flatten()).view(*columns.shape, states.shape[3])
+
+
+def as_vectors(states: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """`states` as vectors `(number, dim)`, without a copy, and where those at `columns` are among them."""
     batch, kv_heads, kv_len, dim = states.shape
     sizes = states.shape[:3]
     strides = [stride if size > 1 else 0 for size, stride in zip(sizes, states.stride(), strict=False)]
@@ -172,8 +178,7 @@ def take_rows(states: Tensor, columns: Tensor) -> Tensor:
         vectors = states.as_strided((count, dim), (unit, 1))
     sequence = torch.arange(batch, device=columns.device).view(-1, 1) * steps[0]
     base = sequence + torch.arange(kv_heads, device=columns.device) * steps[1]
-    index = columns * steps[2] + base.view(batch, kv_heads, *[1] * (columns.dim() - 2))
-    return vectors.index_select(0, index.flatten()).view(*columns.shape, dim)
+    return vectors, columns * steps[2] + base.view(batch, kv_heads, *[1] * (columns.dim() - 2))
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:

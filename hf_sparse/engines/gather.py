@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_sparse.engines.softmax import attention_weights
-from hf_sparse.selection import AttentionInputs, Selection, take_rows
+from hf_sparse.selection import AttentionInputs, Selection, as_vectors, take_rows
 
 # Bytes of gathered keys and values, and of scores, that are alive at a time.
 _CHUNK_BYTES = 32 * 2**20
+
+# Members of a group up to which values are summed where they lie, on a CPU.
+_FEW_MEMBERS = 8
 
 
 def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
@@ -42,5 +46,18 @@ def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
         part_sinks = None if sinks is None else sinks[:, :, part]
         allowed = selection.allowed[:, :, part]
         weights = attention_weights(scores, allowed, part_sinks, inputs, scaled=known is not None)
-        parts.append(weights.to(inputs.value.dtype) @ take_rows(inputs.value, columns))
+        parts.append(_weighted_values(weights.to(inputs.value.dtype), inputs.value, columns))
     return selection.rows_of(torch.cat(parts, dim=2), heads)
+
+
+def _weighted_values(weights: Tensor, value: Tensor, columns: Tensor) -> Tensor:
+    """Sums of the values at `columns` `(batch, kv_heads, groups, width)`: `(..., groups, members, value_dim)`."""
+    *outer, members, width = weights.shape
+    if members <= _FEW_MEMBERS and not torch.is_grad_enabled() and value.device.type == "cpu":
+        # As few sums as one row has need no copy of the values: each is read where it lies, once for each member.
+        vectors, index = as_vectors(value, columns)
+        if vectors.is_contiguous():
+            index = index.unsqueeze(-2).expand(weights.shape).reshape(-1, width)
+            weights = weights.reshape(-1, width)
+            return F.embedding_bag(index, vectors, mode="sum", per_sample_weights=weights).view(*outer, members, -1)
+    return weights @ take_rows(value, columns)

@@ -57,6 +57,30 @@ class _Row:
     take: Numbers
 
 
+@dataclass(frozen=True)
+class _Search:
+    """What is known before any score is: the same for all layers with the same law.
+
+    Attributes:
+        budgets: The budgets that this was made for.
+        row: Where to look.
+        columns: Columns that are scored in any case, int64 `(batch, kv_heads, width)`: older ones beside the blocks,
+            then sinks and local keys.
+        valid: bool, of the same shape: which of them are there; `None` if all are.
+        own: bool `(batch, kv_heads, share, sinks and local keys)`: which of the latter each head keeps.
+        room: Older keys that are wanted, int64 `(batch, kv_heads)`, or one number if that is the same for all heads.
+        limit: Older keys that each head may keep, int64 `(batch, kv_heads or 1, share or 1, 1)`.
+    """
+
+    budgets: Tensor
+    row: _Row
+    columns: Tensor
+    valid: Tensor | None
+    own: Tensor
+    room: Tensor | int
+    limit: Tensor
+
+
 @torch.no_grad()
 def select_single(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
     """Give the row its recent keys, its sinks, and the best of the other keys in the blocks that survive.
@@ -72,39 +96,20 @@ def select_single(inputs: AttentionInputs, budgets: Tensor, config: SparseAttent
     kv_heads = inputs.key.shape[1]
     share = heads // kv_heads
     device = inputs.query.device
-    facts = inputs.facts
-    first, stop = facts.first[:, 0].numpy(), facts.stop[:, 0].numpy()
-
-    # Sinks and local keys are certain, as far as the budget goes; `rest` is left for older keys.
-    budget = budgets[..., 0].cpu().numpy()
-    sinks = np.minimum(budget - np.minimum(budget, config.recent_keys), config.sink_keys)
-    low = np.maximum(stop - max(1, config.recent_keys), first)
-    own_sinks = np.minimum(sinks, (low - first)[:, None])
-    own_local = np.minimum(budget - sinks, (stop - low)[:, None])
-    rest = budget - own_sinks - own_local
-    by_group = rest.reshape(batch, -1, share if rest.shape[1] > 1 else 1)
-    room = by_group.max(-1)
-    row = _look_where(inputs, first, stop, low, room, config.sink_keys)
-
-    # Columns that are scored in any case: older ones beside the blocks, then `number` sinks and local keys.
-    place, seen, is_own = _columns_in_any_case(row, low, own_sinks, own_local, config.sink_keys)
-    number = is_own.shape[-1]
-    last = inputs.key.shape[2] - 1
-    columns = torch.from_numpy(place.clip(0, last)).to(device)[:, None].expand(-1, kv_heads, -1)
+    search = _search(inputs, budgets, config)
+    columns, valid, number = search.columns, search.valid, search.own.shape[-1]
     members = inputs.query.reshape(batch, kv_heads, share, dim).to(accurate(inputs.query.dtype)) * inputs.scaling
     scores = _scores(members, inputs.key, columns)
-    valid = None
-    if not seen.all():
-        valid = torch.from_numpy(seen).to(device)[:, None].expand(-1, kv_heads, -1)
+    if valid is not None:
         scores = scores.masked_fill(~valid[:, :, None], _LOWEST)
 
-    if row.take.any():
+    if search.row.take.any():
         total = scores[..., scores.shape[-1] - number :].logsumexp(-1, keepdim=True)
-        blocks, survives = _surviving_blocks(members, inputs, total, row)
-        start = torch.from_numpy(row.origin).to(device)[:, None, None] + blocks * BLOCK
+        blocks, survives = _surviving_blocks(members, inputs, total, search.row)
+        start = torch.from_numpy(search.row.origin).to(device)[:, None, None] + blocks * BLOCK
         older = (start[..., None] + torch.arange(BLOCK, device=device)).flatten(2)
         if survives is not None:
-            older = older.clamp_(max=last)
+            older = older.clamp_(max=inputs.key.shape[2] - 1)
         older_scores = _scores(members, inputs.key, older)
         if survives is not None or valid is not None:
             count = torch.ones_like(older, dtype=torch.bool)
@@ -120,24 +125,64 @@ def select_single(inputs: AttentionInputs, budgets: Tensor, config: SparseAttent
     votes = scores.softmax(-1)[..., :middle].sum(2)
     if valid is not None:
         votes = votes.masked_fill(~valid[..., :middle], -torch.inf)
-    alike = bool((by_group == room[..., None]).all())
-    if alike and (room == room[0, 0]).all():
-        best = largest_alike(votes, int(room[0, 0]))
+    if isinstance(search.room, int):
+        best = largest_alike(votes, search.room)
         chosen = torch.ones((), dtype=torch.bool, device=device).expand(*best.shape[:2], share, best.shape[-1])
     else:
-        wanted = torch.from_numpy(room).to(device).expand(batch, kv_heads)
-        best, taken = ranked(votes, wanted)
-        limit = torch.from_numpy(by_group).to(device)[..., None]
-        chosen = (taken[:, :, None] & (taken.cumsum(-1)[:, :, None] <= limit)).expand(-1, -1, share, -1)
-    own = torch.from_numpy(is_own.reshape(batch, *by_group.shape[1:], -1)).to(device).expand(-1, kv_heads, share, -1)
+        best, taken = ranked(votes, search.room)
+        chosen = (taken[:, :, None] & (taken.cumsum(-1)[:, :, None] <= search.limit)).expand(-1, -1, share, -1)
     certain = torch.arange(middle, middle + number, device=device)
     best = torch.cat([best, certain.expand(batch, kv_heads, -1)], dim=-1)
     return Selection(
         columns.gather(-1, best)[:, :, None],
-        torch.cat([chosen, own], dim=-1)[:, :, None],
+        torch.cat([chosen, search.own], dim=-1)[:, :, None],
         rows_per_group=1,
         per_head=False,
         scores=scores.gather(-1, best[:, :, None].expand(-1, -1, share, -1))[:, :, None],
+    )
+
+
+def _search(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> _Search:
+    """The search for this call: made by the first of the layers that share it."""
+    shared = inputs.facts.shared
+    constants = (COARSE_FROM, coarse.OVERSAMPLING)
+    key = (config, inputs.query.shape[1], inputs.key.shape[1:3], inputs.query.device, constants)
+    known = shared.get(key)
+    if inputs.origin is None and isinstance(known, _Search) and known.budgets is budgets:
+        return known
+    shared[key] = search = _make_search(inputs, budgets, config)
+    return search
+
+
+def _make_search(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> _Search:
+    batch, heads = inputs.query.shape[:2]
+    kv_heads, kv_len = inputs.key.shape[1:3]
+    share = heads // kv_heads
+    device = inputs.query.device
+    first, stop = (x[:, 0].numpy() for x in (inputs.facts.first, inputs.facts.stop))
+
+    # Sinks and local keys are certain, as far as the budget goes; `rest` is left for older keys.
+    budget = budgets[..., 0].cpu().numpy()
+    sinks = np.minimum(budget - np.minimum(budget, config.recent_keys), config.sink_keys)
+    low = np.maximum(stop - max(1, config.recent_keys), first)
+    own_sinks = np.minimum(sinks, (low - first)[:, None])
+    own_local = np.minimum(budget - sinks, (stop - low)[:, None])
+    rest = budget - own_sinks - own_local
+    by_group = rest.reshape(batch, -1, share if rest.shape[1] > 1 else 1)
+    room = by_group.max(-1)
+    row = _look_where(inputs, first, stop, low, room, config.sink_keys)
+    place, seen, is_own = _columns_in_any_case(row, low, own_sinks, own_local, config.sink_keys)
+    own = torch.from_numpy(is_own.reshape(batch, *by_group.shape[1:], -1)).to(device)
+    return _Search(
+        budgets,
+        row,
+        torch.from_numpy(place.clip(0, kv_len - 1)).to(device)[:, None].expand(-1, kv_heads, -1),
+        None if seen.all() else torch.from_numpy(seen).to(device)[:, None].expand(-1, kv_heads, -1),
+        own.expand(-1, kv_heads, share, -1),
+        int(room.flat[0])
+        if (by_group == room.flat[0]).all()
+        else torch.from_numpy(room).to(device).expand(batch, kv_heads),
+        torch.from_numpy(by_group).to(device)[..., None],
     )
 
 
