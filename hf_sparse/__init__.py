@@ -1,5 +1,6 @@
 """Adaptive-window sparse attention for Hugging Face causal language models, in one line."""
 
+from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.monitor import SparsityReport
 from hf_sparse.observe import observed
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CalibrationRecord",
     "SparseAttentionConfig",
+    "SparseCache",
     "SparsityReport",
     "SupportReport",
     "__version__",

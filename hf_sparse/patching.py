@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.attention import NAME, STATE, LayerState, register
 from hf_sparse.budget import warn_if_too_slow
+from hf_sparse.cache_hooks import CacheHooks, install, remove
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.monitor import SparsityReport, make_report
 from hf_sparse.support import SupportReport, attention_modules, inspect
@@ -29,6 +30,7 @@ class _Patch:
     """What `unpatch` puts back: `(module, attribute, original configuration, the copy it was replaced by)`."""
 
     configs: list[tuple[nn.Module, str, PreTrainedConfig, PreTrainedConfig]]
+    hooks: CacheHooks
 
 
 def patch(model: ModelT, config: SparseAttentionConfig | None = None, **fields: Any) -> ModelT:
@@ -68,6 +70,7 @@ def patch(model: ModelT, config: SparseAttentionConfig | None = None, **fields: 
     for layer in support.layers:
         state = LayerState(layer.layer, config, reasons.get(layer.layer))
         setattr(base.get_submodule(layer.name), STATE, state)
+    getattr(base, _HANDLE).hooks.forward.reset()
     return model
 
 
@@ -82,6 +85,7 @@ def unpatch(model: ModelT) -> ModelT:
             setattr(module, name, original)
     for module in states(base):
         delattr(module, STATE)
+    remove(base, handle.hooks)
     delattr(base, _HANDLE)
     return model
 
@@ -117,7 +121,8 @@ def report(model: nn.Module) -> SparsityReport:
     base = base_model(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched: there is nothing to report")
-    return make_report({state.layer: state.counters for state in states(base).values()})
+    handle: _Patch = getattr(base, _HANDLE)
+    return make_report({state.layer: state.counters for state in states(base).values()}, handle.hooks.forward.notes())
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -176,4 +181,4 @@ def _rebind(model: PreTrainedModel) -> None:
         # The internal attribute: the property's setter would also change sub-configurations (vision towers).
         config: Any = module.config
         config._attn_implementation_internal = NAME
-    setattr(model, _HANDLE, _Patch(copies))
+    setattr(model, _HANDLE, _Patch(copies, install(model)))
