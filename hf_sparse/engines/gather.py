@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from hf_sparse.engines.softmax import attention_weights
 from hf_sparse.selection import AttentionInputs, Selection, as_vectors, take_rows
 
-# Bytes of gathered keys and values, and of scores, that are alive at a time.
-_CHUNK_BYTES = 32 * 2**20
+# Bytes of gathered keys and values, and of scores, that are alive at a time: they should stay in a processor's cache.
+_CHUNK_BYTES = 2 * 2**20
 
 # Members of a group up to which values are summed where they lie, on a CPU.
 _FEW_MEMBERS = 8

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.selection import AttentionInputs
+from hf_sparse.selectors.votes import votes
 from hf_sparse.summaries import BLOCK
 
 OVERSAMPLING = 4
@@ -49,13 +50,15 @@ def surviving_columns(
     edge = (start < low) & (start + BLOCK > oldest) & ~inside
     take = -(-OVERSAMPLING * wanted // BLOCK)
     if bool((take >= inside.sum(-1)).all()):
-        votes = torch.zeros(inside.shape, device=members.device)
+        shares = torch.zeros(inside.shape, device=members.device)
     else:
         mean, variance = inputs.own_summaries.blocks(inputs.key, origin.tolist(), kv_len, count)
-        votes = _votes(members, mean, variance, certain, inside)
-    votes = votes.masked_fill(~inside, -torch.inf).masked_fill(edge, torch.inf)
+        nobody = torch.zeros(inside.shape, dtype=members.dtype, device=members.device)
+        bias = nobody.masked_fill_(~inside, -torch.inf) + math.log(BLOCK)
+        shares = votes(members, mean.unsqueeze(2), certain, bias, variance=variance.unsqueeze(2) * _SPREAD**2)
+    shares = shares.masked_fill(~inside, -torch.inf).masked_fill(edge, torch.inf)
     take = take + edge.sum(-1)
-    order = votes.expand(*take.shape, -1).sort(dim=-1, descending=True, stable=True).indices
+    order = shares.expand(*take.shape, -1).sort(dim=-1, descending=True, stable=True).indices
     order = order[..., : max(1, int(take.max()))]
     survives = (torch.arange(order.shape[-1], device=members.device) < take[..., None]) & (inside | edge).expand(
         *take.shape, -1
@@ -85,14 +88,3 @@ def expected_scores(
     """
     scores = (members.square() @ variance.transpose(-1, -2)).sqrt_().mul_(spread)
     return scores.add_(members @ mean.transpose(-1, -2)).add_(math.log(size))
-
-
-def _votes(members: Tensor, mean: Tensor, variance: Tensor, certain: Tensor, inside: Tensor) -> Tensor:
-    """Log of the attention weight that a group's members are expected to give to each block, summed over them.
-
-    A weight is relative to all that a member attends to: the blocks `inside`, and what is `certain`.
-    """
-    scores = expected_scores(members, mean.unsqueeze(2), variance.unsqueeze(2))
-    scores += torch.zeros(inside.shape, device=members.device).masked_fill_(~inside, -torch.inf).unsqueeze(3)
-    total = torch.logaddexp(scores.logsumexp(-1), certain)
-    return (scores - total.unsqueeze(-1)).logsumexp(3)

@@ -16,6 +16,7 @@ from hf_sparse.selection import AttentionInputs, Selection, accurate, take_rows
 from hf_sparse.selectors.coarse import surviving_columns
 from hf_sparse.selectors.single import select_single
 from hf_sparse.selectors.topk import ranked
+from hf_sparse.selectors.votes import votes
 
 ROWS = 64
 """Query rows in a group. A block of rows given to the selector is cut into groups of this many from its start."""
@@ -82,16 +83,21 @@ def select_groups(inputs: AttentionInputs, budgets: Tensor, config: SparseAttent
     certain_scores = _scores(members, inputs.key, columns, counted)
     total = certain_scores.logsumexp(-1).masked_fill(~alive.squeeze(-1), torch.inf)
     older, valid = surviving_columns(members, inputs, total, begin, low, room)
-    seen = older.unsqueeze(3)
-    visible = valid.unsqueeze(3) & (seen >= first) & (seen < stop)
-    scores = _scores(members, inputs.key, older, visible)
-    total = torch.logaddexp(scores.logsumexp(-1), total).unsqueeze(-1)
-    votes = (scores - total).logsumexp(3).masked_fill(~valid, -torch.inf)
+    # All members see all older keys, but for those behind the sliding window of a part of the rows.
+    alike = bool((first <= begin[:, None, :, None, None]).all())
+    seen = None if alike else older.unsqueeze(3) >= first
+    nobody = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, -torch.inf)
+    shares = votes(members, take_rows(inputs.key, older).to(dtype), total, nobody, seen)
+    shares = shares.masked_fill(~valid, -torch.inf)
 
-    place, taken = ranked(votes, torch.minimum(room, (votes > -torch.inf).sum(-1)))
+    place, taken = ranked(shares, torch.minimum(room, valid.sum(-1)))
     older = older.gather(-1, place)
-    eligible = taken.unsqueeze(3) & (older.unsqueeze(3) >= start)
-    older_allowed = eligible & (eligible.cumsum(-1) <= rest)
+    if alike and not bool((start > begin[:, None, :, None, None]).any()):
+        rank = torch.arange(older.shape[-1], device=older.device)
+        older_allowed = taken.unsqueeze(3) & (rank < rest)
+    else:
+        eligible = taken.unsqueeze(3) & (older.unsqueeze(3) >= start)
+        older_allowed = eligible & (eligible.cumsum(-1) <= rest)
     return Selection(
         torch.cat([columns, older], dim=-1),
         torch.cat([allowed, older_allowed], dim=-1),
