@@ -4,11 +4,13 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.monitor import SparsityReport
 from hf_sparse.observe import observed
 from hf_sparse.patching import is_patched, patch, patched, report, unpatch
+from hf_sparse.record import CalibrationRecord
 from hf_sparse.support import SupportReport, inspect
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationRecord",
     "SparseAttentionConfig",
     "SparsityReport",
     "SupportReport",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from hf_sparse.budget import LAWS, Budget, LawName
+from hf_sparse.checks import check_choice, check_extra, check_integer, check_number, split_unknown
+from hf_sparse.record import CalibrationRecord
 
 SelectorName = Literal["grouped", "topk", "window"]
 EngineName = Literal["auto", "reference", "gather"]
@@ -43,6 +43,8 @@ class SparseAttentionConfig:
         dense_below: A row that sees fewer keys than this keeps them all.
         per_head: Calibrated laws: layer index -> one `(alpha, exponent)` for each query head; `None` for one law
             for all. Layers without an entry follow `alpha` and `exponent`. Only with `law="power"`.
+        calibration: What `per_head` was fitted on; it changes no result.
+        extra: Fields of a newer release, kept as they were read; they change no result.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -62,22 +64,23 @@ class SparseAttentionConfig:
     dense_layers: tuple[int, ...] | None = None
     dense_below: int = 256
     per_head: Mapping[int, tuple[HeadLaw, ...]] | None = field(default=None, hash=False)
+    calibration: CalibrationRecord | None = field(default=None, hash=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name, allowed in (("law", LAWS), ("selector", SELECTORS), ("engine", ENGINES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        _check_number("alpha", self.alpha, above=0.0)
-        _check_number("exponent", self.exponent, least=0.0, most=1.0)
+            check_choice(name, getattr(self, name), allowed)
+        check_number("alpha", self.alpha, above=0.0)
+        check_number("exponent", self.exponent, least=0.0, most=1.0)
         for name in ("min_keys", "max_keys", "keys"):
             if name == "min_keys" or getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), least=1)
+                check_integer(name, getattr(self, name), least=1)
         for name in ("sink_keys", "recent_keys", "dense_below"):
-            _check_integer(name, getattr(self, name), least=0)
+            check_integer(name, getattr(self, name), least=0)
         if self.max_keys is not None and self.max_keys < self.min_keys:
             raise ValueError(f"max_keys must be at least min_keys ({self.min_keys}); got {self.max_keys}")
         if self.fraction is not None:
-            _check_number("fraction", self.fraction, above=0.0, most=1.0)
+            check_number("fraction", self.fraction, above=0.0, most=1.0)
         for law, name in (("fixed", "keys"), ("fraction", "fraction")):
             if (self.law == law) != (getattr(self, name) is not None):
                 raise ValueError(
@@ -90,6 +93,9 @@ class SparseAttentionConfig:
             if self.law != "power":
                 raise ValueError(f"per_head needs law='power'; got law={self.law!r}")
             object.__setattr__(self, "per_head", _normalise_heads(self.per_head))
+        if self.calibration is not None and not isinstance(self.calibration, CalibrationRecord):
+            raise ValueError(f"calibration must be a CalibrationRecord or None; got {self.calibration!r}")
+        object.__setattr__(self, "extra", check_extra("extra", self.extra, _KNOWN))
 
     def budget(self, layer: int | None = None) -> Budget:
         """The budget of `layer`, or of a layer without a calibrated law when `layer` is `None`."""
@@ -111,48 +117,27 @@ class SparseAttentionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that `json.dumps` takes and `from_dict` gives back."""
-        out = asdict(self)
+        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         out["dense_layers"] = None if self.dense_layers is None else list(self.dense_layers)
         if self.per_head is not None:
             out["per_head"] = {str(layer): [list(law) for law in laws] for layer, laws in self.per_head.items()}
-        return {"schema_version": SCHEMA_VERSION, **out}
+        # Left out where there is none: results measured without one are found again by their configuration.
+        del out["calibration"]
+        if self.calibration is not None:
+            out["calibration"] = self.calibration.to_dict()
+        return {"schema_version": SCHEMA_VERSION, **out, **self.extra}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparseAttentionConfig:
-        """The inverse of `to_dict`. Keys of a newer schema are ignored with a warning, missing ones defaulted."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known - {"schema_version"})
-        if unknown:
-            warnings.warn(
-                f"ignoring fields this release does not know: {', '.join(unknown)} "
-                f"(schema {data.get('schema_version')!r}, this release reads {SCHEMA_VERSION})",
-                UserWarning,
-                stacklevel=2,
-            )
-        return cls(**{name: value for name, value in data.items() if name in known})
+        """The inverse of `to_dict`. Unknown keys are kept in `extra`, with a warning; missing ones are defaulted."""
+        extra = split_unknown("config", data, _KNOWN, SCHEMA_VERSION)
+        given = {name: value for name, value in data.items() if name in _KNOWN}
+        if given.get("calibration") is not None:
+            given["calibration"] = CalibrationRecord.from_dict(given["calibration"])
+        return cls(**given, extra=extra)
 
 
-def _check_number(
-    name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None
-) -> None:
-    bounds = [f"above {above:g}"] if above is not None else []
-    bounds += [f"at least {least:g}"] if least is not None else []
-    bounds += [f"at most {most:g}"] if most is not None else []
-    inside = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and (above is None or value > above)
-        and (least is None or value >= least)
-        and (most is None or value <= most)
-    )
-    if not inside:
-        raise ValueError(f"{name} must be a finite number {' and '.join(bounds)}; got {value!r}")
-
-
-def _check_integer(name: str, value: Any, *, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
+_KNOWN = frozenset(f.name for f in fields(SparseAttentionConfig)) - {"extra"}
 
 
 def _normalise_layers(layers: Any) -> tuple[int, ...]:
@@ -160,7 +145,7 @@ def _normalise_layers(layers: Any) -> tuple[int, ...]:
         raise ValueError(f"dense_layers must be layer indices or None; got {layers!r}")
     layers = tuple(layers)
     for layer in layers:
-        _check_integer("dense_layers", layer, least=0)
+        check_integer("dense_layers", layer, least=0)
     return tuple(sorted(set(layers)))
 
 
@@ -174,12 +159,12 @@ def _normalise_heads(per_head: Any) -> dict[int, tuple[HeadLaw, ...]]:
             pairs = tuple((alpha, exponent) for alpha, exponent in laws)
         except (TypeError, ValueError):
             raise ValueError(f"per_head[{layer!r}] must be one (alpha, exponent) per head; got {laws!r}") from None
-        _check_integer("per_head layer", index, least=0)
+        check_integer("per_head layer", index, least=0)
         if not pairs:
             raise ValueError(f"per_head[{layer!r}] must hold at least one (alpha, exponent); got none")
         for head, (alpha, exponent) in enumerate(pairs):
-            _check_number(f"per_head[{layer!r}][{head}] alpha", alpha, above=0.0)
-            _check_number(f"per_head[{layer!r}][{head}] exponent", exponent, least=0.0, most=1.0)
+            check_number(f"per_head[{layer!r}][{head}] alpha", alpha, above=0.0)
+            check_number(f"per_head[{layer!r}][{head}] exponent", exponent, least=0.0, most=1.0)
         if index in out:
             raise ValueError(f"per_head names layer {index} twice")
         out[index] = pairs

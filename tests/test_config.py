@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse import SparseAttentionConfig
+from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.budget import LAWS
 from hf_sparse.config import ENGINES, SELECTORS
 
@@ -82,11 +82,33 @@ def test_a_file_that_leaves_fields_out_gets_the_defaults() -> None:
     assert SparseAttentionConfig.from_dict({}) == SparseAttentionConfig()
 
 
-def test_a_newer_file_is_read_with_a_warning_that_names_what_was_ignored() -> None:
-    data = {**SparseAttentionConfig(alpha=3.0).to_dict(), "schema_version": 99, "zeta": 1, "beta": 2}
+def test_a_newer_file_is_read_with_a_warning_and_written_again_as_it_was() -> None:
+    data = {**SparseAttentionConfig(alpha=3.0).to_dict(), "schema_version": 99, "zeta": [1, {"a": None}], "beta": 2}
     with pytest.warns(UserWarning, match=r"beta, zeta.*99"):
         config = SparseAttentionConfig.from_dict(data)
-    assert config == SparseAttentionConfig(alpha=3.0)
+    assert dataclasses.replace(config, extra={}) == SparseAttentionConfig(alpha=3.0)
+    assert config.to_dict() == data
+
+
+@pytest.mark.parametrize("value", [3, {"alpha": 1}, {"a": math.nan}, {"a": object()}])
+def test_extra_is_json_and_no_second_field(value: Any) -> None:
+    with pytest.raises(ValueError, match="extra"):
+        SparseAttentionConfig(extra=value)
+
+
+@pytest.mark.parametrize("value", ["1", None, 0, True, 1.5])
+def test_the_schema_version_is_a_number(value: Any) -> None:
+    with pytest.raises(ValueError, match="schema_version"):
+        SparseAttentionConfig.from_dict({"schema_version": value})
+
+
+def test_the_calibration_goes_with_the_config() -> None:
+    record = CalibrationRecord(layers=2, heads={0: 4, 1: 4}, fitted_to=4096)
+    config = SparseAttentionConfig(calibration=record)
+    assert SparseAttentionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(SparseAttentionConfig())
+    with pytest.raises(ValueError, match="calibration must be a CalibrationRecord"):
+        SparseAttentionConfig(calibration=record.to_dict())  # type: ignore[arg-type]
 
 
 def test_a_wrong_value_in_a_file_is_an_error_too() -> None:

@@ -1,0 +1,124 @@
+"""Checks of single values, for the dataclasses that come out of files: every error names field, value and allowed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_PATH = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|(.*[/\\])?\.\.([/\\]|$)")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def check_number(
+    name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None
+) -> None:
+    """Refuse what is not a finite number within the bounds."""
+    bounds = [f"above {above:g}"] if above is not None else []
+    bounds += [f"at least {least:g}"] if least is not None else []
+    bounds += [f"at most {most:g}"] if most is not None else []
+    inside = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (above is None or value > above)
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+    )
+    if not inside:
+        raise ValueError(f"{name} must be a finite number {' and '.join(bounds)}".rstrip() + f"; got {value!r}")
+
+
+def check_integer(name: str, value: Any, *, least: int) -> None:
+    """Refuse what is not a whole number, at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Refuse what is not one of the names in `allowed`."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def check_text(name: str, value: Any, *, longest: int = 500) -> None:
+    """Refuse what is not one line of at most `longest` characters; the empty one is allowed."""
+    if not isinstance(value, str) or len(value) > longest or _CONTROL.search(value):
+        shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}..."
+        raise ValueError(f"{name} must be one line of text, at most {longest} characters; got {shown}")
+
+
+def check_name(name: str, value: Any) -> None:
+    """Refuse what is not a name: text that is no path of a machine, absolute or relative to a folder above."""
+    check_text(name, value)
+    if _PATH.match(value):
+        raise ValueError(f"{name} must be a name, not a path of a machine; got {value!r}")
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Refuse what is not a mapping."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a mapping; got {value!r}")
+
+
+def check_names(name: str, value: Any) -> tuple[str, ...]:
+    """`value` as a tuple, refused unless it is a sequence of names."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} must be a list of names; got {value!r}")
+    out = tuple(value)
+    for i, item in enumerate(out):
+        check_name(f"{name}[{i}]", item)
+    return out
+
+
+def check_versions(name: str, value: Any) -> dict[str, str]:
+    """`value` as a dictionary, refused unless it maps names of packages to versions."""
+    check_mapping(name, value)
+    for package, version in value.items():
+        check_name(f"{name} package", package)
+        check_text(f"{name}[{package!r}]", version)
+    return dict(value)
+
+
+def check_extra(name: str, value: Any, known: Iterable[str]) -> dict[str, Any]:
+    """`value` as a dictionary, refused unless it is JSON without the keys in `known`."""
+    check_mapping(name, value)
+    taken = sorted(set(value) & set(known))
+    if taken:
+        raise ValueError(f"{name} must not hold the names of fields; got {', '.join(taken)}")
+    try:
+        encoded = json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must be what JSON can hold; got {value!r}: {error}") from None
+    return dict(encoded)
+
+
+def split_unknown(what: str, data: Mapping[str, Any], known: Iterable[str], version: int) -> dict[str, Any]:
+    """What of `data` this release does not know, with a warning: keys of a newer release, and its schema version.
+
+    Args:
+        what: What `data` describes, for the warning.
+        data: From a file.
+        known: The keys that this release knows, besides `"schema_version"`.
+        version: The schema that this release writes.
+
+    Raises:
+        ValueError: if the schema version is not a whole number.
+    """
+    check_mapping(what, data)
+    theirs = data.get("schema_version", version)
+    check_integer(f"{what} schema_version", theirs, least=1)
+    unknown = {name: data[name] for name in sorted(set(data) - set(known) - {"schema_version"})}
+    if unknown:
+        warnings.warn(
+            f"{what} has fields this release does not know and keeps as they are: {', '.join(unknown)} "
+            f"(schema {theirs}, this release reads {version})",
+            UserWarning,
+            stacklevel=4,
+        )
+    # A newer file stays one when it is written again.
+    return unknown | ({"schema_version": theirs} if theirs > version else {})
