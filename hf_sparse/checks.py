@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _PATH = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|(.*[/\\])?\.\.([/\\]|$)")
+_MOST_NAMED = 10
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -114,8 +115,10 @@ def split_unknown(what: str, data: Mapping[str, Any], known: Iterable[str], vers
     check_integer(f"{what} schema_version", theirs, least=1)
     unknown = {name: data[name] for name in sorted(set(data) - set(known) - {"schema_version"})}
     if unknown:
+        names = [name if name.isidentifier() else repr(name) for name in unknown]
+        named = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
         warnings.warn(
-            f"{what} has fields this release does not know and keeps as they are: {', '.join(unknown)} "
+            f"{what} has fields this release does not know and keeps as they are: {named} "
             f"(schema {theirs}, this release reads {version})",
             UserWarning,
             stacklevel=4,
