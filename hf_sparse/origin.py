@@ -1,0 +1,44 @@
+"""Where a model in memory came from: its Hub id and commit, or its folder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from hf_sparse.policy import is_hub_id
+
+# A snapshot in the cache of huggingface_hub.
+_SNAPSHOT = re.compile(r".*[/\\]models--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})[/\\]?")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What `from_pretrained` was given.
+
+    Attributes:
+        name: Hub id, or the absolute path of a folder; `None` for a model that was not loaded.
+        revision: Commit on the Hub, where it is known.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return self.name is not None and not is_hub_id(self.name)
+
+
+def origin_of(model: PreTrainedModel) -> Origin:
+    """Where `model` says that it was loaded from."""
+    name: str = getattr(model.config, "_name_or_path", None) or ""
+    if snapshot := _SNAPSHOT.fullmatch(name):
+        return Origin(snapshot["name"].replace("--", "/", 1), snapshot["commit"])
+    if name and Path(name).is_dir():
+        return Origin(str(Path(name).absolute()))
+    if is_hub_id(name):
+        return Origin(name, getattr(model.config, "_commit_hash", None))
+    return Origin()
