@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_sparse import policy_files
+from hf_sparse.bundle import CARD, Bundle, make_bundle
+from hf_sparse.errors import UserError, first_line
+from hf_sparse.origin import Origin, origin_of
+from hf_sparse.patching import base_model as unwrapped
+from hf_sparse.patching import patch, policy_of
+from hf_sparse.policy import Policy
+from hf_sparse.remote import Remote
+from hf_sparse.suitability import check_calibration, warn_of_another_base
+from hf_sparse.support import inspect
 
 PathLike = str | os.PathLike[str]
+
+MESSAGE = "Publish a sparse attention policy"
+
+# Arguments of from_pretrained that say how to reach the Hub, and those that a configuration alone takes.
+_HUB_OPTIONS = frozenset({"token", "cache_dir", "force_download", "local_files_only"})
+_CONFIG_OPTIONS = _HUB_OPTIONS | {"revision", "trust_remote_code", "gguf_file", "subfolder", "proxies"}
 
 
 def save_pretrained(
@@ -41,7 +62,15 @@ def save_pretrained(
     Raises:
         ValueError: if the model is not patched, or a folder of results does not hold any.
     """
-    raise NotImplementedError
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a path; got {type(folder).__name__}")
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    bundle = _bundle(model, weights=weights, tokenizer=tokenizer, results=results)
+    card = path / CARD
+    bundle.write(path, path.resolve().name, card.read_text(encoding="utf-8") if card.is_file() else None)
+    return path
 
 
 def from_pretrained(name_or_path: PathLike, **kwargs: Any) -> PreTrainedModel:
@@ -60,7 +89,30 @@ def from_pretrained(name_or_path: PathLike, **kwargs: Any) -> PreTrainedModel:
         UserError: (a `ValueError`) if the policy or its base cannot be found, reached or read, is wrong, or was
             calibrated for another architecture, number of layers or number of heads.
     """
-    raise NotImplementedError
+    shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    loaded = policy_files.load(name_or_path, revision=kwargs.pop("revision", None), **shared)
+    base, revision = loaded.source()
+    if "base_model" in kwargs:
+        base, revision = os.fspath(kwargs.pop("base_model")), None
+    options = {"trust_remote_code": False, **kwargs}
+    if loaded.has_weights:
+        options.setdefault("use_safetensors", True)
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        record = loaded.policy.config.calibration
+        if record is not None:
+            # Before any weights are fetched.
+            named = {name: options[name] for name in _CONFIG_OPTIONS & options.keys()}
+            config = AutoConfig.from_pretrained(base, **named)
+            check_calibration(record, inspect(config), config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        of = "" if base == loaded.location else f", the base model of {loaded.location}"
+        raise UserError(f"cannot load {base}{of}: {first_line(error)}") from error
+    if revision is None:
+        warn_of_another_base(loaded.policy, origin_of(model))
+    return patch(model, loaded.policy)
 
 
 def push_to_hub(
@@ -102,4 +154,69 @@ def push_to_hub(
         UserError: (a `ValueError`) without a token or the right to write, if the repository exists and holds
             something else, or the Hub is out of reach. Nothing has been committed then.
     """
-    raise NotImplementedError
+    remote = Remote.look(repo_id, token=token, revision=revision, create_pr=create_pr, private=private)
+    bundle = _bundle(model, weights=weights, tokenizer=tokenizer, results=results, base_model=base_model)
+    check_publishable(bundle.policy)
+    with TemporaryDirectory() as folder:
+        bundle.write(Path(folder), remote.repo_id, remote.card)
+        return remote.commit(Path(folder), commit_message or MESSAGE, private=private)
+
+
+def check_publishable(policy: Policy) -> None:
+    """Refuse a policy that others could not load.
+
+    Raises:
+        UserError: if it comes without weights and names no base model on the Hub.
+    """
+    if not policy.weights and (policy.base_model is None or policy.base_is_local):
+        raise UserError(
+            "a policy without weights is published with the Hub id of its base model: name it with base_model=... "
+            "(--base-model), or publish the weights, too"
+        )
+
+
+def _bundle(
+    model: nn.Module,
+    *,
+    weights: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+    results: Sequence[PathLike],
+    base_model: str | None = None,
+) -> Bundle:
+    """The files of a patched model."""
+    base = unwrapped(model)
+    policy = policy_of(base)
+    if base is not model and weights:
+        raise UserError(f"{type(model).__name__} holds an adapter: merge it first, with merge_and_unload()")
+    if base is not model:
+        warnings.warn("the adapter is not part of the policy: save it, too", UserWarning, stacklevel=3)
+    origin = origin_of(base)
+    named = Origin(base_model) if base_model is not None else _lineage(origin) if weights else origin
+    policy = replace(policy, base_model=named.name, revision=named.revision)
+    if weights and tokenizer is None:
+        tokenizer = _tokenizer(origin)
+    return make_bundle(policy, origin, results, model=base if weights else None, tokenizer=tokenizer)
+
+
+def _lineage(origin: Origin) -> Origin:
+    """The base on the Hub of weights that are saved: of a folder, what the policy in it names."""
+    if origin.is_local:
+        beside = Path(str(origin.name)) / policy_files.NAME
+        policy = policy_files.read(beside) if beside.is_file() else None
+        return Origin() if policy is None or policy.base_is_local else Origin(policy.base_model, policy.revision)
+    return origin
+
+
+def _tokenizer(origin: Origin) -> PreTrainedTokenizerBase | None:
+    try:
+        if origin.name is not None:
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                origin.name, revision=origin.revision, trust_remote_code=False
+            )
+            return found
+    except (OSError, ValueError, KeyError) as error:
+        why = first_line(error)
+    else:
+        why = "the model was not loaded from anywhere"
+    warnings.warn(f"no tokenizer is saved with the weights: {why}; pass tokenizer=", UserWarning, stacklevel=4)
+    return None

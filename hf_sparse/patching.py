@@ -29,6 +29,7 @@ _HANDLE = "_hf_sparse_patch"
 # Fields without which a calibration is no longer that of the configuration.
 _LAW = frozenset({"law", "alpha", "exponent", "keys", "fraction", "per_head"})
 
+ConfigLike = SparseAttentionConfig | Policy | str | os.PathLike[str] | None
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -45,7 +46,7 @@ class _Patch:
     policy: Policy
 
 
-def patch(model: ModelT, config: SparseAttentionConfig | str | os.PathLike[str] | None = None, **fields: Any) -> ModelT:
+def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
     """Make a causal language model attend sparsely, in place.
 
     Weights are not touched, and `unpatch` restores the model bit for bit. Patching a patched model replaces its
@@ -56,7 +57,7 @@ def patch(model: ModelT, config: SparseAttentionConfig | str | os.PathLike[str] 
     Args:
         model: A causal language model whose attention goes through transformers' `AttentionInterface`, or a PEFT
             model around one.
-        config: What to attend to: a configuration, or the name of a published one (a Hub id, a folder or a
+        config: What to attend to: a configuration, a policy, or the name of one (a Hub id, a folder or a
             `sparse_config.json`); the default `SparseAttentionConfig` if `None`.
         **fields: Fields of `SparseAttentionConfig` that replace those of `config`.
 
@@ -110,9 +111,7 @@ def unpatch(model: ModelT) -> ModelT:
 
 
 @contextmanager
-def patched(
-    model: ModelT, config: SparseAttentionConfig | str | os.PathLike[str] | None = None, **fields: Any
-) -> Iterator[ModelT]:
+def patched(model: ModelT, config: ConfigLike = None, **fields: Any) -> Iterator[ModelT]:
     """`patch` for the length of a `with` block. What the model was before, patched or not, is restored after it."""
     base = base_model(model)
     before, policy = states(base), policy_of(base) if is_patched(base) else None
@@ -174,11 +173,11 @@ def states(model: nn.Module) -> dict[nn.Module, LayerState]:
     return {module: vars(module)[STATE] for module in model.modules() if STATE in vars(module)}
 
 
-def _policy(
-    model: PreTrainedModel, config: SparseAttentionConfig | str | os.PathLike[str] | None, fields: Mapping[str, Any]
-) -> Policy:
+def _policy(model: PreTrainedModel, config: ConfigLike, fields: Mapping[str, Any]) -> Policy:
     """What to patch with. A policy whose configuration is changed loses what was measured of it."""
-    if config is None or isinstance(config, SparseAttentionConfig):
+    if isinstance(config, Policy):
+        policy = config
+    elif config is None or isinstance(config, SparseAttentionConfig):
         policy = Policy(config or SparseAttentionConfig())
     elif isinstance(config, str | os.PathLike):
         loaded = policy_files.load(config)

@@ -52,6 +52,31 @@ class Loaded:
         """Whether it was read from a folder, not from the Hub."""
         return self.commit is None
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the policy lies beside weights of its own."""
+        folder = Path(self.location)
+        lie_there = self.is_local and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+        return self.policy.weights or lie_there
+
+    def source(self) -> tuple[str, str | None]:
+        """What to load the model from: a Hub id or a folder, and the revision.
+
+        Raises:
+            UserError: (a `ValueError`) if the policy does not say, or names a folder that is not here, or that was
+                never meant for this machine.
+        """
+        base = self.policy.base_model
+        if self.has_weights:
+            return self.location, self.commit
+        if base is None:
+            raise UserError(f"{self.location} names no base model: load one, then hf_sparse.patch(model, ...) it")
+        if self.policy.base_is_local and not self.is_local:
+            raise UserError(f"{self.location} names a folder as its base model, {base!r}: it must be a Hub id")
+        if self.policy.base_is_local and not Path(base).is_dir():
+            raise UserError(f"{self.location} names the base model {base}, and there is no such folder")
+        return base, self.policy.revision
+
 
 def load(
     name_or_path: str | os.PathLike[str],

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_sparse.errors import UserError
+from hf_sparse.errors import UserError, first_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -177,12 +177,6 @@ def load_model(
     """
     source = ModelSource.find(name, revision)
     return source.model(dtype=dtype, device_map=device_map), source.tokenizer(), source.info()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, without the full stop; its class if it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .") if lines else type(error).__name__
 
 
 def _check_device(device_map: str | None) -> None:
