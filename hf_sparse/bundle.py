@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse import policy_files
 from hf_sparse.card import license_in, make_card
-from hf_sparse.errors import UserError
+from hf_sparse.errors import OutOfReachError, UserError
 from hf_sparse.hub_errors import hub_errors
 from hf_sparse.measured import Results, plots, quality
 from hf_sparse.origin import Origin
@@ -113,9 +112,9 @@ def make_bundle(
     if read:
         policy = replace(policy, quality=quality(read, policy.config))
     policy = replace(policy, versions=versions(), weights=model is not None)
-    card = _base_file(origin, CARD) if license is None else None
+    config, card = _base_files(origin)
     found = license or (license_in(card.decode("utf-8", errors="replace")) if card else None)
-    return Bundle(policy, read, _base_file(origin, CONFIG), found, model, tokenizer)
+    return Bundle(policy, read, config, found, model, tokenizer)
 
 
 def versions() -> dict[str, str]:
@@ -123,15 +122,22 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("hf_sparse", "torch", "transformers")}
 
 
-def _base_file(origin: Origin, name: str) -> bytes | None:
-    """A file of the base model, or `None` if it has none or is out of reach."""
+def _base_files(origin: Origin) -> tuple[bytes | None, bytes | None]:
+    """`config.json` and card of the base model; `None` for what it lacks, or what is out of reach."""
     if origin.name is None:
-        return None
-    try:
-        if origin.is_local:
-            return (Path(origin.name) / name).read_bytes()
-        options: dict[str, Any] = {"revision": origin.revision}
-        with hub_errors(f"cannot read {name} of {origin.name}"):
-            return Path(hf_hub_download(origin.name, name, **options)).read_bytes()
-    except (OSError, UserError):
-        return None
+        return None, None
+    if origin.is_local:
+        paths = [Path(origin.name) / name for name in (CONFIG, CARD)]
+        config, card = (path.read_bytes() if path.is_file() else None for path in paths)
+        return config, card
+    found: list[bytes | None] = []
+    for name in (CONFIG, CARD):
+        try:
+            with hub_errors(f"cannot read {name} of {origin.name}"):
+                found.append(Path(hf_hub_download(origin.name, name, revision=origin.revision)).read_bytes())
+        except OutOfReachError:
+            # Asking again takes as long as asking once.
+            return (*found, None, None)[0], None
+        except UserError:
+            found.append(None)
+    return found[0], found[1]

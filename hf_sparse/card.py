@@ -43,9 +43,10 @@ def make_card(
     data["pipeline_tag"] = data.get("pipeline_tag") or _TASK
     tags = data.get("tags") or []
     data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
-    results = [result for result in data.get("eval_results") or [] if not _is_ours(result)] + _eval_results(policy)
+    others = [result for result in data.get("eval_results") or [] if not _is_ours(result)]
+    results = others + _eval_results(policy)
     data["eval_results"] = results or None
-    data["model_name"] = (data.get("model_name") or name.rpartition("/")[2]) if results else None
+    data["model_name"] = (data.get("model_name") if others else name.rpartition("/")[2]) if results else None
     text = str(card)
     ModelCard(text)  # what we wrote can be read again
     return text

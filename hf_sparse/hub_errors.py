@@ -18,12 +18,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_sparse.errors import UserError
+from hf_sparse.errors import OutOfReachError, UserError
 
 # Of httpx or of its successor, whichever huggingface_hub is built on.
 _HTTP_ERROR: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 
 _OUT_OF_REACH = "the Hub is out of reach; check the connection, or HF_ENDPOINT and HF_HUB_OFFLINE"
+_OFFLINE = "HF_HUB_OFFLINE is set"
+_UNREACHED = (_OUT_OF_REACH, _OFFLINE)
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 _STATUS = {
@@ -50,13 +52,15 @@ def hub_errors(doing: str) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, HFValidationError, EntryNotFoundError, _HTTP_ERROR) as error:
-        raise UserError(f"{doing}: {_explain(error)}") from error
+        said = _explain(error)
+        kind = OutOfReachError if said.startswith(_UNREACHED) else UserError
+        raise kind(f"{doing}: {said}") from error
 
 
 def _explain(error: BaseException) -> str:
     match error:
         case OfflineModeIsEnabled():
-            return "HF_HUB_OFFLINE is set"
+            return _OFFLINE
         case LocalTokenNotFoundError():
             return f"there is no token; {_LOGIN}"
         case LocalEntryNotFoundError():

@@ -53,6 +53,7 @@ class Remote:
         revision: str | None = None,
         create_pr: bool = False,
         private: bool | None = None,
+        anonymous: bool = False,
     ) -> Remote:
         """Look at what is there; nothing is changed.
 
@@ -62,15 +63,17 @@ class Remote:
             revision: The branch to commit to.
             create_pr: Whether to open a pull request.
             private: Whether the repository must be private.
+            anonymous: Whether to look without a token, too.
 
         Raises:
             UserError: without a token, out of reach of the Hub, or if something else is there.
         """
-        if token is False or (not isinstance(token, str) and get_token() is None):
+        known = token is not False and (isinstance(token, str) or get_token() is not None)
+        if not known and not anonymous:
             raise UserError(f"cannot publish {repo_id} without a token: log in with `hf auth login`, or set HF_TOKEN")
         api = HfApi(token=token)
         with hub_errors(f"cannot look at {repo_id}"):
-            if "/" not in repo_id:
+            if "/" not in repo_id and known:
                 repo_id = f"{api.whoami()['name']}/{repo_id}"
             has_branch = True
             try:

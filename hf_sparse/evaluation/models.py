@@ -24,13 +24,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_sparse import policy_files
 from hf_sparse.errors import UserError, first_line
+from hf_sparse.policy import Policy
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _UNREADABLE = (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError, SafetensorError, struct.error)
 _WEIGHTS = (".safetensors", ".bin")
-_PROFILE = "sparse_config.json"
 # What is read of each end of a weight file to tell two models in folders of the same name apart.
 _SAMPLE_BYTES = 1 << 20
 
@@ -66,28 +67,29 @@ class ModelSource:
         name: Hub id, or the last part of the path.
         revision: Commit, branch or tag on the Hub; `None` for the default branch.
         gguf_file: File in `location` that holds the model.
+        policy: The policy that named the model; `None` if the model was named itself.
     """
 
     location: str
     name: str
     revision: str | None = None
     gguf_file: str | None = None
+    policy: Policy | None = None
 
     @classmethod
     def find(cls, name: str, revision: str | None = None) -> ModelSource:
         """The source that `name` stands for: an existing folder or `.gguf` file, or else a Hub id.
 
+        Where there is a policy, the source is the model that it names.
+
         Raises:
-            UserError: if `name` is a path and nothing usable is there. The Hub is not asked.
+            UserError: if `name` is a path and nothing usable is there, or a policy is wrong.
         """
         path = Path(name).expanduser()
         if path.is_dir():
+            if (path / policy_files.NAME).is_file():
+                return cls._of_policy(policy_files.load(path))
             if not (path / "config.json").is_file():
-                if (path / _PROFILE).is_file():
-                    raise UserError(
-                        f"{name} holds a {_PROFILE} without a model: profiles cannot be evaluated by name yet; pass "
-                        "their base model and its settings"
-                    )
                 raise UserError(f"{name} holds no model: there is no config.json; pass a .gguf file by its own name")
             return cls(str(path), path.resolve().name)
         if path.suffix == ".gguf":
@@ -98,7 +100,19 @@ class ModelSource:
             return cls(str(path.parent), path.name, gguf_file=path.name)
         if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise UserError(f"{name} is not a model: pass a Hub id, a folder that holds a config.json or a .gguf file")
+        try:
+            return cls._of_policy(policy_files.load(name, revision=revision))
+        except UserError as error:
+            # No such file, no such repository, no Hub: then it is a model, or the model's own error says what it is.
+            if not isinstance(error.__cause__, OSError):
+                raise
         return cls(name, name, revision)
+
+    @classmethod
+    def _of_policy(cls, loaded: policy_files.Loaded) -> ModelSource:
+        location, revision = loaded.source()
+        name = Path(location).resolve().name if Path(location).is_dir() else location
+        return cls(location, name, revision, policy=loaded.policy)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
