@@ -51,6 +51,13 @@ def load(name: str, **arguments: Any) -> Logits:
     return _logits(hf_sparse.from_pretrained(name, **arguments))
 
 
+def save(base: str, fields: Mapping[str, Any], folder: str, **arguments: Any) -> None:
+    """Patch a base model and save it."""
+    import hf_sparse
+
+    hf_sparse.save_pretrained(hf_sparse.patch(_model(base), **fields), folder, **arguments)
+
+
 def policy(name: str) -> dict[str, Any]:
     """What the policy of a repository says."""
     from hf_sparse import policy_files

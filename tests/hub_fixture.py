@@ -1,4 +1,4 @@
-"""The world of `hub_world` as a fixture: one for all modules that name this plugin, because it takes seconds to start."""
+"""The world of `hub_world` as a fixture: one for all modules that name this plugin, as it takes seconds to start."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import struct
 from collections.abc import Iterator
@@ -234,8 +235,8 @@ def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def test_a_base_that_is_no_hub_id(base: str, world: World) -> None:
     world.hub.add("evil/base", {"sparse_config.json": json.dumps(policy(world, base_model=base)).encode()})
     with world.hub.recording() as requests:
-        refused(world.reader.attempt("load", name="evil/base"), "base_model")
-        exits(world.reader.attempt("command", arguments=["publish", "evil/base", "ada/out"]), "base_model")
+        refused(world.reader.attempt("load", name="evil/base"), "base")
+        exits(world.reader.attempt("command", arguments=["publish", "evil/base", "ada/out"]), "base")
     assert all("/evil/base/" in request for request in requests), "nothing else may be asked for"
 
 
@@ -289,8 +290,9 @@ def test_code_in_a_repository_is_not_run(where: str, model_type: str, world: Wor
     world.hub.add(name, {"sparse_config.json": json.dumps(policy(world, **fields)).encode()})
     loaded = world.reader.attempt("load", name=name)
     command = world.reader.attempt("command", arguments=["publish", name, "ada/out", "--dry-run"])
+    assert "[y/N]" not in command.value["out"], "nobody may be asked whether to run it"
     if model_type == "evil":  # only its own code can read it
-        refused(loaded, "trust_remote_code")
+        refused(loaded, "custom code")
         exits(command)
     else:  # what transformers knows is read by transformers
         assert not loaded.errors, loaded.traceback
@@ -344,7 +346,7 @@ def test_a_broken_model(kind: str, weights: bool, world: World) -> None:
     name = base if weights else f"{base}-policy"
     world.hub.add(name, {"sparse_config.json": json.dumps(policy(world, **fields)).encode()})
     refused(world.reader.attempt("load", name=name), base)
-    exits(world.reader.attempt("command", arguments=["publish", name, "ada/out"]), base)
+    exits(world.reader.attempt("command", arguments=["publish", name, "ada/out", "--weights"]), base)
 
 
 def test_a_model_that_cannot_be_patched(world: World, tmp_path: Path) -> None:
@@ -368,6 +370,41 @@ def test_calibrated_for_another_model(record: dict[str, Any], word: str, world: 
     world.hub.add("evil/other", {"sparse_config.json": json.dumps(policy(world, calibration=record)).encode()})
     refused(world.reader.attempt("load", name="evil/other"), word)
     refused(world.reader.attempt("patch", base=BASE, name="evil/other"), word)
+
+
+@pytest.mark.parametrize("linked", ["README.md", "sparse_config.json", "config.json"])
+def test_links_out_of_a_folder_are_not_followed(linked: str, world: World, tmp_path: Path) -> None:
+    """Neither is what they lead to published, nor is it written over."""
+    secret = tmp_path / "secret"
+    text = "---\nlicense: mit\n---\nthe secret" if linked == "README.md" else '{"architectures": ["the secret"]}'
+    secret.write_text(text)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "sparse_config.json").write_text(json.dumps(policy(world)))
+    (folder / linked).unlink(missing_ok=True)
+    (folder / linked).symlink_to(secret)
+    outcome = world.reader.attempt("command", arguments=["publish", str(folder), "ada/out", "--dry-run", "--json"])
+    assert not outcome.errors, outcome.traceback
+    assert "the secret" not in outcome.value["out"] + outcome.value["err"]
+    if outcome.value["code"] == 0:
+        shown = {file["path"]: file["bytes"] for file in json.loads(outcome.value["out"])["files"]}
+        assert shown.get(linked) != len(text)
+    world.reader.attempt("save", base=BASE, fields=FIELDS, folder=str(folder))
+    assert secret.read_text() == text
+
+
+@pytest.mark.parametrize("kind", ["itself", "a folder", "a pipe", "a device"])
+def test_a_policy_that_is_no_file(kind: str, world: World, tmp_path: Path) -> None:
+    path = tmp_path / "sparse_config.json"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path if kind == "itself" else "/dev/zero")
+    for name in (tmp_path, path):
+        refused(world.reader.attempt("load", name=str(name)), str(tmp_path))
+        exits(world.reader.attempt("command", arguments=["publish", str(name), "ada/out"]), str(tmp_path))
 
 
 def test_names_that_lead_elsewhere(world: World) -> None:

@@ -23,13 +23,18 @@ pytest_plugins = ["tests.hub_fixture"]
 
 @pytest.fixture(scope="module")
 def logits() -> tuple[Tensor, Tensor]:
-    """Of the base model: dense, and patched as everything that is published world."""
+    """Of the base model: dense, and patched as everything that is published here."""
     model = tiny.model("llama")
     ids = tiny.tokens(1, LENGTH)
     dense = tiny.logits(model, ids)[0]
     sparse = tiny.logits(hf_sparse.patch(model, **FIELDS), ids)[0]
     assert (dense - sparse).abs().max() > 1e-2
     return dense, sparse
+
+
+def publish(repo: str, *options: str) -> list[str]:
+    """Arguments that publish the base model with a policy."""
+    return ["publish", BASE, repo, *options]
 
 
 def same(given: Any, expected: Tensor) -> None:
@@ -147,8 +152,10 @@ def test_dry_run(world: World) -> None:
 
 
 def test_the_command_in_a_process_of_its_own(world: World, logits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    (tmp_path / "policy.json").write_text(json.dumps(FIELDS))
+    arguments = publish("ada/command", "--policy", "policy.json", "--private", "--revision", "v1")
     done = subprocess.run(
-        [sys.executable, "-m", "hf_sparse.cli", *publish("ada/command", "--private", "--revision", "v1")],
+        [sys.executable, "-m", "hf_sparse.cli", *arguments],
         env=environment(world.hub.url, tmp_path, "hf_ada"),
         cwd=tmp_path,
         capture_output=True,
@@ -259,8 +266,3 @@ def test_what_was_downloaded_before_is_enough(world: World, logits: tuple[Tensor
         same(world.reader.call("load", name="ada/offline", local_files_only=True), logits[1])
     assert not requests
     refused(world.reader.attempt("load", name="ada/unseen", local_files_only=True), "ada/unseen")
-
-
-def publish(repo: str, *options: str) -> list[str]:
-    """Arguments that publish the base model with a policy."""
-    return ["publish", BASE, repo, *options]
