@@ -33,10 +33,9 @@ def make_card(
         UserError: if the metadata of the existing card cannot be read.
     """
     card = _parse(existing if existing is not None else f"\n# {name.rpartition('/')[2]}\n")
-    card.text = _merge(card.text, section(policy, name, plots))
     data = card.data
-    if license is not None and not data.get("license"):
-        data["license"] = license
+    data["license"] = license = data.get("license") or license
+    card.text = _merge(card.text, section(policy, name, plots, license))
     if policy.base_model is not None and not policy.base_is_local:
         data["base_model"] = policy.base_model
     data["library_name"] = data.get("library_name") or _LIBRARY

@@ -26,17 +26,18 @@ _TARGETS = {
 }
 
 
-def section(policy: Policy, name: str, plots: Sequence[str] = ()) -> str:
+def section(policy: Policy, name: str, plots: Sequence[str] = (), license: str | None = None) -> str:
     """The section, between its markers.
 
     Args:
         policy: What it is about.
         name: What `from_pretrained` is to be given.
         plots: Paths of images beside the card.
+        license: Licence of the base model, if it is known.
     """
     parts = [
         BEGIN,
-        *_introduction(policy),
+        *_introduction(policy, license),
         *_how_to_load(policy, name),
         *_law(policy.config),
         *_quality(policy.quality, plots),
@@ -45,18 +46,20 @@ def section(policy: Policy, name: str, plots: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _introduction(policy: Policy) -> Iterator[str]:
-    base = "its base model"
+def _introduction(policy: Policy, license: str | None) -> Iterator[str]:
+    base = "a model"
     if policy.base_model is not None and not policy.base_is_local:
         base = f"[{policy.base_model}](https://huggingface.co/{policy.base_model})"
-    at = f" at revision `{policy.revision}`" if policy.revision else ""
+        base += f" at revision `{policy.revision}`" if policy.revision else ""
     yield "## Sparse attention"
-    what = "the weights of" if policy.weights else "no weights but a policy, `sparse_config.json`, for"
+    holds = "a policy, `sparse_config.json`"
+    holds = f"the weights of {base} and {holds}" if policy.weights else f"{holds}, for {base}, and no weights"
     yield (
-        f"This holds {what} {base}{at}, patched by `hf_sparse`: a row of attention that sees n keys reads the k(n) "
-        "that matter most instead of all n ([arXiv 2404.02690](https://arxiv.org/abs/2404.02690)). The weights are "
-        "not changed."
+        f"This repository holds {holds}. Under the policy, a row of attention "
+        "that sees n keys reads the k(n) that matter most instead of all n "
+        "([arXiv 2404.02690](https://arxiv.org/abs/2404.02690)). No weight is changed."
     )
+    yield "The weights are under the licence of the base model" + (f": `{license}`." if license else ".")
 
 
 def _how_to_load(policy: Policy, name: str) -> Iterator[str]:

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import hf_sparse
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.errors import UserError
+from hf_sparse.hub import check_publishable
 from hf_sparse.origin import Origin, origin_of
 from hf_sparse.patching import policy_of
 from hf_sparse.policy import Policy
@@ -34,9 +34,8 @@ FITS = CalibrationRecord(model_type="llama", layers=2, heads=HEADS)
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    yield
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +172,22 @@ def test_a_base_saved_with_its_policy_in_its_own_folder(base: Path, model: PreTr
     assert torch.equal(_logits(loaded), _logits(hf_sparse.patch(tiny.model("llama", seed=3), small.CONFIG)))
 
 
-def test_arguments_reach_the_base_model(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_arguments_reach_the_base_model(
+    base: Path, model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hf_sparse.save_pretrained(model, tmp_path)
-    loaded = hf_sparse.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    load, asked = AutoModelForCausalLM.from_pretrained, []
+
+    def from_pretrained(*names: str, **options: Any) -> PreTrainedModel:
+        asked.append((*names, options))
+        loaded: PreTrainedModel = load(*names, **options)
+        return loaded
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    loaded = hf_sparse.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu", quantization_config=None)
     assert loaded.dtype == torch.bfloat16
-    assert loaded.hf_device_map == {"": torch.device("cpu")} or set(loaded.hf_device_map) == {""}
+    given = {"dtype": torch.bfloat16, "device_map": "cpu", "quantization_config": None}
+    assert asked == [(str(base), {"trust_remote_code": False, **given})]
 
 
 def test_another_base_may_be_named(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -321,9 +331,15 @@ def test_an_adapter_is_not_saved_with_the_policy(model: PreTrainedModel, tmp_pat
         hf_sparse.save_pretrained(Adapter(model), tmp_path, weights=True)
 
 
-def test_a_local_base_is_not_published(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+@pytest.mark.parametrize("name", [None, "/some/folder"])
+def test_a_policy_that_nobody_else_could_load_is_not_published(name: str | None) -> None:
+    with pytest.raises(UserError, match="is published with the Hub id of its base model"):
+        check_publishable(Policy(base_model=name))
+    check_publishable(Policy(base_model=name, weights=True))
+
+
+def test_publishing_offline_is_one_error(model: PreTrainedModel) -> None:
+    with pytest.raises(UserError, match="^cannot look at someone/x: HF_HUB_OFFLINE is set$"):
         hf_sparse.push_to_hub(model, "someone/x", token="hf_x")
 
 
