@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 
+from hf_sparse.card_quality import measured, names
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.policy import Policy
-from hf_sparse.quality import QualityRow
 from hf_sparse.record import CalibrationRecord
 
 BEGIN, END = "<!-- hf-sparse: begin -->", "<!-- hf-sparse: end -->"
@@ -40,7 +40,7 @@ def section(policy: Policy, name: str, plots: Sequence[str] = (), license: str |
         *_introduction(policy, license),
         *_how_to_load(policy, name),
         *_law(policy.config),
-        *_quality(policy.quality, plots),
+        *measured(policy.quality, plots),
         END,
     ]
     return "\n\n".join(parts) + "\n"
@@ -114,135 +114,18 @@ def _spread(config: SparseAttentionConfig) -> str:
 
 
 def _calibration(record: CalibrationRecord) -> str:
-    out = f"The calibration aimed at {_TARGETS[record.target]} of {record.target_value:.4g}"
+    made_for = f", for the {record.layers} attention layers of `{record.architecture}`," if record.layers else ""
+    out = f"The calibration{made_for} aimed at {_TARGETS[record.target]} of {record.target_value:.4g}"
     if record.reached is not None:
         at = f" at {record.reached_at:,} tokens" if record.reached_at else ""
         out += f" and reached {record.reached:.4g}{at} on held-out texts"
     if record.documents:
-        out += f". It was fitted on {_names(record.documents)}"
+        out += f". It was fitted on {names(record.documents)}"
     if record.held_out:
-        out += f"; held out: {_names(record.held_out)}"
+        out += f"; held out: {names(record.held_out)}"
     if record.fitted_to:
         out += (
             f". The rows that were fitted see {record.fitted_from:,} to {record.fitted_to:,} keys; beyond, nothing is "
             "known"
         )
     return out + "."
-
-
-def _quality(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
-    yield "### Measured"
-    if not rows:
-        yield "Nothing was measured with this configuration yet."
-        return
-    for model, dtype, device, documents in dict.fromkeys(
-        (row.model, row.dtype, row.device, row.documents) for row in rows
-    ):
-        stored = ", dequantised" if model.endswith(".gguf") else ""
-        yield f"Weights `{model}`{stored}, {dtype} on {device}; texts: {_names(documents)}."
-    yield from _perplexity(rows, plots)
-    yield from _attention_error(rows, plots)
-    yield "### Where it loses"
-    yield "\n".join(f"- {line}" for line in losses(rows))
-
-
-def _perplexity(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
-    ratios = [row for row in rows if row.metric == "perplexity_ratio"]
-    if not ratios:
-        return
-    dense = {row.length: row.value for row in rows if row.metric == "perplexity" and row.method == "dense"}
-    own = {row.length: row.value for row in rows if row.metric == "perplexity" and row.method != "dense"}
-    yield (
-        "**Perplexity** of the same tokens, dense and sparse, after contexts of each length; the ratio is sparse / "
-        "dense with its 95 % bootstrap interval, density is kept / visible keys over all layers."
-    )
-    yield _table(
-        ["context length", "dense", "sparse", "ratio", "95 % interval", "density"],
-        [
-            [
-                f"{row.length:,}",
-                _cell(dense.get(row.length), "{:.2f}"),
-                _cell(own.get(row.length), "{:.2f}"),
-                f"{row.value:.4f}",
-                _interval(row, "{:.4f}"),
-                _cell(row.density, "{:.3f}"),
-            ]
-            for row in ratios
-        ],
-    )
-    yield from _images(plots, "perplexity/", "Perplexity ratio, perplexity and density against context length")
-
-
-def _attention_error(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
-    cells = {(row.metric, row.statistic, row.length): row for row in rows}
-    lengths = [row.length for row in rows if row.metric == "lost_mass" and row.statistic == "mean"]
-    if not lengths:
-        return
-    yield (
-        "**Attention error** on the dense model's own activations, all layers and heads, the mean row and the worst "
-        "1 % of rows: lost mass is the share of a row's attention that falls on keys not kept, output error that of a "
-        "head's output relative to its norm. Density is that of the measured rows, with no layer left dense."
-    )
-    columns = [(metric, statistic) for metric in ("lost_mass", "output_error") for statistic in ("mean", "worst")]
-    header = ["context length", "lost mass", "worst 1 %", "output error", "worst 1 %", "density"]
-    body = []
-    for length in lengths:
-        found = [cells.get((metric, statistic, length)) for metric, statistic in columns]
-        body.append([f"{length:,}", *("-" if row is None else f"{row.value:.4f}" for row in found)])
-        body[-1].append(_cell(cells["lost_mass", "mean", length].density, "{:.3f}"))
-    yield _table(header, body)
-    yield from _images(plots, "attention-error/", "Attention error against visible keys")
-
-
-def losses(rows: Sequence[QualityRow]) -> Iterator[str]:
-    """Where dense attention, or a fixed budget, was measured to be better, and what was not measured: one line each."""
-    ratios = [row for row in rows if row.metric == "perplexity_ratio"]
-    if ratios:
-        worst = max(ratios, key=lambda row: row.value)
-        yield (
-            f"Perplexity against dense is worst at {worst.length:,} tokens, with a ratio of {worst.value:.4f} "
-            f"({_interval(worst, '{:.4f}')})."
-        )
-        yield _lengths("Dense is better, beyond what resampling explains,", ratios, lambda row: (row.low or 0) > 1)
-        longest = max(row.length for row in ratios)
-        yield f"Perplexity was measured up to {longest:,} tokens; what happens beyond is not known."
-    else:
-        yield "Perplexity was not measured."
-    fixed = [row for row in rows if row.metric == "ratio_to_fixed"]
-    if fixed:
-        yield _lengths(
-            "A fixed number of keys at equal cost is better, beyond what resampling explains,",
-            fixed,
-            lambda row: (row.low or 0) > 1,
-        )
-    if not any(row.metric == "lost_mass" for row in rows):
-        yield "Attention error was not measured."
-    if not any(row.metric == "seconds" for row in rows):
-        yield "Speed was not measured."
-
-
-def _lengths(what: str, rows: Sequence[QualityRow], holds: Callable[[QualityRow], bool]) -> str:
-    lengths = [f"{row.length:,}" for row in rows if holds(row)]
-    return f"{what} at {_names(lengths)} tokens." if lengths else f"{what} at no length that was measured."
-
-
-def _images(plots: Sequence[str], folder: str, text: str) -> Iterator[str]:
-    return (f"![{text}]({path})" for path in plots if path.startswith(folder))
-
-
-def _interval(row: QualityRow, form: str) -> str:
-    if row.low is None or row.high is None:
-        return "-"
-    return f"{form.format(row.low)} to {form.format(row.high)}"
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _names(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else "not named"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---:"] * len(header), *rows])

@@ -43,7 +43,7 @@ class BundleOptions:
     results: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder that perplexity or attention-error wrote. May be repeated.",
+            help="Folder that perplexity, attention-error or bench wrote. May be repeated.",
             show_default="those in MODEL, if it is a folder",
         ),
     ] = None
@@ -130,7 +130,7 @@ def run_publish(
 
 
 def _draw(results: Results) -> None:
-    if find_spec("matplotlib") is not None:
+    if results.kind in _PLOTS and find_spec("matplotlib") is not None:
         name, draw = _PLOTS[results.kind]
         draw(results.summary, results.folder / name)
 

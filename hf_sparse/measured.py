@@ -15,10 +15,12 @@ from hf_sparse.errors import UserError
 from hf_sparse.quality import QualityRow
 
 DENSE = "dense"
+OURS = "hf_sparse"  # as `bench` calls it
 SUMMARY = "summary.json"
 
 # What tells the summary of one command from that of another.
-_KINDS = {"adaptive_vs_fixed": "perplexity", "slopes": "attention-error"}
+_KINDS = {"adaptive_vs_fixed": "perplexity", "slopes": "attention-error", "break_even": "bench"}
+_LAYER_ALONE = ("decode", "prefill")
 _ERRORS = ("lost_mass", "output_error")
 # What a folder of results may hold that is worth keeping beside the policy.
 _KEPT = (SUMMARY, "rows.jsonl", "tables.md", "*.png")
@@ -29,7 +31,7 @@ class Results:
     """A folder that an evaluation wrote.
 
     Attributes:
-        kind: The command: `"perplexity"` or `"attention-error"`.
+        kind: The command: `"perplexity"`, `"attention-error"` or `"bench"`.
         folder: Where it lies.
         summary: Its `summary.json`.
     """
@@ -51,7 +53,7 @@ class Results:
             kind = next(kind for key, kind in _KINDS.items() if key in summary)
         except (OSError, ValueError, TypeError, StopIteration) as error:
             raise UserError(
-                f"{folder} holds no results: pass a folder that `hf-sparse perplexity` or `attention-error` wrote"
+                f"{folder} holds no results: pass a folder that hf-sparse perplexity, attention-error or bench wrote"
             ) from error
         return cls(kind, Path(folder), summary)
 
@@ -62,21 +64,24 @@ class Results:
             UserError: if nothing was, or the summary is not one of this release.
         """
         try:
-            method = self._method(config)
-            if method is None:
-                raise UserError(
-                    f"{self.folder} holds no measurement of this configuration: it measured "
-                    f"{', '.join(self.summary['configs'])} with other settings; measure again with the policy"
-                )
-            rows = _perplexity_rows if self.kind == "perplexity" else _error_rows
-            return list(rows(self.summary, method, config.selector))
+            if self.kind == "bench":
+                rows = list(_bench_rows(self.summary, config))
+            else:
+                method = self._method(config)
+                made = _perplexity_rows if self.kind == "perplexity" else _error_rows
+                rows = [] if method is None else list(made(self.summary, method, config.selector))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.folder / SUMMARY} was not written by this release: it lacks {error}") from error
+        if not rows:
+            raise UserError(
+                f"{self.folder} holds no measurement of this configuration: what it measured has other settings; "
+                "measure again with the policy"
+            )
+        return rows
 
     def _method(self, config: SparseAttentionConfig) -> str | None:
-        wanted = _decisive(config)
         for method, found in self.summary["configs"].items():
-            if found is not None and _decisive(SparseAttentionConfig.from_dict(found)) == wanted:
+            if found is not None and _same(found, config):
                 return str(method)
         return None
 
@@ -106,9 +111,10 @@ def quality(results: Iterable[Results], config: SparseAttentionConfig) -> tuple[
     return tuple(row for result in results for row in result.rows(config))
 
 
-def _decisive(config: SparseAttentionConfig) -> SparseAttentionConfig:
-    """What decides the figures: every engine gives the same, and a calibration's record changes nothing."""
-    return replace(config, engine="auto", calibration=None, extra={})
+def _same(found: Mapping[str, Any], config: SparseAttentionConfig, **fields: Any) -> bool:
+    """Whether two configurations give the same figures, both with `fields`: engines and records change none."""
+    fields |= {"engine": "auto", "calibration": None, "extra": {}}
+    return replace(SparseAttentionConfig.from_dict(found), **fields) == replace(config, **fields)
 
 
 def _about(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,6 +157,32 @@ def _error_rows(summary: Mapping[str, Any], method: str, name: str) -> Iterator[
                     **_interval(value, "value"),
                     **about,
                 )
+
+
+def _bench_rows(summary: Mapping[str, Any], config: SparseAttentionConfig) -> Iterator[QualityRow]:
+    about = summary["about"]
+    own = {"dtype": about["dtype"], "device": about["device_name"], "model": about["model"]["name"]}
+    for kind, condition in summary["conditions"].items():
+        # A layer alone is measured sparse, however few keys its rows see, and whichever layer it is.
+        alone = {"dense_below": 0, "dense_layers": ()} if kind in _LAYER_ALONE else {}
+        if not _same(condition["config"], config, **alone):
+            continue
+        baseline = summary["break_even"][kind]["against"]
+        for result in summary["results"]:
+            if result["kind"] != kind or result["method"] not in (baseline, OURS):
+                continue
+            metric, place = f"{kind}-{result['quantity']}", {"length": result["length"], **own}
+            dense = result["method"] == baseline
+            yield QualityRow(
+                metric=metric,
+                method=DENSE if dense else config.selector,
+                density=None if dense else result.get("density"),
+                **_interval(result, "median"),
+                **place,
+            )
+            if dense:
+                speedup = _interval(result["ratio"], "median")
+                yield QualityRow(metric=f"{metric}-speedup", method=config.selector, **speedup, **place)
 
 
 def _of(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Iterator[Mapping[str, Any]]:

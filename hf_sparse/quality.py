@@ -20,7 +20,8 @@ class QualityRow:
 
     Args:
         metric: What `value` is, such as `"perplexity"`, `"perplexity_ratio"` (sparse / dense on the same tokens),
-            `"lost_mass"`, `"output_error"` or `"seconds"`.
+            `"ratio_to_fixed"` (sparse / a fixed number of keys at equal cost), `"lost_mass"`, `"output_error"`, or
+            a time such as `"generate-token"` in seconds with its `"generate-token-speedup"` (dense / sparse).
         method: `"dense"`, or the selector of the policy.
         statistic: What is shown of the rows: `"mean"`, or `"worst"` (mean of the worst 1 %).
         length: Context length in tokens.
@@ -32,7 +33,7 @@ class QualityRow:
         documents: Names of the texts.
         model: Name of the weights that were measured: a Hub id or a file name, no path.
         dtype: Type of the weights during the measurement.
-        device: Kind of device: `"cpu"`, `"cuda"`.
+        device: Kind of device, `"cpu"` or `"cuda"`, or its name where times were measured.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
