@@ -62,7 +62,8 @@ class Client:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._process.communicate(timeout=30)
+        self._process.kill()  # to leave takes it seconds
+        self._process.communicate()
 
     def attempt(self, function: str, *, token: str | None = "", **arguments: Any) -> Outcome:
         """Call a function; its error is part of the outcome. `token=None` is nobody."""

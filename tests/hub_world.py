@@ -52,6 +52,11 @@ class World:
         return {file.name: file.read_bytes() for file in self.folder.iterdir()}
 
 
+def policy(world: World, **fields: Any) -> dict[str, Any]:
+    """The policy of a repository without harm, with these fields."""
+    return {"schema_version": 1, "base_model": BASE, "revision": world.commit, **FIELDS, **fields}
+
+
 def refused(outcome: Outcome, *words: str) -> None:
     """The outcome is one clear error: a line that holds these words."""
     assert "ValueError" in outcome.errors, outcome.traceback or outcome

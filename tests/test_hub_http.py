@@ -110,6 +110,10 @@ def test_a_pull_request(world: World, logits: tuple[Tensor, Tensor]) -> None:
     assert world.files("ada/asked") == {"notes.txt": b"mine"}
     assert {"sparse_config.json", "notes.txt"} <= set(world.files("ada/asked", "refs/pr/1"))
     same(world.reader.call("load", name="ada/asked", revision="refs/pr/1"), logits[1])
+    arguments = publish("ada/asked", "--create-pr", "--weights", "--json")
+    outcome = world.writer.call("command", arguments=arguments, token="hf_bob")
+    assert json.loads(outcome["out"])["url"] == f"{world.hub.url}/ada/asked/discussions/2"
+    assert world.files("ada/asked", "refs/pr/2")["model.safetensors"] == world.base["model.safetensors"]
 
 
 def test_a_card_is_edited_not_replaced(world: World) -> None:
