@@ -38,7 +38,9 @@ class BundleOptions:
 
     policy: Annotated[
         Path | None,
-        typer.Option(help="sparse_config.json, or its folder.", show_default="that of MODEL, or the default law"),
+        typer.Option(
+            exists=True, help="sparse_config.json, or its folder.", show_default="that of MODEL, or the default law"
+        ),
     ] = None
     results: Annotated[
         list[Path] | None,

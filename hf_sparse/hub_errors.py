@@ -68,7 +68,8 @@ def _explain(error: BaseException) -> str:
             cause = error.__cause__
             if isinstance(cause, HfHubHTTPError):
                 return _explain(cause)
-            return f"{_OUT_OF_REACH}, and it was not downloaded before"
+            why = _OFFLINE if isinstance(cause, OfflineModeIsEnabled) else _OUT_OF_REACH
+            return f"{why}, and it was not downloaded before"
         case GatedRepoError():
             return f"its owner asks readers to agree to terms on its page first; {_LOGIN}"
         case RevisionNotFoundError():

@@ -26,7 +26,7 @@ from transformers import (
 
 from hf_sparse import policy_files
 from hf_sparse.errors import UserError, first_line
-from hf_sparse.policy import Policy
+from hf_sparse.policy import Policy, is_hub_id
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -100,12 +100,13 @@ class ModelSource:
             return cls(str(path.parent), path.name, gguf_file=path.name)
         if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise UserError(f"{name} is not a model: pass a Hub id, a folder that holds a config.json or a .gguf file")
-        try:
-            return cls._of_policy(policy_files.load(name, revision=revision))
-        except UserError as error:
-            # No such file, no such repository, no Hub: then it is a model, or the model's own error says what it is.
-            if not isinstance(error.__cause__, OSError):
-                raise
+        if is_hub_id(name):
+            try:
+                return cls._of_policy(policy_files.load(name, revision=revision))
+            except UserError as error:
+                # No such file, no such repository, no Hub: it is a model, or the model's own error says what it is.
+                if not isinstance(error.__cause__, OSError):
+                    raise
         return cls(name, name, revision)
 
     @classmethod
