@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse import policy_files
 from hf_sparse.card import license_in, make_card
-from hf_sparse.errors import OutOfReachError, UserError
+from hf_sparse.errors import OutOfReachError, UserError, first_line
+from hf_sparse.files import inside, leads_out, write_whole
 from hf_sparse.hub_errors import hub_errors
 from hf_sparse.measured import Results, plots, quality
 from hf_sparse.origin import Origin
@@ -62,7 +63,7 @@ class Bundle:
         self._write_weights(folder)
         for results in self.results:
             results.copy_to(folder)
-        (folder / CARD).write_text(text, encoding="utf-8", newline="")
+        write_whole(folder / CARD, text.encode())
         policy_files.write(self.policy, folder / policy_files.NAME)
 
     def _write_weights(self, folder: Path) -> None:
@@ -71,7 +72,7 @@ class Bundle:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
         if self.base_config is not None and (self.model is None or self._is_base_config(folder / CONFIG)):
-            (folder / CONFIG).write_bytes(self.base_config)
+            write_whole(folder / CONFIG, self.base_config)
 
     def _is_base_config(self, path: Path) -> bool:
         """Whether the configuration written with the weights says what the base's says: dtype and all."""
@@ -117,6 +118,21 @@ def make_bundle(
     return Bundle(policy, read, config, found, model, tokenizer)
 
 
+def card_in(folder: Path) -> str | None:
+    """The text of the model card in a folder, or `None`.
+
+    Raises:
+        UserError: if it cannot be read, or is a link that leads out of the folder.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return None
+    try:
+        return inside(path, folder).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+
+
 def versions() -> dict[str, str]:
     """Versions of what writes a policy."""
     return {name: version(name) for name in ("hf_sparse", "torch", "transformers")}
@@ -128,7 +144,8 @@ def _base_files(origin: Origin) -> tuple[bytes | None, bytes | None]:
         return None, None
     if origin.is_local:
         paths = [Path(origin.name) / name for name in (CONFIG, CARD)]
-        config, card = (path.read_bytes() if path.is_file() else None for path in paths)
+        there = (path.is_file() and not leads_out(path, Path(str(origin.name))) for path in paths)
+        config, card = (path.read_bytes() if ours else None for path, ours in zip(paths, there, strict=True))
         return config, card
     found: list[bytes | None] = []
     for name in (CONFIG, CARD):

@@ -15,10 +15,11 @@ from huggingface_hub import HfApi
 
 import hf_sparse
 from hf_sparse import policy_files
-from hf_sparse.bundle import CARD, CONFIG, Bundle, make_bundle
+from hf_sparse.bundle import CARD, CONFIG, Bundle, card_in, make_bundle
 from hf_sparse.errors import OutOfReachError, UserError
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.plots import plot_attention_error, plot_perplexity
+from hf_sparse.files import inside
 from hf_sparse.hub import check_publishable
 from hf_sparse.measured import Results, results_beside
 from hf_sparse.origin import Origin
@@ -92,8 +93,7 @@ def run_card(model: str, options: BundleOptions, output: Path | None, as_json: b
     for result in results:
         _draw(result)
     bundle = replace(bundle, results=results)
-    card = folder / CARD
-    bundle.write(folder, folder.resolve().name, card.read_text(encoding="utf-8") if card.is_file() else None)
+    bundle.write(folder, folder.resolve().name, card_in(folder))
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     print(json.dumps({"folder": str(folder), "files": files}) if as_json else "\n".join([f"{folder}:", *files]))
 
@@ -117,8 +117,7 @@ def run_publish(
     bundle = _bundle(model, options, weights=weights)
     check_publishable(bundle.policy)
     remote = _look(target, dry_run=dry_run)
-    beside = Path(model) / CARD
-    mine = beside.read_text(encoding="utf-8") if _is_policy_folder(model) and beside.is_file() else None
+    mine = card_in(Path(model)) if _is_policy_folder(model) else None
     with TemporaryDirectory() as made:
         folder = Path(made)
         bundle.write(folder, remote.repo_id, remote.card if remote.card is not None else mine)
@@ -194,7 +193,7 @@ def _bundle(model: str, options: BundleOptions, *, weights: bool = False) -> Bun
     bundle = make_bundle(policy, origin, _results(model, options), license=options.license, **loaded)
     beside = Path(model) / CONFIG
     if bundle.base_config is None and _is_policy_folder(model) and beside.is_file():
-        bundle = replace(bundle, base_config=beside.read_bytes())
+        bundle = replace(bundle, base_config=inside(beside, Path(model)).read_bytes())
     return bundle
 
 
@@ -216,5 +215,5 @@ def _checked(source: ModelSource, path: Path | None) -> tuple[Policy, Origin]:
     if Path(source.location).is_dir():
         location = str(Path(source.location).absolute())
         return (policy if source.policy else replace(policy, base_model=location)), Origin(location)
-    origin = Origin(source.location, getattr(source.config, "_commit_hash", None) or source.revision)
+    origin = Origin(source.location, source.commit or source.revision)
     return replace(policy, base_model=origin.name, revision=origin.revision), origin

@@ -10,13 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse import policy_files
-from hf_sparse.bundle import CARD, Bundle, make_bundle
+from hf_sparse.bundle import Bundle, card_in, make_bundle
 from hf_sparse.errors import UserError, first_line
+from hf_sparse.hub_errors import UNREADABLE
 from hf_sparse.origin import Origin, origin_of
 from hf_sparse.patching import base_model as unwrapped
 from hf_sparse.patching import patch, policy_of
@@ -41,6 +42,8 @@ def save_pretrained(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     results: Sequence[PathLike] = (),
+    base_model: str | None = None,
+    base_revision: str | None = None,
 ) -> Path:
     """Write a patched model's policy, `sparse_config.json`, and a model card, beside the base's own `config.json`.
 
@@ -55,6 +58,8 @@ def save_pretrained(
         tokenizer: The tokenizer to write with the weights; that of the base model if `None`.
         results: Folders that `hf-sparse perplexity`, `attention-error` and `bench` wrote: the card reports what they
             measured of this configuration, and nothing else.
+        base_model: Hub id of the base model, where the model in hand was loaded from somewhere else.
+        base_revision: Its commit, where several were downloaded and transformers does not say which one was loaded.
 
     Returns:
         The folder.
@@ -67,9 +72,9 @@ def save_pretrained(
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise UserError(f"{folder} is not a folder")
-    bundle = _bundle(model, weights=weights, tokenizer=tokenizer, results=results)
-    card = path / CARD
-    bundle.write(path, path.resolve().name, card.read_text(encoding="utf-8") if card.is_file() else None)
+    named = Origin(base_model, base_revision)
+    bundle = _bundle(model, named, weights=weights, tokenizer=tokenizer, results=results)
+    bundle.write(path, path.resolve().name, card_in(path))
     return path
 
 
@@ -77,7 +82,8 @@ def from_pretrained(name_or_path: PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load the model that a policy names, at its pinned revision, and patch it.
 
     A folder or repository that was saved with weights loads its own. Code in a repository is not run, unless the
-    caller passes `trust_remote_code=True`.
+    caller passes `trust_remote_code=True`, and only safetensors are read, unless the caller passes
+    `use_safetensors=False`.
 
     Args:
         name_or_path: A Hub id, a folder, or a `sparse_config.json`.
@@ -91,26 +97,25 @@ def from_pretrained(name_or_path: PathLike, **kwargs: Any) -> PreTrainedModel:
     """
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     loaded = policy_files.load(name_or_path, revision=kwargs.pop("revision", None), **shared)
-    base, revision = loaded.source()
-    if "base_model" in kwargs:
-        base, revision = os.fspath(kwargs.pop("base_model")), None
-    options = {"trust_remote_code": False, **kwargs}
-    if loaded.has_weights:
-        options.setdefault("use_safetensors", True)
+    named = kwargs.pop("base_model", None)
+    base, revision = loaded.source() if named is None else (os.fspath(named), None)
+    options = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
     if revision is not None:
         options["revision"] = revision
     try:
         record = loaded.policy.config.calibration
         if record is not None:
             # Before any weights are fetched.
-            named = {name: options[name] for name in _CONFIG_OPTIONS & options.keys()}
-            config = AutoConfig.from_pretrained(base, **named)
+            known = {name: options[name] for name in _CONFIG_OPTIONS & options.keys()}
+            config = AutoConfig.from_pretrained(base, **known)
             check_calibration(record, inspect(config), config)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
         of = "" if base == loaded.location else f", the base model of {loaded.location}"
         raise UserError(f"cannot load {base}{of}: {first_line(error)}") from error
-    if revision is None:
+    if named is not None:
         warn_of_another_base(loaded.policy, origin_of(model))
     return patch(model, loaded.policy)
 
@@ -123,6 +128,7 @@ def push_to_hub(
     tokenizer: PreTrainedTokenizerBase | None = None,
     results: Sequence[PathLike] = (),
     base_model: str | None = None,
+    base_revision: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -139,7 +145,8 @@ def push_to_hub(
         weights: Also publish weights and tokenizer.
         tokenizer: As in `save_pretrained`.
         results: As in `save_pretrained`.
-        base_model: Hub id of the base model, where the model in hand was loaded from a folder.
+        base_model: As in `save_pretrained`.
+        base_revision: As in `save_pretrained`.
         private: Whether a new repository is private; `None` for the default of the account.
         revision: Branch to commit to, made if need be; the default branch if `None`.
         create_pr: Open a pull request instead of committing.
@@ -155,7 +162,8 @@ def push_to_hub(
             something else, or the Hub is out of reach. Nothing has been committed then.
     """
     remote = Remote.look(repo_id, token=token, revision=revision, create_pr=create_pr, private=private)
-    bundle = _bundle(model, weights=weights, tokenizer=tokenizer, results=results, base_model=base_model)
+    named = Origin(base_model, base_revision)
+    bundle = _bundle(model, named, weights=weights, tokenizer=tokenizer, results=results)
     check_publishable(bundle.policy)
     with TemporaryDirectory() as folder:
         bundle.write(Path(folder), remote.repo_id, remote.card)
@@ -177,13 +185,13 @@ def check_publishable(policy: Policy) -> None:
 
 def _bundle(
     model: nn.Module,
+    named: Origin,
     *,
     weights: bool,
     tokenizer: PreTrainedTokenizerBase | None,
     results: Sequence[PathLike],
-    base_model: str | None = None,
 ) -> Bundle:
-    """The files of a patched model."""
+    """The files of a patched model; `named` is what the caller says of its base."""
     base = unwrapped(model)
     policy = policy_of(base)
     if base is not model and weights:
@@ -191,8 +199,19 @@ def _bundle(
     if base is not model:
         warnings.warn("the adapter is not part of the policy: save it, too", UserWarning, stacklevel=3)
     origin = origin_of(base)
-    named = Origin(base_model) if base_model is not None else _lineage(origin) if weights else origin
-    policy = replace(policy, base_model=named.name, revision=named.revision)
+    if origin.revision is None and origin.name is not None and origin.name == policy.base_model:
+        # `from_pretrained` loaded what the policy pins.
+        origin = Origin(origin.name, policy.revision)
+    lineage = _lineage(origin) if weights else origin
+    if named.name is not None or named.revision is not None:
+        lineage = Origin(named.name or lineage.name, named.revision)
+    elif lineage.name is not None and not lineage.is_local and lineage.revision is None:
+        warnings.warn(
+            f"the revision of {lineage.name} is not known, so the policy does not pin it: pass base_revision=",
+            UserWarning,
+            stacklevel=3,
+        )
+    policy = replace(policy, base_model=lineage.name, revision=lineage.revision)
     if weights and tokenizer is None:
         tokenizer = _tokenizer(origin)
     return make_bundle(policy, origin, results, model=base if weights else None, tokenizer=tokenizer)
@@ -214,7 +233,7 @@ def _tokenizer(origin: Origin) -> PreTrainedTokenizerBase | None:
                 origin.name, revision=origin.revision, trust_remote_code=False
             )
             return found
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         why = first_line(error)
     else:
         why = "the model was not loaded from anywhere"

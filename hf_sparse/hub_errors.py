@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +19,28 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
 
 from hf_sparse.errors import OutOfReachError, UserError
 
 # Of httpx or of its successor, whichever huggingface_hub is built on.
 _HTTP_ERROR: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+
+UNREADABLE: tuple[Any, ...] = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ImportError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    struct.error,
+    pickle.UnpicklingError,
+    _HTTP_ERROR,
+)
+"""What transformers raises on a model that is absent, out of reach or damaged."""
 
 _OUT_OF_REACH = "the Hub is out of reach; check the connection, or HF_ENDPOINT and HF_HUB_OFFLINE"
 _OFFLINE = "HF_HUB_OFFLINE is set"
@@ -55,6 +74,11 @@ def hub_errors(doing: str) -> Iterator[None]:
         said = _explain(error)
         kind = OutOfReachError if said.startswith(_UNREACHED) else UserError
         raise kind(f"{doing}: {said}") from error
+    except RuntimeError as error:
+        # What failed in a thread that uploads is wrapped.
+        if not isinstance(error.__cause__, OSError | _HTTP_ERROR):
+            raise
+        raise UserError(f"{doing}: {_explain(error.__cause__)}") from error
 
 
 def _explain(error: BaseException) -> str:

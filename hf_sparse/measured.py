@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
+from hf_sparse.files import inside, write_whole
 from hf_sparse.quality import QualityRow
 
 DENSE = "dense"
@@ -47,7 +47,7 @@ class Results:
         Raises:
             UserError: if there are none.
         """
-        path = Path(folder) / SUMMARY
+        path = inside(Path(folder) / SUMMARY, Path(folder))
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
             kind = next(kind for key, kind in _KINDS.items() if key in summary)
@@ -90,15 +90,15 @@ class Results:
         target = folder / self.kind
         if target.resolve() == self.folder.resolve():
             return
-        target.mkdir(parents=True, exist_ok=True)
         for pattern in _KEPT:
             for path in self.folder.glob(pattern):
-                shutil.copyfile(path, target / path.name)
+                write_whole(target / path.name, inside(path, self.folder).read_bytes())
 
 
 def results_beside(folder: Path) -> list[Results]:
     """The results that lie in a folder of a policy, in subfolders named after the commands."""
-    return [Results.read(folder / kind) for kind in _KINDS.values() if (folder / kind / SUMMARY).is_file()]
+    found = [folder / kind for kind in _KINDS.values() if (folder / kind / SUMMARY).is_file()]
+    return [Results.read(inside(path, folder)) for path in found]
 
 
 def plots(results: Iterable[Results]) -> list[str]:

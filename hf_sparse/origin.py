@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
 from hf_sparse.policy import is_hub_id
@@ -32,6 +33,21 @@ class Origin:
         return self.name is not None and not is_hub_id(self.name)
 
 
+def cached_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit that `revision` of a repository stood for when it was last downloaded; `None` if it never was."""
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _only_commit(name: str) -> str | None:
+    """The commit of a repository that was downloaded, if it was one only."""
+    path = try_to_load_from_cache(name, "config.json")
+    if not isinstance(path, str):
+        return None
+    commits = [found.name for found in Path(path).parent.parent.iterdir()]
+    return commits[0] if len(commits) == 1 else None
+
+
 def origin_of(model: PreTrainedModel) -> Origin:
     """Where `model` says that it was loaded from."""
     name: str = getattr(model.config, "_name_or_path", None) or ""
@@ -40,5 +56,6 @@ def origin_of(model: PreTrainedModel) -> Origin:
     if name and Path(name).is_dir():
         return Origin(str(Path(name).absolute()))
     if is_hub_id(name):
-        return Origin(name, getattr(model.config, "_commit_hash", None))
+        # Newer releases of transformers do not keep the commit that a model was loaded at.
+        return Origin(name, getattr(model.config, "_commit_hash", None) or _only_commit(name))
     return Origin()

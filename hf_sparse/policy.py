@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.checks import check_mapping, check_name, check_text, check_versions
+from hf_sparse.checks import check_mapping, check_name, check_text, check_versions, shown
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.quality import QualityRow
 
@@ -44,14 +44,14 @@ class Policy:
         if self.base_model is not None:
             check_text("base_model", self.base_model)
             if not is_hub_id(self.base_model) and not Path(self.base_model).is_absolute():
-                raise ValueError(f"base_model must be a Hub id or an absolute path; got {self.base_model!r}")
+                raise ValueError(f"base_model must be a Hub id or an absolute path; got {shown(self.base_model)}")
         if self.revision is not None:
-            check_name("revision", self.revision)
+            check_name("revision", self.revision, empty=False)
         if not isinstance(self.weights, bool):
-            raise ValueError(f"weights must be true or false; got {self.weights!r}")
+            raise ValueError(f"weights must be true or false; got {shown(self.weights)}")
         object.__setattr__(self, "versions", check_versions("versions", self.versions))
         if isinstance(self.quality, str | Mapping) or not isinstance(self.quality, Sequence):
-            raise ValueError(f"quality must be a list of rows; got {self.quality!r}")
+            raise ValueError(f"quality must be a list of rows; got {shown(self.quality)}")
         object.__setattr__(self, "quality", tuple(self.quality))
 
     @property
@@ -92,7 +92,7 @@ def is_hub_id(name: str) -> bool:
 
 def _rows(rows: Any) -> tuple[QualityRow, ...]:
     if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
-        raise ValueError(f"quality must be a list of rows; got {rows!r}")
+        raise ValueError(f"quality must be a list of rows; got {shown(rows)}")
     out = []
     for i, row in enumerate(rows):
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from typing import Any, NoReturn
 
 from huggingface_hub import hf_hub_download
 
+from hf_sparse.checks import shown
 from hf_sparse.errors import UserError
+from hf_sparse.files import write_whole
 from hf_sparse.hub_errors import hub_errors
 from hf_sparse.policy import Policy, is_hub_id
 
@@ -75,6 +76,9 @@ class Loaded:
             raise UserError(f"{self.location} names a folder as its base model, {base!r}: it must be a Hub id")
         if self.policy.base_is_local and not Path(base).is_dir():
             raise UserError(f"{self.location} names the base model {base}, and there is no such folder")
+        if not self.policy.base_is_local and Path(base).is_dir():
+            # transformers would take the folder, and no revision of it.
+            raise UserError(f"{self.location} names {base} on the Hub, and a folder of that name is here: go elsewhere")
         return base, self.policy.revision
 
 
@@ -102,6 +106,8 @@ def load(
         UserError: (a `ValueError`) if there is none, it is out of reach, or something in it is wrong.
     """
     name = os.fspath(name_or_path)
+    if not name:
+        raise UserError("'' is not a policy: pass a Hub id, a folder or a file")
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / NAME
@@ -110,7 +116,7 @@ def load(
     if path.is_file():
         return Loaded(read(path), str(path.parent.absolute()))
     if path.exists() or not is_hub_id(name) or name.endswith(".json"):
-        raise UserError(f"{name} is not a policy: pass a Hub id, a folder that holds a {NAME}, or such a file")
+        raise UserError(f"{shown(name)} is not a policy: pass a Hub id, a folder that holds a {NAME}, or such a file")
     options: dict[str, Any] = {
         "token": token,
         "cache_dir": cache_dir,
@@ -119,9 +125,12 @@ def load(
     }
     with hub_errors(f"cannot read {NAME} of {name}" + (f" at {revision}" if revision else "")):
         found = hf_hub_download(name, NAME, revision=revision, dry_run=True, **options)
-        _check_size(f"{name}/{NAME}", found.file_size or 0)
-        downloaded = hf_hub_download(name, NAME, revision=found.commit_hash, **options)
-    return Loaded(read(Path(downloaded), f"{name}/{NAME}"), name, found.commit_hash)
+        if found.file_size is None:
+            raise UserError(f"cannot read {NAME} of {name}: the Hub does not say how large it is")
+        _check_size(f"{name}/{NAME}", found.file_size)
+        # By the revision as it was given, so that the cache learns what it stands for.
+        downloaded = Path(hf_hub_download(name, NAME, revision=revision, **options))
+    return Loaded(read(downloaded, f"{name}/{NAME}"), name, downloaded.parent.name)
 
 
 def read(path: Path, name: str | None = None) -> Policy:
@@ -151,11 +160,7 @@ def read(path: Path, name: str | None = None) -> Policy:
 
 def write(policy: Policy, path: Path) -> None:
     """Write a policy, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", encoding="utf-8", delete=False) as part:
-        part.write(text_of(policy))
-    Path(part.name).chmod(0o644)
-    Path(part.name).replace(path)
+    write_whole(path, text_of(policy).encode())
 
 
 def text_of(policy: Policy) -> str:

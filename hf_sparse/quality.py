@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hf_sparse.checks import check_integer, check_mapping, check_name, check_names, check_number, check_text
+from hf_sparse.checks import check_integer, check_mapping, check_name, check_names, check_number, check_text, shown
 
 _METRIC = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
@@ -57,7 +57,7 @@ class QualityRow:
         for name in ("metric", "statistic"):
             value = getattr(self, name)
             if not isinstance(value, str) or not _METRIC.fullmatch(value):
-                raise ValueError(f"{name} must be a name of lower-case letters, digits, - and _; got {value!r}")
+                raise ValueError(f"{name} must be a name of lower-case letters, digits, - and _; got {shown(value)}")
         for name in ("method", "dtype", "device"):
             check_text(name, getattr(self, name), longest=100)
         check_name("model", self.model)
@@ -67,7 +67,7 @@ class QualityRow:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name))
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"low must be at most high ({self.high!r}); got {self.low!r}")
+            raise ValueError(f"low must be at most high ({self.high!r}); got {shown(self.low)}")
         if self.density is not None:
             check_number("density", self.density, least=0.0, most=1.0)
         if self.tokens is not None:

@@ -9,8 +9,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from hf_sparse.bundle import CARD, CONFIG
-from hf_sparse.errors import UserError
+from hf_sparse.checks import shown
+from hf_sparse.errors import UserError, first_line
 from hf_sparse.hub_errors import hub_errors
+from hf_sparse.policy import is_hub_id
 from hf_sparse.policy_files import NAME
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
@@ -68,6 +70,8 @@ class Remote:
         Raises:
             UserError: without a token, out of reach of the Hub, or if something else is there.
         """
+        if not is_hub_id(repo_id):
+            raise UserError(f"{shown(repo_id)} is not the name of a repository: pass user/name, or name")
         known = token is not False and (isinstance(token, str) or get_token() is not None)
         if not known and not anonymous:
             raise UserError(f"cannot publish {repo_id} without a token: log in with `hf auth login`, or set HF_TOKEN")
@@ -88,7 +92,10 @@ class Remote:
             card = None
             if CARD in files:
                 path = api.hf_hub_download(repo_id, CARD, revision=info.sha)
-                card = Path(path).read_text(encoding="utf-8")
+                try:
+                    card = Path(path).read_text(encoding="utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{CARD} of {repo_id} is no text: {first_line(error)}") from error
         if files - _EMPTY and NAME not in files and not create_pr:
             raise UserError(
                 f"{repo_id} exists and is not a published policy: it holds no {NAME}; choose another name, or propose "

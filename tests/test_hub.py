@@ -187,7 +187,22 @@ def test_arguments_reach_the_base_model(
     loaded = hf_sparse.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu", quantization_config=None)
     assert loaded.dtype == torch.bfloat16
     given = {"dtype": torch.bfloat16, "device_map": "cpu", "quantization_config": None}
-    assert asked == [(str(base), {"trust_remote_code": False, **given})]
+    assert asked == [(str(base), {"trust_remote_code": False, "use_safetensors": True, **given})]
+
+
+def test_what_is_not_published_from_a_link_out_of_the_folder(model: PreTrainedModel, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="is a link that leads out of"):
+        hf_sparse.save_pretrained(model, tmp_path / "saved")
+    assert (tmp_path / "secret").read_text() == "secret"
+
+
+def test_the_base_may_be_said(model: PreTrainedModel, tmp_path: Path) -> None:
+    hf_sparse.save_pretrained(model, tmp_path, base_model="someone/model", base_revision="a" * 40)
+    policy = read(tmp_path / NAME)
+    assert (policy.base_model, policy.revision) == ("someone/model", "a" * 40)
 
 
 def test_another_base_may_be_named(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -339,7 +354,7 @@ def test_a_policy_that_nobody_else_could_load_is_not_published(name: str | None)
 
 
 def test_publishing_offline_is_one_error(model: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match="^cannot look at someone/x: HF_HUB_OFFLINE is set$"):
+    with pytest.raises(UserError, match=r"^cannot look at someone/x: HF_HUB_OFFLINE is set$"):
         hf_sparse.push_to_hub(model, "someone/x", token="hf_x")
 
 

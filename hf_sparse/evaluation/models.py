@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,11 +24,12 @@ from transformers import (
 
 from hf_sparse import policy_files
 from hf_sparse.errors import UserError, first_line
+from hf_sparse.hub_errors import UNREADABLE
+from hf_sparse.origin import cached_commit
 from hf_sparse.policy import Policy, is_hub_id
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-_UNREADABLE = (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError, SafetensorError, struct.error)
 _WEIGHTS = (".safetensors", ".bin")
 # What is read of each end of a weight file to tell two models in folders of the same name apart.
 _SAMPLE_BYTES = 1 << 20
@@ -126,10 +125,18 @@ class ModelSource:
         """What identifies the model; reads the configuration, and local weights for their hash."""
         return ModelInfo(
             self.name,
-            self._fingerprint() or getattr(self.config, "_commit_hash", None) or "unknown",
+            self._fingerprint() or self.commit or "unknown",
             getattr(self.config.get_text_config(), "max_position_embeddings", None),
             self.config.model_type,
         )
+
+    @property
+    def commit(self) -> str | None:
+        """The commit on the Hub, where it is known; `None` for a folder or file."""
+        if self.gguf_file is not None or Path(self.location).is_dir():
+            return None
+        commit: str | None = getattr(self.config, "_commit_hash", None)
+        return commit or cached_commit(self.location, self.revision)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -155,7 +162,7 @@ class ModelSource:
         return model
 
     def _arguments(self) -> dict[str, Any]:
-        given = {"revision": self.revision, "gguf_file": self.gguf_file}
+        given = {"revision": self.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
         return {name: value for name, value in given.items() if value is not None}
 
     def _fingerprint(self) -> str | None:
@@ -212,5 +219,5 @@ def _user_errors(source: ModelSource) -> Iterator[None]:
     )
     try:
         yield
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot read the model {source.name}: {first_line(error)}{advice}") from error
