@@ -164,7 +164,7 @@ def test_the_command_in_a_process_of_its_own(world: World, logits: tuple[Tensor,
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert f"{world.hub.url}/ada/command/commit/" in done.stdout
