@@ -115,9 +115,10 @@ def from_pretrained(name_or_path: PathLike, **kwargs: Any) -> PreTrainedModel:
     except UNREADABLE as error:
         of = "" if base == loaded.location else f", the base model of {loaded.location}"
         raise UserError(f"cannot load {base}{of}: {first_line(error)}") from error
-    if named is not None:
-        warn_of_another_base(loaded.policy, origin_of(model))
-    return patch(model, loaded.policy)
+    policy = loaded.policy
+    if named is not None and warn_of_another_base(policy, origin_of(model)):
+        policy = replace(policy, quality=())
+    return patch(model, policy)
 
 
 def push_to_hub(

@@ -184,8 +184,8 @@ def _policy(model: PreTrainedModel, config: ConfigLike, fields: Mapping[str, Any
         policy = loaded.policy
         origin = origin_of(model)
         # A model may also come from the weights beside its policy.
-        if origin.name != loaded.location:
-            warn_of_another_base(policy, origin)
+        if origin.name != loaded.location and warn_of_another_base(policy, origin):
+            policy = replace(policy, quality=())
     else:
         raise TypeError(
             f"config must be a SparseAttentionConfig, the name of a published one, or None; got {type(config).__name__}"

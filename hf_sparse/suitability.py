@@ -37,24 +37,28 @@ def check_calibration(record: CalibrationRecord, support: SupportReport, config:
             _refuse(f"{count} query heads in layer {layer}", found)
 
 
-def warn_of_another_base(policy: Policy, origin: Origin) -> None:
-    """Warn if a model is known to be another one, or another revision, than what the policy was made for."""
+def warn_of_another_base(policy: Policy, origin: Origin) -> bool:
+    """Warn if a model is known to be another one, or another revision, than what the policy was made for.
+
+    Returns:
+        Whether it is.
+    """
     record = policy.config.calibration or CalibrationRecord()
     name = policy.base_model or record.base_model
     revision = policy.revision if policy.base_model else record.revision
     if name is None or origin.name is None or origin.is_local or not is_hub_id(name):
-        return
+        return False
     if name != origin.name:
-        _warn(f"{name}; this model is {origin.name}")
+        difference = f"{name}; this model is {origin.name}"
     elif revision is not None and origin.revision is not None and revision != origin.revision:
-        _warn(f"revision {revision} of {name}; this model is at {origin.revision}")
+        difference = f"revision {revision} of {name}; this model is at {origin.revision}"
+    else:
+        return False
+    warnings.warn(
+        f"the policy was made for {difference}: its quality was not measured there", UserWarning, stacklevel=4
+    )
+    return True
 
 
 def _refuse(expected: str, found: str) -> None:
     raise ValueError(f"the laws were calibrated for {expected}; this model has {found}")
-
-
-def _warn(difference: str) -> None:
-    warnings.warn(
-        f"the policy was made for {difference}: its quality was not measured there", UserWarning, stacklevel=5
-    )

@@ -285,6 +285,15 @@ def test_another_revision_warns(origin: Origin, message: str | None) -> None:
                 warn_of_another_base(policy, origin)
 
 
+def test_what_was_measured_of_another_model_does_not_go_with_this_one(base: Path, tmp_path: Path) -> None:
+    write(Policy(small.CONFIG, base_model="a/model", quality=(QualityRow(length=64, value=1.5),)), tmp_path / NAME)
+    model: Any = _load(base)
+    model.config._name_or_path = "a/other"
+    with pytest.warns(UserWarning, match="made for a/model; this model is a/other"):
+        hf_sparse.patch(model, tmp_path)
+    assert policy_of(model) == Policy(small.CONFIG, base_model="a/model")
+
+
 def test_where_a_model_came_from(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _load(base)
     assert origin_of(model) == Origin(str(base))
