@@ -22,10 +22,12 @@ class Origin:
     Attributes:
         name: Hub id, or the absolute path of a folder; `None` for a model that was not loaded.
         revision: Commit on the Hub, where it is known.
+        guess: Where it is not, the commit of the default branch when that was last downloaded.
     """
 
     name: str | None = None
     revision: str | None = None
+    guess: str | None = None
 
     @property
     def is_local(self) -> bool:
@@ -57,5 +59,6 @@ def origin_of(model: PreTrainedModel) -> Origin:
         return Origin(str(Path(name).absolute()))
     if is_hub_id(name):
         # Newer releases of transformers do not keep the commit that a model was loaded at.
-        return Origin(name, getattr(model.config, "_commit_hash", None) or _only_commit(name))
+        commit = getattr(model.config, "_commit_hash", None) or _only_commit(name)
+        return Origin(name, commit, None if commit else cached_commit(name))
     return Origin()

@@ -41,23 +41,27 @@ def warn_of_another_base(policy: Policy, origin: Origin) -> bool:
     """Warn if a model is known to be another one, or another revision, than what the policy was made for.
 
     Returns:
-        Whether it is.
+        Whether it is, for certain.
     """
     record = policy.config.calibration or CalibrationRecord()
     name = policy.base_model or record.base_model
     revision = policy.revision if policy.base_model else record.revision
     if name is None or origin.name is None or origin.is_local or not is_hub_id(name):
         return False
+    certain = True
     if name != origin.name:
         difference = f"{name}; this model is {origin.name}"
     elif revision is not None and origin.revision is not None and revision != origin.revision:
         difference = f"revision {revision} of {name}; this model is at {origin.revision}"
+    elif revision is not None and origin.guess is not None and revision != origin.guess:
+        difference = f"revision {revision} of {name}; this model may be at {origin.guess}"
+        certain = False
     else:
         return False
     warnings.warn(
         f"the policy was made for {difference}: its quality was not measured there", UserWarning, stacklevel=4
     )
-    return True
+    return certain
 
 
 def _refuse(expected: str, found: str) -> None:

@@ -264,7 +264,9 @@ def test_changed_laws_are_no_longer_calibrated(base: Path) -> None:
     [
         (Origin("a/model", "1" * 40), "revision 0000.*this model is at 1111"),
         (Origin("a/other", "0" * 40), "made for a/model; this model is a/other"),
+        (Origin("a/model", None, "2" * 40), "revision 0000.*this model may be at 2222"),
         (Origin("a/model", "0" * 40), None),
+        (Origin("a/model", None, "0" * 40), None),
         (Origin("a/model"), None),
         (Origin("/some/folder"), None),
         (Origin(), None),
