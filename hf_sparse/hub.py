@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse import policy_files
 from hf_sparse.bundle import Bundle, card_in, make_bundle
 from hf_sparse.errors import UserError, first_line
-from hf_sparse.hub_errors import UNREADABLE
+from hf_sparse.hub_errors import UNREADABLE, hub_errors
 from hf_sparse.origin import Origin, origin_of
 from hf_sparse.patching import base_model as unwrapped
 from hf_sparse.patching import patch, policy_of
@@ -99,6 +101,8 @@ def from_pretrained(name_or_path: PathLike, **kwargs: Any) -> PreTrainedModel:
     loaded = policy_files.load(name_or_path, revision=kwargs.pop("revision", None), **shared)
     named = kwargs.pop("base_model", None)
     base, revision = loaded.source() if named is None else (os.fspath(named), None)
+    if revision is None and not Path(base).is_dir():
+        revision = _current_commit(base, shared)
     options = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
     if revision is not None:
         options["revision"] = revision
@@ -169,6 +173,19 @@ def push_to_hub(
     with TemporaryDirectory() as folder:
         bundle.write(Path(folder), remote.repo_id, remote.card)
         return remote.commit(Path(folder), commit_message or MESSAGE, private=private)
+
+
+def _current_commit(name: str, options: Mapping[str, Any]) -> str | None:
+    """The commit of a base that no policy pins; `None` if it has no configuration.
+
+    Loaded by its commit, all its files belong together; and transformers does not send a default branch without
+    safetensors, with the user's token, to a service that converts it.
+    """
+    with hub_errors(f"cannot read the base model {name}"):
+        try:
+            return Path(hf_hub_download(name, "config.json", **options)).parent.name
+        except RemoteEntryNotFoundError:
+            return None
 
 
 def check_publishable(policy: Policy) -> None:
