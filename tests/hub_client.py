@@ -46,7 +46,6 @@ class Client:
     def __init__(self, url: str, home: Path, token: str | None = "hf_ada") -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.home, self.token = home, token
-        self.environment = environment(url, home)
         with (home / "stderr.txt").open("w") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.hub_client"],
@@ -54,7 +53,7 @@ class Client:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 cwd=home,
-                env=self.environment,
+                env=environment(url, home),
                 text=True,
             )
 
