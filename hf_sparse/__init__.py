@@ -2,6 +2,7 @@
 
 from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.hub import from_pretrained, push_to_hub, save_pretrained
 from hf_sparse.monitor import SparsityReport
 from hf_sparse.observe import observed
 from hf_sparse.patching import is_patched, patch, patched, report, unpatch
@@ -17,11 +18,14 @@ __all__ = [
     "SparsityReport",
     "SupportReport",
     "__version__",
+    "from_pretrained",
     "inspect",
     "is_patched",
     "observed",
     "patch",
     "patched",
+    "push_to_hub",
     "report",
+    "save_pretrained",
     "unpatch",
 ]

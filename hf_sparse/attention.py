@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -64,6 +65,8 @@ class LayerState:
         dense: Why the whole layer runs dense, or `None`.
         counters: What the layer did so far.
         observer: Called with every call's inputs before anything else, or `None`.
+        fitted_to: Most visible keys that the laws were fitted on; the first row that sees more warns. `None` for no
+            limit.
     """
 
     layer: int
@@ -71,19 +74,23 @@ class LayerState:
     dense: str | None = None
     counters: LayerCounters = field(default_factory=LayerCounters)
     observer: Observer | None = None
+    fitted_to: int | None = None
     _table: Tensor | None = None
 
-    @cached_property
-    def law(self) -> Budget:
-        """The budget of this layer."""
-        return self.config.budget(self.layer)
-
-    def table(self, longest: int) -> Tensor:
-        """Kept keys for any number of visible keys up to `longest`: int64 `(heads or 1, longest + 1 or more)`."""
-        if self._table is None or self._table.shape[-1] <= longest:
-            table = self.law.table(1 << longest.bit_length())
-            self._table = table.view(-1, table.shape[-1])
-        return self._table
+    def budgets(self, visible: Tensor, longest: int) -> Tensor:
+        """Kept keys, int64 `(batch, heads or 1, rows)`, for `visible` `(batch, rows)`, at most `longest`."""
+        if self.fitted_to is not None and longest > self.fitted_to and int(visible.max()) > self.fitted_to:
+            warnings.warn(
+                f"a row sees {int(visible.max()):,} keys, but the laws were fitted on at most {self.fitted_to:,}: "
+                "beyond that, their quality was not measured",
+                UserWarning,
+                stacklevel=2,
+            )
+            self.fitted_to = None
+        if self._table is None or self._table.shape[-1] <= longest or self._table.device != visible.device:
+            table = self.config.budget(self.layer).table(1 << longest.bit_length())
+            self._table = table.view(-1, table.shape[-1]).to(visible.device)
+        return self._table[:, visible].transpose(0, 1)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

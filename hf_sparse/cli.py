@@ -26,6 +26,7 @@ from hf_sparse.cli_options import (
     parse_integers,
     share_options,
 )
+from hf_sparse.cli_publish import BundleOptions, Target, run_card, run_publish
 from hf_sparse.cli_runs import Outcome, Ready, is_main_process, prepare, run_attention_error, run_perplexity
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.attention_error import ROWS_PER_LENGTH
@@ -33,6 +34,7 @@ from hf_sparse.evaluation.attention_error import make_methods as make_error_meth
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.perplexity import METHODS, make_methods
 from hf_sparse.evaluation.windows import check_lengths
+from hf_sparse.hub import MESSAGE
 
 app = typer.Typer(
     name="hf-sparse",
@@ -88,8 +90,9 @@ def perplexity(
     """Perplexity of the same tokens across context lengths: dense, adaptive, and fixed at equal cost."""
     lengths = data.parsed_lengths()
     check_lengths(lengths, targets, None)
-    compared = make_methods(methods.split(","), sparse.config(), lengths)
-    ready = prepare(model, "perplexity", data, run, lengths, targets)
+    source = ModelSource.find(model, run.revision)
+    compared = make_methods(methods.split(","), sparse.config(source.policy), lengths)
+    ready = prepare(source, "perplexity", data, run, lengths, targets)
     _print(run_perplexity(ready, compared), ready, run)
 
 
@@ -105,8 +108,9 @@ def attention_error(
     """How far sparse attention is from dense attention across context lengths, every law at equal cost."""
     lengths = data.parsed_lengths()
     check_lengths(lengths, 1, None)
-    compared = make_error_methods(sparse.config(), lengths)
-    ready = prepare(model, "attention-error", data, run, lengths, targets=1)
+    source = ModelSource.find(model, run.revision)
+    compared = make_error_methods(sparse.config(source.policy), lengths)
+    ready = prepare(source, "attention-error", data, run, lengths, targets=1)
     _print(run_attention_error(ready, lengths, compared, rows), ready, run)
 
 
@@ -134,18 +138,35 @@ def memory(
 
 @app.command()
 @share_options
-def bench(
-    model: Annotated[
-        str | None, typer.Argument(help="Hub id, folder or .gguf file.", show_default="random weights of --shape")
+def card(
+    model: Model,
+    bundle: BundleOptions,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="MODEL, if it is a folder with a policy")
     ] = None,
-    *,
-    bench: BenchOptions,
-    run: RunOptions,
-    sparse: SparseOptions,
+    as_json: Json = False,
 ) -> None:
-    """Time ours beside dense attention: one layer, and a model that writes; and from which length ours is faster."""
-    outcome = run_bench(model, bench, run, sparse)
-    print(json.dumps(outcome.summary) if run.as_json else outcome)
+    """Write sparse_config.json, model card and plots from results; on a folder that has them, write them anew."""
+    run_card(model, bundle, output, as_json)
+
+
+@app.command()
+@share_options
+def publish(
+    model: Model,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name, or name.", show_default=False)],
+    bundle: BundleOptions,
+    weights: Annotated[bool, typer.Option("--weights", help="Publish weights and tokenizer, too.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to, made if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = MESSAGE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a policy and its model card on the Hub, in one commit."""
+    target = Target(repo_id, private or None, revision, create_pr, message)
+    run_publish(model, bundle, target, weights=weights, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()

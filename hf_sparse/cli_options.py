@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -13,8 +13,11 @@ import typer
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
+from hf_sparse.policy import Policy
 
-Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="Hub id, folder or .gguf file, of a model or a sparse_config.json.", show_default=False)
+]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
@@ -86,8 +89,8 @@ class SparseOptions:
         SparseAttentionConfig.dense_below
     )
 
-    def config(self) -> SparseAttentionConfig:
-        """The configuration.
+    def config(self, policy: Policy | None = None) -> SparseAttentionConfig:
+        """The configuration: that of `policy` if there is one, but for the options that are not at their defaults.
 
         Raises:
             UserError: if a value is not allowed.
@@ -96,8 +99,12 @@ class SparseOptions:
         if self.dense_layers is not None:
             layers = "" if self.dense_layers == "none" else self.dense_layers
             values["dense_layers"] = parse_integers("--dense-layers", layers)
+        defaults = SparseAttentionConfig()
+        changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
         try:
-            return SparseAttentionConfig(**values)
+            # How a calibration came about decides no figure, and is long.
+            start = defaults if policy is None else replace(policy.config, calibration=None)
+            return replace(start, **changed)
         except ValueError as error:
             raise UserError(str(error)) from error
 

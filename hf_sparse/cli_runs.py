@@ -60,11 +60,13 @@ class Outcome:
         return "\n\n".join(text_table(*table) for table in self.tables)
 
 
-def prepare(name: str, command: str, data: DataOptions, run: RunOptions, lengths: Sequence[int], targets: int) -> Ready:
+def prepare(
+    source: ModelSource, command: str, data: DataOptions, run: RunOptions, lengths: Sequence[int], targets: int
+) -> Ready:
     """Check everything that a user can get wrong, the cheap first, and load the model last.
 
     Args:
-        name: The model.
+        source: The model.
         command: Name of the command, for the default folder.
         data: Which texts, and where in them.
         run: How to run.
@@ -76,7 +78,6 @@ def prepare(name: str, command: str, data: DataOptions, run: RunOptions, lengths
     """
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    source = ModelSource.find(name, run.revision)
     info = source.info()
     check_lengths(lengths, targets, info.max_positions)
     support = hf_sparse.inspect(source.config)
