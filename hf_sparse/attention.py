@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -75,8 +75,8 @@ class LayerState:
 
     @cached_property
     def law(self) -> Budget:
-        """The budget of this layer."""
-        return self.config.budget(self.layer)
+        """The budget of this layer: one object for all layers with the same one."""
+        return _same(self.config.budget(self.layer))
 
     def table(self, longest: int) -> Tensor:
         """Kept keys for any number of visible keys up to `longest`: int64 `(heads or 1, longest + 1 or more)`."""
@@ -84,6 +84,11 @@ class LayerState:
             table = self.law.table(1 << longest.bit_length())
             self._table = table.view(-1, table.shape[-1])
         return self._table
+
+
+@lru_cache
+def _same(law: Budget) -> Budget:
+    return law
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
