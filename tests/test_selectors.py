@@ -179,6 +179,7 @@ def test_a_single_row_keeps_what_a_group_of_one_row_keeps(
 ) -> None:
     """The way that decoding takes, against the way for any number of rows, blocks of keys looked at first."""
     monkeypatch.setattr(single, "COARSE_FROM", 100)
+    monkeypatch.setattr(single, "OVERSAMPLING", coarse.OVERSAMPLING)
     config = SparseAttentionConfig(sink_keys=4, recent_keys=64)
     for seed, most in enumerate([20, 90, 150, 250]):
         intervals = calls.causal_intervals(1, 1500, left=left, right=(0,) * len(left))
