@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -77,20 +77,34 @@ class LayerState:
     fitted_to: int | None = None
     _table: Tensor | None = None
 
-    def budgets(self, visible: Tensor, longest: int) -> Tensor:
-        """Kept keys, int64 `(batch, heads or 1, rows)`, for `visible` `(batch, rows)`, at most `longest`."""
-        if self.fitted_to is not None and longest > self.fitted_to and int(visible.max()) > self.fitted_to:
-            warnings.warn(
-                f"a row sees {int(visible.max()):,} keys, but the laws were fitted on at most {self.fitted_to:,}: "
-                "beyond that, their quality was not measured",
-                UserWarning,
-                stacklevel=2,
-            )
-            self.fitted_to = None
-        if self._table is None or self._table.shape[-1] <= longest or self._table.device != visible.device:
-            table = self.config.budget(self.layer).table(1 << longest.bit_length())
-            self._table = table.view(-1, table.shape[-1]).to(visible.device)
-        return self._table[:, visible].transpose(0, 1)
+    @cached_property
+    def law(self) -> Budget:
+        """The budget of this layer: one object for all layers with the same one."""
+        return _same(self.config.budget(self.layer))
+
+    def table(self, longest: int) -> Tensor:
+        """Kept keys for any number of visible keys up to `longest`: int64 `(heads or 1, longest + 1 or more)`."""
+        if self._table is None or self._table.shape[-1] <= longest:
+            table = self.law.table(1 << longest.bit_length())
+            self._table = table.view(-1, table.shape[-1])
+        return self._table
+
+    def warn_beyond_fit(self, visible: int) -> None:
+        """Say, once, that a row sees more keys than the laws were fitted on."""
+        if self.fitted_to is None or visible <= self.fitted_to:
+            return
+        warnings.warn(
+            f"a row sees {visible:,} keys, {visible / self.fitted_to:.3g} times the {self.fitted_to:,} that the laws were "
+            "fitted on at most: beyond that, their quality was not measured",
+            UserWarning,
+            stacklevel=2,
+        )
+        self.fitted_to = None
+
+
+@lru_cache
+def _same(law: Budget) -> Budget:
+    return law
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -199,6 +213,7 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
     """
     heads, rows = inputs.query.shape[1:3]
     facts = inputs.facts
+    state.warn_beyond_fit(facts.most_visible)
     plan = None if state.dense is not None else facts.plan(state.law, state.table)
     if plan is None or plan.dense:
         reasons = {state.dense: facts.rows} if state.dense is not None else plan.dense_rows if plan is not None else {}

@@ -69,7 +69,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             total = length + key_states.shape[-2]
             storage = self._with_room(key_states, value_states, length, total)
             for part, new in zip(storage, (key_states, value_states), strict=True):
-                part[:, :, length:total] = new
+                part.narrow(2, length, new.shape[2]).copy_(new)
             self._show(storage, total)
         keys, values = self._states()
         attach(keys, self.summaries)
@@ -122,7 +122,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _show(self, storage: tuple[Tensor, Tensor], length: int) -> None:
         self._storage = storage
-        self.keys, self.values = storage[0][:, :, :length], storage[1][:, :, :length]
+        self.keys, self.values = storage[0].narrow(2, 0, length), storage[1].narrow(2, 0, length)
         self._shown = self.keys
 
     def _with_room(self, key: Tensor, value: Tensor, length: int, total: int) -> tuple[Tensor, Tensor]:

@@ -54,13 +54,18 @@ class RowFacts:
         self.rows = int((self._seen > 0).sum())
         self.total = int(self._seen.sum())
         self.shared: dict[Hashable, Any] = {}
-        self._plans: dict[Budget, Plan] = {}
+        self._plans: dict[int, tuple[Budget, Plan]] = {}
         self._causal: dict[int, bool] = {}
 
     @cached_property
     def last_visible(self) -> int:
         """Columns from this one on are seen by no row; at least 1."""
         return max(1, int(self.stop.max()))
+
+    @cached_property
+    def most_visible(self) -> int:
+        """Keys that the row with the most of them sees."""
+        return int(self._seen.max())
 
     def causal(self, kv_len: int) -> bool:
         """Whether every row sees exactly the keys up to its own, the last row being that of the last key."""
@@ -71,10 +76,14 @@ class RowFacts:
         return self._causal[kv_len]
 
     def plan(self, law: Budget, table: Callable[[int], Tensor]) -> Plan:
-        """The plan under `law`, whose `table(longest)` is `(heads or 1, at least longest + 1)`."""
-        if law not in self._plans:
-            self._plans[law] = self._make_plan(law, table(self.last_visible))
-        return self._plans[law]
+        """The plan under `law`, whose `table(longest)` is `(heads or 1, at least longest + 1)`.
+
+        It is kept for the very object `law`: comparing laws would take as long as a small layer's attention.
+        """
+        known = self._plans.get(id(law))
+        if known is None:
+            known = self._plans[id(law)] = (law, self._make_plan(law, table(self.last_visible)))
+        return known[1]
 
     def _make_plan(self, law: Budget, table: Tensor) -> Plan:
         host = table[:, self._seen].transpose(0, 1)

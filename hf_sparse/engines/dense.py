@@ -63,11 +63,13 @@ def _is_causal(inputs: AttentionInputs) -> bool:
 
 
 def _sdpa(inputs: AttentionInputs, mask: Tensor | None, *, causal: bool) -> Tensor:
-    stop = None if mask is None else mask.shape[-1]
+    key, value = inputs.key, inputs.value
+    if mask is not None:
+        key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
     return F.scaled_dot_product_attention(
         inputs.query,
-        inputs.key[:, :, :stop],
-        inputs.value[:, :, :stop],
+        key,
+        value,
         attn_mask=mask,
         dropout_p=inputs.dropout,
         is_causal=causal,

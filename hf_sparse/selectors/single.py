@@ -23,6 +23,9 @@ from hf_sparse.summaries import BLOCK
 Numbers = NDArray[np.int64]
 Booleans = NDArray[np.bool_]
 
+OVERSAMPLING = 4
+"""Keys that survive the look at blocks, for each key that is wanted: as in `hf_sparse.selectors.coarse`."""
+
 COARSE_FROM: int | None = 2048
 """Visible keys from which on a single row looks at blocks of keys first; `None`: it scores every key exactly."""
 
@@ -30,7 +33,7 @@ SUPERS_FROM = 1 << 16
 """Visible keys from which on it looks at super-blocks before blocks."""
 
 # Blocks that survive the look at super-blocks, for each block that is wanted.
-_OVERSAMPLING = 4
+_BLOCKS_OVERSAMPLING = 4
 
 # Standard deviations above its mean at which a super-block's best key is expected: as for blocks, of 256 keys.
 _SUPER_SPREAD = 2.4
@@ -145,7 +148,7 @@ def select_single(inputs: AttentionInputs, budgets: Tensor, config: SparseAttent
 def _search(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> _Search:
     """The search for this call: made by the first of the layers that share it."""
     shared = inputs.facts.shared
-    constants = (COARSE_FROM, coarse.OVERSAMPLING)
+    constants = (COARSE_FROM, OVERSAMPLING)
     key = (config, inputs.query.shape[1], inputs.key.shape[1:3], inputs.query.device, constants)
     known = shared.get(key)
     if inputs.origin is None and isinstance(known, _Search) and known.budgets is budgets:
@@ -229,7 +232,7 @@ def _look_where(
     begin = np.minimum(first + sink_keys, low)
     low_block = -(-(begin - origin) // BLOCK)
     high_block = np.maximum((low - origin) // BLOCK, low_block)
-    take = -(-coarse.OVERSAMPLING * room // BLOCK)
+    take = -(-OVERSAMPLING * room // BLOCK)
     # Where all would survive, there is no need to look at them first.
     looks = (take.max(1) < high_block - low_block) & (COARSE_FROM is not None) & (stop - first >= (COARSE_FROM or 0))
     return _Row(
@@ -252,7 +255,7 @@ def _surviving_blocks(
     summaries, origins, stop = inputs.own_summaries, row.origin.tolist(), inputs.facts.last_visible
     mean, variance = summaries.blocks(inputs.key, origins, stop, int(high.max()))
     low_super, high_super = -(-low // BLOCK), high // BLOCK
-    take_supers = -(-_OVERSAMPLING * row.take // BLOCK)
+    take_supers = -(-_BLOCKS_OVERSAMPLING * row.take // BLOCK)
     if (row.stop - row.first).max() < SUPERS_FROM or (take_supers.max(1) >= high_super - low_super).any():
         base = int(low.min())
         scores = coarse.expected_scores(members, mean[:, :, base:], variance[:, :, base:])
