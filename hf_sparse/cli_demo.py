@@ -13,6 +13,7 @@ from hf_sparse.cli_options import DataOptions, RunOptions
 from hf_sparse.cli_runs import Ready, is_main_process, prepare, run_attention_error, run_perplexity
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
+from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.perplexity import make_methods
 from hf_sparse.evaluation.tables import text_table
 
@@ -37,7 +38,8 @@ def run_demo(name: str, run: RunOptions) -> None:
     Raises:
         UserError: if the model cannot be found, reached, read or patched, or takes less than 4,096 tokens.
     """
-    ready = prepare(name, "demo", DataOptions(documents=_DOCUMENTS), run, _LENGTHS, _TARGETS)
+    source = ModelSource.find(name, run.revision)
+    ready = prepare(source, "demo", DataOptions(documents=_DOCUMENTS), run, _LENGTHS, _TARGETS)
     say = _Speaker(silent=run.as_json or not is_main_process())
     say(f"model: {ready.about['model']['name']}, {ready.about['dtype']} on {ready.about['device']}")
     say("\n>>> model = hf_sparse.patch(model)")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -17,6 +18,11 @@ from hf_sparse.errors import UserError
 Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+
+Policy = Annotated[
+    str | None,
+    typer.Option(help="sparse_config.json, or a folder with one; options that are given go before it."),
+]
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,8 @@ class SparseOptions:
         SparseAttentionConfig.dense_below
     )
 
-    def config(self) -> SparseAttentionConfig:
-        """The configuration.
+    def config(self, policy: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
+        """The configuration: `policy` if there is one, but for the options that are not at their defaults.
 
         Raises:
             UserError: if a value is not allowed.
@@ -96,10 +102,32 @@ class SparseOptions:
         if self.dense_layers is not None:
             layers = "" if self.dense_layers == "none" else self.dense_layers
             values["dense_layers"] = parse_integers("--dense-layers", layers)
+        defaults = SparseAttentionConfig()
+        changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
         try:
-            return SparseAttentionConfig(**values)
+            # How a calibration came about decides no figure, and is long.
+            start = defaults if policy is None else replace(policy, calibration=None)
+            return replace(start, **changed)
         except ValueError as error:
             raise UserError(str(error)) from error
+
+
+def read_policy(name: str | None) -> SparseAttentionConfig | None:
+    """The configuration in a file, or in the `sparse_config.json` of a folder; `None` for no name.
+
+    Raises:
+        UserError: if it cannot be read, or something in it is wrong.
+    """
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    path = path / "sparse_config.json" if path.is_dir() else path
+    try:
+        return SparseAttentionConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def share_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import hf_sparse
 from hf_sparse.cli_options import DataOptions, RunOptions
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
@@ -60,11 +59,13 @@ class Outcome:
         return "\n\n".join(text_table(*table) for table in self.tables)
 
 
-def prepare(name: str, command: str, data: DataOptions, run: RunOptions, lengths: Sequence[int], targets: int) -> Ready:
+def prepare(
+    source: ModelSource, command: str, data: DataOptions, run: RunOptions, lengths: Sequence[int], targets: int
+) -> Ready:
     """Check everything that a user can get wrong, the cheap first, and load the model last.
 
     Args:
-        name: The model.
+        source: The model.
         command: Name of the command, for the default folder.
         data: Which texts, and where in them.
         run: How to run.
@@ -76,12 +77,10 @@ def prepare(name: str, command: str, data: DataOptions, run: RunOptions, lengths
     """
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    source = ModelSource.find(name, run.revision)
     info = source.info()
     check_lengths(lengths, targets, info.max_positions)
-    support = hf_sparse.inspect(source.config)
-    if not support.supported:
-        raise UserError(str(support))
+    if not source.support.supported:
+        raise UserError(str(source.support))
     characters = _CHARS_PER_TOKEN * (data.offset + lengths[-1] + 1)
     documents = load_documents(data.text or [], count=data.documents, column=data.column, min_chars=characters)
     tokenizer = source.tokenizer()
@@ -98,9 +97,9 @@ def run_perplexity(ready: Ready, methods: perplexity.Methods) -> Outcome:
     Raises:
         UserError: if a configuration does not suit the model.
     """
-    for config in methods.values():
+    for method in methods.values():
         try:
-            with perplexity.applied(ready.model, config):
+            with perplexity.applied(ready.model, method):
                 pass
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from hf_sparse.errors import UserError
+from hf_sparse.support import SupportReport, inspect
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -106,6 +107,11 @@ class ModelSource:
         with _user_errors(self):
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.location, **self._arguments())
         return config
+
+    @cached_property
+    def support(self) -> SupportReport:
+        """Whether the model can be patched, and its attention layers."""
+        return inspect(self.config)
 
     def info(self) -> ModelInfo:
         """What identifies the model; reads the configuration, and local weights for their hash."""
