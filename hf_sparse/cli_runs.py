@@ -119,7 +119,8 @@ def run_attention_error(
     rows = attention_error.evaluate(ready.model, windows, lengths, methods, _rows(ready), ready.about, rows_per_length)
     summary = attention_summary.summarise(rows, ready.about["seed"])
     tables = [cells(summary) for cells in (error_cells, shape_cells, slope_cells, comparison_cells)]
-    outcome = Outcome(summary, [*tables, layer_cells(summary, SparseAttentionConfig.selector)])
+    shown = attention_error.CALIBRATED if attention_error.CALIBRATED in methods else SparseAttentionConfig.selector
+    outcome = Outcome(summary, [*tables, layer_cells(summary, shown)])
     write_outcome(outcome, ready.folder, "attention_error.png", plots.plot_attention_error)
     return outcome
 

@@ -135,8 +135,9 @@ def run_calibration(
         info: What identifies the model; what its configuration says if `None`.
 
     Raises:
-        UserError: (a `ValueError`) if the model cannot be patched or is patched, there are too few texts, one is too short, `config`
-            limits what laws can be, or the target lies beyond the fitted length and `extrapolate` is not set.
+        UserError: (a `ValueError`) if the model cannot be patched or is patched, there are too few texts, one is too
+            short, `config` limits what laws can be, or the target lies beyond the fitted length and `extrapolate` is
+            not set.
     """
     target = Target.parse(target) if isinstance(target, str) else target
     config = SparseAttentionConfig() if config is None else config

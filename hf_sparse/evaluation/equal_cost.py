@@ -45,7 +45,7 @@ def kept_keys(config: SparseAttentionConfig, layers: Sequence[LayerSupport], len
         budget = None if layer.layer in (config.dense_layers or ()) else config.budget(layer.layer)
         kind = (budget, layer.sliding_window)
         if kind not in per_head:
-            visible = torch.arange(1, max(lengths) + 1).clamp(max=layer.sliding_window)
+            visible = torch.arange(1, max(lengths) + 1).clamp(max=layer.sliding_window or max(lengths))
             kept = visible if budget is None else budget(visible)
             running = kept.double().view(-1, len(visible)).mean(0).cumsum(0)
             per_head[kind] = math.fsum(running[length - 1].item() for length in lengths)

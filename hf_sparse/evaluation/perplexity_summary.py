@@ -24,7 +24,8 @@ def summarise(rows: Sequence[Row], seed: int) -> Summary:
         `exp(mean difference of nats per token)`, with `low` and `high` of its 95 % bootstrap interval:
 
         - `results`: for each method and length `perplexity`, `ratio` to dense with `low` and `high`, `density`,
-          `sparse_density` (`None` in rows of earlier releases), `mean_keys`, `seconds` (mean of a forward pass), `tokens`;
+          `sparse_density` (`None` in rows of earlier releases), `mean_keys`, `seconds` (mean of a forward pass),
+          `tokens`;
         - `methods`: for each method the mean over lengths (of the nats, so a geometric mean of the ratios), the
           length with the worst ratio, and that ratio;
         - `adaptive_vs_fixed`: ratio of each adaptive method to the fixed number of keys at equal cost, by length,
