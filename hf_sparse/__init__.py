@@ -1,5 +1,7 @@
 """Adaptive-window sparse attention for Hugging Face causal language models, in one line."""
 
+from typing import TYPE_CHECKING, Any
+
 from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.hub import from_pretrained, push_to_hub, save_pretrained
@@ -8,6 +10,9 @@ from hf_sparse.observe import observed
 from hf_sparse.patching import is_patched, patch, patched, report, unpatch
 from hf_sparse.record import CalibrationRecord
 from hf_sparse.support import SupportReport, inspect
+
+if TYPE_CHECKING:
+    from hf_sparse.calibration.calibrate import calibrate
 
 __version__ = "0.1.0"
 
@@ -18,6 +23,7 @@ __all__ = [
     "SparsityReport",
     "SupportReport",
     "__version__",
+    "calibrate",
     "from_pretrained",
     "inspect",
     "is_patched",
@@ -29,3 +35,12 @@ __all__ = [
     "save_pretrained",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is asked for: patching a model needs none of what measures one.
+    if name == "calibrate":
+        from hf_sparse.calibration.calibrate import calibrate
+
+        return calibrate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

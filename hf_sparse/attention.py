@@ -94,8 +94,8 @@ class LayerState:
         if self.fitted_to is None or visible <= self.fitted_to:
             return
         warnings.warn(
-            f"a row sees {visible:,} keys, {visible / self.fitted_to:.3g} times the {self.fitted_to:,} that the laws were "
-            "fitted on at most: beyond that, their quality was not measured",
+            f"a row sees {visible:,} keys, {visible / self.fitted_to:.3g} times the {self.fitted_to:,} that the laws "
+            "were fitted on at most: beyond that, their quality was not measured",
             UserWarning,
             stacklevel=2,
         )

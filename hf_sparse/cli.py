@@ -13,17 +13,19 @@ from typing import Annotated
 import typer
 
 import hf_sparse
-from hf_sparse.cli_bench import BenchOptions, run_bench
+from hf_sparse.cli_calibrate import CalibrationOptions, run_calibrate
 from hf_sparse.cli_demo import DEMO_MODEL, run_demo
 from hf_sparse.cli_memory import run_memory
 from hf_sparse.cli_options import (
     DataOptions,
     Json,
     Model,
+    Policy,
     Revision,
     RunOptions,
     SparseOptions,
     parse_integers,
+    read_policy,
     share_options,
 )
 from hf_sparse.cli_publish import BundleOptions, Target, run_card, run_publish
@@ -32,7 +34,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.evaluation.attention_error import ROWS_PER_LENGTH
 from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
 from hf_sparse.evaluation.models import ModelSource
-from hf_sparse.evaluation.perplexity import METHODS, make_methods
+from hf_sparse.evaluation.perplexity import METHODS, MORE_METHODS, make_methods
 from hf_sparse.evaluation.windows import check_lengths
 from hf_sparse.hub import MESSAGE
 
@@ -85,13 +87,17 @@ def perplexity(
     run: RunOptions,
     sparse: SparseOptions,
     targets: Annotated[int, typer.Option(min=1, help="Last tokens of each window, the same at every length.")] = 512,
-    methods: Annotated[str, typer.Option(help="What to compare with dense.")] = ",".join(METHODS[1:]),
+    methods: Annotated[
+        str, typer.Option(help=f"What to compare with dense: also {', '.join(MORE_METHODS)}.")
+    ] = ",".join(METHODS[1:]),
+    policy: Policy = None,
 ) -> None:
     """Perplexity of the same tokens across context lengths: dense, adaptive, and fixed at equal cost."""
     lengths = data.parsed_lengths()
     check_lengths(lengths, targets, None)
     source = ModelSource.find(model, run.revision)
-    compared = make_methods(methods.split(","), sparse.config(source.policy), lengths)
+    config = sparse.config(read_policy(policy, source.policy))
+    compared = make_methods(methods.split(","), config, lengths, source.support)
     ready = prepare(source, "perplexity", data, run, lengths, targets)
     _print(run_perplexity(ready, compared), ready, run)
 
@@ -104,14 +110,29 @@ def attention_error(
     run: RunOptions,
     sparse: SparseOptions,
     rows: Annotated[int, typer.Option(min=1, help="Rows measured before each length.")] = ROWS_PER_LENGTH,
+    policy: Policy = None,
 ) -> None:
     """How far sparse attention is from dense attention across context lengths, every law at equal cost."""
     lengths = data.parsed_lengths()
     check_lengths(lengths, 1, None)
     source = ModelSource.find(model, run.revision)
-    compared = make_error_methods(sparse.config(source.policy), lengths)
+    config = sparse.config(read_policy(policy, source.policy))
+    compared = make_error_methods(config, lengths, source.support)
     ready = prepare(source, "attention-error", data, run, lengths, targets=1)
     _print(run_attention_error(ready, lengths, compared, rows), ready, run)
+
+
+@app.command()
+@share_options
+def calibrate(model: Model, options: CalibrationOptions, run: RunOptions) -> None:
+    """Fit a law for every head to a target, and check it on held-out texts; exit code 1 if the target is not met."""
+    result, outcome, folder = run_calibrate(model, options, run)
+    if run.as_json:
+        print(json.dumps(outcome.summary))
+    else:
+        print(f"{outcome}\n\nintervals: 95 %, bootstrap over {result.check['resampled']}")
+        print(f"measurements, calibration.json and sparse_config.json: {folder}")
+    raise typer.Exit(0 if result.met else 1)
 
 
 @app.command()

@@ -21,8 +21,8 @@ from hf_sparse.bench.tables import bench_tables
 from hf_sparse.cli_options import RunOptions, SparseOptions, parse_integers
 from hf_sparse.cli_runs import Outcome, write_outcome
 from hf_sparse.config import SELECTORS, SparseAttentionConfig
-from hf_sparse.errors import UserError
-from hf_sparse.evaluation.models import DTYPES, ModelSource, first_line
+from hf_sparse.errors import UserError, first_line
+from hf_sparse.evaluation.models import DTYPES, ModelSource
 from hf_sparse.evaluation.processes import process_state
 from hf_sparse.evaluation.results import ResultFile
 from hf_sparse.evaluation.windows import check_lengths

@@ -11,15 +11,21 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from hf_sparse import policy_files
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.policy import Policy
+from hf_sparse.policy import Policy as ReadPolicy
 
 Model = Annotated[
     str, typer.Argument(help="Hub id, folder or .gguf file, of a model or a sparse_config.json.", show_default=False)
 ]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+
+Policy = Annotated[
+    str | None,
+    typer.Option(help="sparse_config.json, or a folder with one; options that are given go before it."),
+]
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ class SparseOptions:
         SparseAttentionConfig.dense_below
     )
 
-    def config(self, policy: Policy | None = None) -> SparseAttentionConfig:
-        """The configuration: that of `policy` if there is one, but for the options that are not at their defaults.
+    def config(self, policy: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
+        """The configuration: `policy` if there is one, but for the options that are not at their defaults.
 
         Raises:
             UserError: if a value is not allowed.
@@ -103,10 +109,23 @@ class SparseOptions:
         changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
         try:
             # How a calibration came about decides no figure, and is long.
-            start = defaults if policy is None else replace(policy.config, calibration=None)
+            start = defaults if policy is None else replace(policy, calibration=None)
             return replace(start, **changed)
         except ValueError as error:
             raise UserError(str(error)) from error
+
+
+def read_policy(name: str | None, own: ReadPolicy | None) -> SparseAttentionConfig | None:
+    """The configuration of the policy called `name`, or else of the model's `own`; `None` if there is neither.
+
+    Raises:
+        UserError: if it cannot be read, or something in it is wrong.
+    """
+    try:
+        policy = own if name is None else policy_files.load(name).policy
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return None if policy is None else policy.config
 
 
 def share_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import hf_sparse
 from hf_sparse.cli_options import DataOptions, RunOptions
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
@@ -80,9 +79,8 @@ def prepare(
         torch.set_num_threads(run.threads)
     info = source.info()
     check_lengths(lengths, targets, info.max_positions)
-    support = hf_sparse.inspect(source.config)
-    if not support.supported:
-        raise UserError(str(support))
+    if not source.support.supported:
+        raise UserError(str(source.support))
     characters = _CHARS_PER_TOKEN * (data.offset + lengths[-1] + 1)
     documents = load_documents(data.text or [], count=data.documents, column=data.column, min_chars=characters)
     tokenizer = source.tokenizer()
@@ -99,9 +97,9 @@ def run_perplexity(ready: Ready, methods: perplexity.Methods) -> Outcome:
     Raises:
         UserError: if a configuration does not suit the model.
     """
-    for config in methods.values():
+    for method in methods.values():
         try:
-            with perplexity.applied(ready.model, config):
+            with perplexity.applied(ready.model, method):
                 pass
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -121,7 +119,8 @@ def run_attention_error(
     rows = attention_error.evaluate(ready.model, windows, lengths, methods, _rows(ready), ready.about, rows_per_length)
     summary = attention_summary.summarise(rows, ready.about["seed"])
     tables = [cells(summary) for cells in (error_cells, shape_cells, slope_cells, comparison_cells)]
-    outcome = Outcome(summary, [*tables, layer_cells(summary, SparseAttentionConfig.selector)])
+    shown = attention_error.CALIBRATED if attention_error.CALIBRATED in methods else SparseAttentionConfig.selector
+    outcome = Outcome(summary, [*tables, layer_cells(summary, shown)])
     write_outcome(outcome, ready.folder, "attention_error.png", plots.plot_attention_error)
     return outcome
 

@@ -41,10 +41,12 @@ class _Patch:
     Attributes:
         configs: `(module, attribute, original configuration, the copy it was replaced by)`.
         policy: The configuration of all layers, with what came with it if it was read from somewhere.
+        hooks: What makes the model's own caches ours.
     """
 
     configs: list[tuple[nn.Module, str, PreTrainedConfig, PreTrainedConfig]]
     policy: Policy
+    hooks: CacheHooks
 
 
 def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
@@ -84,7 +86,7 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
         check_calibration(config.calibration, support, base.config)
     warn_if_too_slow(config.budget())
     if not is_patched(base):
-        setattr(base, _HANDLE, _Patch(_rebind(base), policy))
+        setattr(base, _HANDLE, _Patch(_rebind(base), policy, install(base)))
     getattr(base, _HANDLE).policy = policy
     sparse = [layer.layer for layer in support.layers if layer.layer not in reasons]
     for layer in support.layers:
@@ -123,7 +125,7 @@ def patched(model: ModelT, config: ConfigLike = None, **fields: Any) -> Iterator
     finally:
         if policy is not None:
             if not is_patched(base):
-                setattr(base, _HANDLE, _Patch(_rebind(base), policy))
+                setattr(base, _HANDLE, _Patch(_rebind(base), policy, install(base)))
             getattr(base, _HANDLE).policy = policy
             for module, state in before.items():
                 setattr(module, STATE, state)

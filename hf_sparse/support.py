@@ -62,6 +62,11 @@ class SupportReport:
         """Whether some layers, but not all, have a sliding window."""
         return len({layer.sliding_window is None for layer in self.layers}) == 2
 
+    @property
+    def sliding_layers(self) -> tuple[int, ...]:
+        """The layers of a hybrid model that have a sliding window; none of another model."""
+        return tuple(layer.layer for layer in self.layers if self.hybrid and layer.sliding_window is not None)
+
     def __str__(self) -> str:
         if not self.supported:
             return f"{self.architecture} cannot be patched: {'; '.join(self.reasons)}"

@@ -17,7 +17,7 @@ from hf_sparse.bench.inputs import LayerInputs
 from hf_sparse.bench.timing import alternate, available_bytes, synchronize, timed, with_peak
 from hf_sparse.cache import SparseLayer
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.evaluation.models import first_line
+from hf_sparse.errors import first_line
 from hf_sparse.monitor import make_report
 from hf_sparse.selection import AttentionInputs
 

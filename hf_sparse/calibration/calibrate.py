@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,20 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse.calibration.laws import LawFit
-from hf_sparse.calibration.run import SHORTEST, Run, reached
-from hf_sparse.calibration.solve import highest_price, law_config, mean_density
+from hf_sparse.calibration.run import SHORTEST, Run, calibrated
+from hf_sparse.calibration.solve import Solver
 from hf_sparse.calibration.target import Target
+from hf_sparse.calibration.texts import longest_input, most_tokens, split
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import Document
+from hf_sparse.evaluation.models import ModelInfo
 from hf_sparse.evaluation.perplexity_summary import Summary
-from hf_sparse.evaluation.results import write_json
+from hf_sparse.evaluation.results import Row, provenance, write_json
 from hf_sparse.evaluation.windows import cut_windows
 from hf_sparse.patching import base_model, is_patched
 from hf_sparse.record import CalibrationRecord, Interval
-from hf_sparse.support import inspect
-
-LONGEST = 8192
-"""Tokens of each text that are used, if not said otherwise and the texts have them."""
+from hf_sparse.support import SupportReport, inspect
 
 PROBE_TOKENS = 2048
 """Most tokens of a text on which layers are made sparse one at a time."""
@@ -34,9 +35,8 @@ PROBE_TOKENS = 2048
 PROBED = 2
 """Documents on which that is done."""
 
-# Prices that are tried where a target has to be measured: every trial is a run over the held-out texts.
-_TRIALS = 5
-_TRIAL_DENSITIES = (0.02, 0.7)
+CHECKED_TOKENS = 512
+"""Most tokens of each held-out document on which a calibration is checked."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,18 @@ class Calibration:
     Attributes:
         config: The calibrated configuration, with its record.
         target: What it was to reach.
-        met: Whether it did, on the held-out texts where it had to be measured.
+        reached: The value of the target's metric that it reached; a perplexity is that of the held-out texts.
+        met: Whether that is no more than what was to be reached.
         price: Nats a token that a key had to be worth.
         density: Kept over visible keys of the layers with laws, at the target's length.
         predicted: Nats a token that the laws cost, as predicted from single layers.
-        families: Cost of heads on documents left out of the fit, by shape of law (`LawFit.held_out`).
+        families: Cost of a head on documents left out of the fit, by shape of law (`LawFit.held_out`).
         check: Perplexities on the held-out texts: dense, calibrated, and one law for all heads at equal cost.
     """
 
     config: SparseAttentionConfig
     target: Target
+    reached: float
     met: bool
     price: float
     density: float
@@ -86,11 +88,15 @@ def calibrate(
 
     Returns:
         The configuration for `patch`. Its `calibration` holds intervals, the names of the texts and what was reached.
+        A target that was not reached gives a warning.
 
     Raises:
-        ValueError: See `run_calibration`.
+        UserError: (a `ValueError`) see `run_calibration`.
     """
-    return run_calibration(model, tokenizer, texts, target, **options).config
+    result = run_calibration(model, tokenizer, texts, target, **options)
+    if not result.met:
+        warnings.warn(f"the target {result.target} was not reached: {result.reached:.4g}", UserWarning, stacklevel=2)
+    return result.config
 
 
 def run_calibration(
@@ -105,6 +111,7 @@ def run_calibration(
     folder: Path | None = None,
     extrapolate: bool = False,
     seed: int = 0,
+    info: ModelInfo | None = None,
 ) -> Calibration:
     """Measure every head's error against its budget, spread the budget where it saves most, and check the result.
 
@@ -115,58 +122,136 @@ def run_calibration(
     Args:
         model: A causal language model that `patch` takes, unpatched.
         tokenizer: Its tokenizer.
-        texts: Texts to fit on; two at least.
+        texts: Texts to fit laws to, two at least.
         target: What to reach.
-        config: Everything but the laws: selector, floors, sinks; the default if `None`.
+        config: Everything but the laws: selector, floors, sinks, and layers to leave dense besides the sliding-window
+            layers of a hybrid model; the default if `None`.
         held_out: Texts to check on; the last quarter of `texts`, one at least, if `None`.
-        length: Tokens of each text that are used; if `None` as many as all texts and the model have, up to `LONGEST`.
-        folder: Where measurements and the result (`calibration.json`) go; nothing is kept if `None`.
+        length: Tokens of each text that are used; if `None` as many as all texts and the model have, up to
+            `hf_sparse.calibration.texts.LONGEST`.
+        folder: Where measurements, `calibration.json` and `sparse_config.json` go; nothing is kept if `None`.
         extrapolate: Accept a target at a greater length than laws are fitted on.
         seed: Seed of the bootstraps.
+        info: What identifies the model; what its configuration says if `None`.
 
     Raises:
-        ValueError: If the model cannot be patched or is patched, there are too few texts, one is too short, or the
-            target lies beyond the fitted length and `extrapolate` is not set.
+        UserError: (a `ValueError`) if the model cannot be patched or is patched, there are too few texts, one is too
+            short, `config` limits what laws can be, or the target lies beyond the fitted length and `extrapolate` is
+            not set.
     """
     target = Target.parse(target) if isinstance(target, str) else target
+    config = SparseAttentionConfig() if config is None else config
+    if config.law != "power" or config.per_head is not None or config.max_keys is not None:
+        raise UserError("laws are fitted from a configuration with law='power' and without per_head and max_keys")
     base = base_model(model)
     if is_patched(base):
-        raise ValueError(f"{type(base).__name__} is patched: call hf_sparse.unpatch(model) before calibrating it")
+        raise UserError(f"{type(base).__name__} is patched: call hf_sparse.unpatch(model) before calibrating it")
     support = inspect(base)
     if not support.supported:
-        raise ValueError(str(support))
-    fitted, checked = _split(texts, held_out)
-    length = _length([*fitted, *checked], tokenizer, base) if length is None else length
-    if length < 2 * SHORTEST:
-        raise ValueError(f"laws are fitted on texts of at least {2 * SHORTEST} tokens; got {length}")
+        raise UserError(str(support))
+    fitted, checked = split(texts, held_out)
+    most = most_tokens(base, support)
+    length = longest_input([*fitted, *checked], tokenizer, base, support) if length is None else length
     at = target.length or length
+    _check_lengths(target, length, at, most, extrapolate=extrapolate)
+    # All windows first: a text that is too short is found before anything is measured.
+    windows = cut_windows(fitted, tokenizer, [length], targets=1)
+    probes = cut_windows(fitted[:PROBED], tokenizer, [min(length, PROBE_TOKENS)], targets=1)
+    checks = cut_windows(checked, tokenizer, [at], min(CHECKED_TOKENS, at // 2))
+    trials = []
+    if target.metric == "perplexity_ratio":
+        trials = cut_windows(fitted[: len(checked)], tokenizer, [at], min(CHECKED_TOKENS, at // 2))
+    about = provenance(info or _info(base), base, seed)
+    with tempfile.TemporaryDirectory() as temporary, _evaluating(base):
+        run = Run(base, support, config, folder or Path(temporary), about)
+        curves = run.curves(windows)
+        fit = LawFit(curves, run.sensitivity(probes, curves), config.min_keys, config.dense_below)
+        solver = Solver(fit, config, run.layers, run.dense)
+        price = solver.price(target, at, lambda made: run.ratio(made, trials))
+        made = solver.made(price)
+        check = run.check(made, checks)
+    density = solver.density(price, at)
+    reached = {
+        "density": density,
+        "output_error": fit.held_out_error(price),
+        "perplexity_ratio": calibrated(check)["ratio"],
+    }[target.metric]
+    record = _record(about, base, support, fit, target, fitted, checked)
+    record = replace(
+        record,
+        selector=config.selector,
+        reached=reached,
+        reached_at=at,
+        intervals=_intervals(fit, price, seed, made),
+    )
+    result = Calibration(
+        config=replace(made, calibration=record),
+        target=target,
+        reached=reached,
+        met=reached <= target.value,
+        price=price,
+        density=density,
+        predicted=fit.risk_of(fit.choose(price)),
+        families=fit.held_out(price),
+        check=check,
+    )
+    if folder is not None:
+        write_json(folder / "calibration.json", result.to_dict())
+        write_json(folder / "sparse_config.json", result.config.to_dict())
+    return result
+
+
+def _check_lengths(target: Target, length: int, at: int, most: int, *, extrapolate: bool) -> None:
+    if length < 2 * SHORTEST:
+        raise UserError(f"laws are fitted to texts of at least {2 * SHORTEST} tokens; got {length}")
+    if max(length, at) > most:
+        raise UserError(f"inputs of this model see more and more keys up to {most} tokens; got {max(length, at)}")
     if at > length and not extrapolate:
-        raise ValueError(
-            f"the target {target} lies at {at / length:.3g} times the {length} tokens that laws are fitted on: give "
-            "longer texts, or extrapolate=True for laws that were not measured there"
+        raise UserError(
+            f"the target {target} lies at {at / length:.3g} times the {length} tokens that laws are fitted to: give "
+            "longer texts, or ask for extrapolation, for laws that were not measured there"
         )
-    base_config = replace(config or SparseAttentionConfig(), per_head=None, calibration=None)
-    with tempfile.TemporaryDirectory() as temporary:
-        run = Run(base, tokenizer, support, base_config, folder or Path(temporary), seed)
-        curves = run.curves(cut_windows(fitted, tokenizer, [length], targets=1))
-        probes = cut_windows(fitted[:PROBED], tokenizer, [min(length, PROBE_TOKENS)], targets=1)
-        fit = LawFit(curves, run.sensitivity(probes, curves), base_config.min_keys)
-        price = _price(fit, run, target, at, checked)
-        made = law_config(fit, price, base_config, run.sliding)
-        check = run.check(made, checked, at)
-    ratio = reached(check)["ratio"]
-    density = mean_density(made, run.layers, at)
-    found = {"density": density, "output_error": fit.error_of(fit.choose(price)), "perplexity_ratio": ratio}[
-        target.metric
-    ]
-    record = CalibrationRecord(
-        model_type=base.config.model_type,
+
+
+def _info(model: PreTrainedModel) -> ModelInfo:
+    """What identifies a model that was handed over as an object; no path of the machine."""
+    name = model.config.name_or_path or type(model).__name__
+    return ModelInfo(
+        Path(name).resolve().name if Path(name).exists() else name,
+        getattr(model.config, "_commit_hash", None) or "unknown",
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        model.config.model_type,
+    )
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode: with dropout, no two runs measure the same."""
+    training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _record(
+    about: Row,
+    model: PreTrainedModel,
+    support: SupportReport,
+    fit: LawFit,
+    target: Target,
+    fitted: Sequence[Document],
+    checked: Sequence[Document],
+) -> CalibrationRecord:
+    revision = about["model"]["revision"]
+    return CalibrationRecord(
+        model_type=model.config.model_type,
         architecture=support.architecture,
         layers=len(support.layers),
         heads={layer.layer: layer.heads for layer in support.layers},
-        base_model=run.about["model"]["name"] or None,
-        revision=run.about["model"]["revision"],
-        selector=base_config.selector,
+        base_model=about["model"]["name"],
+        revision=None if revision == "unknown" else revision,
         documents=tuple(document.name for document in fitted),
         texts_sha256=hashlib.sha256("".join(document.sha256 for document in fitted).encode()).hexdigest(),
         held_out=tuple(document.name for document in checked),
@@ -174,90 +259,14 @@ def run_calibration(
         fitted_to=fit.longest,
         target=target.metric,
         target_value=target.value,
-        reached=found,
-        reached_at=at,
-        intervals=_intervals(fit, price, seed),
-        versions=run.about["versions"],
+        versions=about["versions"],
     )
-    result = Calibration(
-        config=replace(made, calibration=record),
-        target=target,
-        met=found <= target.value,
-        price=price,
-        density=density,
-        predicted=fit.risk_of(fit.choose(price)),
-        families=fit.held_out(price),
-        check=check,
-    )
-    if not result.met:
-        warnings.warn(f"the target {target} was not reached: {found:.4g}", UserWarning, stacklevel=2)
-    if folder is not None:
-        write_json(folder / "calibration.json", result.to_dict())
-    return result
 
 
-def _price(fit: LawFit, run: Run, target: Target, length: int, checked: Sequence[Document]) -> float:
-    """The price of a key at which the laws meet the target; where none does, that which comes nearest."""
-
-    def density(price: float) -> float:
-        return mean_density(law_config(fit, price, run.config, run.sliding), run.layers, length)
-
-    def dear(wanted: float) -> float:
-        """The lowest price at which no more than the share `wanted` of keys is kept."""
-        return highest_price(lambda price: density(price) > wanted)
-
-    match target.metric:
-        case "density":
-            # Bisection ends a hair on the denser side of a step.
-            return dear(target.value) * (1 + 1e-9)
-        case "output_error":
-            return highest_price(lambda price: fit.error_of(fit.choose(price)) <= target.value)
-        case _:
-            limits = [dear(share) for share in reversed(_TRIAL_DENSITIES)]
-
-            def holds(price: float) -> bool:
-                made = law_config(fit, price, run.config, run.sliding)
-                return bool(reached(run.check(made, checked, length))["ratio"] <= target.value)
-
-            return highest_price(holds, (limits[0], limits[1]), _TRIALS)
-
-
-def _split(
-    texts: Sequence[str | Document], held_out: Sequence[str | Document] | None
-) -> tuple[list[Document], list[Document]]:
-    """Documents to fit on and to check on."""
-    documents = [_document(text, "text", i) for i, text in enumerate(texts)]
-    if held_out is None:
-        count = max(1, len(documents) // 4)
-        documents, checked = documents[:-count], documents[-count:]
-    else:
-        checked = [_document(text, "held-out text", i) for i, text in enumerate(held_out)]
-    if len(documents) < 2 or not checked:
-        raise ValueError(
-            f"calibration takes two texts to fit on and one to check on; got {len(documents)} and {len(checked)}"
-        )
-    both = {d.sha256 for d in documents} & {d.sha256 for d in checked}
-    if both or len({d.sha256 for d in documents}) < len(documents):
-        raise ValueError("the texts to fit on and to check on must all be different texts")
-    names = [document.name for document in (*documents, *checked)]
-    if len(set(names)) < len(names):
-        raise ValueError(f"texts must have different names; got {', '.join(names)}")
-    return documents, checked
-
-
-def _document(text: str | Document, kind: str, index: int) -> Document:
-    return text if isinstance(text, Document) else Document(f"{kind} {index + 1}", text)
-
-
-def _length(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    tokens = (len(tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"]) for d in documents)
-    return min(LONGEST, limit, min(tokens) - 1)
-
-
-def _intervals(fit: LawFit, price: float, seed: int) -> dict[int, tuple[Interval, ...]]:
+def _intervals(fit: LawFit, price: float, seed: int, made: SparseAttentionConfig) -> dict[int, tuple[Interval, ...]]:
     out: dict[int, tuple[Interval, ...]] = {}
     for (layer, _), interval in zip(fit.heads, fit.intervals(price, seed), strict=True):
-        low, high, exponent_low, exponent_high = (float(f"{value:.4g}") for value in interval)
-        out[layer] = (*out.get(layer, ()), (low, high, exponent_low, exponent_high))
+        if layer in (made.per_head or {}):
+            low, high, exponent_low, exponent_high = (float(f"{value:.4g}") for value in interval)
+            out[layer] = (*out.get(layer, ()), (low, high, exponent_low, exponent_high))
     return out

@@ -61,9 +61,12 @@ def budget_grid(visible: int) -> tuple[int, ...]:
 
 
 def visible_grid(shortest: int, longest: int) -> tuple[int, ...]:
-    """Visible keys at which curves are measured, two to an octave from `longest` down: multiples of `ROWS`."""
-    halves = (round(longest / 2 ** (half / 2) / ROWS) * ROWS for half in range(2 * longest.bit_length()))
-    return tuple(sorted({n for n in halves if n >= max(shortest, 2 * ROWS)}))
+    """Visible keys at which curves are measured, two to an octave from `longest` down to `shortest`.
+
+    Multiples of `ROWS`, so that the last `ROWS` rows which see so many keys are one group of the grouped selector.
+    """
+    halves = (round(longest / 2 ** (half / 2) / ROWS) for half in range(2 * longest.bit_length()))
+    return tuple(sorted({n * ROWS for blocks in halves if (n := min(blocks, longest // ROWS)) * ROWS >= shortest}))
 
 
 @torch.no_grad()

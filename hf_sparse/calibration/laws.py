@@ -8,7 +8,7 @@ not to points that were chosen first, so that a block on which more keys would n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ class Law:
         return self.alpha * (n.log() if self.family == "log" else n**self.exponent)
 
 
-def candidate_laws(shortest: int, longest: int, min_keys: int) -> list[Law]:
+def candidate_laws(longest: int, min_keys: int) -> list[Law]:
     """Laws that keep `min_keys` up to all keys at `longest` visible keys, four to an octave, with every exponent."""
     octaves = math.log2(longest / min_keys)
     steps = round(_STEPS_PER_OCTAVE * octaves)
@@ -57,6 +57,7 @@ class LawFit:
         curves: Error curves by document, each of all layers and heads.
         sensitivity: Nats a token that a relative error of 1 in a layer costs the model.
         min_keys: Fewest keys that a row keeps.
+        dense_below: Rows that see fewer keys keep them all.
 
     Attributes:
         documents: Names of the documents.
@@ -68,7 +69,11 @@ class LawFit:
     """
 
     def __init__(
-        self, curves: Mapping[str, Sequence[ErrorCurve]], sensitivity: Mapping[int, float], min_keys: int
+        self,
+        curves: Mapping[str, Sequence[ErrorCurve]],
+        sensitivity: Mapping[int, float],
+        min_keys: int,
+        dense_below: int = 0,
     ) -> None:
         every = [curve for document in curves.values() for curve in document]
         visible = torch.tensor(sorted({curve.visible for curve in every}))
@@ -76,8 +81,10 @@ class LawFit:
         self.documents = tuple(curves)
         layers = {curve.layer: len(curve.errors) for curve in every}
         self.heads: tuple[Head, ...] = tuple((layer, head) for layer in sorted(layers) for head in range(layers[layer]))
-        self.laws = candidate_laws(self.shortest, self.longest, max(min_keys, SMALLEST))
-        kept = torch.stack([law.keys(visible) for law in self.laws], dim=1).clamp(min=max(min_keys, SMALLEST))
+        floor = min(max(min_keys, SMALLEST), self.longest)
+        self.laws = candidate_laws(self.longest, floor)
+        kept = torch.stack([law.keys(visible) for law in self.laws], dim=1).clamp(min=floor)
+        kept[visible < dense_below] = math.inf
         kept = torch.minimum(kept, visible[:, None].double())
         self.cost = kept.mean(0)
         place = {int(n): i for i, n in enumerate(visible)}
@@ -130,31 +137,41 @@ class LawFit:
         exponent = torch.tensor([law.exponent for law in self.laws], dtype=torch.float64)[chosen]
         ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
         bounds = [values.quantile(ends, dim=0, interpolation="nearest") for values in (alpha, exponent)]
-        return [tuple(row) for row in torch.cat(bounds).T.tolist()]
+        return [(a, b, c, d) for a, b, c, d in torch.cat(bounds).T.tolist()]
 
     def risk_of(self, chosen: Tensor) -> float:
         """Nats a token that the chosen laws cost the model, to first order, mean over documents and blocks."""
         rows = torch.arange(len(self.heads))
         return float(self.risk[:, rows, chosen].sum(1).mean())
 
-    def error_of(self, chosen: Tensor) -> float:
-        """Squared error of a layer's output relative to that output: mean over layers, documents and blocks."""
-        rows = torch.arange(len(self.heads))
-        layers = len({layer for layer, _ in self.heads})
-        return float(self._error[:, rows, chosen].sum(1).mean()) / layers
-
     def held_out(self, price: float) -> dict[str, float]:
         """For each family, error + price * keys of a head, on documents that its law was not fitted to (mean)."""
-        out = dict.fromkeys(FAMILIES, 0.0)
         rows = torch.arange(len(self.heads))
+        out = {}
+        for name in FAMILIES:
+            values = [
+                (self.risk[left_out, rows, best] + price * self.cost[best]).mean().item()
+                for left_out, best in self._left_out(price, self.family(name))
+            ]
+            out[name] = math.fsum(values) / len(values)
+        return out
+
+    def held_out_error(self, price: float) -> float:
+        """Squared error of a layer's output relative to that output, on documents left out of the fit.
+
+        Mean over layers, blocks and documents, each document with the laws that were fitted to the others.
+        """
+        rows = torch.arange(len(self.heads))
+        layers = len({layer for layer, _ in self.heads})
+        errors = [self._error[left_out, rows, best].sum().item() for left_out, best in self._left_out(price)]
+        return math.fsum(errors) / (len(errors) * layers)
+
+    def _left_out(self, price: float, allowed: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Each document, and the laws that the heads choose without it."""
         for left_out in range(len(self.documents)):
             weights = torch.ones(len(self.documents), dtype=torch.float64)
             weights[left_out] = 0
-            for name in out:
-                best = self.choose(price, weights, self.family(name))
-                value = self.risk[left_out, rows, best] + price * self.cost[best]
-                out[name] += value.mean().item() / len(self.documents)
-        return out
+            yield left_out, self.choose(price, weights, allowed)
 
 
 def _interpolate(curve: ErrorCurve, kept: Tensor) -> Tensor:

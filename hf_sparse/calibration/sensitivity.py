@@ -21,6 +21,9 @@ from hf_sparse.evaluation.perplexity import applied
 PROBE_KEYS = 128
 """Kept keys with which layers are probed."""
 
+# Rows of logits that are turned into float32 probabilities at once.
+_LOGIT_ROWS = 64
+
 
 @torch.no_grad()
 def divergences(
@@ -46,7 +49,7 @@ def divergences(
     """
     if not layers:
         return
-    dense = _predictions(model, input_ids, rows)
+    dense = _logits(model, input_ids, rows)
     for layer in layers:
         probe = replace(
             config,
@@ -59,14 +62,19 @@ def divergences(
             dense_layers=tuple(other for other in every if other != layer),
         )
         with applied(model, probe):
-            sparse = _predictions(model, input_ids, rows)
-        yield layer, (dense.exp() * (dense - sparse)).sum(-1).mean().item()
+            sparse = _logits(model, input_ids, rows)
+        total = 0.0
+        for start in range(0, rows, _LOGIT_ROWS):
+            p, q = (x[start : start + _LOGIT_ROWS].float().log_softmax(-1) for x in (dense, sparse))
+            total += (p.exp() * (p - q)).sum().item()
+        # Rounding can bring what is nearly nothing below zero.
+        yield layer, max(0.0, total / rows)
 
 
-def _predictions(model: PreTrainedModel, input_ids: Tensor, rows: int) -> Tensor:
+def _logits(model: PreTrainedModel, input_ids: Tensor, rows: int) -> Tensor:
     output = model(input_ids=input_ids[None].to(model.device), use_cache=False, logits_to_keep=rows)
     logits: Tensor = output.logits[0, -rows:]
-    return logits.float().log_softmax(-1)
+    return logits
 
 
 def layer_sensitivity(

@@ -1,14 +1,15 @@
-"""The price of a key at which the laws of all heads together meet a target."""
+"""From the price of a key to a configuration, and the price at which all laws together meet a target."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from hf_sparse.budget import total_cost
 from hf_sparse.calibration.laws import LawFit
+from hf_sparse.calibration.target import Target
 from hf_sparse.config import HeadLaw, SparseAttentionConfig
+from hf_sparse.evaluation.equal_cost import density, last_true
+from hf_sparse.support import LayerSupport
 
 PRICES = (1e-12, 1e-1)
 """Nats a token that a key may cost: from giving nearly all keys to giving the fewest."""
@@ -16,41 +17,70 @@ PRICES = (1e-12, 1e-1)
 DENSE_SHARE = 0.7
 """A layer that would keep more of its keys than this at the longest fitted length stays dense: that is faster."""
 
-_STEPS = 40
+# Densities between which a perplexity is looked for, and trials: each is a run over texts.
+_DENSITIES = (0.02, DENSE_SHARE)
+_TRIALS = 5
 
 
-def law_config(
-    fit: LawFit, price: float, config: SparseAttentionConfig, sliding: Sequence[int]
-) -> SparseAttentionConfig:
-    """`config` with the laws that the heads choose at `price`; layers in `sliding` stay dense."""
-    per_head: dict[int, tuple[HeadLaw, ...]] = {}
-    for (layer, _), index in zip(fit.heads, fit.choose(price).tolist(), strict=True):
-        law = fit.laws[index]
-        per_head[layer] = (*per_head.get(layer, ()), (float(f"{law.alpha:.4g}"), law.exponent))
-    made = replace(config, law="power", per_head=per_head, dense_layers=tuple(sliding))
-    crowded = [layer for layer in per_head if mean_density(made, [layer], fit.longest) > DENSE_SHARE]
-    per_head = {layer: laws for layer, laws in per_head.items() if layer not in crowded}
-    return replace(config, law="power", per_head=per_head or None, dense_layers=tuple(sorted([*sliding, *crowded])))
-
-
-def mean_density(config: SparseAttentionConfig, layers: Sequence[int], length: int) -> float:
-    """Kept over visible keys of `layers`, for all causal rows of an input of `length` tokens."""
-    visible = length * (length + 1) / 2
-    dense = set(config.dense_layers or ())
-    kept = [visible if layer in dense else total_cost(config.budget(layer), [length]) for layer in layers]
-    return math.fsum(kept) / (visible * len(layers))
-
-
-def highest_price(met: Callable[[float], bool], prices: tuple[float, float] = PRICES, steps: int = _STEPS) -> float:
-    """The highest price at which `met` holds, by bisection on its logarithm.
+class Solver:
+    """Configurations by price.
 
     Args:
-        met: True at low prices, false from some price on.
-        prices: The lowest and highest price to consider.
-        steps: Halvings.
+        fit: The laws to choose from.
+        config: Everything but the laws.
+        layers: The layers with laws to fit.
+        dense: The other layers, which stay dense.
     """
-    low, high = (math.log(price) for price in prices)
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (middle, high) if met(math.exp(middle)) else (low, middle)
-    return math.exp(low)
+
+    def __init__(
+        self, fit: LawFit, config: SparseAttentionConfig, layers: Sequence[LayerSupport], dense: Sequence[int]
+    ) -> None:
+        self.fit, self.config, self.layers, self.dense = fit, config, layers, dense
+
+    def made(self, price: float) -> SparseAttentionConfig:
+        """The configuration with the laws that the heads choose at `price`; crowded layers become dense."""
+        laws: dict[int, tuple[HeadLaw, ...]] = {}
+        for (layer, _), index in zip(self.fit.heads, self.fit.choose(price).tolist(), strict=True):
+            law = self.fit.laws[index]
+            laws[layer] = (*laws.get(layer, ()), (float(f"{law.alpha:.4g}"), law.exponent))
+        whole = replace(self.config, per_head=laws, dense_layers=())
+        full = [self.fit.longest]
+        crowded = [layer.layer for layer in self.layers if density(whole, [layer], full) > DENSE_SHARE]
+        laws = {layer: own for layer, own in laws.items() if layer not in crowded}
+        return replace(self.config, per_head=laws or None, dense_layers=tuple(sorted([*self.dense, *crowded])))
+
+    def density(self, price: float, length: int) -> float:
+        """Kept over visible keys in the layers with laws to fit, for an input of `length` tokens."""
+        return density(self.made(price), self.layers, [length])
+
+    def price(self, target: Target, length: int, ratio: Callable[[SparseAttentionConfig], float]) -> float:
+        """The price of a key at which the laws meet `target`; where none does, that which comes nearest.
+
+        Args:
+            target: What to meet.
+            length: Tokens of the input at which to meet it.
+            ratio: Measures the ratio of perplexities of a configuration to the dense model.
+        """
+        match target.metric:
+            case "density":
+                return self._price_of_density(target.value, length)
+            case "output_error":
+                return last_true(lambda price: self.fit.held_out_error(price) <= target.value, *PRICES)
+            case "perplexity_ratio":
+                # Bisected over the density, which says more evenly than a price how sparse a trial is.
+                least, most = _DENSITIES
+                sparsest = max(least, self.density(PRICES[1], length))
+
+                def price_of(inverse: float) -> float:
+                    return self._price_of_density(1 / inverse, length)
+
+                def holds(inverse: float) -> bool:
+                    return ratio(self.made(price_of(inverse))) <= target.value
+
+                return price_of(last_true(holds, 1 / most, max(1 / most, 1 / sparsest), _TRIALS))
+
+    def _price_of_density(self, wanted: float, length: int) -> float:
+        """The lowest price at which no more than the share `wanted` of keys is kept."""
+        dear = last_true(lambda price: self.density(price, length) > wanted, *PRICES)
+        # Bisection ends a hair on the denser side of a step.
+        return dear * (1 + 1e-9)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import cast
 
+from hf_sparse.errors import UserError
 from hf_sparse.record import TARGETS
 from hf_sparse.record import Target as Metric
 
@@ -17,18 +18,20 @@ _SPELLED = re.compile(r"\s*(?P<metric>\w+)\s*=\s*(?P<value>[0-9.eE+-]+)\s*(@\s*(
 class Target:
     """A metric, the value it should have, and the input length in tokens at which it should have it.
 
-    - `density`: kept over visible keys, all attention layers and all rows of an input of `length` tokens;
-    - `output_error`: the squared error of a layer's output relative to that output, mean over layers and over rows of
-      all fitted lengths, as measured layer by layer;
-    - `perplexity_ratio`: perplexity over that of the dense model on held-out documents of `length` tokens.
+    - `density`: kept over visible keys, over all rows of an input of `length` tokens and the layers with laws: all
+      attention layers, or in a hybrid model those without a sliding window;
+    - `output_error`: the squared error of a layer's output relative to that output, mean over layers with laws and
+      over rows of all fitted lengths, as measured layer by layer on documents left out of the fit;
+    - `perplexity_ratio`: perplexity over that of the dense model at `length` tokens. It is sought on documents of the
+      fit, and what was reached is measured on held-out ones.
 
     Args:
         metric: One of `TARGETS`.
         value: The aim; a density or an error below 1, a ratio above 1.
-        length: Tokens; `None` for the longest that is fitted.
+        length: Tokens; `None` for the length of the texts that laws are fitted to.
 
     Raises:
-        ValueError: naming the field, its value and what is allowed.
+        UserError: (a `ValueError`) naming the field, its value and what is allowed.
     """
 
     metric: Metric
@@ -37,12 +40,12 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.metric not in TARGETS:
-            raise ValueError(f"target metric must be one of {', '.join(TARGETS)}; got {self.metric!r}")
+            raise UserError(f"target metric must be one of {', '.join(TARGETS)}; got {self.metric!r}")
         low, high = (1.0, math.inf) if self.metric == "perplexity_ratio" else (0.0, 1.0)
         if not low < self.value < high:
-            raise ValueError(f"target {self.metric} must be above {low:g} and below {high:g}; got {self.value!r}")
+            raise UserError(f"target {self.metric} must be above {low:g} and below {high:g}; got {self.value!r}")
         if self.length is not None and self.length < 2:
-            raise ValueError(f"target length must be 2 tokens or more; got {self.length!r}")
+            raise UserError(f"target length must be 2 tokens or more; got {self.length!r}")
 
     def __str__(self) -> str:
         return f"{self.metric}={self.value:g}" + ("" if self.length is None else f"@{self.length}")
@@ -56,7 +59,7 @@ class Target:
         except ValueError:
             value = math.nan
         if found is None or math.isnan(value):
-            raise ValueError(
+            raise UserError(
                 f"target must be METRIC=VALUE or METRIC=VALUE@LENGTH, as in density=0.15@4096; got {text!r}"
             )
         return cls(cast(Metric, found["metric"]), value, int(found["length"]) if found["length"] else None)

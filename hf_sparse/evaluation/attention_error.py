@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_sparse.budget import Budget, LawName, match_cost
 from hf_sparse.config import SelectorName, SparseAttentionConfig
 from hf_sparse.errors import UserError
+from hf_sparse.evaluation.equal_cost import matched, with_dense_layers
 from hf_sparse.evaluation.layer_errors import DENSE, Columns, layer_errors
 from hf_sparse.evaluation.processes import my_share, process_state, repair_together
 from hf_sparse.evaluation.results import ResultFile, Row, row_key
@@ -26,32 +27,50 @@ from hf_sparse.observe import observed
 from hf_sparse.patching import base_model
 from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.support import SupportReport
 
 COMMAND = "attention-error"
 ADAPTIVE: SelectorName = "topk"
-"""The method that the others are compared with."""
+"""The method that the others are compared with, where there is one law for all heads."""
+
+CALIBRATED = "calibrated"
+"""The method that the others are compared with, where each head has a law of its own."""
 
 ROWS_PER_LENGTH = 128
 
 Methods = Mapping[str, SparseAttentionConfig]
 
 
-def make_methods(config: SparseAttentionConfig, lengths: Sequence[int]) -> Methods:
+def make_methods(
+    config: SparseAttentionConfig, lengths: Sequence[int], support: SupportReport | None = None
+) -> Methods:
     """What to compare: every selector with the law of `config`, and every other law with the exact selector.
 
     A law gets the parameter with which prefills of all `lengths` together attend to as many keys as under `config`.
-    Where `config` has laws calibrated per head there is no one parameter to match, and the selectors alone remain.
+    Where `config` has laws calibrated per head, these are compared with one law for all heads at equal cost over all
+    heads and layers, every one with the selector of `config`, for which it was calibrated.
+
+    Args:
+        config: What the methods are made from.
+        lengths: Tokens.
+        support: The model; needed for laws per head.
 
     Returns:
-        Configurations by name: `"topk"` first, the other laws by their names, then `"grouped"` and `"window"`.
+        Configurations by name: `"topk"` first, the other laws by their names, then `"grouped"` and `"window"`. For
+        laws per head: `"calibrated"` first, then all laws by their names.
 
     Raises:
         UserError: if a law cannot match the cost.
     """
+    laws: tuple[LawName, ...] = get_args(LawName)
+    if config.per_head is not None:
+        if support is None or not support.supported:
+            raise UserError(f"the cost of a model is not known: {support or 'its attention layers are needed'}")
+        whole = with_dense_layers(config, support)
+        return {CALIBRATED: whole} | {law: matched(whole, support, lengths, law) for law in laws}
     exact = replace(config, selector=ADAPTIVE)
     methods: dict[str, SparseAttentionConfig] = {ADAPTIVE: exact}
-    laws: tuple[LawName, ...] = get_args(LawName)
-    for law in laws if config.per_head is None else ():
+    for law in laws:
         if law != config.law:
             try:
                 methods[law] = _with_law(exact, match_cost(config.budget(), law, lengths, exponent=config.exponent))
@@ -83,7 +102,7 @@ def measure(
     """Attention errors of every layer and head in the first tokens of one window.
 
     Args:
-        model: An unpatched model. All layers are measured, those too that a patch would leave dense.
+        model: An unpatched model. All layers are measured, those too that a patch would leave dense by itself.
         window: At least `max(lengths)` tokens.
         lengths: Tokens, rising.
         methods: From `make_methods`.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_sparse.evaluation.attention_error import ADAPTIVE
+from hf_sparse.evaluation.attention_error import ADAPTIVE, CALIBRATED
 from hf_sparse.evaluation.layer_errors import DENSE
 from hf_sparse.evaluation.results import Row
 from hf_sparse.evaluation.statistics import CONFIDENCE, FloatArray, percentile_interval
@@ -52,8 +52,10 @@ def summarise(rows: Sequence[Row], seed: int) -> Summary:
           the mean of the visible keys: `slope` with `low` and `high`, `intercept`, and `lengths`, the lengths it goes
           through. Lengths at which more than half of the visible keys are kept, or where nothing is lost, are left
           out; `slope` and the others are `None` where less than two remain;
-        - `comparisons`: error of each other method divided by that of `"topk"`: of the mean over lengths (`mean`) and
-          of each one's own worst length (`worst_length`), `ratio` with `low` and `high`: above 1, `"topk"` is better;
+        - `reference`: the method that the others are compared with: `"calibrated"`, or `"topk"` where there is none;
+        - `comparisons`: error of each other method divided by that of `reference`: of the mean over lengths (`mean`)
+          and of each one's own worst length (`worst_length`), `ratio` with `low` and `high`: above 1, `reference` is
+          better;
         - `layers`: `value` alone, for each method and layer, at the longest length, with `windowed`;
         - `methods`, `lengths`, `documents`, `resampled`, `seed`, `samples`, `confidence`, `configs`, `about`.
 
@@ -62,6 +64,7 @@ def summarise(rows: Sequence[Row], seed: int) -> Summary:
     """
     cells = _Cells.of(rows, seed)
     methods = [method for method in cells.methods if method != DENSE]
+    reference = CALIBRATED if CALIBRATED in methods else ADAPTIVE
     documents = {row["text_sha256"]: row["document"] for row in rows}
     first = rows[0]
     metrics = {method: NEEDED if method == DENSE else ERRORS for method in cells.methods}
@@ -78,11 +81,12 @@ def summarise(rows: Sequence[Row], seed: int) -> Summary:
             for metric in metrics[method]
             for statistic in STATISTICS
         ],
+        "reference": reference,
         "comparisons": [
             {"method": method, "metric": metric, "statistic": statistic}
-            | _comparison(cells, method, f"{metric}_{statistic}")
+            | _comparison(cells, method, reference, f"{metric}_{statistic}")
             for method in methods
-            if method != ADAPTIVE
+            if method != reference
             for metric in ERRORS
             for statistic in STATISTICS
         ],
@@ -196,9 +200,9 @@ def _line(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
     return slope, y.mean(-1) - slope * x.mean()
 
 
-def _comparison(cells: _Cells, method: str, column: str) -> dict[str, Any]:
-    mine, other = cells.mean(method, column), cells.mean(ADAPTIVE, column)
-    my_draws, other_draws = cells.draws(method, column), cells.draws(ADAPTIVE, column)
+def _comparison(cells: _Cells, method: str, reference: str, column: str) -> dict[str, Any]:
+    mine, other = cells.mean(method, column), cells.mean(reference, column)
+    my_draws, other_draws = cells.draws(method, column), cells.draws(reference, column)
     out: dict[str, Any] = {}
     for name, over in (("mean", np.mean), ("worst_length", np.max)):
         theirs = over(other_draws, axis=1)

@@ -64,8 +64,8 @@ def slope_cells(summary: Summary) -> Table:
 
 
 def comparison_cells(summary: Summary) -> Table:
-    """Error divided by that of the adaptive law with the exact keys, over all lengths and at each one's worst."""
-    header = ["method / topk", "metric", "rows", "mean over lengths", "worst length"]
+    """Error divided by that of the reference method, over all lengths and at each one's worst."""
+    header = [f"method / {summary['reference']}", "metric", "rows", "mean over lengths", "worst length"]
     cells = [
         [row["method"], _TITLES[row["metric"]], "mean" if row["statistic"] == "mean" else "worst 1 %"]
         + [_estimate(row[over], "ratio", ".3f") for over in ("mean", "worst_length")]

@@ -14,6 +14,7 @@ from hf_sparse.evaluation.row_errors import DenseRows, row_errors, row_shape
 from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors import select
 from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.visibility import interval_to_mask
 
 Columns = dict[str, list[float]]
 
@@ -36,7 +37,8 @@ def layer_errors(
         inputs: The attention call of one sequence, all of its rows.
         start: First row; a multiple of `ROWS`, where the groups of the grouped selector begin.
         stop: Row after the last.
-        methods: Configurations by name. Of each its selector, `sink_keys`, `recent_keys` and budget law are used.
+        methods: Configurations by name. Of each its selector, `sink_keys`, `recent_keys` and budget law are used, or
+            all keys if it names the layer in `dense_layers`.
 
     Returns:
         For each method, and for `"dense"`, one list over the query heads by name:
@@ -89,7 +91,10 @@ def _block_values(layer: int, inputs: AttentionInputs, methods: Mapping[str, Spa
         values[DENSE, "kept"] = inputs.visible.unsqueeze(1).expand(-1, share, -1)
         for name, config in methods.items():
             kept = budgets[name].expand(-1, heads, -1)[:, mine]
-            keep = select(config.selector, part, kept, config).mask(share, part.key.shape[2])
+            if layer in (config.dense_layers or ()):
+                keep = interval_to_mask(part.intervals, part.key.shape[2]).expand(-1, share, -1, -1)
+            else:
+                keep = select(config.selector, part, kept, config).mask(share, part.key.shape[2])
             values |= {(name, metric): value for metric, value in row_errors(dense, keep).items()}
             values[name, "kept"] = kept
         parts.append(values)
@@ -119,6 +124,8 @@ def _cut(inputs: AttentionInputs, kv_head: int, heads: slice) -> AttentionInputs
 
 def _budgets(config: SparseAttentionConfig, layer: int, inputs: AttentionInputs) -> Tensor:
     """Keys that each row keeps: int64 `(batch, heads or 1, rows)`."""
+    if layer in (config.dense_layers or ()):
+        return inputs.visible.unsqueeze(1)
     kept = config.budget(layer)(inputs.visible)
     return kept.unsqueeze(1) if kept.dim() == 2 else kept.transpose(0, 1)
 

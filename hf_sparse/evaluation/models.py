@@ -27,6 +27,7 @@ from hf_sparse.errors import UserError, first_line
 from hf_sparse.hub_errors import UNREADABLE
 from hf_sparse.origin import cached_commit
 from hf_sparse.policy import Policy, is_hub_id
+from hf_sparse.support import SupportReport, inspect
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -120,6 +121,11 @@ class ModelSource:
         with _user_errors(self):
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.location, **self._arguments())
         return config
+
+    @cached_property
+    def support(self) -> SupportReport:
+        """Whether the model can be patched, and its attention layers."""
+        return inspect(self.config)
 
     def info(self) -> ModelInfo:
         """What identifies the model; reads the configuration, and local weights for their hash."""

@@ -24,7 +24,8 @@ def summarise(rows: Sequence[Row], seed: int) -> Summary:
         `exp(mean difference of nats per token)`, with `low` and `high` of its 95 % bootstrap interval:
 
         - `results`: for each method and length `perplexity`, `ratio` to dense with `low` and `high`, `density`,
-          `mean_keys`, `seconds` (mean of a forward pass), `tokens`;
+          `sparse_density` (`None` in rows of earlier releases), `mean_keys`, `seconds` (mean of a forward pass),
+          `tokens`;
         - `methods`: for each method the mean over lengths (of the nats, so a geometric mean of the ratios), the
           length with the worst ratio, and that ratio;
         - `adaptive_vs_fixed`: ratio of each adaptive method to the fixed number of keys at equal cost, by length,
@@ -99,6 +100,7 @@ def _result(series: _Series, method: str, length: int, rows: Sequence[Row]) -> d
         "perplexity": perplexity["token_perplexity"],
         **_ratio(value[i], draws[:, i]),
         "density": _mean(cell, "density"),
+        "sparse_density": _mean(cell, "sparse_density"),
         "mean_keys": _mean(cell, "mean_keys"),
         "seconds": _mean(cell, "seconds"),
         "tokens": sum(row["tokens"] for row in cell),
@@ -106,7 +108,7 @@ def _result(series: _Series, method: str, length: int, rows: Sequence[Row]) -> d
 
 
 def _mean(rows: Sequence[Row], column: str) -> float | None:
-    values = [row[column] for row in rows if row[column] is not None]
+    values = [row[column] for row in rows if row.get(column) is not None]
     return math.fsum(values) / len(values) if values else None
 
 

@@ -10,8 +10,13 @@ from hf_sparse.evaluation.tables import Table
 
 
 def perplexity_cells(summary: Summary) -> Table:
-    """Perplexity and ratio to dense of every method and length."""
+    """Perplexity and ratio to dense of every method and length.
+
+    Where sliding-window layers make a difference to the density, that of the other layers has a column too.
+    """
     header = ["method", "length", "perplexity", "ratio to dense", "95 % interval", "density", "mean keys"]
+    hybrid = any(row.get("sparse_density") not in (None, row["density"]) for row in summary["results"])
+    header += ["density, full layers"] if hybrid else []
     cells = [
         [
             row["method"],
@@ -22,6 +27,7 @@ def perplexity_cells(summary: Summary) -> Table:
             f"{row['density']:.3f}",
             "-" if row["mean_keys"] is None else f"{row['mean_keys']:.0f}",
         ]
+        + ([f"{row['sparse_density']:.3f}"] if hybrid else [])
         for row in summary["results"]
     ]
     return header, cells

@@ -27,6 +27,11 @@ _STYLES = {
     "grouped": ("#CC79A7", "P"),
     "window": ("#56B4E9", "X"),
     "fixed-grouped": ("#8C510A", "<"),
+    "calibrated": ("#0072B2", "o"),
+    "power": ("#CC79A7", "P"),
+    "uniform": ("#009E73", "^"),
+    "decode": ("#E69F00", "D"),
+    "decode-topk": ("#882255", "h"),
 }
 
 # metric -> title, label of the axis
@@ -154,19 +159,20 @@ def _slope_text(fit: Summary) -> str:
 
 
 def _label(method: str, summary: Summary) -> str:
-    """What a method does, from its configuration: selector and law."""
+    """What a method does, from its configuration: how the text is read, selector and law."""
     config = summary["configs"].get(method)
     if config is None:
         return method
+    selector = f"decoding, {config['selector']}" if method.startswith("decode") else config["selector"]
     if config["per_head"] is not None:
-        return f"{config['selector']}, calibrated per head"
+        return f"{selector}, calibrated per head"
     law = {
         "power": f"{config['alpha']:.4g} n$^{{{config['exponent']:.3g}}}$ keys",
         "fixed": f"{config['keys']} keys",
         "fraction": f"{100 * (config['fraction'] or 0):.3g} % of n",
         "log": f"{config['alpha']:.3g} ln n keys",
     }[config["law"]]
-    return f"{config['selector']}, {law}"
+    return f"{selector}, {law}"
 
 
 def _style(method: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ OVERSAMPLING = 4
 COARSE_FROM: int | None = 2048
 """Visible keys from which on a single row looks at blocks of keys first; `None`: it scores every key exactly."""
 
-SUPERS_FROM = 1 << 16
+SUPERS_FROM = 1 << 18
 """Visible keys from which on it looks at super-blocks before blocks."""
 
 # Blocks that survive the look at super-blocks, for each block that is wanted.

@@ -18,12 +18,14 @@ from hf_sparse.budget import total_cost
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation import attention_error
 from hf_sparse.evaluation.attention_error import evaluate, make_methods, measure
+from hf_sparse.evaluation.equal_cost import kept_keys
 from hf_sparse.evaluation.layer_errors import DENSE, layer_errors
 from hf_sparse.evaluation.models import ModelInfo
 from hf_sparse.evaluation.results import ResultFile, Row, provenance
 from hf_sparse.evaluation.row_errors import DenseRows, row_errors, row_shape
 from hf_sparse.evaluation.windows import Window
 from hf_sparse.selectors import select
+from hf_sparse.support import inspect
 from tests import tiny
 from tests.calls import causal_intervals
 from tests.calls import inputs as make_inputs
@@ -198,9 +200,25 @@ def test_another_law_is_matched_by_a_power_law() -> None:
     assert methods["grouped"].keys == 300
 
 
-def test_calibrated_laws_are_not_matched() -> None:
-    config = SparseAttentionConfig(per_head={0: ((8.0, 0.5),)})
-    assert list(make_methods(config, [512])) == ["topk", "grouped", "window"]
+def test_calibrated_laws_are_compared_with_one_law_at_equal_cost(model: PreTrainedModel) -> None:
+    support = inspect(model)
+    laws = ((2.0, 0.5), (4.0, 0.3), (1.0, 0.9), (3.0, 0.6))
+    config = replace(CONFIG, per_head={1: laws}, dense_layers=(0,), selector="window")
+    methods = make_methods(config, LENGTHS, support)
+    assert list(methods) == ["calibrated", "power", "fixed", "fraction", "log"]
+    assert methods["calibrated"] == config
+    assert {method.selector for method in methods.values()} == {"window"}
+    costs = {name: kept_keys(method, support.layers, LENGTHS) for name, method in methods.items()}
+    assert costs["power"] == pytest.approx(costs["calibrated"], rel=0.01)
+    assert costs["log"] == pytest.approx(costs["calibrated"], rel=0.01)
+    # Kept keys of a row are whole numbers: one more on every row costs that much.
+    assert costs["fixed"] == pytest.approx(costs["calibrated"], rel=0.1)
+    rows = {row["method"]: row for row in measure(model, window(), [150], methods, 64)}
+    assert rows["calibrated"]["columns"]["density"][:4] == [1.0] * 4  # the dense layer
+    assert max(rows["calibrated"]["columns"]["l1_mean"][:4]) == 0.0
+    assert min(rows["calibrated"]["columns"]["l1_mean"][4:]) > 0.0
+    with pytest.raises(UserError, match="attention layers are needed"):
+        make_methods(config, LENGTHS)
 
 
 def test_lengths_without_a_cost_are_a_users_mistake() -> None:

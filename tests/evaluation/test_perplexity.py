@@ -163,9 +163,9 @@ def test_a_run_that_starts_again_measures_what_is_missing_alone(
     measured: list[tuple[str, int]] = []
     real = perplexity.measure
 
-    def counting(model: PreTrainedModel, window: Window, config: Any) -> Row:
+    def counting(model: PreTrainedModel, window: Window, config: Any, *, decode: bool) -> Row:
         measured.append((window.document, window.length))
-        return real(model, window, config)
+        return real(model, window, config, decode=decode)
 
     monkeypatch.setattr(perplexity, "measure", counting)
     assert evaluate(model, windows, methods, results, {**about, "seed": 5, "threads": 9}) == first
