@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_sparse.evaluation.results import Row, row_key
 from hf_sparse.evaluation.tables import Table
@@ -34,13 +34,11 @@ class Subject:
 
     Attributes:
         model: The model, unpatched.
-        tokenizer: Its tokenizer.
         windows: The windows of every document, at every length.
         about: Provenance: model, dtype, device, versions.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     windows: Sequence[Window]
     about: Row
 
@@ -85,6 +83,14 @@ class Verdict:
     def to_dict(self) -> dict[str, str]:
         """The attributes as a dictionary."""
         return asdict(self)
+
+
+def answer_from(cases: Iterable[bool]) -> Answer:
+    """The answer about a claim that was tried in several cases: `True` where it held."""
+    held = list(cases)
+    if all(held):
+        return "holds"
+    return "holds in part" if any(held) else "fails"
 
 
 @dataclass(frozen=True)
