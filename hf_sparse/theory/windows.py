@@ -81,7 +81,7 @@ def conclude(rows: Sequence[Row]) -> Findings:
         for window in rows[0]["windows"]
         for norm in NORMS
     ]
-    verdicts = [_sufficient(fits), _insufficient(fits)]
+    verdicts = [_sufficient(fits), _insufficient(fits), _dichotomy(fits)]
     lengths = sorted({row["n"] for row in rows})
     figures = {"lengths": lengths, "late_lengths": lengths[-LATE:], "slopes": fits}
     return Findings(
@@ -162,6 +162,27 @@ def _insufficient(fits: Sequence[dict[str, Any]]) -> Verdict:
         f"{PAPER_LIKE}, log2(n)/2 keys, slope at large n of the largest error of an entry: "
         f"{Interval(**largest['late_slope'])} if the kept entries are renormalised, {Interval(**cut['late_slope'])} if "
         "not",
+    )
+
+
+def _dichotomy(fits: Sequence[dict[str, Any]]) -> Verdict:
+    """Both claims at once: where a row needs more than log n keys and n^C of them are enough."""
+
+    def both(norm: str, label: str) -> bool:
+        trends = {fit["window"]: fit["trend"] for fit in fits if (fit["norm"], fit["input"]) == (norm, label)}
+        return all(trends[window] == "falls" for window in POWERS) and "falls" not in [
+            trends[window] for window in SLOW
+        ]
+
+    held = {norm: [label for label in _labels(fits) if both(norm, label)] for norm in NORMS}
+    largest = {window: _fit(fits, PAPER_LIKE, window, "max entry") for window in (*SLOW, *POWERS)}
+    return Verdict(
+        "There is a dichotomy: in the same norm n^C entries are enough, and log n or fewer are not.",
+        "abstract",
+        answer_from(label in labels for labels in held.values() for label in _labels(fits)),
+        "; ".join(f"{norm}: {', '.join(labels)}" for norm, labels in held.items() if labels) or "nowhere",
+        f"{PAPER_LIKE}, slope at large n of the largest error of an entry, renormalised: "
+        + ", ".join(f"{window} {Interval(**fit['late_slope'])}" for window, fit in largest.items()),
     )
 
 
