@@ -113,6 +113,8 @@ def errors_through_depth(model: PreTrainedModel, ids: Tensor, alpha: float) -> R
     Returns:
         - `single`: entry [i][l]: the error after layer l when layer i alone is sparse, 0 for l < i;
         - `all`: entry [l]: the same when all layers are;
+        - `all_centred`: the same, relative to the states less their mean over the rows, which is what tells tokens
+          apart: where the states of all rows become alike, `all` becomes small and this does not;
         - `density`: kept over visible keys of a sparse layer.
     """
     layers = layers_of(model)
@@ -122,19 +124,23 @@ def errors_through_depth(model: PreTrainedModel, ids: Tensor, alpha: float) -> R
         alpha=alpha, selector="topk", min_keys=1, sink_keys=0, recent_keys=0, dense_below=0, dense_layers=()
     )
 
-    def errors(sparse: Sequence[int]) -> tuple[list[float], float]:
+    def errors(sparse: Sequence[int]) -> tuple[list[float], list[float], float]:
         dense_layers = tuple(index for index in indices if index not in sparse)
         with hf_sparse.patched(model, config, dense_layers=dense_layers):
-            found = [
-                float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-30)).mean())
-                for ours, theirs in zip(_hidden_states(model, ids), dense, strict=True)
-            ]
+            states = _hidden_states(model, ids)
             density = np.mean([row["density"] for row in hf_sparse.report(model).rows if row["layer"] in sparse])
-        return [min(value, 1e6) for value in shortened(found)], float(density)
+        plain = [_ratio(ours - theirs, theirs) for ours, theirs in zip(states, dense, strict=True)]
+        centred = [_ratio(ours - theirs, theirs - theirs.mean(0)) for ours, theirs in zip(states, dense, strict=True)]
+        return shortened(plain), shortened(centred), float(density)
 
     single = [errors([index])[0] for index in indices]
-    together, density = errors(indices)
-    return {"single": single, "all": together, "density": round(density, 4)}
+    together, centred, density = errors(indices)
+    return {"single": single, "all": together, "all_centred": centred, "density": round(density, 4)}
+
+
+def _ratio(error: Tensor, exact: Tensor) -> float:
+    """Mean over the rows of ||error|| / ||exact||."""
+    return float((error.norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)).mean())
 
 
 def _hidden_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
@@ -163,6 +169,7 @@ def summary(rows: Sequence[Row]) -> Row:
         - `together`: final error with all layers sparse;
         - `over_root`, `over_sum`: that over the root of the sum of squares, and over the sum, of the final errors of
           single layers: 1 where errors add up as independent, or as aligned vectors;
+        - `centred`: as `together`, relative to what tells the rows apart;
         - `growth`: factor a layer by which the error grows with all layers sparse, over the second half of the layers.
     """
     columns: dict[str, list[float]] = {}
@@ -179,6 +186,7 @@ def summary(rows: Sequence[Row]) -> Row:
             "together": together[-1],
             "over_root": together[-1] / np.sqrt(np.square(final).sum()),
             "over_sum": together[-1] / final.sum(),
+            "centred": row["all_centred"][-1],
             "growth": (together[-1] / together[half]) ** (1 / (len(together) - 1 - half)),
         }
         for name, value in found.items():
@@ -208,11 +216,11 @@ def conclude(rows: Sequence[Row]) -> Findings:
             len(next(iter(kinds.values()))[0]["all"])
         )
         + ", ".join(
-            f"{found['together']:.2f} {name} ({found['growth']:.2f} times a layer)" for name, found in random.items()
+            f"{found['together']:.2f} {name} ({found['centred']:.2f} of what tells tokens apart)"
+            for name, found in random.items()
         )
     )
-    with_residual = random[_name(True, True)]["together"]
-    without_residual = random[_name(False, True)]["together"]
+    with_residual, without_residual = (random[_name(residual, True)]["centred"] for residual in (True, False))
     verdicts = [
         Verdict(
             "errors of the layers add up no worse than independent ones: all layers sparse cost at most 1.5 times the "
@@ -226,7 +234,8 @@ def conclude(rows: Sequence[Row]) -> Findings:
             "residual connections keep the error of sparse attention small through depth",
             "derived here",
             "holds" if without_residual > 2 * with_residual else "fails",
-            "random models of attention alone, relative error of the hidden states after the last layer",
+            "random models of attention alone, error of the hidden states after the last layer relative to what tells "
+            "tokens apart",
             random_text,
         ),
     ]
@@ -264,10 +273,10 @@ def _draw(axes: Axes, row: Row) -> None:
 def _draw_random(axes: Axes, kinds: dict[tuple[bool, bool], list[Row]]) -> None:
     for (residual, norm), rows in kinds.items():
         if rows:
-            errors = np.median([row["all"] for row in rows], axis=0)
+            errors = np.median([row["all_centred"] for row in rows], axis=0)
             style = "-" if residual else "--"
             axes.plot(np.arange(len(errors)), errors, style, marker="o" if norm else "s", label=_name(residual, norm))
-    axes.set(xlabel="after layer", ylabel="relative error, all layers sparse", yscale="log")
+    axes.set(xlabel="after layer", ylabel="error / what tells tokens apart, all layers sparse", yscale="log")
     axes.legend(fontsize=8)
 
 
