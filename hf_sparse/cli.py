@@ -26,6 +26,7 @@ from hf_sparse.cli_options import (
     share_options,
 )
 from hf_sparse.cli_runs import Outcome, Ready, is_main_process, prepare, run_attention_error, run_perplexity
+from hf_sparse.cli_theory import TheoryOptions, print_theory, run_theory
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.attention_error import ROWS_PER_LENGTH
 from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
@@ -129,6 +130,17 @@ def memory(
         raise UserError(f"heads must be a multiple of kv-heads ({kv_heads}); got {heads}")
     outcome = run_memory(numbers, (heads, kv_heads, head_dim), sparse.config(), limit, seed, output)
     print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary, table and plot: {output}")
+
+
+@app.command()
+@share_options
+def theory(options: TheoryOptions, run: RunOptions) -> None:
+    """The claims about n^C-sparse attention as experiments: which hold, in which norm, for which inputs and models."""
+    summaries, folder = run_theory(options, run)
+    if run.as_json:
+        print(json.dumps(summaries))
+    else:
+        print_theory(summaries, folder)
 
 
 @app.command()

@@ -269,7 +269,7 @@ def test_verdicts_turn_with_the_data() -> None:
         exponents = {window: slow if window in windows.SLOW else powers for window in windows.WINDOWS}
         faked = []
         for row in rows:
-            errors = {w: dict.fromkeys(NORMS, [row["n"] ** e, 1.01 * row["n"] ** e]) for w, e in exponents.items()}
+            errors = {w: {norm: [row["n"] ** e, 1.01 * row["n"] ** e] for norm in NORMS} for w, e in exponents.items()}
             faked.append(row | {"mean": errors, "worst": errors})
         return [verdict.answer for verdict in windows.conclude(faked).verdicts]
 

@@ -135,13 +135,13 @@ def _sufficient(fits: Sequence[dict[str, Any]]) -> Verdict:
     ours = [fit for fit in fits if fit["window"] in POWERS]
     falling = {norm: [fit["trend"] == "falls" for fit in ours if fit["norm"] == norm] for norm in NORMS}
     answer = answer_from(case for cases in falling.values() for case in cases)
-    shares = "; ".join(f"{norm}: {sum(v)} of {len(v)}" for norm, v in falling.items())
+    shares = ", ".join(f"{norm} {sum(cases)}" for norm, cases in falling.items())
     chosen = {norm: _fit(fits, PAPER_LIKE, "n^0.5", norm) for norm in NORMS}
     return Verdict(
         "Keeping the largest n^C entries, any C in (0, 1), approximates attention with an error that decreases in n.",
         "abstract",
         answer,
-        f"pairs of input and exponent in which the error falls like a power of n, by norm: {shares}",
+        f"the error falls like a power of n, of {len(ours) // len(NORMS)} pairs of input and exponent: {shares}",
         f"{PAPER_LIKE}, n^0.5 keys, slopes at large n: "
         + ", ".join(f"{norm} {Interval(**fit['late_slope'])}" for norm, fit in chosen.items()),
     )
@@ -151,14 +151,14 @@ def _insufficient(fits: Sequence[dict[str, Any]]) -> Verdict:
     ours = [fit for fit in fits if fit["window"] in SLOW]
     staying = {norm: [fit["trend"] != "falls" for fit in ours if fit["norm"] == norm] for norm in NORMS}
     answer = answer_from(case for cases in staying.values() for case in cases)
-    shares = "; ".join(f"{norm}: {sum(v)} of {len(v)}" for norm, v in staying.items())
+    shares = ", ".join(f"{norm} {sum(cases)}" for norm, cases in staying.items())
     largest, cut = (_fit(fits, PAPER_LIKE, "log2(n)/2", norm) for norm in ("max entry", "max entry, unnormalised"))
     return Verdict(
         "With log n entries or fewer the error stays at a constant.",
         "abstract",
         answer,
-        f"pairs of input and window (16 keys, log2(n)/2 keys) in which the error does not fall like a power of n, by "
-        f"norm: {shares}",
+        f"the error does not fall like a power of n, of {len(ours) // len(NORMS)} pairs of input and window "
+        f"({' or '.join(SLOW)}): {shares}",
         f"{PAPER_LIKE}, log2(n)/2 keys, slope at large n of the largest error of an entry: "
         f"{Interval(**largest['late_slope'])} if the kept entries are renormalised, {Interval(**cut['late_slope'])} if "
         "not",

@@ -21,6 +21,7 @@ _NORM = "lost mass"
 _WORKLOAD = "even"
 _LAW = "n^0.5"
 _MOST_SHARED = 3
+_RATIOS = (0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20)
 
 
 def panels(rows: Sequence[Row], comparisons: Comparisons) -> list[Panel]:
@@ -80,6 +81,10 @@ def _ratios(comparisons: Comparisons, statistic: str) -> Panel:
         )
         axes.invert_yaxis()
         axes.set(xscale="log", xlabel=f"error of {_LAW} / error of fixed")
+        low, high = axes.get_xlim()
+        axes.set_xticks([tick for tick in _RATIOS if low < tick < high], minor=False)
+        axes.set_xticklabels([f"{tick:g}" for tick in _RATIOS if low < tick < high])
+        axes.minorticks_off()
         axes.legend(fontsize=6.5)
 
     counts = [[c["better"] for c in own].count(who) for who in (_LAW, "fixed")]
