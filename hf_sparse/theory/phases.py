@@ -124,10 +124,9 @@ def _sparse(fits: Sequence[dict[str, Any]]) -> Verdict:
         "Attention is n^C-sparse in mass: n^C keys with C < 1 hold 90 % of it.",
         "abstract",
         answer_from(surely_less),
-        f"C below {1 - _CLOSE:g} at large n: {sum(f['late_exponent']['high'] < 1 - _CLOSE for f in growing)} of "
-        f"{len(growing)} norms that grow as sqrt(ln n); of the fixed norms only those from "
-        f"{min(sublinear, default=math.inf):g} on, where n is still too small for the limit, which is C = 1 for every "
-        "fixed norm of independent entries",
+        f"C < {1 - _CLOSE:g} at {sum(f['late_exponent']['high'] < 1 - _CLOSE for f in growing)} of {len(growing)} "
+        f"norms that grow as sqrt(ln n); of the fixed norms only from {min(sublinear, default=math.inf):g} on, where n "
+        "is too small for the limit, which is C = 1",
         "exponent of k_90 at large n: " + _exponents(fits),
     )
 
@@ -164,10 +163,9 @@ def _collapse(rows: Sequence[Row]) -> Verdict:
                 all(max(row["above"]) <= 1 / EPSILON for row in at_longest),
             ]
         ),
-        f"holds trivially for entries above a fixed epsilon (at most 1 / epsilon of them, and none in the end), fails "
-        f"for the keys that carry the mass, whose number grows with n below sigma = sqrt(2 ln n) = "
-        f"{freezing_norm(longest):.2f}",
-        f"n = {longest:,}: "
+        "trivially for entries above a fixed epsilon (at most 1 / epsilon of them), not for the keys that carry the "
+        "mass",
+        f"n = {longest:,}, freezing at sigma = {freezing_norm(longest):.2f}: "
         + "; ".join(
             f"sigma = {row['norm']:g}: {np.mean(row['above']):.1f} entries above {EPSILON}, k_90 = "
             f"{np.mean(row['keys_90']):,.0f}"
@@ -205,8 +203,8 @@ def _random_energy(fits: Sequence[dict[str, Any]]) -> Verdict:
                 all(fit["exponent"]["value"] >= fit["limit"] for fit in growing),
             ]
         ),
-        "in mass, independent normal logits; the limit is approached slowly, and from above: the exponents measured "
-        "here are those that the closed form has at these lengths, not the limits",
+        "in mass, independent normal logits; from above and slowly: what is measured is the closed form at these "
+        "lengths",
         "; ".join(
             f"c = {fit['norm']:g}: {Interval(**fit['exponent'])}, closed form "
             + ("-" if fit["closed_form_exponent"] is None else f"{fit['closed_form_exponent']:.2f}")

@@ -180,7 +180,7 @@ def _dichotomy(fits: Sequence[dict[str, Any]]) -> Verdict:
         "There is a dichotomy: in the same norm n^C entries are enough, and log n or fewer are not.",
         "abstract",
         answer_from(label in labels for labels in held.values() for label in _labels(fits)),
-        "; ".join(f"{norm}: {', '.join(labels)}" for norm, labels in held.items() if labels) or "nowhere",
+        "; ".join(f"{norm}: {' and '.join(labels)}" for norm, labels in held.items() if labels) or "in no norm",
         f"{PAPER_LIKE}, slope at large n of the largest error of an entry, renormalised: "
         + ", ".join(f"{window} {Interval(**fit['late_slope'])}" for window, fit in largest.items()),
     )

@@ -189,8 +189,8 @@ def _verdict(comparisons: Sequence[dict[str, Any]], statistic: str) -> Verdict:
         f"A window alpha n^C is more accurate than a fixed one at equal cost where lengths vary: {where}.",
         "abstract",
         answer_from(c["better"] == "n^0.5" for c in own),
-        f"C = 0.5, {cases} pairs of input and workload: "
-        + "; ".join(f"{norm}: better in {a}, worse in {b}" for norm, (a, b) in counts.items()),
+        f"C = 0.5, better / worse of {cases} pairs of input and workload: "
+        + ", ".join(f"{norm} {a} / {b}" for norm, (a, b) in counts.items()),
         f"ratio of errors from {_ratio_text(best)} ({best['input']}, {best['workload']} workload, {best['norm']}) to "
         f"{_ratio_text(worst)} ({worst['input']}, {worst['workload']} workload, {worst['norm']})",
     )
