@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 Rows = Mapping[str, Sequence[Row]]
 
 
-def panels(rows: Rows, fits: Sequence[dict[str, Any]], window: str) -> list[Panel]:
-    """Keys needed, every error, and the logits against their bound; the assumptions unbroken first, in black."""
+def panels(rows: Rows, fits: Sequence[dict[str, Any]], worse: Mapping[str, Sequence[str]], window: str) -> list[Panel]:
+    """Keys needed, every error, and the logits against their bound; the assumptions unbroken first, in black.
+
+    Args:
+        rows: By input.
+        fits: Of each input.
+        worse: Inputs with a worse slope than the first, by norm.
+        window: Name of the window.
+    """
     errors = {
         "max entry": "Largest error of an entry",
         "lost mass": "Lost mass",
@@ -28,7 +35,7 @@ def panels(rows: Rows, fits: Sequence[dict[str, Any]], window: str) -> list[Pane
     return [
         _panel(rows, "keys_90", "Keys for 90 % of the mass, as a share of n", _keys_sentence(fits), share=True),
         *(
-            _panel(rows, name, f"{title}, {window} keys", _slopes_sentence(fits, name))
+            _panel(rows, name, f"{title}, {window} keys", _slope_sentence(fits[0], name, worse[name]))
             for name, title in errors.items()
         ),
         _panel(rows, "logit_over_bound", "Largest logit over its bound", _bound_sentence(fits)),
@@ -55,15 +62,14 @@ def _keys_sentence(fits: Sequence[dict[str, Any]]) -> str:
     baseline, *others = fits
     fewer = [fit["input"] for fit in others if fit["keys_90"]["high"] < baseline["keys_90"]["low"]]
     return (
-        f"Claim: what is broken needs more keys. Found at large n: C = {baseline['keys_90']['value']:.2f} unbroken; "
-        f"surely smaller, so sparser in mass, for {'; '.join(fewer) or 'none'}."
+        f"Claim: what is broken needs more keys. Found: C = {baseline['keys_90']['value']:.2f} unbroken; surely "
+        f"smaller, so sparser in mass, for {'; '.join(fewer) or 'none'}."
     )
 
 
-def _slopes_sentence(fits: Sequence[dict[str, Any]], name: str) -> str:
-    baseline, *others = fits
-    worse = [fit["input"] for fit in others if fit[name]["low"] > baseline[name]["high"]]
-    return f"Slope at large n {baseline[name]['value']:+.2f} unbroken; surely worse for {'; '.join(worse) or 'none'}."
+def _slope_sentence(baseline: dict[str, Any], name: str, worse: Sequence[str]) -> str:
+    slope = baseline[name]["value"]
+    return f"Slope over all lengths {slope:+.2f} unbroken; surely worse for {'; '.join(worse) or 'none'}."
 
 
 def _bound_sentence(fits: Sequence[dict[str, Any]]) -> str:
