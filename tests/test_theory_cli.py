@@ -12,7 +12,9 @@ from hf_sparse.cli import main
 from hf_sparse.evaluation.tables import markdown_table
 from hf_sparse.theory import lab
 from hf_sparse.theory.experiment import Experiment, Findings
+from hf_sparse.theory.inputs import Input
 from hf_sparse.theory.model_experiments import EXPERIMENTS
+from tests.test_theory_synthetic import SIMULATED_EXPONENTS, SIMULATED_SLOPES
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = sorted(ROOT.glob("model_cards/theory/*/summary.json"))
@@ -125,3 +127,21 @@ def test_a_committed_summary_follows_from_its_rows(path: Path) -> None:
     assert summary["about"]["scale"] == "full"
     assert all((path.parent / f"{name}.png").is_file() for name in names)
     assert all(panel.sentence for findings in found.values() for panel in findings.panels)
+
+
+def test_committed_figures_are_those_of_independent_simulations() -> None:
+    experiments = json.loads((ROOT / "model_cards/theory/synthetic/summary.json").read_text())["experiments"]
+    exponents = {fit["input"]: fit["exponent"] for fit in experiments["phases"]["figures"]["exponents_of_keys_90"]}
+    for scale, expected in SIMULATED_EXPONENTS.items():
+        found = exponents[Input("logits", scale, growth=0.5).label]
+        # The simulations had intervals as well, of about the same width.
+        assert found["value"] == pytest.approx(expected, abs=max(0.02, found["high"] - found["low"])), scale
+    slopes = {
+        (fit["window"], fit["norm"]): fit["slope"]["value"]
+        for fit in experiments["windows"]["figures"]["slopes"]
+        if fit["input"] == Input("logits", 1).label
+    }
+    for place, expected in SIMULATED_SLOPES.items():
+        assert slopes[place] == pytest.approx(expected, abs=0.04), place
+    for share in experiments["phases"]["figures"]["keys_90_over_n"]:
+        assert share["n"] < 2**14 or share["value"] == pytest.approx(share["closed_form"], rel=0.01)
