@@ -129,7 +129,7 @@ def output_bound(tau: float, diameter: float) -> float:
     return tau * diameter
 
 
-def certificate(kept: FloatArray, dropped: float, ceiling: FloatArray | None = None) -> FloatArray:
+def certificate(kept: FloatArray, dropped: float | FloatArray, ceiling: FloatArray | None = None) -> FloatArray:
     """Upper bound of the mass that a row has lost, from the logits of its kept keys alone.
 
     (n - k) e^c / (sum of e^s over kept keys + (n - k) e^c), where c is the ceiling of the dropped logits. No dropped

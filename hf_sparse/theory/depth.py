@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 ALPHA = 2.0
 """alpha of the sparse layers, which keep alpha sqrt(n) keys: few, for errors to be seen."""
 
-LONGEST = 1024
-RANDOM = {"small": (6, 256, 2), "full": (16, 512, 4)}
+LONGEST = 512
+RANDOM = {"small": (6, 256, 2), "full": (12, 256, 3)}
 """Layers, tokens and repeats of the random models."""
 
 

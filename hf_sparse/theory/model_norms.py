@@ -119,8 +119,10 @@ class InputMoments:
     @classmethod
     def of(cls, x: Tensor) -> InputMoments:
         """Of `x` `(heads or 1, tokens, inputs)`."""
-        x = x.detach().double()
-        return cls(x.abs().amax((1, 2)).numpy(), x.std(1).numpy())
+        # Reductions alone: large copies of every layer's input would be more memory than the model.
+        x = x.detach().float()
+        largest = torch.maximum(x.amax((1, 2)), -x.amin((1, 2)))
+        return cls(largest.double().cpu().numpy(), x.std(1).double().cpu().numpy())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_sparse.evaluation.results import Row
 from hf_sparse.evaluation.tables import Table
@@ -57,7 +58,7 @@ def measure(cell: Cell, setting: Setting) -> Row:
 
 
 def by_length(rows: Sequence[Row], part: str, name: str) -> dict[int, FloatArray]:
-    """A column of a list of layers, by n: the mean over documents, `(heads of all layers that see n keys,)`."""
+    """A column of a list of layers, by n: the mean over documents, `(heads of all layers, ...)`."""
     found: dict[int, list[list[float]]] = {}
     for row in rows:
         here: dict[int, list[float]] = {}
@@ -68,7 +69,7 @@ def by_length(rows: Sequence[Row], part: str, name: str) -> dict[int, FloatArray
     return {n: np.mean(values, axis=0) for n, values in sorted(found.items())}
 
 
-def share(condition: FloatArray) -> float:
+def share(condition: NDArray[np.bool_]) -> float:
     """Share of the entries of a condition that are true."""
     return float(np.mean(condition))
 
@@ -146,11 +147,12 @@ def conclude(rows: Sequence[Row]) -> Findings:
         f"independent entries with the variances of the real inputs would give {np.median(independent[flat]):.2f}; the "
         f"ratio to the measured deviation has median {np.median(ratio):.2f} ({_range(ratio)})"
     )
+    start, end = (float(np.median(deviation[n])) for n in (lengths[0], last))
     growth_text = (
-        f"the deviation of the median head goes from {np.median(deviation[lengths[0]]):.2f} at n = {lengths[0]:,} to "
-        f"{np.median(measured):.2f} at n = {last:,}, as (ln n)^{growth:.2f}; over sqrt(ln n) it is {in_units[0]:.2f} and "
-        f"{in_units[-1]:.2f}, where independent Gaussian logits of deviation c sqrt(ln n) would need n^(1 - c^2 / 2) keys "
-        f"for a share of the mass, here n^{random_energy_exponent(in_units[-1]):.2f}"
+        f"the deviation of the median head goes from {start:.2f} at n = {lengths[0]:,} to {end:.2f} at n = {last:,}, "
+        f"as (ln n)^{growth:.2f}; over sqrt(ln n) it is {in_units[0]:.2f} and {in_units[-1]:.2f}. Independent Gaussian "
+        f"logits of deviation c sqrt(ln n) need n^(1 - c^2 / 2) keys for a share of the mass: with the last c, "
+        f"n^{random_energy_exponent(in_units[-1]):.2f}"
     )
     agree = share((ratio > 1 / 1.25) & (ratio < 1.25))
     where = f"every head of the layers that see {last:,} keys, logits of a row"

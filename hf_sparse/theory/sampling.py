@@ -60,22 +60,23 @@ def visit_rows(
 ) -> None:
     """Run `model` dense over a window and show some rows of every layer at every number of visible keys.
 
-    Rows from which a sliding window hides keys are left out: to them n does not grow with the text.
+    Layers whose sliding window hides keys at the largest n are left out: to them n does not grow with the text.
 
     Args:
         model: An unpatched model.
         window: The text; attention is causal, so one pass over it serves all `lengths`.
         lengths: n, at most the length of the window.
-        rows: Rows at each n, spread evenly between `NEAR` n and n.
+        rows: Rows at each n, spread evenly between `NEAR` n and n; few enough to be different ones.
         visit: Called for every layer and n.
     """
 
     @torch.no_grad()
     def observer(layer: int, inputs: AttentionInputs) -> None:
+        if int(inputs.intervals[0, 0, max(lengths) - 1, 0]) > 0:
+            return
         for length in lengths:
-            index = torch.linspace(NEAR * length, length, rows).long().unique() - 1
-            if not bool((inputs.intervals[0, 0, index, 0] > 0).any()):
-                visit(_layer_rows(layer, length, _take(inputs, index, length)))
+            index = torch.linspace(NEAR * length, length, rows).long() - 1
+            visit(_layer_rows(layer, length, _take(inputs, index, length)))
 
     with observed(model, observer), torch.no_grad():
         # Without the head: the logits of a long text take more memory than all the rest.

@@ -119,7 +119,7 @@ def random_model(
         bos_token_id=None,
         eos_token_id=None,
     )
-    model: PreTrainedModel = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -129,7 +129,8 @@ def random_model(
                 module.weight.normal_(generator=generator)
         for layer in layers_of(model):
             layer.attention.q_proj.weight.mul_(_SHARPNESS)
-    return model.eval()
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 def random_tokens(count: int, seed: int) -> Tensor:
