@@ -120,8 +120,8 @@ def _verdict(name: str, fits: Sequence[dict[str, Any]], baseline: dict[str, Any]
         f"n^C-sparsity breaks where {name}.",
         "machine summary",
         answer_from(name in norms for norms in broken.values() for name in MEASURED),
-        f"norms in which the error of {WINDOW} keys falls less than unbroken: "
-        + "; ".join(f"{label}: {', '.join(norms) or 'none'}" for label, norms in broken.items())
+        f"errors of {WINDOW} keys that fall less than unbroken: "
+        + ("; ".join(f"{', '.join(norms)} ({label})" for label, norms in broken.items() if norms) or "none")
         + f". Logits beyond their bound: {'; '.join(beyond) or 'none'}",
         "exponent of k_90, slope of the largest error of an entry, mass lost at the longest n: "
         + "; ".join(

@@ -129,7 +129,7 @@ def _tokens(source: Input, n: int, rng: np.random.Generator) -> Array:
             return np.asarray(lfilter([1.0], [1.0, -source.shape], noise, axis=0), np.float32)
         case "copies":
             different = math.ceil(n**source.shape)
-            return _signs(rng, different)[np.arange(n) % different]
+            return np.resize(_signs(rng, different), (n, TOKEN_DIM))
     raise ValueError(f"{source.kind!r} has no tokens")
 
 

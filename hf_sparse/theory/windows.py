@@ -135,7 +135,7 @@ def _sufficient(fits: Sequence[dict[str, Any]]) -> Verdict:
     ours = [fit for fit in fits if fit["window"] in POWERS]
     falling = {norm: [fit["trend"] == "falls" for fit in ours if fit["norm"] == norm] for norm in NORMS}
     answer = answer_from(case for cases in falling.values() for case in cases)
-    shares = ", ".join(f"{norm} {sum(cases)}" for norm, cases in falling.items())
+    shares = "; ".join(f"{norm} {sum(cases)}" for norm, cases in falling.items())
     chosen = {norm: _fit(fits, PAPER_LIKE, "n^0.5", norm) for norm in NORMS}
     return Verdict(
         "Keeping the largest n^C entries, any C in (0, 1), approximates attention with an error that decreases in n.",
@@ -143,7 +143,7 @@ def _sufficient(fits: Sequence[dict[str, Any]]) -> Verdict:
         answer,
         f"the error falls like a power of n, of {len(ours) // len(NORMS)} pairs of input and exponent: {shares}",
         f"{PAPER_LIKE}, n^0.5 keys, slopes at large n: "
-        + ", ".join(f"{norm} {Interval(**fit['late_slope'])}" for norm, fit in chosen.items()),
+        + "; ".join(f"{norm} {Interval(**fit['late_slope'])}" for norm, fit in chosen.items()),
     )
 
 
@@ -151,7 +151,7 @@ def _insufficient(fits: Sequence[dict[str, Any]]) -> Verdict:
     ours = [fit for fit in fits if fit["window"] in SLOW]
     staying = {norm: [fit["trend"] != "falls" for fit in ours if fit["norm"] == norm] for norm in NORMS}
     answer = answer_from(case for cases in staying.values() for case in cases)
-    shares = ", ".join(f"{norm} {sum(cases)}" for norm, cases in staying.items())
+    shares = "; ".join(f"{norm} {sum(cases)}" for norm, cases in staying.items())
     largest, cut = (_fit(fits, PAPER_LIKE, "log2(n)/2", norm) for norm in ("max entry", "max entry, unnormalised"))
     return Verdict(
         "With log n entries or fewer the error stays at a constant.",
