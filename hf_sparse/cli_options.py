@@ -33,7 +33,7 @@ class RunOptions:
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for rows, summary and plots.", show_default="results/MODEL-COMMAND"),
+        typer.Option(help="Folder for rows, summary and plots.", show_default="results/MODEL-COMMAND; results/theory"),
     ] = None
     as_json: Json = False
 
