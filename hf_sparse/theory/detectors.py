@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.theory.sampling import LayerRows
-from hf_sparse.theory.subject import layers_of
+from hf_sparse.theory.subject import layers_of, token_axis
 
 EPSILON = 0.01
 SINK_MASS = 0.8
@@ -110,17 +110,20 @@ def log_n_scaling(model: PreTrainedModel, reference: int) -> Iterator[PreTrained
     """
     handles: list[Any] = []
 
-    def scale(_: nn.Module, __: object, result: Tensor) -> Tensor:
-        # (batch, tokens, heads * dim), or (batch, heads, tokens, dim) after a normalisation
-        tokens = result.shape[-2]
-        seen = torch.arange(1, tokens + 1, device=result.device, dtype=torch.float32)
-        return result * (seen.log() / math.log(reference)).clamp(min=1).to(result.dtype)[:, None]
+    def scale(heads: int) -> Any:
+        def hook(_: nn.Module, __: object, result: Tensor) -> Tensor:
+            axis = token_axis(result, heads)
+            seen = torch.arange(1, result.shape[axis] + 1, device=result.device, dtype=torch.float32)
+            factors = (seen.log() / math.log(reference)).clamp(min=1).to(result.dtype)
+            return result * factors.view([-1] + [1] * (result.dim() - axis - 1))
+
+        return hook
 
     try:
         for layer in layers_of(model):
             if getattr(layer.attention, "sliding_window", None) is None:
                 module = getattr(layer.attention, "q_norm", layer.attention.q_proj)
-                handles.append(module.register_forward_hook(scale))
+                handles.append(module.register_forward_hook(scale(layer.heads("q"))))
         yield model
     finally:
         for handle in handles:

@@ -26,7 +26,7 @@ from hf_sparse.evaluation.results import Row
 from hf_sparse.theory.bounds import FloatArray, rope_scales, spectral_scale
 from hf_sparse.theory.rope import frequencies_of
 from hf_sparse.theory.sampling import LayerRows
-from hf_sparse.theory.subject import Layer, layers_of
+from hf_sparse.theory.subject import Layer, layers_of, split_heads
 
 _TILTS = (-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0)
 """Arguments, in standard deviations, at which a row's moment generating function is compared with a Gaussian's."""
@@ -67,7 +67,7 @@ def is_normed(layer: Layer) -> bool:
 def head_forms(layer: Layer) -> list[HeadForm]:
     """The form of every query head of `layer`."""
     attention = layer.attention
-    heads = attention.q_proj.weight.shape[0] // attention.head_dim
+    heads = layer.heads("q")
     if is_normed(layer):
         identity = np.eye(attention.head_dim)
         return [HeadForm(identity, identity, attention.scaling)] * heads
@@ -137,21 +137,26 @@ def watched_inputs(model: PreTrainedModel) -> Iterator[dict[int, tuple[InputMome
         if (index, 0) in parts and (index, 1) in parts:
             found[index] = parts[index, 0], parts[index, 1]
 
-    def watch(layer: Layer, module: nn.Module, sides: tuple[int, ...], *, output: bool) -> None:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], result: Tensor | None = None) -> None:
-            x = result if result is not None else arguments[0]
-            for side in sides:
-                note(layer.index, side, x[0] if x.dim() == 4 else x[:1])
+    def normed(layer: Layer, side: str) -> Any:
+        def hook(_: nn.Module, __: object, result: Tensor) -> None:
+            note(layer.index, "qk".index(side), split_heads(result, layer.heads(side)))
 
-        handles.append(module.register_forward_hook(hook) if output else module.register_forward_pre_hook(hook))
+        return hook
+
+    def projected(layer: Layer) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            for side in range(2):
+                note(layer.index, side, arguments[0][:1])
+
+        return hook
 
     try:
         for layer in layers_of(model):
             if is_normed(layer):
-                watch(layer, layer.attention.q_norm, (0,), output=True)
-                watch(layer, layer.attention.k_norm, (1,), output=True)
+                handles.append(layer.attention.q_norm.register_forward_hook(normed(layer, "q")))
+                handles.append(layer.attention.k_norm.register_forward_hook(normed(layer, "k")))
             else:
-                watch(layer, layer.attention.q_proj, (0, 1), output=False)
+                handles.append(layer.attention.q_proj.register_forward_pre_hook(projected(layer)))
         yield found
     finally:
         for handle in handles:

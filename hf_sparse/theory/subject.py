@@ -37,6 +37,11 @@ class Layer:
     attention: Any
     block: nn.Module
 
+    def heads(self, side: str) -> int:
+        """Number of heads of the queries (`"q"`) or the keys (`"k"`)."""
+        weight: Tensor = getattr(self.attention, f"{side}_proj").weight
+        return len(weight) // int(self.attention.head_dim)
+
 
 def layers_of(model: PreTrainedModel) -> list[Layer]:
     """The decoder layers of `model`, in order.
@@ -53,6 +58,18 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
         attention: Any = module
         layers.append(Layer(attention.layer_idx, module, model.get_submodule(name.rpartition(".")[0])))
     return sorted(layers, key=lambda layer: layer.index)
+
+
+def token_axis(x: Tensor, heads: int) -> int:
+    """The axis of tokens in queries or keys: `(batch, tokens, heads * dim)`, or 4-D with heads before or after them."""
+    return 2 if x.dim() == 4 and x.shape[1] == heads else 1
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Queries or keys of the first sequence, in any layout of `token_axis`, as `(heads, tokens, dim)`."""
+    if token_axis(x, heads) == 2:
+        return x[0]
+    return x[0].reshape(x.shape[1], heads, -1).transpose(0, 1) if x.dim() == 3 else x[0].transpose(0, 1)
 
 
 def subject_of(setting: Setting) -> Subject:
@@ -87,9 +104,9 @@ def find_window(subject: Subject, sha256: str) -> Window:
 
 
 def row_lengths(length: int, least: int = 128) -> list[int]:
-    """Numbers of visible keys at which rows are looked at: powers of 2 from `least`, and at last `length`."""
+    """Two or more n at which rows are looked at: `least` times powers of 2, and at last `length`."""
     powers = [least << i for i in range(32) if least << i < length]
-    return [*powers, length]
+    return [*(powers or [length // 2]), length]
 
 
 @torch.no_grad()
