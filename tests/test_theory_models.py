@@ -12,12 +12,21 @@ import torch
 import hf_sparse
 from hf_sparse.errors import UserError
 from hf_sparse.theory import allocation, alpha, collapse, depth, norms, rope_bases
+from hf_sparse.theory.curves import certified, error_curves
 from hf_sparse.theory.detectors import detect, kind_of, log_n_scaling, log_scaled, mixing
 from hf_sparse.theory.experiment import Setting, Subject
 from hf_sparse.theory.model_norms import head_forms, is_normed, logit_spread, watched_inputs, weight_scales
 from hf_sparse.theory.rope import frequencies_of, rope_base, with_base
 from hf_sparse.theory.sampling import LayerRows, visit_rows
-from hf_sparse.theory.subject import layers_of, longest_windows, random_tokens, row_lengths, split_heads, tiny_subject
+from hf_sparse.theory.subject import (
+    layers_of,
+    longest_windows,
+    mean_nll,
+    random_tokens,
+    row_lengths,
+    split_heads,
+    tiny_subject,
+)
 from tests import tiny
 
 LENGTHS = (64, 192)
@@ -76,6 +85,13 @@ def test_windows_and_lengths(subject: Subject) -> None:
 def test_a_model_without_separate_projections_is_refused() -> None:
     with pytest.raises(UserError, match="q_proj"):
         layers_of(tiny.model("gpt2"))
+
+
+def test_the_loss_is_that_of_the_model(subject: Subject) -> None:
+    window = longest_windows(subject)[0]
+    logits = subject.model(input_ids=window.input_ids[None]).logits[0, -16:]
+    expected = torch.nn.functional.cross_entropy(logits, window.targets)
+    assert mean_nll(subject.model, window) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 # R and the spread of logits
@@ -331,7 +347,7 @@ def test_the_objective_gives_more_keys_where_they_help_more() -> None:
 def test_error_curves_are_the_errors_of_the_layer_output(subject: Subject) -> None:
     rows = rows_of(subject, [64])[0]
     layer = layers_of(subject.model)[0]
-    found = alpha.error_curves(rows, layer)["error"]
+    found = error_curves(rows, layer)["error"]
     kept = 16
     keep = rows.weights >= rows.weights.sort(-1, descending=True).values[..., kept - 1 : kept]
     sparse = rows.weights * keep / (rows.weights * keep).sum(-1, keepdim=True)
@@ -342,7 +358,7 @@ def test_error_curves_are_the_errors_of_the_layer_output(subject: Subject) -> No
         one[head] = (ours - exact)[head]
         expected = (layer.attention.o_proj(one.transpose(0, 1).flatten(1)).square().sum(-1) / whole).mean()
         assert found[head][1] == pytest.approx(float(expected.detach()), rel=1e-3)
-    bounds = alpha.certified(rows, 2.0)
+    bounds = certified(rows, 2.0)
     for low, high in (("lost", "certified"), ("floor", "max_entry"), ("output", "output_bound")):
         assert all(a <= b for a, b in zip(bounds[low], bounds[high], strict=True)), low
 

@@ -28,6 +28,9 @@ ALPHA = {"small": 2.0, "full": 8.0}
 LEAST = {"small": 128, "full": 512}
 """Smallest n."""
 
+WORST = 0.05
+"""Share of the heads that counts as the worst."""
+
 RULE = "alpha sqrt(n)"
 OURS = "per head, by error"
 
@@ -92,6 +95,8 @@ def conclude(rows: Sequence[Row]) -> Findings:
             "exponent": float(np.median(law[1])),
         }
     rule = results[RULE]["held_out"]
+    by_head = np.sort(held_out.errors(keys_of(laws[RULE], lengths)).mean(0))[::-1]
+    concentrated = float(by_head[: math.ceil(WORST * len(by_head))].sum() / by_head.sum())
     ratio = {name: result["held_out"] / rule for name, result in results.items()}
     last = lengths[-1]
     names = ("lost", "certified", "max_entry", "floor", "output", "output_bound")
@@ -102,6 +107,7 @@ def conclude(rows: Sequence[Row]) -> Findings:
     figures = {
         "laws": results,
         "held_out_error_over_rule": ratio,
+        "error_in_worst_heads": concentrated,
         "n": last,
         "heads": fitted.heads,
         "bounds": middle | {"output_over_bound": used},
@@ -112,7 +118,8 @@ def conclude(rows: Sequence[Row]) -> Findings:
         f"at {cost:.0f} keys a row, squared output error on a text that was not used for fitting, over that of "
         f"{alpha:g} sqrt(n): "
         + ", ".join(f"{name} {value:.2f}" for name, value in ratio.items() if name != RULE)
-        + f"; the best single law is {best['alpha']:.3g} n^{best['exponent']:.2f}"
+        + f"; the best single law is {best['alpha']:.3g} n^{best['exponent']:.2f}; under {alpha:g} sqrt(n) the worst "
+        f"{100 * WORST:g} % of heads have {100 * concentrated:.0f} % of the error"
     )
     certificate_text = (
         f"with {math.ceil(alpha * math.sqrt(last))} of {last:,} keys the median head loses {middle['lost']:.3f} of "
