@@ -205,11 +205,14 @@ def conclude(rows: Sequence[Row]) -> Findings:
     }
     random = {_name(*key): summary(found) for key, found in kinds.items() if found}
     layers = len(model[0]["all"])
+    squares = np.square(np.array(model[0]["single"])[:, -1])
+    worst, part = int(squares.argmax()), float(squares.max() / squares.sum())
     real_text = (
         f"with all {layers} layers sparse ({100 * model[0]['density']:.1f} % of keys) the hidden states after the last "
         f"layer are off by {real['together']:.3f}, against {real['final']:.4f} for the median single layer: "
         f"{real['over_root']:.2f} times the root of the sum of squares of the single errors and {real['over_sum']:.2f} "
-        f"times their sum; an error grows {real['travel']:.2f} times from its layer to the last (median)"
+        f"times their sum (layer {worst} alone has {100 * part:.0f} % of the sum of squares); an error grows "
+        f"{real['travel']:.2f} times from its layer to the last (median)"
     )
     random_text = (
         "in random models of {} attention layers the error after the last layer with all layers sparse is ".format(
@@ -251,7 +254,11 @@ def conclude(rows: Sequence[Row]) -> Findings:
             lambda axes: _draw_random(axes, kinds),
         ),
     ]
-    return Findings(shortened_keys({"model": real, "random": random}), verdicts, panels)
+    return Findings(
+        shortened_keys({"model": real | {"worst_layer": worst, "share_of_worst": part}, "random": random}),
+        verdicts,
+        panels,
+    )
 
 
 def _name(residual: bool, norm: bool) -> str:

@@ -116,7 +116,7 @@ def mean_nll(model: PreTrainedModel, window: Window) -> float:
     targets = window.targets.to(model.device)
     out: Any = model(input_ids=window.input_ids[None].to(model.device), use_cache=False, logits_to_keep=len(targets))
     # A few rows at a time: with a large vocabulary a second copy of the logits is more than all else.
-    parts = zip(out.logits[0].split(_ROWS_OF_LOGITS), targets.split(_ROWS_OF_LOGITS), strict=True)
+    parts = zip(*(torch.split(x, _ROWS_OF_LOGITS) for x in (out.logits[0], targets)), strict=True)
     return sum(float(F.cross_entropy(rows.float(), wanted, reduction="sum")) for rows, wanted in parts) / len(targets)
 
 
