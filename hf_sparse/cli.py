@@ -30,6 +30,7 @@ from hf_sparse.cli_options import (
 )
 from hf_sparse.cli_publish import BundleOptions, Target, run_card, run_publish
 from hf_sparse.cli_runs import Outcome, Ready, is_main_process, prepare, run_attention_error, run_perplexity
+from hf_sparse.cli_theory import TheoryOptions, print_theory, run_theory
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.attention_error import ROWS_PER_LENGTH
 from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
@@ -188,6 +189,17 @@ def publish(
     """Publish a policy and its model card on the Hub, in one commit."""
     target = Target(repo_id, private or None, revision, create_pr, message)
     run_publish(model, bundle, target, weights=weights, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+@share_options
+def theory(options: TheoryOptions, run: RunOptions) -> None:
+    """The claims about n^C-sparse attention as experiments: which hold, in which norm, for which inputs and models."""
+    summaries, folder = run_theory(options, run)
+    if run.as_json:
+        print(json.dumps(summaries))
+    else:
+        print_theory(summaries, folder)
 
 
 @app.command()

@@ -39,10 +39,10 @@ class RunOptions:
         typer.Option("--device", "--device-map", help="cpu, cuda:0, ...; auto spreads the model.", show_default="best"),
     ] = None
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's")] = None
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for rows, summary and plots.", show_default="results/MODEL-COMMAND"),
+        typer.Option(help="Folder for rows, summary and plots.", show_default="results/MODEL-COMMAND; results/theory"),
     ] = None
     as_json: Json = False
 
