@@ -77,7 +77,7 @@ def run_theory(options: TheoryOptions, run: RunOptions) -> tuple[dict[str, Any],
         UserError: for whatever is wrong, before anything is measured.
     """
     if find_spec("scipy") is None:
-        raise UserError('the theory lab needs scipy: pip install "hf_sparse[calibration]"')
+        raise UserError('the theory lab needs scipy: pip install "hf_sparse[theory]"')
     from hf_sparse.theory import lab  # needs scipy
     from hf_sparse.theory.experiment import SCALES, Setting
     from hf_sparse.theory.model_experiments import EXPERIMENTS
@@ -129,7 +129,8 @@ def _subjects(options: TheoryOptions, run: RunOptions) -> Iterator[tuple[str, Su
         return
     data = DataOptions(text=options.text, documents=options.documents)
     for name in options.model:
-        ready = prepare(name, "theory", data, run, lengths, min(_MOST_TARGETS, lengths[0]))
+        source = ModelSource.find(name, run.revision)
+        ready = prepare(source, "theory", data, run, lengths, min(_MOST_TARGETS, lengths[0]))
         folder = ready.about["model"]["name"].rpartition("/")[2].removesuffix(".gguf")
         yield folder, Subject(ready.model, ready.windows, ready.about)
 
