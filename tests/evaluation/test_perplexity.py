@@ -22,12 +22,13 @@ from hf_sparse.evaluation.models import ModelInfo
 from hf_sparse.evaluation.perplexity import METHODS, evaluate, make_methods, measure, token_nll
 from hf_sparse.evaluation.perplexity_summary import summarise
 from hf_sparse.evaluation.perplexity_tables import method_cells, perplexity_cells, verdict_cells
-from hf_sparse.evaluation.results import ResultFile, Row, provenance
+from hf_sparse.evaluation.results import ResultFile, Row, provenance, row_key
 from hf_sparse.evaluation.windows import Window, cut_windows
 from tests import small, tiny
 
 LENGTHS = [48, 96]
 TARGETS = 40
+COMMITTED = sorted(Path(__file__).parents[2].glob("model_cards/*/perplexity/rows.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -349,3 +350,19 @@ def test_tables_have_a_row_for_each_answer(rows: list[Row]) -> None:
         header, lines = cells(summary)
         assert len(lines) == number
         assert {len(line) for line in lines} == {len(header)}
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parts[-3])
+def test_committed_rows_are_found_again(path: Path) -> None:
+    """The methods of a run with default options still have the keys under which these rows were stored."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    methods = make_methods(METHODS, hf_sparse.SparseAttentionConfig(), sorted({row["length"] for row in rows}))
+    for row in rows:
+        config = methods[row["method"]]
+        assert row["key"] == row_key(
+            command="perplexity",
+            model=[row["model"]["name"], row["model"]["revision"], row["dtype"], row["device"]],
+            window=row["window_sha256"],
+            method=row["method"],
+            config=None if config is None else config.to_dict(),
+        )
