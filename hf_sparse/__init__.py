@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.monitor import SparsityReport
-from hf_sparse.observe import observed
+from hf_sparse.observe import audit, observed
 from hf_sparse.patching import is_patched, patch, patched, report, unpatch
 from hf_sparse.record import CalibrationRecord
 from hf_sparse.support import SupportReport, inspect
@@ -20,6 +20,7 @@ __all__ = [
     "SparsityReport",
     "SupportReport",
     "__version__",
+    "audit",
     "calibrate",
     "inspect",
     "is_patched",

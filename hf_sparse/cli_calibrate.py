@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -81,8 +81,9 @@ class CalibrationOptions:
         """
         names = ("min_keys", "sink_keys", "recent_keys", "dense_layers", "dense_below")
         config = SparseOptions(**{name: getattr(self, name) for name in names}).config()
+        selector: Any = self.selector
         try:
-            return replace(config, selector=self.selector)
+            return replace(config, selector=selector)
         except ValueError as error:
             raise UserError(str(error)) from error
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.attention import NAME, STATE, LayerState, register
+from hf_sparse.audit import LayerAudit
 from hf_sparse.budget import warn_if_too_slow
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.monitor import SparsityReport, make_report
@@ -117,7 +118,11 @@ def report(model: nn.Module) -> SparsityReport:
     base = base_model(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched: there is nothing to report")
-    return make_report({state.layer: state.counters for state in states(base).values()})
+    found = sorted(states(base).values(), key=lambda state: state.layer)
+    audits = [state.observer.report() for state in found if isinstance(state.observer, LayerAudit)]
+    return replace(
+        make_report({state.layer: state.counters for state in found}), audit=[row for rows in audits for row in rows]
+    )
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
