@@ -6,7 +6,7 @@ from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.hub import from_pretrained, push_to_hub, save_pretrained
 from hf_sparse.monitor import SparsityReport
-from hf_sparse.observe import observed
+from hf_sparse.observe import audit, observed
 from hf_sparse.patching import is_patched, patch, patched, report, unpatch
 from hf_sparse.record import CalibrationRecord
 from hf_sparse.support import SupportReport, inspect
@@ -23,6 +23,7 @@ __all__ = [
     "SparsityReport",
     "SupportReport",
     "__version__",
+    "audit",
     "calibrate",
     "from_pretrained",
     "inspect",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,11 +71,17 @@ class SparsityReport:
             `mean_keys`, `density`, `dense_rows` (reason -> rows).
         density: Kept over visible keys, over all layers, dense ones included; in `[0, 1]`, NaN before any call.
         notes: What else cost time and could be avoided, a line each.
+        audit: After `hf_sparse.audit(model)` one dictionary per sparse layer and query head: `layer`, `head`, `rows`
+            (measured), `retained_mass`, `least_retained_mass` (softmax mass of the kept keys under dense attention:
+            mean row, worst row), `output_error` and `largest_output_error` (norm of what the head's output is off,
+            over the norm of its dense output, on the activations that the layer was given: errors of earlier layers
+            are not in it).
     """
 
     rows: list[dict[str, Any]]
     density: float
     notes: tuple[str, ...] = ()
+    audit: list[dict[str, Any]] = field(default_factory=list)
 
     def __str__(self) -> str:
         header = ("layer", "heads", "calls", "rows", "mean visible", "mean keys", "density", "dense rows")
@@ -98,15 +105,35 @@ class SparsityReport:
                     reasons or "-",
                 )
             )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        table = [
-            "  ".join(
-                cell.ljust(width) if i == len(header) - 1 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join([*table, f"density {self.density:.3f} (kept / visible keys, all layers)", *self.notes])
+        whole = [*_aligned(lines), f"density {self.density:.3f} (kept / visible keys, all layers)"]
+        return "\n".join([*whole, *self.notes, *self._audit_lines()])
+
+    def _audit_lines(self) -> list[str]:
+        if not self.audit:
+            return []
+        lines = [("layer", "rows audited", "retained mass", "worst row", "output error", "worst row")]
+        for layer in dict.fromkeys(row["layer"] for row in self.audit):
+            heads = [row for row in self.audit if row["layer"] == layer]
+            mass, error = (sum(row[name] for row in heads) / len(heads) for name in ("retained_mass", "output_error"))
+            least = min(row["least_retained_mass"] for row in heads)
+            largest = max(row["largest_output_error"] for row in heads)
+            lines.append(
+                (str(layer), str(heads[0]["rows"]), f"{mass:.4f}", f"{least:.4f}", f"{error:.4f}", f"{largest:.4f}")
+            )
+        return ["", *_aligned(lines)]
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table: its last column to the left, the others to the right."""
+    last = len(lines[0]) - 1
+    widths = [max(len(line[i]) for line in lines) for i in range(last + 1)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == last else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def make_report(layers: dict[int, LayerCounters], notes: tuple[str, ...] = ()) -> SparsityReport:

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse import policy_files
 from hf_sparse.attention import NAME, STATE, LayerState, register
+from hf_sparse.audit import LayerAudit
 from hf_sparse.budget import warn_if_too_slow
 from hf_sparse.cache_hooks import CacheHooks, install, remove
 from hf_sparse.config import SparseAttentionConfig
@@ -148,7 +149,10 @@ def report(model: nn.Module) -> SparsityReport:
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched: there is nothing to report")
     handle: _Patch = getattr(base, _HANDLE)
-    return make_report({state.layer: state.counters for state in states(base).values()}, handle.hooks.forward.notes())
+    found = sorted(states(base).values(), key=lambda state: state.layer)
+    audits = [state.observer.report() for state in found if isinstance(state.observer, LayerAudit)]
+    counted = make_report({state.layer: state.counters for state in found}, handle.hooks.forward.notes())
+    return replace(counted, audit=[row for rows in audits for row in rows])
 
 
 def policy_of(model: nn.Module) -> Policy:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.evaluation.row_errors import DenseRows, row_errors, row_shape
+from hf_sparse.row_errors import DenseRows, row_errors, row_shape
 from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors import select
 from hf_sparse.selectors.grouped import ROWS

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_sparse.evaluation.results import Row
-from hf_sparse.evaluation.row_errors import row_shape
+from hf_sparse.row_errors import row_shape
 from hf_sparse.theory.allocation import Curves, Law, best_uniform, by_error, by_mass, keys_of, uniform
 from hf_sparse.theory.bounds import FloatArray
 from hf_sparse.theory.curves import certified, error_curves, key_counts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_sparse.evaluation.results import Row
-from hf_sparse.evaluation.row_errors import row_shape
+from hf_sparse.row_errors import row_shape
 from hf_sparse.theory.bounds import FloatArray
 from hf_sparse.theory.experiment import Cell, Experiment, Findings, Panel, Setting, Verdict
 from hf_sparse.theory.model_norms import head_forms, logit_spread

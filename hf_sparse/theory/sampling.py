@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_sparse.evaluation.row_errors import DenseRows
 from hf_sparse.evaluation.windows import Window
 from hf_sparse.observe import observed
 from hf_sparse.patching import base_model
+from hf_sparse.row_errors import DenseRows
 from hf_sparse.selection import AttentionInputs
 
 NEAR = 0.9

@@ -22,8 +22,8 @@ from hf_sparse.evaluation.equal_cost import kept_keys
 from hf_sparse.evaluation.layer_errors import DENSE, layer_errors
 from hf_sparse.evaluation.models import ModelInfo
 from hf_sparse.evaluation.results import ResultFile, Row, provenance
-from hf_sparse.evaluation.row_errors import DenseRows, row_errors, row_shape
 from hf_sparse.evaluation.windows import Window
+from hf_sparse.row_errors import DenseRows, row_errors, row_shape
 from hf_sparse.selectors import select
 from hf_sparse.support import inspect
 from tests import tiny

@@ -17,16 +17,18 @@ from hf_sparse.budget import total_cost
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation import perplexity
 from hf_sparse.evaluation.data import Document
+from hf_sparse.evaluation.equal_cost import kept_keys, with_dense_layers
 from hf_sparse.evaluation.models import ModelInfo
 from hf_sparse.evaluation.perplexity import METHODS, evaluate, make_methods, measure, token_nll
 from hf_sparse.evaluation.perplexity_summary import summarise
 from hf_sparse.evaluation.perplexity_tables import method_cells, perplexity_cells, verdict_cells
-from hf_sparse.evaluation.results import ResultFile, Row, provenance
+from hf_sparse.evaluation.results import ResultFile, Row, provenance, row_key
 from hf_sparse.evaluation.windows import Window, cut_windows
 from tests import small, tiny
 
 LENGTHS = [48, 96]
 TARGETS = 40
+COMMITTED = sorted(Path(__file__).parents[2].glob("model_cards/*/perplexity/rows.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_dense_is_the_model_as_it_is(model: PreTrainedModel, windows: list[Windo
     expected = _plain_nll(model, windows[1])
     assert row["nll"] == pytest.approx(expected.sum().item(), rel=1e-6)
     assert row["block_nll"] == pytest.approx([expected[:32].sum().item(), expected[32:].sum().item()], rel=1e-6)
-    assert (row["tokens"], row["density"], row["mean_keys"]) == (TARGETS, 1.0, None)
+    assert (row["tokens"], row["density"], row["sparse_density"], row["mean_keys"]) == (TARGETS, 1.0, 1.0, None)
 
 
 def test_sparse_is_what_a_patch_by_hand_gives(windows: list[Window]) -> None:
@@ -120,6 +122,67 @@ def test_methods_share_one_configuration_and_fixed_costs_the_same() -> None:
     costs = [total_cost(dataclasses.replace(fixed, keys=fixed.keys + i).budget(), LENGTHS) for i in (-1, 0, 1)]
     away = [abs(cost - total_cost(adaptive.budget(), LENGTHS)) for cost in costs]
     assert min(away) == away[1]
+
+
+def test_laws_per_head_are_matched_over_all_heads_and_layers() -> None:
+    model = tiny.model("gemma3", num_hidden_layers=3, layer_types=["sliding_attention", *["full_attention"] * 2])
+    support = hf_sparse.inspect(model)
+    laws = {1: ((2.0, 0.5), (6.0, 0.2), (1.0, 0.9), (3.0, 0.6)), 2: ((2.0, 0.4),) * 4}
+    config = dataclasses.replace(small.CONFIG, per_head=laws, dense_layers=None, dense_below=0)
+    methods = make_methods(["uniform", "fixed", "fixed-grouped", "decode", "decode-topk"], config, LENGTHS, support)
+    assert methods["decode"] == config
+    assert methods["decode-topk"] == dataclasses.replace(config, selector="topk")
+    calibrated = with_dense_layers(config, support)
+    assert calibrated.dense_layers == (0,)
+    wanted = kept_keys(calibrated, support.layers, LENGTHS)
+    for name, law, selector in (("uniform", "power", "grouped"), ("fixed", "fixed", "topk")):
+        made = methods[name]
+        assert made is not None
+        assert (made.law, made.selector, made.per_head, made.dense_layers) == (law, selector, None, (0,))
+        assert 0.95 * wanted < kept_keys(made, support.layers, LENGTHS) <= 1.001 * wanted
+    with pytest.raises(UserError, match="attention layers are needed"):
+        make_methods(["uniform"], config, LENGTHS)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("selector", ["topk", "window"])
+def test_decoding_predicts_as_one_pass_does(name: str, selector: Any, windows: list[Window]) -> None:
+    """Selectors that look at each row alone keep the same keys either way."""
+    model = tiny.model(name)
+    config = dataclasses.replace(small.CONFIG, selector=selector)
+    for given in (None, config):
+        row = measure(model, windows[1], given, decode=True)
+        assert row["block_nll"] == pytest.approx(measure(model, windows[1], given)["block_nll"], rel=1e-4)
+
+
+def test_decoding_counts_the_rows_of_the_targets_alone(model: PreTrainedModel, windows: list[Window]) -> None:
+    config = dataclasses.replace(small.CONFIG, dense_layers=(0,))
+    row = measure(model, windows[1], config, decode=True)
+    visible = torch.arange(LENGTHS[1] - TARGETS + 1, LENGTHS[1] + 1)
+    kept = config.budget()(visible)
+    assert row["rows"] == 2 * TARGETS
+    assert row["dense_rows"] == {"in dense_layers": TARGETS}
+    assert row["density"] == pytest.approx(float((kept + visible).sum() / (2 * visible.sum())))
+    assert row["mean_keys"] == pytest.approx(float((kept + visible).double().mean() / 2))
+
+
+def test_decoding_may_start_from_nothing(model: PreTrainedModel, windows: list[Window]) -> None:
+    whole = dataclasses.replace(windows[0], input_ids=windows[0].input_ids[-TARGETS:])
+    row = measure(model, whole, dataclasses.replace(small.CONFIG, selector="topk"), decode=True)
+    assert row["rows"] == 2 * TARGETS
+    assert row["nll"] == pytest.approx(
+        measure(model, whole, dataclasses.replace(small.CONFIG, selector="topk"))["nll"], rel=1e-4
+    )
+
+
+def test_the_density_of_full_layers_leaves_sliding_windows_out(windows: list[Window]) -> None:
+    model = tiny.model("gemma3")
+    row = measure(model, windows[1], dataclasses.replace(small.CONFIG, dense_layers=None))
+    hf_sparse.patch(model, small.CONFIG, dense_layers=None)
+    tiny.logits(model, windows[1].input_ids[None])
+    full = [r["density"] for r in hf_sparse.report(model).rows if r["layer"] == 1]
+    assert row["sparse_density"] == pytest.approx(np.mean(full))
+    assert row["sparse_density"] < row["density"]
 
 
 def test_dense_is_always_there_and_first() -> None:
@@ -287,3 +350,19 @@ def test_tables_have_a_row_for_each_answer(rows: list[Row]) -> None:
         header, lines = cells(summary)
         assert len(lines) == number
         assert {len(line) for line in lines} == {len(header)}
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parts[-3])
+def test_committed_rows_are_found_again(path: Path) -> None:
+    """The methods of a run with default options still have the keys under which these rows were stored."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    methods = make_methods(METHODS, hf_sparse.SparseAttentionConfig(), sorted({row["length"] for row in rows}))
+    for row in rows:
+        config = methods[row["method"]]
+        assert row["key"] == row_key(
+            command="perplexity",
+            model=[row["model"]["name"], row["model"]["revision"], row["dtype"], row["device"]],
+            window=row["window_sha256"],
+            method=row["method"],
+            config=None if config is None else config.to_dict(),
+        )

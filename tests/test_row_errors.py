@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_sparse import SparseAttentionConfig
-from hf_sparse.evaluation.row_errors import MASSES, DenseRows, row_errors, row_shape
+from hf_sparse.row_errors import MASSES, DenseRows, row_errors, row_shape
 from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors import select
 from hf_sparse.visibility import interval_to_mask

@@ -1,0 +1,371 @@
+"""Calibration: from error curves to laws, and what a whole run promises."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import hf_sparse
+from hf_sparse import SparseAttentionConfig
+from hf_sparse.calibration import run as calibration_run
+from hf_sparse.calibration.calibrate import Calibration, run_calibration
+from hf_sparse.calibration.curves import ErrorCurve, budget_grid, error_curves, visible_grid
+from hf_sparse.calibration.laws import FAMILIES, LawFit
+from hf_sparse.calibration.projection import output_weights
+from hf_sparse.calibration.target import Target
+from hf_sparse.evaluation.data import Document
+from hf_sparse.selectors.grouped import ROWS
+from tests import small, tiny
+
+LENGTH = 1024
+CONFIG = SparseAttentionConfig(min_keys=96, sink_keys=1, recent_keys=2, dense_below=0)
+DOCUMENTS = [Document(f"d{i}", small.words(LENGTH + 80, seed=i)) for i in range(4)]
+
+
+def long_model(name: str = "llama") -> PreTrainedModel:
+    return tiny.model(name, max_position_embeddings=2048)
+
+
+def calibration(
+    folder: Path | None = None, target: str = "density=0.3", texts: list[Document] = DOCUMENTS, **options: Any
+) -> Calibration:
+    arguments: dict[str, Any] = {"config": CONFIG, "length": LENGTH, "folder": folder} | options
+    return run_calibration(long_model(), small.tokenizer(), texts, target, **arguments)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calibration")
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> Calibration:
+    return calibration(folder)
+
+
+# What is measured.
+
+
+@given(longest=st.integers(512, 20_000), shortest=st.sampled_from([128, 512]))
+def test_curves_are_measured_at_whole_groups_within_the_text(longest: int, shortest: int) -> None:
+    grid = visible_grid(shortest, longest)
+    assert all(shortest <= n <= longest and n % ROWS == 0 for n in grid)
+    assert grid[-1] == longest // ROWS * ROWS
+    assert list(grid) == sorted(set(grid))
+    assert all(low < n for n in grid for low in budget_grid(n))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3"])
+def test_the_slices_of_the_projection_make_what_the_layer_adds(name: str) -> None:
+    model = tiny.model(name)
+    support = hf_sparse.inspect(model)
+    module = model.get_submodule(support.layers[0].name)
+    projection = next(child for key, child in module.named_children() if key in ("o_proj", "c_proj", "dense"))
+    width = next(p.shape for p in projection.parameters() if p.dim() == 2)[name != "gpt2"]
+    dim = width // 4
+    heads = torch.randn(3, 4, dim)
+    with torch.no_grad():
+        expected = projection(heads.flatten(1)) - projection(torch.zeros(1, width))
+    found = torch.einsum("rhd,hod->ro", heads, output_weights(module, 4, dim))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_curves_are_errors_of_the_layers_own_output() -> None:
+    """Against transformers' own attention weights, value projection and output projection."""
+    length, bare = 256, replace(CONFIG, selector="topk", sink_keys=0, recent_keys=0)
+    model, ids = tiny.model("llama"), tiny.tokens(1, length)
+    support = hf_sparse.inspect(model)
+    modules = {layer.layer: model.get_submodule(layer.name) for layer in support.layers}
+    curves = error_curves(model, ids[0], [length], modules, bare)
+    eager = tiny.model("llama", attn_implementation="eager")
+    values: list[torch.Tensor] = []
+    for layer in eager.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda _m, _i, out: values.append(out))
+    with torch.no_grad():
+        weights = eager(input_ids=ids, use_cache=False, output_attentions=True).attentions
+    for layer, curve in enumerate(curves):
+        assert (curve.layer, curve.visible, curve.budgets) == (layer, length, (128, 181))
+        p = weights[layer][0, :, -ROWS:].double()
+        v = values[layer].view(length, 2, 16).transpose(0, 1).repeat_interleave(2, dim=0).double()
+        projection = eager.model.layers[layer].self_attn.o_proj.weight.double().view(32, 4, 16)
+        whole = torch.einsum("ohd,hrd->ro", projection, p @ v).square().sum()
+        for place, keys in enumerate(curve.budgets):
+            kept = p * (p.argsort(-1, descending=True).argsort(-1) < keys)
+            error = torch.einsum("ohd,hrd->hro", projection, (kept / kept.sum(-1, keepdim=True) - p) @ v)
+            expected = error.square().sum((1, 2)) / whole
+            assert [head[place] for head in curve.errors] == pytest.approx(expected.tolist(), rel=2e-3)
+
+
+def test_a_curve_survives_json() -> None:
+    curve = ErrorCurve(3, 512, (96, 128), ((0.5, 0.25), (0.125, 0.0)))
+    assert ErrorCurve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
+
+
+# From curves to laws.
+
+
+def made_curves(heads: dict[int, list[tuple[float, float]]], longest: int = 8192) -> list[ErrorCurve]:
+    """Curves of heads with the error a * n ** (2 * c) / k, by layer: their best law is sqrt(a / price) * n ** c."""
+    return [
+        ErrorCurve(
+            layer,
+            n,
+            budgets := budget_grid(n),
+            tuple(tuple(a * n ** (2 * c) / k for k in budgets) for a, c in pairs),
+        )
+        for layer, pairs in heads.items()
+        for n in visible_grid(1024, longest)
+    ]
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.3, 0.5, 0.7])
+def test_a_law_of_known_shape_is_found(exponent: float) -> None:
+    middle = 3000.0
+    scale = 400 / middle**exponent  # 400 keys at 3,000 visible ones
+    fit = LawFit({"d": made_curves({0: [(scale**2, exponent)]})}, {0: 1.0}, 96)
+    law = fit.laws[int(fit.choose(price=1.0))]
+    assert law.exponent == pytest.approx(exponent, abs=0.051)
+    assert law.alpha * middle**law.exponent == pytest.approx(400, rel=0.2)
+
+
+def test_no_other_laws_of_equal_cost_lose_less() -> None:
+    """Water-filling with one price, against all pairs of laws that two heads could have."""
+    fit = LawFit({"d": made_curves({0: [(90.0, 0.2)], 1: [(2.0, 0.7)]})}, {0: 1.0, 1: 0.3}, 96)
+    power = fit.family("power")
+    cost, risk = fit.cost[power], fit.risk.mean(0)[:, power]
+    total_cost, total_risk = cost[:, None] + cost, risk[0][:, None] + risk[1]
+    for price in (3e-2, 1e-1, 3e-1):
+        chosen = fit.choose(price)
+        affordable = total_cost <= fit.cost[chosen].sum() * (1 + 1e-12)
+        assert 1 < int(affordable.sum()) < affordable.numel()
+        assert fit.risk_of(chosen) == pytest.approx(total_risk[affordable].min().item(), rel=1e-12)
+
+
+def test_dearer_keys_are_kept_more_rarely() -> None:
+    fit = LawFit({"d": made_curves({0: [(90.0, 0.2), (2.0, 0.7)]})}, {0: 1.0}, 96)
+    costs = [fit.cost[fit.choose(10.0**power)].sum().item() for power in range(-6, 1)]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > 3 * costs[-1]
+
+
+def test_a_head_without_error_keeps_the_fewest_keys() -> None:
+    fit = LawFit({"d": made_curves({0: [(0.0, 0.5), (90.0, 0.5)]})}, {0: 1.0}, 128)
+    quiet, loud = fit.choose(1e-3).tolist()
+    assert fit.cost[quiet] == 128
+    assert fit.cost[loud] > 128
+
+
+def test_rows_that_stay_dense_cost_all_their_keys_under_every_law() -> None:
+    fit = LawFit({"d": made_curves({0: [(90.0, 0.5)]}, 2048)}, {0: 1.0}, 96, dense_below=4096)
+    assert fit.cost.min() == fit.cost.max()
+    assert fit.risk.abs().max() == 0
+
+
+def test_intervals_hold_the_law_and_widen_with_the_documents() -> None:
+    alike = {f"d{i}": made_curves({0: [(90.0, 0.5)]}) for i in range(5)}
+    unlike = {f"d{i}": made_curves({0: [(90.0 * 3.0**i, 0.3 + 0.1 * i)]}) for i in range(5)}
+    [(low, high, exponent_low, exponent_high)] = LawFit(alike, {0: 1.0}, 96).intervals(1.0, seed=0)
+    assert low == high
+    assert exponent_low == exponent_high
+    fit = LawFit(unlike, {0: 1.0}, 96)
+    [(low, high, exponent_low, exponent_high)] = fit.intervals(1.0, seed=0)
+    law = fit.laws[int(fit.choose(1.0))]
+    assert low < high
+    assert exponent_low <= law.exponent <= exponent_high
+
+
+def test_the_family_that_made_the_curves_is_best_on_documents_left_out() -> None:
+    for exponent, name in ((0.0, "constant"), (1.0, "linear")):
+        scale = 300 / 3000**exponent
+        curves = {f"d{i}": made_curves({0: [((1 + 0.1 * i) * scale**2, exponent)]}) for i in range(3)}
+        costs = LawFit(curves, {0: 1.0}, 96).held_out(1.0)
+        assert set(costs) == set(FAMILIES)
+        other = "linear" if name == "constant" else "constant"
+        assert costs[name] < 0.95 * costs[other]
+        assert costs[name] <= costs["power"] * 1.02
+
+
+def test_a_left_out_document_has_no_part_in_its_own_laws() -> None:
+    low, high = (made_curves({0: [(size, 0.5)]}) for size in (90.0, 900.0))
+    fit = LawFit({"low": low, "high": high}, {0: 1.0}, 96)
+    from_low, from_high = (LawFit({"d": curves}, {0: 1.0}, 96).choose(1.0) for curves in (low, high))
+    expected = (fit.risk[1, 0, from_low] + fit.risk[0, 0, from_high]) / 2
+    assert fit.held_out_error(1.0) == pytest.approx(expected.item(), rel=1e-12)
+    assert not torch.equal(from_low, from_high)
+
+
+# Whole runs.
+
+
+def test_the_target_is_reached_and_what_was_found_can_be_patched(result: Calibration) -> None:
+    assert result.met
+    assert 0.27 < result.density <= 0.3
+    record = result.config.calibration
+    assert record is not None
+    assert result.config.per_head is not None
+    assert record.documents == ("d0", "d1", "d2")
+    assert record.held_out == ("d3",)
+    assert (record.fitted_from, record.fitted_to, record.reached_at) == (512, LENGTH, LENGTH)
+    assert {layer: len(laws) for layer, laws in result.config.per_head.items()} == record.heads
+    assert record.intervals is not None
+    for layer, laws in result.config.per_head.items():
+        assert [len(interval) for interval in record.intervals[layer]] == [4] * len(laws)
+    model = hf_sparse.patch(long_model(), result.config)
+    tiny.logits(model, tiny.tokens(1, LENGTH))
+    assert hf_sparse.report(model).density == pytest.approx(result.density, abs=2e-3)
+    [measured] = [row for row in result.check["results"] if row["method"] == "calibrated"]
+    [uniform] = [row for row in result.check["results"] if row["method"] == "uniform"]
+    assert measured["density"] == pytest.approx(uniform["density"], rel=0.01)
+
+
+def test_files_hold_the_result(folder: Path, result: Calibration) -> None:
+    config = SparseAttentionConfig.from_dict(json.loads((folder / "sparse_config.json").read_text()))
+    assert config == result.config
+    assert json.loads((folder / "calibration.json").read_text()) == json.loads(json.dumps(result.to_dict()))
+    assert str(folder) not in (folder / "calibration.json").read_text()
+
+
+def test_nothing_is_measured_twice(folder: Path, result: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_run, "error_curves", None)
+    lines = {path.name: path.read_text() for path in folder.glob("*.jsonl")}
+    assert set(lines) == {"curves.jsonl", "probes.jsonl", "check.jsonl"}
+    again = calibration(folder)
+    assert again.config == result.config
+    assert {path.name: path.read_text() for path in folder.glob("*.jsonl")} == lines
+    # Another target needs no other measurements of the heads.
+    assert calibration(folder, "output_error=0.3").met
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    folder: Path, result: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in folder.glob("*.jsonl"):
+        text = path.read_text()
+        (tmp_path / path.name).write_text(text[: -len(text.splitlines()[-1]) // 2])
+    measured: list[int] = []
+    real = error_curves
+
+    def counting(*args: Any) -> list[ErrorCurve]:
+        measured.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(calibration_run, "error_curves", counting)
+    assert calibration(tmp_path).config == result.config
+    assert len(measured) == 1
+
+
+def test_held_out_texts_decide_nothing(folder: Path, result: Calibration) -> None:
+    names = [json.loads(line)["document"] for line in (folder / "curves.jsonl").read_text().splitlines()]
+    assert names == ["d0", "d1", "d2"]
+    other = Document("other", small.words(LENGTH + 80, seed=9))
+    again = calibration(folder, texts=DOCUMENTS[:3], held_out=[other])
+    assert again.config.per_head == result.config.per_head
+    assert again.check["documents"][0]["document"] == "other"
+    assert len((folder / "curves.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_perplexity_is_sought_on_fitted_texts_and_measured_on_others(folder: Path, result: Calibration) -> None:
+    found = calibration(folder, "perplexity_ratio=1.2")
+    rows = [json.loads(line) for line in (folder / "check.jsonl").read_text().splitlines()]
+    assert {row["document"] for row in rows} - {"other"} == {"d0", "d3"}
+    assert {document["document"] for document in found.check["documents"]} == {"d3"}
+    [measured] = [row for row in found.check["results"] if row["method"] == "calibrated"]
+    assert found.reached == measured["ratio"]
+
+
+def test_a_target_that_is_not_reached_is_said_so(folder: Path, result: Calibration) -> None:
+    with pytest.warns(UserWarning, match=r"the target density=0\.01 was not reached: 0\.\d"):
+        config = hf_sparse.calibrate(
+            long_model(),
+            small.tokenizer(),
+            DOCUMENTS,
+            "density=0.01",
+            config=CONFIG,
+            length=LENGTH,
+            folder=folder,
+        )
+    assert config.calibration is not None
+    assert config.calibration.reached is not None
+    assert config.calibration.reached > 0.01
+
+
+def test_only_full_layers_of_a_hybrid_model_have_laws() -> None:
+    model = long_model("gemma3")
+    texts = [document.text for document in DOCUMENTS]
+    found = run_calibration(model, small.tokenizer(), texts, "density=0.4", config=CONFIG, length=LENGTH)
+    assert found.config.dense_layers == (0,)
+    assert found.config.per_head is not None
+    assert set(found.config.per_head) == {1}
+    assert found.met
+    [row] = [row for row in found.check["results"] if row["method"] == "calibrated"]
+    assert row["sparse_density"] == pytest.approx(found.density, abs=2e-3)
+    assert row["density"] != row["sparse_density"]
+
+
+def test_the_model_is_left_as_it_was(folder: Path, result: Calibration) -> None:
+    model = long_model().train()
+    ids = tiny.tokens(1, 50)
+    before = tiny.logits(model, ids)
+    run_calibration(model, small.tokenizer(), DOCUMENTS, "density=0.3", config=CONFIG, length=LENGTH, folder=folder)
+    assert model.training
+    assert not hf_sparse.is_patched(model)
+    assert torch.equal(tiny.logits(model, ids), before)
+
+
+def test_beyond_the_fitted_length_only_on_request() -> None:
+    with pytest.raises(ValueError, match=r"density=0\.3@1100 lies at 1\.07 times the 1024 tokens"):
+        calibration(target="density=0.3@1100")
+    found = calibration(target="density=0.3@1100", extrapolate=True)
+    assert found.config.calibration is not None
+    assert (found.config.calibration.fitted_to, found.config.calibration.reached_at) == (LENGTH, 1100)
+    assert found.check["lengths"] == [1100]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 512}, "at least 1024 tokens; got 512"),
+        ({"length": 1200}, "is too short: it has 1104 tokens"),
+        ({"length": 4096}, "up to 2048 tokens; got 4096"),
+        ({"held_out": [DOCUMENTS[0]]}, "d0 and d0 are the same text"),
+        ({"held_out": [Document("d1", "other")]}, "two texts have the name d1"),
+        ({"held_out": []}, "two texts to fit laws to and one more"),
+        ({"texts": DOCUMENTS[:2]}, "got 1 and 1"),
+        ({"config": SparseAttentionConfig(law="fixed", keys=200)}, "law='power' and without per_head"),
+        ({"config": replace(CONFIG, dense_layers=(0, 1))}, "no layer to fit a law to: all 2 are dense"),
+        ({"target": "speed=2"}, "target metric must be one of density"),
+        ({"target": "density=2"}, "density must be above 0 and below 1; got 2.0"),
+        ({"target": "perplexity_ratio=0.9"}, "above 1 and below inf"),
+        ({"target": "density"}, "METRIC=VALUE or METRIC=VALUE@LENGTH"),
+        ({"target": "density=1e"}, "METRIC=VALUE or METRIC=VALUE@LENGTH"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_before_anything_is_measured(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_run, "error_curves", None)
+    with pytest.raises(ValueError, match=message):
+        calibration(**options)
+
+
+def test_a_patched_model_and_one_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="LlamaForCausalLM is patched"):
+        run_calibration(hf_sparse.patch(long_model()), small.tokenizer(), DOCUMENTS)
+    with pytest.raises(ValueError, match="BloomForCausalLM cannot be patched"):
+        run_calibration(tiny.unsupported("bloom"), small.tokenizer(), DOCUMENTS)
+
+
+def test_targets_are_written_as_they_are_read() -> None:
+    for text in ("density=0.15@4096", "output_error=0.01", "perplexity_ratio=1.005"):
+        assert str(Target.parse(text)) == text
+    assert Target.parse(" density = 0.15 @ 4096 ") == Target("density", 0.15, 4096)
+    assert math.isclose(Target.parse("output_error=1e-3").value, 1e-3)

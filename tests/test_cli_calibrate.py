@@ -1,0 +1,171 @@
+"""`hf-sparse calibrate`, and the evaluation of what it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import hf_sparse
+from hf_sparse import SparseAttentionConfig
+from hf_sparse.cli import main
+from tests import small, tiny
+
+FLOORS = ["--min-keys", "96", "--sink-keys", "1", "--recent-keys", "2", "--dense-below", "0"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model `tiny-llama` and texts."""
+    folder = tmp_path_factory.mktemp("home")
+    tiny.model("llama", max_position_embeddings=2048).save_pretrained(folder / "tiny-llama")
+    small.tokenizer().save_pretrained(folder / "tiny-llama")
+    small.save_texts(folder / "texts", count=3, tokens=1100)
+    (folder / "other.txt").write_text(small.words(1100, seed=8))
+    (folder / "empty").mkdir()
+    (folder / "broken.json").write_text('{"alpha": -1}')
+    tiny.unsupported("bloom").config.save_pretrained(folder / "bloom")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+
+
+def _run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(scope="module")
+def policy(home: Path) -> Path:
+    """A folder with what `calibrate` wrote."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        options = ["--text", "texts", "--target", "density=0.3", "--output", "policy", "--device", "cpu"]
+        assert _run("calibrate", "tiny-llama", *options, *FLOORS) == 0
+    return home / "policy"
+
+
+def test_calibrate_writes_what_patch_takes(policy: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {path.name for path in policy.iterdir()}
+    assert names == {
+        "calibration.json",
+        "sparse_config.json",
+        "tables.md",
+        "curves.jsonl",
+        "probes.jsonl",
+        "check.jsonl",
+    }
+    config = SparseAttentionConfig.from_dict(json.loads((policy / "sparse_config.json").read_text()))
+    assert config.calibration is not None
+    assert config.calibration.base_model == "tiny-llama"
+    assert re.fullmatch(r"[0-9a-f]{16}", config.calibration.revision or "")
+    assert config.calibration.documents == ("text0.txt", "text1.txt")
+    assert config.calibration.held_out == ("text2.txt",)
+    hf_sparse.patch(tiny.model("llama"), config)
+    for path in policy.iterdir():
+        assert str(home) not in path.read_text()
+
+
+def test_calibrate_prints_tables_and_resumes(
+    policy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_sparse.calibration.run.error_curves", None)
+    options = ["--text", "texts", "--target", "density=0.3", "--output", "policy", "--device", "cpu", *FLOORS]
+    assert _run("calibrate", "tiny-llama", *options) == 0
+    printed = capsys.readouterr()
+    for part in ("density=0.3", "calibrated", "uniform", "constant", "linear", "first quartile", "exponent", "of 8"):
+        assert part in printed.out
+    assert "error against budget" in printed.err
+    assert (policy / "tables.md").read_text().startswith("| target |")
+    assert _run("calibrate", "tiny-llama", *options, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((policy / "calibration.json").read_text())
+
+
+def test_a_target_that_is_not_met_is_a_negative_answer(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--text", "texts", "--held-out", "other.txt", "--target", "density=0.01", "--device", "cpu", *FLOORS]
+    assert _run("calibrate", "tiny-llama", "--output", "policy2", *options) == 1
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split()[0] == "density=0.01"
+    assert line.split()[2] == "no"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("calibrate", "model"),
+        ("calibrate tiny-llama --target density", "METRIC=VALUE or METRIC=VALUE@LENGTH"),
+        ("calibrate tiny-llama --target density=3", "below 1; got 3"),
+        ("calibrate tiny-llama --selector best", "selector must be one of"),
+        ("calibrate tiny-llama --min-keys 0", "min_keys must be"),
+        ("calibrate tiny-llama --dense-layers first", "--dense-layers takes whole numbers"),
+        ("calibrate tiny-llama --text missing.txt", "missing.txt: no such file"),
+        ("calibrate tiny-llama --text empty", "empty holds no"),
+        ("calibrate tiny-llama --text other.txt", "two texts to fit laws to"),
+        ("calibrate tiny-llama --text texts --held-out texts", "are the same text"),
+        ("calibrate tiny-llama --text texts --length 5000", "up to 2048 tokens; got 5000"),
+        ("calibrate tiny-llama --text texts --length 1090 --target density=.3@1099", "or ask for extrapolation"),
+        ("calibrate tiny-llama --text texts --length 1500", "text0.txt is too short"),
+        ("calibrate bloom --text texts", "BloomForCausalLM cannot be patched"),
+        ("perplexity tiny-llama --policy missing.json", "cannot read missing.json"),
+        ("perplexity tiny-llama --policy empty", "cannot read empty/sparse_config.json"),
+        ("perplexity tiny-llama --policy other.txt", "other.txt: "),
+        ("attention-error tiny-llama --policy broken.json", "alpha must be"),
+        ("perplexity bloom --policy policy --methods uniform", "BloomForCausalLM cannot be patched"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    arguments: str, message: str, policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    code = _run(*arguments.split())
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    [line] = [line for line in re.split(r"[\r\n]+", printed.err) if line and not line.startswith("Loading weights")]
+    assert line.startswith("hf-sparse: ")
+    assert message in line
+
+
+def test_perplexity_evaluates_a_policy(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--text", "texts", "--lengths", "600", "--targets", "24", "--device", "cpu", "--output", str(tmp_path)]
+    methods = ["--methods", "grouped,uniform,fixed-grouped,decode,decode-topk"]
+    assert _run("perplexity", "tiny-llama", "--policy", "policy", *methods, *options) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    configs = {row["method"]: row["config"] for row in rows}
+    own = json.loads((policy / "sparse_config.json").read_text())
+    assert configs["grouped"]["per_head"] == configs["decode-topk"]["per_head"] == own["per_head"]
+    assert "calibration" not in configs["decode"]
+    assert configs["decode"]["selector"] == "grouped"
+    assert configs["uniform"]["law"] == "power"
+    assert configs["uniform"]["per_head"] is configs["fixed-grouped"]["per_head"] is None
+    densities = {row["method"]: row["density"] for row in rows}
+    assert densities["uniform"] == pytest.approx(densities["grouped"], rel=0.01)
+    assert densities["fixed-grouped"] == pytest.approx(densities["grouped"], rel=0.02)
+    assert "decode" in capsys.readouterr().out
+    assert (tmp_path / "perplexity.png").is_file()
+    # What is given goes before the policy.
+    arguments = ["--methods", "window", "--recent-keys", "32", *options, "--json"]
+    assert _run("perplexity", "tiny-llama", "--policy", "policy/sparse_config.json", *arguments) == 0
+    config = json.loads(capsys.readouterr().out)["configs"]["window"]
+    assert (config["recent_keys"], config["min_keys"]) == (32, 96)
+
+
+def test_attention_error_compares_calibrated_laws_with_one_for_all(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--text", "texts", "--lengths", "256,512,1024", "--rows", "64", "--device", "cpu"]
+    assert _run("attention-error", "tiny-llama", "--policy", "policy", *options, "--output", str(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert "method / calibrated" in printed
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["methods"] == ["calibrated", "power", "fixed", "fraction", "log"]
+    assert {row["method"] for row in summary["slopes"] if row["slope"] is not None} >= {"calibrated", "power", "fixed"}
+    assert (tmp_path / "attention_error.png").is_file()
