@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.hub import from_pretrained, push_to_hub, save_pretrained
 from hf_sparse.monitor import SparsityReport
 from hf_sparse.observe import audit, observed
 from hf_sparse.patching import is_patched, patch, patched, report, unpatch
@@ -17,17 +19,21 @@ __version__ = "0.1.0"
 __all__ = [
     "CalibrationRecord",
     "SparseAttentionConfig",
+    "SparseCache",
     "SparsityReport",
     "SupportReport",
     "__version__",
     "audit",
     "calibrate",
+    "from_pretrained",
     "inspect",
     "is_patched",
     "observed",
     "patch",
     "patched",
+    "push_to_hub",
     "report",
+    "save_pretrained",
     "unpatch",
 ]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -11,12 +13,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_sparse import engines, selectors
+from hf_sparse.budget import Budget
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import dense
 from hf_sparse.engines.reference import masked_weights, weighted_values
 from hf_sparse.monitor import LayerCounters
 from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.summaries import summaries_of
 from hf_sparse.visibility import as_bool, interval_mask, interval_to_mask, intervals_of, is_intervals
 
 NAME = "hf_sparse"
@@ -61,6 +65,8 @@ class LayerState:
         dense: Why the whole layer runs dense, or `None`.
         counters: What the layer did so far.
         observer: Called with every call's inputs before anything else, or `None`.
+        fitted_to: Most visible keys that the laws were fitted on; the first row that sees more warns. `None` for no
+            limit.
     """
 
     layer: int
@@ -68,14 +74,37 @@ class LayerState:
     dense: str | None = None
     counters: LayerCounters = field(default_factory=LayerCounters)
     observer: Observer | None = None
+    fitted_to: int | None = None
     _table: Tensor | None = None
 
-    def budgets(self, visible: Tensor, longest: int) -> Tensor:
-        """Kept keys, int64 `(batch, heads or 1, rows)`, for `visible` `(batch, rows)`, at most `longest`."""
-        if self._table is None or self._table.shape[-1] <= longest or self._table.device != visible.device:
-            table = self.config.budget(self.layer).table(1 << longest.bit_length())
-            self._table = table.view(-1, table.shape[-1]).to(visible.device)
-        return self._table[:, visible].transpose(0, 1)
+    @cached_property
+    def law(self) -> Budget:
+        """The budget of this layer: one object for all layers with the same one."""
+        return _same(self.config.budget(self.layer))
+
+    def table(self, longest: int) -> Tensor:
+        """Kept keys for any number of visible keys up to `longest`: int64 `(heads or 1, longest + 1 or more)`."""
+        if self._table is None or self._table.shape[-1] <= longest:
+            table = self.law.table(1 << longest.bit_length())
+            self._table = table.view(-1, table.shape[-1])
+        return self._table
+
+    def warn_beyond_fit(self, visible: int) -> None:
+        """Say, once, that a row sees more keys than the laws were fitted on."""
+        if self.fitted_to is None or visible <= self.fitted_to:
+            return
+        warnings.warn(
+            f"a row sees {visible:,} keys, {visible / self.fitted_to:.3g} times the {self.fitted_to:,} that the laws "
+            "were fitted on at most: beyond that, their quality was not measured",
+            UserWarning,
+            stacklevel=2,
+        )
+        self.fitted_to = None
+
+
+@lru_cache
+def _same(law: Budget) -> Budget:
+    return law
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -165,7 +194,8 @@ def _attend_masked(
     seen = mask.new_full((inputs.query.shape[0], rows), inputs.key.shape[2], dtype=torch.int64)
     if visible is not None:
         seen = visible[:, 0].sum(-1).expand_as(seen)
-    state.counters.count(seen, None, heads, {"mask is not an interval": torch.ones_like(seen, dtype=torch.bool)})
+    alive = int((seen > 0).sum())
+    state.counters.count(alive, int(seen.sum()), heads, {"mask is not an interval": alive})
     weights = masked_weights(inputs, visible) if want_weights and visible is not None else None
     return dense.attend_masked(inputs, mask), weights
 
@@ -182,44 +212,40 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
         `(batch, heads, q_len, value_dim)`, and the weights `(batch, heads, q_len, kv_len)` or `None`.
     """
     heads, rows = inputs.query.shape[1:3]
-    visible = inputs.visible
-    if state.dense is not None:
-        budgets, reasons = None, {state.dense: visible > 0}
-    else:
-        budgets = state.budgets(visible, inputs.key.shape[2])
-        short = visible < state.config.dense_below
-        reasons = {
-            f"fewer than {state.config.dense_below} visible keys": short,
-            "the budget covers all visible keys": (budgets >= visible[:, None]).all(1) & ~short,
-        }
-        if bool((budgets >= visible[:, None]).all()):
-            budgets = None
-    if budgets is None:
-        state.counters.count(visible, None, heads, reasons)
+    facts = inputs.facts
+    state.warn_beyond_fit(facts.most_visible)
+    plan = None if state.dense is not None else facts.plan(state.law, state.table)
+    if plan is None or plan.dense:
+        reasons = {state.dense: facts.rows} if state.dense is not None else plan.dense_rows if plan is not None else {}
+        state.counters.count(facts.rows, facts.total, heads, reasons)
         if not want_weights:
             return dense.attend(inputs), None
         mask = interval_to_mask(inputs.intervals, inputs.key.shape[2])
         weights = masked_weights(inputs, mask)
         return weighted_values(inputs, weights), weights
 
-    padded, budgets, shift = (inputs, budgets, None)
-    if state.config.selector == "grouped" and rows > 1:
-        padded, budgets, shift = _align(inputs, budgets)
+    budgets, shift = plan.budgets, None
+    padded = inputs
+    if state.config.selector == "grouped":
+        padded = replace(inputs, summaries=summaries_of(inputs.key))
+        if rows > 1:
+            padded, budgets, shift = _align(padded, budgets)
+        else:
+            budgets = plan.host
     engine = _engine(state.config)
-    kept = torch.zeros(heads, dtype=torch.int64, device=visible.device)
-    parts, weight_parts = [], []
+    parts, weight_parts, kept = [], [], []
     step = _block_rows(padded, state.config.selector)
     for start in range(0, padded.query.shape[2], step):
-        block = padded.rows(start, min(padded.query.shape[2], start + step))
+        block = padded if rows == 1 else padded.rows(start, min(padded.query.shape[2], start + step))
         selection = selectors.select(state.config.selector, block, budgets[:, :, start : start + step], state.config)
-        kept += selection.kept(heads).sum((0, 2))
+        kept.append(selection.kept(heads).sum((0, 2)))
         if want_weights:
             weights = masked_weights(block, selection.mask(heads, inputs.key.shape[2]))
             weight_parts.append(weights)
             parts.append(weighted_values(block, weights))
         else:
             parts.append(engines.attend(engine, block, selection))
-    state.counters.count(visible, kept, heads, reasons)
+    state.counters.count(facts.rows, facts.total, heads, plan.dense_rows, kept)
     outs = [torch.cat(x, dim=2) if x else None for x in (parts, weight_parts)]
     if shift is not None:
         outs = [None if x is None else _unalign(x, shift, rows) for x in outs]

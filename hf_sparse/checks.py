@@ -10,7 +10,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _PATH = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|(.*[/\\])?\.\.([/\\]|$)")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_MOST_NAMED = 10
+_MOST_SHOWN = 80
+# What fits into a tensor's index everywhere.
+_LARGEST = 2**31 - 1
+# Control characters, and halves of surrogate pairs, which no file can hold.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]")
+
+
+def shown(value: Any) -> str:
+    """`repr(value)`, cut where an error would no longer be one line."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def check_number(
@@ -23,52 +34,61 @@ def check_number(
     inside = (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and math.isfinite(value)
+        and _is_finite(value)
         and (above is None or value > above)
         and (least is None or value >= least)
         and (most is None or value <= most)
     )
     if not inside:
-        raise ValueError(f"{name} must be a finite number {' and '.join(bounds)}".rstrip() + f"; got {value!r}")
+        raise ValueError(f"{name} must be a finite number {' and '.join(bounds)}".rstrip() + f"; got {shown(value)}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def check_integer(name: str, value: Any, *, least: int) -> None:
-    """Refuse what is not a whole number, at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
+    """Refuse what is not a whole number, at least `least` and at most 2^31 - 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST:
+        limit = f" and at most {_LARGEST:,}" if isinstance(value, int) and value > _LARGEST else ""
+        raise ValueError(f"{name} must be a whole number, at least {least}{limit}; got {shown(value)}")
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     """Refuse what is not one of the names in `allowed`."""
     allowed = tuple(allowed)
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}")
 
 
 def check_text(name: str, value: Any, *, longest: int = 500) -> None:
     """Refuse what is not one line of at most `longest` characters; the empty one is allowed."""
     if not isinstance(value, str) or len(value) > longest or _CONTROL.search(value):
-        shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}..."
-        raise ValueError(f"{name} must be one line of text, at most {longest} characters; got {shown}")
+        raise ValueError(f"{name} must be one line of text, at most {longest} characters; got {shown(value)}")
 
 
-def check_name(name: str, value: Any) -> None:
+def check_name(name: str, value: Any, *, empty: bool = True) -> None:
     """Refuse what is not a name: text that is no path of a machine, absolute or relative to a folder above."""
     check_text(name, value)
+    if not value and not empty:
+        raise ValueError(f"{name} must be a name, or left out; got ''")
     if _PATH.match(value):
-        raise ValueError(f"{name} must be a name, not a path of a machine; got {value!r}")
+        raise ValueError(f"{name} must be a name, not a path of a machine; got {shown(value)}")
 
 
 def check_mapping(name: str, value: Any) -> None:
     """Refuse what is not a mapping."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a mapping; got {value!r}")
+        raise ValueError(f"{name} must be a mapping; got {shown(value)}")
 
 
 def check_names(name: str, value: Any) -> tuple[str, ...]:
     """`value` as a tuple, refused unless it is a sequence of names."""
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise ValueError(f"{name} must be a list of names; got {value!r}")
+        raise ValueError(f"{name} must be a list of names; got {shown(value)}")
     out = tuple(value)
     for i, item in enumerate(out):
         check_name(f"{name}[{i}]", item)
@@ -93,7 +113,7 @@ def check_extra(name: str, value: Any, known: Iterable[str]) -> dict[str, Any]:
     try:
         encoded = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name} must be what JSON can hold; got {value!r}: {error}") from None
+        raise ValueError(f"{name} must be what JSON can hold; got {shown(value)}: {error}") from None
     return dict(encoded)
 
 
@@ -114,8 +134,10 @@ def split_unknown(what: str, data: Mapping[str, Any], known: Iterable[str], vers
     check_integer(f"{what} schema_version", theirs, least=1)
     unknown = {name: data[name] for name in sorted(set(data) - set(known) - {"schema_version"})}
     if unknown:
+        names = [name if name.isidentifier() and len(name) <= _MOST_SHOWN else shown(name) for name in unknown]
+        named = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
         warnings.warn(
-            f"{what} has fields this release does not know and keeps as they are: {', '.join(unknown)} "
+            f"{what} has fields this release does not know and keeps as they are: {named} "
             f"(schema {theirs}, this release reads {version})",
             UserWarning,
             stacklevel=4,

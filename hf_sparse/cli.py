@@ -28,13 +28,16 @@ from hf_sparse.cli_options import (
     read_policy,
     share_options,
 )
+from hf_sparse.cli_publish import BundleOptions, Target, run_card, run_publish
 from hf_sparse.cli_runs import Outcome, Ready, is_main_process, prepare, run_attention_error, run_perplexity
+from hf_sparse.cli_theory import TheoryOptions, print_theory, run_theory
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.attention_error import ROWS_PER_LENGTH
 from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.perplexity import METHODS, MORE_METHODS, make_methods
 from hf_sparse.evaluation.windows import check_lengths
+from hf_sparse.hub import MESSAGE
 
 app = typer.Typer(
     name="hf-sparse",
@@ -93,8 +96,8 @@ def perplexity(
     """Perplexity of the same tokens across context lengths: dense, adaptive, and fixed at equal cost."""
     lengths = data.parsed_lengths()
     check_lengths(lengths, targets, None)
-    config = sparse.config(read_policy(policy))
     source = ModelSource.find(model, run.revision)
+    config = sparse.config(read_policy(policy, source.policy))
     compared = make_methods(methods.split(","), config, lengths, source.support)
     ready = prepare(source, "perplexity", data, run, lengths, targets)
     _print(run_perplexity(ready, compared), ready, run)
@@ -113,8 +116,8 @@ def attention_error(
     """How far sparse attention is from dense attention across context lengths, every law at equal cost."""
     lengths = data.parsed_lengths()
     check_lengths(lengths, 1, None)
-    config = sparse.config(read_policy(policy))
     source = ModelSource.find(model, run.revision)
+    config = sparse.config(read_policy(policy, source.policy))
     compared = make_error_methods(config, lengths, source.support)
     ready = prepare(source, "attention-error", data, run, lengths, targets=1)
     _print(run_attention_error(ready, lengths, compared, rows), ready, run)
@@ -153,6 +156,50 @@ def memory(
         raise UserError(f"heads must be a multiple of kv-heads ({kv_heads}); got {heads}")
     outcome = run_memory(numbers, (heads, kv_heads, head_dim), sparse.config(), limit, seed, output)
     print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary, table and plot: {output}")
+
+
+@app.command()
+@share_options
+def card(
+    model: Model,
+    bundle: BundleOptions,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="MODEL, if it is a folder with a policy")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write sparse_config.json, model card and plots from results; on a folder that has them, write them anew."""
+    run_card(model, bundle, output, as_json)
+
+
+@app.command()
+@share_options
+def publish(
+    model: Model,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name, or name.", show_default=False)],
+    bundle: BundleOptions,
+    weights: Annotated[bool, typer.Option("--weights", help="Publish weights and tokenizer, too.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to, made if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = MESSAGE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a policy and its model card on the Hub, in one commit."""
+    target = Target(repo_id, private or None, revision, create_pr, message)
+    run_publish(model, bundle, target, weights=weights, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+@share_options
+def theory(options: TheoryOptions, run: RunOptions) -> None:
+    """The claims about n^C-sparse attention as experiments: which hold, in which norm, for which inputs and models."""
+    summaries, folder = run_theory(options, run)
+    if run.as_json:
+        print(json.dumps(summaries))
+    else:
+        print_theory(summaries, folder)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
@@ -12,10 +11,14 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from hf_sparse import policy_files
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
+from hf_sparse.policy import Policy as ReadPolicy
 
-Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="Hub id, folder or .gguf file, of a model or a sparse_config.json.", show_default=False)
+]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
@@ -36,10 +39,10 @@ class RunOptions:
         typer.Option("--device", "--device-map", help="cpu, cuda:0, ...; auto spreads the model.", show_default="best"),
     ] = None
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's")] = None
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for rows, summary and plots.", show_default="results/MODEL-COMMAND"),
+        typer.Option(help="Folder for rows, summary and plots.", show_default="results/MODEL-COMMAND; results/theory"),
     ] = None
     as_json: Json = False
 
@@ -112,22 +115,17 @@ class SparseOptions:
             raise UserError(str(error)) from error
 
 
-def read_policy(name: str | None) -> SparseAttentionConfig | None:
-    """The configuration in a file, or in the `sparse_config.json` of a folder; `None` for no name.
+def read_policy(name: str | None, own: ReadPolicy | None) -> SparseAttentionConfig | None:
+    """The configuration of the policy called `name`, or else of the model's `own`; `None` if there is neither.
 
     Raises:
         UserError: if it cannot be read, or something in it is wrong.
     """
-    if name is None:
-        return None
-    path = Path(name).expanduser()
-    path = path / "sparse_config.json" if path.is_dir() else path
     try:
-        return SparseAttentionConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: {error}") from error
+        policy = own if name is None else policy_files.load(name).policy
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return None if policy is None else policy.config
 
 
 def share_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from hf_sparse.budget import LAWS, Budget, LawName
-from hf_sparse.checks import check_choice, check_extra, check_integer, check_number, split_unknown
+from hf_sparse.checks import check_choice, check_extra, check_integer, check_number, shown, split_unknown
 from hf_sparse.record import CalibrationRecord
 
 SelectorName = Literal["grouped", "topk", "window"]
@@ -94,7 +94,7 @@ class SparseAttentionConfig:
                 raise ValueError(f"per_head needs law='power'; got law={self.law!r}")
             object.__setattr__(self, "per_head", _normalise_heads(self.per_head))
         if self.calibration is not None and not isinstance(self.calibration, CalibrationRecord):
-            raise ValueError(f"calibration must be a CalibrationRecord or None; got {self.calibration!r}")
+            raise ValueError(f"calibration must be a CalibrationRecord or None; got {shown(self.calibration)}")
         object.__setattr__(self, "extra", check_extra("extra", self.extra, _KNOWN))
 
     def budget(self, layer: int | None = None) -> Budget:
@@ -141,8 +141,8 @@ _KNOWN = frozenset(f.name for f in fields(SparseAttentionConfig)) - {"extra"}
 
 
 def _normalise_layers(layers: Any) -> tuple[int, ...]:
-    if isinstance(layers, str | bytes) or not hasattr(layers, "__iter__"):
-        raise ValueError(f"dense_layers must be layer indices or None; got {layers!r}")
+    if isinstance(layers, str | bytes | Mapping) or not hasattr(layers, "__iter__"):
+        raise ValueError(f"dense_layers must be layer indices or None; got {shown(layers)}")
     layers = tuple(layers)
     for layer in layers:
         check_integer("dense_layers", layer, least=0)
@@ -151,20 +151,22 @@ def _normalise_layers(layers: Any) -> tuple[int, ...]:
 
 def _normalise_heads(per_head: Any) -> dict[int, tuple[HeadLaw, ...]]:
     if not isinstance(per_head, Mapping) or not per_head:
-        raise ValueError(f"per_head must map layer indices to one (alpha, exponent) per head; got {per_head!r}")
+        raise ValueError(f"per_head must map layer indices to one (alpha, exponent) per head; got {shown(per_head)}")
     out: dict[int, tuple[HeadLaw, ...]] = {}
     for layer, laws in per_head.items():
         try:
             index = int(layer) if isinstance(layer, str) else layer
             pairs = tuple((alpha, exponent) for alpha, exponent in laws)
         except (TypeError, ValueError):
-            raise ValueError(f"per_head[{layer!r}] must be one (alpha, exponent) per head; got {laws!r}") from None
+            raise ValueError(
+                f"per_head[{shown(layer)}] must be one (alpha, exponent) per head; got {shown(laws)}"
+            ) from None
         check_integer("per_head layer", index, least=0)
         if not pairs:
-            raise ValueError(f"per_head[{layer!r}] must hold at least one (alpha, exponent); got none")
+            raise ValueError(f"per_head[{shown(layer)}] must hold at least one (alpha, exponent); got none")
         for head, (alpha, exponent) in enumerate(pairs):
-            check_number(f"per_head[{layer!r}][{head}] alpha", alpha, above=0.0)
-            check_number(f"per_head[{layer!r}][{head}] exponent", exponent, least=0.0, most=1.0)
+            check_number(f"per_head[{shown(layer)}][{head}] alpha", alpha, above=0.0)
+            check_number(f"per_head[{shown(layer)}][{head}] exponent", exponent, least=0.0, most=1.0)
         if index in out:
             raise ValueError(f"per_head names layer {index} twice")
         out[index] = pairs

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -19,35 +18,48 @@ class LayerCounters:
         calls: Attention calls.
         rows: Query rows, over all sequences.
         visible: Visible keys, summed over the rows.
-        kept: Attended keys, summed over the rows, for each query head: float64 `(heads,)` on the layer's device.
+        heads: Query heads of the layer; 0 before any call.
         dense_rows: Rows that attended to every visible key, by reason.
     """
 
     calls: int = 0
     rows: int = 0
     visible: int = 0
-    kept: Tensor | None = None
+    heads: int = 0
     dense_rows: Counter[str] = field(default_factory=Counter)
+    # Keys that all heads kept alike, and on the layer's device those that each of them kept. Reading the latter
+    # would make a GPU wait, so that they are added up there and read for the report.
+    _kept_by_all: int = 0
+    _kept: Tensor | None = None
 
-    def count(self, visible: Tensor, kept: Tensor | None, heads: int, reasons: dict[str, Tensor]) -> None:
+    def count(
+        self, rows: int, visible: int, heads: int, dense_rows: dict[str, int], kept: list[Tensor] | None = None
+    ) -> None:
         """Add one call.
 
         Args:
-            visible: int64 `(batch, rows)`, 0 for pad rows.
-            kept: int64 `(heads,)`, kept keys summed over the rows; `None` if all visible keys were.
+            rows: Query rows that see a key.
+            visible: Visible keys, summed over the rows.
             heads: Query heads of the layer.
-            reasons: Reason -> bool `(batch, rows)`: the rows that ran dense for it.
+            dense_rows: Reason -> rows that ran dense for it.
+            kept: int64 `(heads,)`, kept keys summed over the rows, in parts; `None` if all visible keys were.
         """
         self.calls += 1
-        self.rows += int((visible > 0).sum())
-        total = int(visible.sum())
-        self.visible += total
+        self.rows += rows
+        self.visible += visible
+        self.heads = heads
         if kept is None:
-            kept = torch.full((heads,), total, device=visible.device)
-        self.kept = kept.double() if self.kept is None else self.kept.to(kept.device) + kept.double()
-        for reason, rows in reasons.items():
-            if number := int((rows & (visible > 0)).sum()):
+            self._kept_by_all += visible
+        for part in kept or ():
+            self._kept = part if self._kept is None else self._kept.to(part.device) + part
+        for reason, number in dense_rows.items():
+            if number:
                 self.dense_rows[reason] += number
+
+    def kept(self) -> list[int]:
+        """Attended keys, summed over the rows, for each query head."""
+        own = [0] * self.heads if self._kept is None else self._kept.tolist()
+        return [number + self._kept_by_all for number in own]
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class SparsityReport:
         rows: One dictionary per layer and query head: `layer`, `head`, `calls`, `rows`, `mean_visible`,
             `mean_keys`, `density`, `dense_rows` (reason -> rows).
         density: Kept over visible keys, over all layers, dense ones included; in `[0, 1]`, NaN before any call.
+        notes: What else cost time and could be avoided, a line each.
         audit: After `hf_sparse.audit(model)` one dictionary per sparse layer and query head: `layer`, `head`, `rows`
             (measured), `retained_mass`, `least_retained_mass` (softmax mass of the kept keys under dense attention:
             mean row, worst row), `output_error` and `largest_output_error` (norm of what the head's output is off,
@@ -67,6 +80,7 @@ class SparsityReport:
 
     rows: list[dict[str, Any]]
     density: float
+    notes: tuple[str, ...] = ()
     audit: list[dict[str, Any]] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -92,7 +106,7 @@ class SparsityReport:
                 )
             )
         whole = [*_aligned(lines), f"density {self.density:.3f} (kept / visible keys, all layers)"]
-        return "\n".join([*whole, *self._audit_lines()])
+        return "\n".join([*whole, *self.notes, *self._audit_lines()])
 
     def _audit_lines(self) -> list[str]:
         if not self.audit:
@@ -122,14 +136,12 @@ def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def make_report(layers: dict[int, LayerCounters]) -> SparsityReport:
-    """The report of a model from the counters of its layers."""
+def make_report(layers: dict[int, LayerCounters], notes: tuple[str, ...] = ()) -> SparsityReport:
+    """The report of a model from the counters of its layers, and what else there is to say."""
     rows: list[dict[str, Any]] = []
     total_kept = total_visible = 0.0
     for layer, counters in sorted(layers.items()):
-        if counters.kept is None:
-            continue
-        for head, kept in enumerate(counters.kept.tolist()):
+        for head, kept in enumerate(counters.kept()):
             rows.append(
                 {
                     "layer": layer,
@@ -144,4 +156,4 @@ def make_report(layers: dict[int, LayerCounters]) -> SparsityReport:
             )
             total_kept += kept
             total_visible += counters.visible
-    return SparsityReport(rows, total_kept / total_visible if total_visible else float("nan"))
+    return SparsityReport(rows, total_kept / total_visible if total_visible else float("nan"), notes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -11,28 +12,45 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_sparse import policy_files
 from hf_sparse.attention import NAME, STATE, LayerState, register
 from hf_sparse.audit import LayerAudit
 from hf_sparse.budget import warn_if_too_slow
+from hf_sparse.cache_hooks import CacheHooks, install, remove
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.monitor import SparsityReport, make_report
+from hf_sparse.origin import origin_of
+from hf_sparse.policy import Policy
+from hf_sparse.suitability import check_calibration, warn_of_another_base
 from hf_sparse.support import SupportReport, attention_modules, inspect
 
 register()
 
 _HANDLE = "_hf_sparse_patch"
 
+# Fields without which a calibration is no longer that of the configuration.
+_LAW = frozenset({"law", "alpha", "exponent", "keys", "fraction", "per_head"})
+
+ConfigLike = SparseAttentionConfig | Policy | str | os.PathLike[str] | None
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Patch:
-    """What `unpatch` puts back: `(module, attribute, original configuration, the copy it was replaced by)`."""
+    """What `unpatch` puts back, and the policy that the model was patched with.
+
+    Attributes:
+        configs: `(module, attribute, original configuration, the copy it was replaced by)`.
+        policy: The configuration of all layers, with what came with it if it was read from somewhere.
+        hooks: What makes the model's own caches ours.
+    """
 
     configs: list[tuple[nn.Module, str, PreTrainedConfig, PreTrainedConfig]]
+    policy: Policy
+    hooks: CacheHooks
 
 
-def patch(model: ModelT, config: SparseAttentionConfig | None = None, **fields: Any) -> ModelT:
+def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
     """Make a causal language model attend sparsely, in place.
 
     Weights are not touched, and `unpatch` restores the model bit for bit. Patching a patched model replaces its
@@ -43,32 +61,42 @@ def patch(model: ModelT, config: SparseAttentionConfig | None = None, **fields: 
     Args:
         model: A causal language model whose attention goes through transformers' `AttentionInterface`, or a PEFT
             model around one.
-        config: What to attend to; the default `SparseAttentionConfig` if `None`.
+        config: What to attend to: a configuration, a policy, or the name of one (a Hub id, a folder or a
+            `sparse_config.json`); the default `SparseAttentionConfig` if `None`.
         **fields: Fields of `SparseAttentionConfig` that replace those of `config`.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: If the model cannot be patched, with the reason, or a field is wrong. The model is unchanged.
+        ValueError: If the model cannot be patched, with the reason, a field is wrong, a published configuration
+            cannot be read, or it was calibrated for a model of another shape. The model is unchanged.
         TypeError: If `model` or `config` is something else, or a field does not exist.
     """
-    if config is not None and not isinstance(config, SparseAttentionConfig):
-        raise TypeError(f"config must be a SparseAttentionConfig or None; got {type(config).__name__}")
-    config = replace(config or SparseAttentionConfig(), **fields)
     base = base_model(model)
-    if is_patched(base) and all(state.config == config for state in states(base).values()):
+    policy = _policy(base, config, fields)
+    config = policy.config
+    if is_patched(base) and policy_of(base).config == config:
+        getattr(base, _HANDLE).policy = policy
         return model
     support = inspect(base)
     if not support.supported:
         raise ValueError(str(support))
     reasons = _dense_reasons(support, config)
+    if config.calibration is not None:
+        check_calibration(config.calibration, support, base.config)
     warn_if_too_slow(config.budget())
     if not is_patched(base):
-        _rebind(base)
+        setattr(base, _HANDLE, _Patch(_rebind(base), policy, install(base)))
+    getattr(base, _HANDLE).policy = policy
+    sparse = [layer.layer for layer in support.layers if layer.layer not in reasons]
     for layer in support.layers:
         state = LayerState(layer.layer, config, reasons.get(layer.layer))
+        # One layer sees what all see: it alone warns of rows longer than those that the laws were fitted on.
+        if config.calibration is not None and layer.layer == min(sparse, default=None):
+            state.fitted_to = config.calibration.fitted_to or None
         setattr(base.get_submodule(layer.name), STATE, state)
+    getattr(base, _HANDLE).hooks.forward.reset()
     return model
 
 
@@ -83,21 +111,23 @@ def unpatch(model: ModelT) -> ModelT:
             setattr(module, name, original)
     for module in states(base):
         delattr(module, STATE)
+    remove(base, handle.hooks)
     delattr(base, _HANDLE)
     return model
 
 
 @contextmanager
-def patched(model: ModelT, config: SparseAttentionConfig | None = None, **fields: Any) -> Iterator[ModelT]:
+def patched(model: ModelT, config: ConfigLike = None, **fields: Any) -> Iterator[ModelT]:
     """`patch` for the length of a `with` block. What the model was before, patched or not, is restored after it."""
     base = base_model(model)
-    before = states(base)
+    before, policy = states(base), policy_of(base) if is_patched(base) else None
     try:
         yield patch(model, config, **fields)
     finally:
-        if before:
+        if policy is not None:
             if not is_patched(base):
-                _rebind(base)
+                setattr(base, _HANDLE, _Patch(_rebind(base), policy, install(base)))
+            getattr(base, _HANDLE).policy = policy
             for module, state in before.items():
                 setattr(module, STATE, state)
         else:
@@ -118,11 +148,24 @@ def report(model: nn.Module) -> SparsityReport:
     base = base_model(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched: there is nothing to report")
+    handle: _Patch = getattr(base, _HANDLE)
     found = sorted(states(base).values(), key=lambda state: state.layer)
     audits = [state.observer.report() for state in found if isinstance(state.observer, LayerAudit)]
-    return replace(
-        make_report({state.layer: state.counters for state in found}), audit=[row for rows in audits for row in rows]
-    )
+    made = make_report({state.layer: state.counters for state in found}, handle.hooks.forward.notes())
+    return replace(made, audit=[row for rows in audits for row in rows])
+
+
+def policy_of(model: nn.Module) -> Policy:
+    """What a model was patched with.
+
+    Raises:
+        ValueError: If the model is not patched.
+    """
+    base = base_model(model)
+    handle: _Patch | None = getattr(base, _HANDLE, None)
+    if handle is None:
+        raise ValueError(f"{type(base).__name__} is not patched")
+    return handle.policy
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -138,6 +181,31 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 def states(model: nn.Module) -> dict[nn.Module, LayerState]:
     """The attention modules of a patched model, and what they know; empty if it is not patched."""
     return {module: vars(module)[STATE] for module in model.modules() if STATE in vars(module)}
+
+
+def _policy(model: PreTrainedModel, config: ConfigLike, fields: Mapping[str, Any]) -> Policy:
+    """What to patch with. A policy whose configuration is changed loses what was measured of it."""
+    if isinstance(config, Policy):
+        policy = config
+    elif config is None or isinstance(config, SparseAttentionConfig):
+        policy = Policy(config or SparseAttentionConfig())
+    elif isinstance(config, str | os.PathLike):
+        loaded = policy_files.load(config)
+        policy = loaded.policy
+        origin = origin_of(model)
+        # A model may also come from the weights beside its policy.
+        if origin.name != loaded.location and warn_of_another_base(policy, origin):
+            policy = replace(policy, quality=())
+    else:
+        raise TypeError(
+            f"config must be a SparseAttentionConfig, the name of a published one, or None; got {type(config).__name__}"
+        )
+    changed = replace(policy.config, **fields)
+    if changed == policy.config:
+        return policy
+    if fields.keys() & _LAW and "calibration" not in fields:
+        changed = replace(changed, calibration=None)
+    return replace(policy, config=changed, quality=())
 
 
 def _dense_reasons(support: SupportReport, config: SparseAttentionConfig) -> dict[int, str]:
@@ -164,8 +232,8 @@ def _dense_reasons(support: SupportReport, config: SparseAttentionConfig) -> dic
     return reasons
 
 
-def _rebind(model: PreTrainedModel) -> None:
-    """Give the model configuration objects of its own, which name our attention implementation."""
+def _rebind(model: PreTrainedModel) -> list[tuple[nn.Module, str, PreTrainedConfig, PreTrainedConfig]]:
+    """Give the model configuration objects of its own, which name our attention implementation; see `_Patch`."""
     bound = [
         (module, name, value)
         for module in model.modules()
@@ -181,4 +249,4 @@ def _rebind(model: PreTrainedModel) -> None:
         # The internal attribute: the property's setter would also change sub-configurations (vision towers).
         config: Any = module.config
         config._attn_implementation_internal = NAME
-    setattr(model, _HANDLE, _Patch(copies))
+    return copies

@@ -16,6 +16,7 @@ from hf_sparse.checks import (
     check_number,
     check_text,
     check_versions,
+    shown,
     split_unknown,
 )
 
@@ -84,7 +85,7 @@ class CalibrationRecord:
             check_text(name, getattr(self, name), longest=100)
         for name in ("base_model", "revision"):
             if getattr(self, name) is not None:
-                check_name(name, getattr(self, name))
+                check_name(name, getattr(self, name), empty=False)
         for name in ("layers", "fitted_from", "fitted_to"):
             check_integer(name, getattr(self, name), least=0)
         if self.fitted_to < self.fitted_from:
@@ -126,7 +127,7 @@ _KNOWN = frozenset(f.name for f in fields(CalibrationRecord)) - {"extra"}
 
 def _check_sha256(name: str, value: Any) -> None:
     if not isinstance(value, str) or (value and (len(value) != 64 or set(value) - set("0123456789abcdef"))):
-        raise ValueError(f"{name} must be 64 hexadecimal digits, or empty; got {value!r}")
+        raise ValueError(f"{name} must be 64 hexadecimal digits, or empty; got {shown(value)}")
 
 
 def _layer(name: str, layer: Any) -> int:
@@ -142,7 +143,7 @@ def _normalise_heads(heads: Any) -> dict[int, int]:
     for layer, count in out.items():
         check_integer(f"heads[{layer}]", count, least=1)
     if len(out) < len(heads):
-        raise ValueError(f"heads must name each layer once; got {heads!r}")
+        raise ValueError(f"heads must name each layer once; got {shown(heads)}")
     return out
 
 
@@ -154,14 +155,14 @@ def _normalise_intervals(intervals: Any) -> dict[int, tuple[Interval, ...]]:
         if layer in out:
             raise ValueError(f"intervals must name each layer once; got layer {layer} twice")
         if isinstance(rows, str | Mapping) or not hasattr(rows, "__iter__"):
-            raise ValueError(f"intervals[{layer}] must be a list with one interval per head; got {rows!r}")
+            raise ValueError(f"intervals[{layer}] must be a list with one interval per head; got {shown(rows)}")
         out[layer] = tuple(_interval(f"intervals[{layer}][{head}]", row) for head, row in enumerate(rows))
     return out
 
 
 def _interval(name: str, row: Any) -> Interval:
     if isinstance(row, str | Mapping) or not hasattr(row, "__iter__") or len(tuple(row)) != 4:
-        raise ValueError(f"{name} must be (alpha low, alpha high, exponent low, exponent high); got {row!r}")
+        raise ValueError(f"{name} must be (alpha low, alpha high, exponent low, exponent high); got {shown(row)}")
     alpha_low, alpha_high, exponent_low, exponent_high = row
     check_number(f"{name} alpha low", alpha_low, least=0.0)
     check_number(f"{name} alpha high", alpha_high, least=alpha_low)

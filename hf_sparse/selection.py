@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from hf_sparse.rows import RowFacts, facts_of
+from hf_sparse.summaries import KeySummaries, summaries_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class AttentionInputs:
         dropout: Probability with which attention weights are dropped; 0 outside training.
         origin: If set, int64 `(batch,)`: the column where each sequence's text begins, as far as this call can see.
             A block of rows may see less of it.
+        summaries: If set, the summaries of `key`, which the blocks of rows of a call share.
     """
 
     query: Tensor
@@ -34,6 +39,7 @@ class AttentionInputs:
     sinks: Tensor | None = None
     dropout: float = 0.0
     origin: Tensor | None = None
+    summaries: KeySummaries | None = None
 
     @property
     def group_size(self) -> int:
@@ -44,6 +50,16 @@ class AttentionInputs:
     def visible(self) -> Tensor:
         """Visible keys of each row: int64 `(batch, q_len)`."""
         return (self.intervals[:, 0, :, 1] - self.intervals[:, 0, :, 0]).long()
+
+    @property
+    def facts(self) -> RowFacts:
+        """What is known about the rows; worked out once for all calls with the same intervals."""
+        return facts_of(self.intervals)
+
+    @property
+    def own_summaries(self) -> KeySummaries:
+        """`summaries`, or those that a cache keeps of `key`, or new ones."""
+        return summaries_of(self.key) if self.summaries is None else self.summaries
 
     @property
     def last_visible(self) -> int:
@@ -76,6 +92,7 @@ class AttentionInputs:
             value=self.value[:, :, keys],
             intervals=(self.intervals - low) * alive.unsqueeze(-1),
             origin=None,
+            summaries=None,
         )
 
 
@@ -93,12 +110,15 @@ class Selection:
         rows_per_group: Query rows in one group. `members = rows_per_group * heads` where heads is the GQA group
             size, or 1 if `per_head`.
         per_head: Whether each query head has groups of its own, ordered by (head in the GQA group, row).
+        scores: If the selector knows them, `(batch, kv_heads, groups, members, width)`: products of the members'
+            queries and the candidate keys, times the scaling. They carry no gradient.
     """
 
     columns: Tensor
     allowed: Tensor
     rows_per_group: int
     per_head: bool
+    scores: Tensor | None = None
 
     def members_of(self, rows: Tensor, kv_heads: int) -> Tensor:
         """`(batch, heads, rows, ...)` -> `(batch, kv_heads, groups, members, ...)`."""
@@ -132,6 +152,33 @@ class Selection:
     def kept(self, heads: int) -> Tensor:
         """Kept keys of each row: int64 `(batch, heads, rows)`."""
         return self.rows_of(self.allowed.sum(-1), heads)
+
+
+def take_rows(states: Tensor, columns: Tensor) -> Tensor:
+    """`(batch, kv_heads, kv_len, dim)` at `(batch, kv_heads, ...)` -> `(batch, kv_heads, ..., dim)`.
+
+    Copies nothing else, also where `states` is a part of longer storage, as that of a cache.
+    """
+    vectors, index = as_vectors(states, columns)
+    return vectors.index_select(0, index.flatten()).view(*columns.shape, states.shape[3])
+
+
+def as_vectors(states: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """`states` as vectors `(number, dim)`, without a copy, and where those at `columns` are among them."""
+    batch, kv_heads, kv_len, dim = states.shape
+    sizes = states.shape[:3]
+    strides = [stride if size > 1 else 0 for size, stride in zip(sizes, states.stride(), strict=False)]
+    unit = math.gcd(*strides)
+    if unit == 0 or states.stride(3) != 1 or (states.requires_grad and torch.is_grad_enabled()):
+        vectors, steps = states.reshape(-1, dim), [kv_heads * kv_len, kv_len, 1]
+    else:
+        # All vectors of length `dim` that begin at a multiple of `unit`: every key is one of them.
+        steps = [stride // unit for stride in strides]
+        count = 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+        vectors = states.as_strided((count, dim), (unit, 1))
+    sequence = torch.arange(batch, device=columns.device).view(-1, 1) * steps[0]
+    base = sequence + torch.arange(kv_heads, device=columns.device) * steps[1]
+    return vectors, columns * steps[2] + base.view(batch, kv_heads, *[1] * (columns.dim() - 2))
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:

@@ -78,15 +78,20 @@ def interval_mask(
 
     own = torch.arange(q_length, device=device) + q_offset - kv_offset
     real = None if attention_mask is None else _columns(attention_mask, kv_length, kv_offset)
-    if q_length * kv_length <= _SMALL_MASK or use_vmap or not _is_interval_function(mask_function):
+    known = not use_vmap and _is_interval_function(mask_function)
+    if not known or (q_length > 1 and q_length * kv_length <= _SMALL_MASK):
         mask = whole_mask()
         intervals = intervals_of(mask)
         if intervals is None:
             return mask
     else:
-        first = _first_visible(mask_function, batch_size, own, kv_length, kv_offset)
+        if mask_function is causal_mask_function:
+            first = torch.zeros(batch_size, q_length, dtype=torch.int64, device=device)
+        else:
+            first = _first_visible(mask_function, batch_size, own, kv_length, kv_offset)
         intervals = torch.stack([first, (own + 1).clamp(max=kv_length).expand_as(first)], dim=-1)
-        if real is not None:
+        # A padding mask without padding is what `generate` hands on for every token of an unpadded text.
+        if real is not None and not bool(real.all()):
             shrunk = _without_padding(intervals, real)
             if shrunk is None:
                 return whole_mask()

@@ -13,8 +13,9 @@ from torch import Tensor
 from hf_sparse import SparseAttentionConfig, selectors
 from hf_sparse.config import SELECTORS
 from hf_sparse.selection import AttentionInputs, Selection
-from hf_sparse.selectors import coarse
-from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.selectors import coarse, single
+from hf_sparse.selectors.grouped import ROWS, select_groups
+from hf_sparse.summaries import KeySummaries
 from tests import calls
 
 INTERVALS = {
@@ -170,6 +171,56 @@ def test_grouped_is_topk_where_nothing_is_shared(kind: str) -> None:
     budgets = call.visible[:, None].clamp(max=11)
     grouped, topk = (selectors.select(name, call, budgets, config).mask(2, 50) for name in ("grouped", "topk"))
     assert torch.equal(grouped, topk)
+
+
+@pytest.mark.parametrize("left", [(0,), (37,), (0, 37), (5, 900), (0, 1500)])
+def test_a_single_row_keeps_what_a_group_of_one_row_keeps(
+    left: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way that decoding takes, against the way for any number of rows, blocks of keys looked at first."""
+    monkeypatch.setattr(single, "COARSE_FROM", 100)
+    monkeypatch.setattr(single, "OVERSAMPLING", coarse.OVERSAMPLING)
+    config = SparseAttentionConfig(sink_keys=4, recent_keys=64)
+    for seed, most in enumerate([20, 90, 150, 250]):
+        intervals = calls.causal_intervals(1, 1500, left=left, right=(0,) * len(left))
+        call = calls.inputs(intervals, 1500, heads=6, dtype=torch.float64, seed=seed)
+        budgets = call.visible[:, None].clamp(max=most)
+        row, group = (select(call, budgets, config).mask(6, 1500) for select in (single.select_single, select_groups))
+        assert torch.equal(row, group)
+
+
+@pytest.mark.parametrize("supers", [False, True])
+def test_a_single_row_finds_the_one_key(supers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through blocks, and through super-blocks of them, for heads with budgets of their own too."""
+    monkeypatch.setattr(single, "SUPERS_FROM", 0 if supers else 1 << 30)
+    config = SparseAttentionConfig(sink_keys=2, recent_keys=8)
+    for kv_len, left, wanted in ((9000, (0, 0), 20), (9000, (0, 3), 4500), (9003, (3, 2000), 8980)):
+        call = calls.inputs(calls.causal_intervals(1, kv_len, left=left), kv_len)
+        key = 0.3 * call.key
+        key[:, :, wanted] = 3.0
+        seen = torch.tensor([first <= wanted for first in left])
+        call = replace(call, query=call.query + 5, key=key)
+        for budgets in (torch.full((2, 1, 1), 16), torch.tensor([14, 16, 40, 90]).view(1, 4, 1).expand(2, -1, -1)):
+            mask = single.select_single(call, budgets, config).mask(4, kv_len)
+            assert torch.equal(mask.sum(-1), budgets.expand(2, 4, 1))
+            assert not (mask & ~calls.visible_mask(call)).any()
+            assert mask[seen][..., wanted].all()
+
+
+def test_the_blocks_of_rows_of_a_call_share_its_summaries() -> None:
+    """Summaries that earlier rows left behind, or that a cache kept, change nothing."""
+    rows, kv_len = 3 * ROWS, 1500
+    call = calls.inputs(calls.causal_intervals(rows, kv_len, left=(0, 77)), kv_len)
+    config = SparseAttentionConfig(alpha=2.0, min_keys=8, sink_keys=2, recent_keys=16, dense_below=0)
+    budgets = config.budget()(call.visible)[:, None]
+    together = replace(call, summaries=KeySummaries())
+    for start in range(0, rows, ROWS):
+        part = budgets[:, :, start : start + ROWS]
+        alone, shared = (
+            selectors.select("grouped", x.rows(start, start + ROWS), part, config).mask(4, kv_len)
+            for x in (call, together)
+        )
+        assert torch.equal(alone, shared)
 
 
 @pytest.mark.parametrize("pad", [0, 100])

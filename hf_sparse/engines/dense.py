@@ -57,21 +57,19 @@ def attend_masked(inputs: AttentionInputs, mask: Tensor) -> Tensor:
 
 
 def _is_causal(inputs: AttentionInputs) -> bool:
-    """Whether every row sees exactly the keys up to its own, the last row being that of the last key."""
-    rows, kv_len = inputs.query.shape[2], inputs.key.shape[2]
-    if rows not in (1, kv_len):
-        return False
-    first, stop = inputs.intervals.unbind(-1)
-    own = torch.arange(kv_len - rows, kv_len, device=stop.device)
-    return bool(((first == 0) & (stop == own + 1)).all())
+    """Whether SDPA's own causal mask, or none for a single row, is the mask of this call."""
+    kv_len = inputs.key.shape[2]
+    return inputs.query.shape[2] in (1, kv_len) and inputs.facts.causal(kv_len)
 
 
 def _sdpa(inputs: AttentionInputs, mask: Tensor | None, *, causal: bool) -> Tensor:
-    stop = None if mask is None else mask.shape[-1]
+    key, value = inputs.key, inputs.value
+    if mask is not None:
+        key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
     return F.scaled_dot_product_attention(
         inputs.query,
-        inputs.key[:, :, :stop],
-        inputs.value[:, :, :stop],
+        key,
+        value,
         attn_mask=mask,
         dropout_p=inputs.dropout,
         is_causal=causal,

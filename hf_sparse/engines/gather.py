@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_sparse.engines.softmax import attention_weights
-from hf_sparse.selection import AttentionInputs, Selection
+from hf_sparse.selection import AttentionInputs, Selection, as_vectors, take_rows
 
-# Bytes of gathered keys and values, and of scores, that are alive at a time.
-_CHUNK_BYTES = 32 * 2**20
+# Bytes of gathered keys and values, and of scores, that are alive at a time: they should stay in a processor's cache.
+_CHUNK_BYTES = 2 * 2**20
+
+# Members of a group up to which values are summed where they lie, on a CPU.
+_FEW_MEMBERS = 8
 
 
 def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
@@ -27,22 +31,33 @@ def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
         rows = inputs.query.shape[2]
         sinks = selection.members_of(inputs.sinks.view(1, heads, 1, 1).expand(batch, -1, rows, -1), kv_heads)
 
+    learns = torch.is_grad_enabled() and (inputs.query.requires_grad or inputs.key.requires_grad)
+    known = None if learns else selection.scores
     per_group = batch * kv_heads * width * (4 * members + (dim + inputs.value.shape[-1]) * query.element_size())
     step = max(1, _CHUNK_BYTES // per_group)
     parts = []
     for start in range(0, groups, step):
         part = slice(start, start + step)
         columns = selection.columns[:, :, part]
-        scores = query[:, :, part] @ _take(inputs.key, columns).transpose(-1, -2)
+        if known is None:
+            scores = query[:, :, part] @ take_rows(inputs.key, columns).transpose(-1, -2)
+        else:
+            scores = known[:, :, part]
         part_sinks = None if sinks is None else sinks[:, :, part]
-        weights = attention_weights(scores, selection.allowed[:, :, part], part_sinks, inputs)
-        parts.append(weights.to(inputs.value.dtype) @ _take(inputs.value, columns))
+        allowed = selection.allowed[:, :, part]
+        weights = attention_weights(scores, allowed, part_sinks, inputs, scaled=known is not None)
+        parts.append(_weighted_values(weights.to(inputs.value.dtype), inputs.value, columns))
     return selection.rows_of(torch.cat(parts, dim=2), heads)
 
 
-def _take(states: Tensor, columns: Tensor) -> Tensor:
-    """`(batch, kv_heads, kv_len, dim)` at `(batch, kv_heads, groups, width)` -> `(..., groups, width, dim)`."""
-    batch, kv_heads, kv_len, dim = states.shape
-    base = torch.arange(batch * kv_heads, device=columns.device).view(batch, kv_heads, 1, 1) * kv_len
-    flat = states.reshape(batch * kv_heads * kv_len, dim)
-    return flat.index_select(0, (columns + base).flatten()).view(*columns.shape, dim)
+def _weighted_values(weights: Tensor, value: Tensor, columns: Tensor) -> Tensor:
+    """Sums of the values at `columns` `(batch, kv_heads, groups, width)`: `(..., groups, members, value_dim)`."""
+    *outer, members, width = weights.shape
+    if members <= _FEW_MEMBERS and not torch.is_grad_enabled() and value.device.type == "cpu":
+        # As few sums as one row has need no copy of the values: each is read where it lies, once for each member.
+        vectors, index = as_vectors(value, columns)
+        if vectors.is_contiguous():
+            index = index.unsqueeze(-2).expand(weights.shape).reshape(-1, width)
+            weights = weights.reshape(-1, width)
+            return F.embedding_bag(index, vectors, mode="sum", per_sample_weights=weights).view(*outer, members, -1)
+    return weights @ take_rows(value, columns)

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from hf_sparse.selection import AttentionInputs, accurate
 
 
-def attention_weights(scores: Tensor, allowed: Tensor, sinks: Tensor | None, inputs: AttentionInputs) -> Tensor:
+def attention_weights(
+    scores: Tensor, allowed: Tensor, sinks: Tensor | None, inputs: AttentionInputs, *, scaled: bool = False
+) -> Tensor:
     """Softmax over the allowed keys, in float32 or better.
 
     Args:
@@ -17,11 +19,14 @@ def attention_weights(scores: Tensor, allowed: Tensor, sinks: Tensor | None, inp
         allowed: bool, broadcastable to `scores`.
         sinks: Extra logits `(..., 1)` broadcastable to `scores`, which take mass and give none; or `None`.
         inputs: For `scaling`, `softcap` and `dropout`.
+        scaled: Whether the scores were multiplied by `scaling` already.
 
     Returns:
         Weights `(..., keys)`; all zero for a row that is allowed nothing.
     """
-    scores = scores.to(accurate(scores.dtype)) * inputs.scaling
+    scores = scores.to(accurate(scores.dtype))
+    if not scaled:
+        scores = scores * inputs.scaling
     if inputs.softcap is not None:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
     # Masked by arithmetic, which is vectorised where masked_fill is not, and with a finite number: with -inf a row

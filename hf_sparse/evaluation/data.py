@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.errors import UserError
-from hf_sparse.evaluation.models import first_line
+from hf_sparse.errors import UserError, first_line
 
 TEXT_SUFFIXES = (".txt", ".md")
 DEFAULT_SPLIT = "test"

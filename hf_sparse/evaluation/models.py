@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,14 +22,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_sparse.errors import UserError
+from hf_sparse import policy_files
+from hf_sparse.errors import UserError, first_line
+from hf_sparse.hub_errors import UNREADABLE
+from hf_sparse.origin import cached_commit
+from hf_sparse.policy import Policy, is_hub_id
 from hf_sparse.support import SupportReport, inspect
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-_UNREADABLE = (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError, SafetensorError, struct.error)
 _WEIGHTS = (".safetensors", ".bin")
-_PROFILE = "sparse_config.json"
 # What is read of each end of a weight file to tell two models in folders of the same name apart.
 _SAMPLE_BYTES = 1 << 20
 
@@ -67,28 +67,29 @@ class ModelSource:
         name: Hub id, or the last part of the path.
         revision: Commit, branch or tag on the Hub; `None` for the default branch.
         gguf_file: File in `location` that holds the model.
+        policy: The policy that named the model; `None` if the model was named itself.
     """
 
     location: str
     name: str
     revision: str | None = None
     gguf_file: str | None = None
+    policy: Policy | None = None
 
     @classmethod
     def find(cls, name: str, revision: str | None = None) -> ModelSource:
         """The source that `name` stands for: an existing folder or `.gguf` file, or else a Hub id.
 
+        Where there is a policy, the source is the model that it names.
+
         Raises:
-            UserError: if `name` is a path and nothing usable is there. The Hub is not asked.
+            UserError: if `name` is a path and nothing usable is there, or a policy is wrong.
         """
         path = Path(name).expanduser()
         if path.is_dir():
+            if (path / policy_files.NAME).is_file():
+                return cls._of_policy(policy_files.load(path))
             if not (path / "config.json").is_file():
-                if (path / _PROFILE).is_file():
-                    raise UserError(
-                        f"{name} holds a {_PROFILE} without a model: profiles cannot be evaluated by name yet; pass "
-                        "their base model and its settings"
-                    )
                 raise UserError(f"{name} holds no model: there is no config.json; pass a .gguf file by its own name")
             return cls(str(path), path.resolve().name)
         if path.suffix == ".gguf":
@@ -99,7 +100,20 @@ class ModelSource:
             return cls(str(path.parent), path.name, gguf_file=path.name)
         if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise UserError(f"{name} is not a model: pass a Hub id, a folder that holds a config.json or a .gguf file")
+        if is_hub_id(name):
+            try:
+                return cls._of_policy(policy_files.load(name, revision=revision))
+            except UserError as error:
+                # No such file, no such repository, no Hub: it is a model, or the model's own error says what it is.
+                if not isinstance(error.__cause__, OSError):
+                    raise
         return cls(name, name, revision)
+
+    @classmethod
+    def _of_policy(cls, loaded: policy_files.Loaded) -> ModelSource:
+        location, revision = loaded.source()
+        name = Path(location).resolve().name if Path(location).is_dir() else location
+        return cls(location, name, revision, policy=loaded.policy)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -117,10 +131,18 @@ class ModelSource:
         """What identifies the model; reads the configuration, and local weights for their hash."""
         return ModelInfo(
             self.name,
-            self._fingerprint() or getattr(self.config, "_commit_hash", None) or "unknown",
+            self._fingerprint() or self.commit or "unknown",
             getattr(self.config.get_text_config(), "max_position_embeddings", None),
             self.config.model_type,
         )
+
+    @property
+    def commit(self) -> str | None:
+        """The commit on the Hub, where it is known; `None` for a folder or file."""
+        if self.gguf_file is not None or Path(self.location).is_dir():
+            return None
+        commit: str | None = getattr(self.config, "_commit_hash", None)
+        return commit or cached_commit(self.location, self.revision)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -146,7 +168,7 @@ class ModelSource:
         return model
 
     def _arguments(self) -> dict[str, Any]:
-        given = {"revision": self.revision, "gguf_file": self.gguf_file}
+        given = {"revision": self.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
         return {name: value for name, value in given.items() if value is not None}
 
     def _fingerprint(self) -> str | None:
@@ -185,12 +207,6 @@ def load_model(
     return source.model(dtype=dtype, device_map=device_map), source.tokenizer(), source.info()
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, without the full stop; its class if it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .") if lines else type(error).__name__
-
-
 def _check_device(device_map: str | None) -> None:
     if device_map in (None, "auto"):
         return
@@ -209,5 +225,5 @@ def _user_errors(source: ModelSource) -> Iterator[None]:
     )
     try:
         yield
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot read the model {source.name}: {first_line(error)}{advice}") from error

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.selection import AttentionInputs, Selection, accurate
+from hf_sparse.selection import AttentionInputs, Selection, accurate, take_rows
 from hf_sparse.selectors.coarse import surviving_columns
-from hf_sparse.selectors.topk import largest
+from hf_sparse.selectors.single import select_single
+from hf_sparse.selectors.topk import ranked
+from hf_sparse.selectors.votes import votes
 
 ROWS = 64
 """Query rows in a group. A block of rows given to the selector is cut into groups of this many from its start."""
@@ -33,6 +35,13 @@ def select_grouped(inputs: AttentionInputs, budgets: Tensor, config: SparseAtten
         budgets: int64 `(batch, heads or 1, rows)`.
         config: For `sink_keys` and `recent_keys`.
     """
+    if inputs.query.shape[2] == 1:
+        return select_single(inputs, budgets, config)
+    return select_groups(inputs, budgets, config)
+
+
+def select_groups(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
+    """`select_grouped` for any number of rows."""
     batch, heads, rows, _ = inputs.query.shape
     kv_heads, kv_len = inputs.key.shape[1], inputs.last_visible
     dtype = accurate(inputs.query.dtype)
@@ -69,24 +78,26 @@ def select_grouped(inputs: AttentionInputs, budgets: Tensor, config: SparseAtten
     skipped = (start - begin[:, None, :, None, None]).clamp(min=0)
     room = torch.where(rest > 0, rest + skipped, 0).amax((3, 4))
     members = layout.members_of(inputs.query, kv_heads).to(dtype) * inputs.scaling
-    keys = inputs.key[:, :, :kv_len].to(dtype)
     # The span of sinks may reach beyond `begin`; for the ranking, keys from there on are older keys like others.
     counted = visible & (~is_sink | (place < begin[:, None, :, None, None]))
-    certain_scores = _scores(members, keys, columns, counted)
+    certain_scores = _scores(members, inputs.key, columns, counted)
     total = certain_scores.logsumexp(-1).masked_fill(~alive.squeeze(-1), torch.inf)
-    # A single row gains nothing from summaries, for making them reads every key: all columns survive.
-    wanted = torch.full_like(room, kv_len) if rows == 1 else room
-    older, valid = surviving_columns(members, keys, total, inputs.text_start, begin, low, wanted)
-    seen = older.unsqueeze(3)
-    visible = valid.unsqueeze(3) & (seen >= first) & (seen < stop)
-    scores = _scores(members, keys, older, visible)
-    total = torch.logaddexp(scores.logsumexp(-1), total).unsqueeze(-1)
-    votes = (scores - total).logsumexp(3).masked_fill(~valid, -torch.inf)
+    older, valid = surviving_columns(members, inputs, total, begin, low, room)
+    # All members see all older keys, but for those behind the sliding window of a part of the rows.
+    alike = bool((first <= begin[:, None, :, None, None]).all())
+    seen = None if alike else older.unsqueeze(3) >= first
+    nobody = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, -torch.inf)
+    shares = votes(members, take_rows(inputs.key, older).to(dtype), total, nobody, seen)
+    shares = shares.masked_fill(~valid, -torch.inf)
 
-    place, taken = ranked(votes, torch.minimum(room, (votes > -torch.inf).sum(-1)))
+    place, taken = ranked(shares, torch.minimum(room, valid.sum(-1)))
     older = older.gather(-1, place)
-    eligible = taken.unsqueeze(3) & (older.unsqueeze(3) >= start)
-    older_allowed = eligible & (eligible.cumsum(-1) <= rest)
+    if alike and not bool((start > begin[:, None, :, None, None]).any()):
+        rank = torch.arange(older.shape[-1], device=older.device)
+        older_allowed = taken.unsqueeze(3) & (rank < rest)
+    else:
+        eligible = taken.unsqueeze(3) & (older.unsqueeze(3) >= start)
+        older_allowed = eligible & (eligible.cumsum(-1) <= rest)
     return Selection(
         torch.cat([columns, older], dim=-1),
         torch.cat([allowed, older_allowed], dim=-1),
@@ -103,19 +114,6 @@ def _span(start: Tensor, stop: Tensor) -> Tensor:
 
 def _scores(members: Tensor, keys: Tensor, columns: Tensor, visible: Tensor) -> Tensor:
     """Scores of the members of each group for the keys at `columns`, -inf where not visible."""
-    index = columns.flatten(2).unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
-    gathered = keys.gather(2, index).view(*columns.shape, keys.shape[-1])
+    gathered = take_rows(keys, columns).to(members.dtype)
     scores = members @ gathered.transpose(-1, -2)
     return scores + torch.zeros(visible.shape, device=keys.device).masked_fill_(~visible, -torch.inf)
-
-
-def ranked(scores: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The `wanted` largest entries of each row as `largest` picks them, best first, padding last."""
-    columns, taken = largest(scores, wanted)
-    values = scores.gather(-1, columns).masked_fill(~taken, -torch.inf)
-    # Sort by column first, so that equal scores keep the order "more recent first" through the stable sort by value.
-    columns, order = columns.sort(dim=-1, descending=True)
-    values = values.gather(-1, order)
-    taken = taken.gather(-1, order)
-    order = values.sort(dim=-1, descending=True, stable=True).indices
-    return columns.gather(-1, order), taken.gather(-1, order)

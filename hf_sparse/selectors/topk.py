@@ -85,3 +85,32 @@ def largest(scores: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor]:
         columns[tied] = length - 1 - order
         taken[tied] = torch.arange(width, device=scores.device) < budgets[tied].unsqueeze(-1)
     return columns, taken
+
+
+def largest_alike(scores: Tensor, budget: int) -> Tensor:
+    """Columns of the `budget` largest entries of each row, as `largest` picks them: int64 `(..., budget)`."""
+    length = scores.shape[-1]
+    if budget in (0, length) or scores.device.type != "cpu":
+        if budget in (0, length):
+            return torch.arange(budget, device=scores.device).expand(*scores.shape[:-1], -1)
+        return scores.topk(budget, dim=-1).indices
+    array = scores.numpy()
+    cut = length - budget
+    order = torch.from_numpy(np.argpartition(array, (cut - 1, cut), axis=-1)[..., cut - 1 :].copy())
+    after, last = scores.gather(-1, order[..., :2]).unbind(-1)
+    if bool((after == last).any()):
+        columns, taken = largest(scores, torch.full(scores.shape[:-1], budget))
+        return columns[taken].view(*scores.shape[:-1], budget)
+    return order[..., 1:]
+
+
+def ranked(scores: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The `wanted` largest entries of each row as `largest` picks them, best first, padding last."""
+    columns, taken = largest(scores, wanted)
+    values = scores.gather(-1, columns).masked_fill(~taken, -torch.inf)
+    # Sort by column first, so that equal scores keep the order "more recent first" through the stable sort by value.
+    columns, order = columns.sort(dim=-1, descending=True)
+    values = values.gather(-1, order)
+    taken = taken.gather(-1, order)
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    return columns.gather(-1, order), taken.gather(-1, order)

@@ -82,7 +82,7 @@ def test_a_gguf_file_is_identified_by_its_hash_and_dequantised(
         ("a/b/c", "is not a model"),
         ("notes.txt", "is not a model"),
         ("empty", "there is no config.json"),
-        ("profile", "sparse_config.json without a model"),
+        ("profile", "profile names no base model"),
         ("damaged.gguf", "cannot read the model damaged.gguf"),
         ("strange", "cannot read the model strange: .*martian"),
         ("headless", "cannot read the model headless"),

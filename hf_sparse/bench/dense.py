@@ -1,0 +1,136 @@
+"""The dense attention that users have today, in PyTorch and in transformers."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hf_sparse.selection import AttentionInputs
+from hf_sparse.visibility import interval_to_mask
+
+_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+_BLOCK = 128
+
+
+def backends(device: torch.device) -> list[str]:
+    """The kernels of SDPA that are measured by name on `device`; on CPU there is one, which SDPA takes anyway."""
+    return list(_BACKENDS) if device.type == "cuda" else []
+
+
+def pinned(backend: str | None) -> Any:
+    """A context in which SDPA takes the kernel called `backend`, or the one it chooses itself if `None`."""
+    return nullcontext() if backend is None else sdpa_kernel(_BACKENDS[backend])
+
+
+def sdpa(inputs: AttentionInputs, backend: str | None = None) -> Tensor:
+    """SDPA called directly, causal where there are several rows."""
+    with pinned(backend):
+        return F.scaled_dot_product_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            is_causal=inputs.query.shape[2] > 1,
+            scale=inputs.scaling,
+            enable_gqa=inputs.group_size > 1,
+        )
+
+
+class CachedCall:
+    """A decode step as stock transformers makes it: the new key and value are concatenated to all others.
+
+    Args:
+        inputs: One row, whose own key is the last.
+    """
+
+    def __init__(self, inputs: AttentionInputs) -> None:
+        self._inputs = inputs
+        self._module = _module(inputs)
+
+    def attend(self) -> Tensor:
+        """Append and attend: `(1, heads, 1, head_dim)`."""
+        inputs = self._inputs
+        layer = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer.lazy_initialization(inputs.key, inputs.value)
+        layer.keys, layer.values = inputs.key[:, :, :-1], inputs.value[:, :, :-1]
+        key, value = layer.update(inputs.key[:, :, -1:], inputs.value[:, :, -1:])
+        out, _ = sdpa_attention_forward(self._module, inputs.query, key, value, None, scaling=inputs.scaling)
+        return out.transpose(1, 2)
+
+
+class MaskedCall:
+    """A prefill as stock transformers makes it for a batch with padding: SDPA under an n x n mask.
+
+    Models build that mask once for all layers, so making it is not timed; its memory is counted in the first call.
+    """
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+
+    def prepare(self, inputs: AttentionInputs) -> AttentionInputs:
+        """Make the mask, the first time."""
+        if self._mask is None:
+            self._mask = interval_to_mask(inputs.intervals, inputs.key.shape[2])
+        return inputs
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """Attend under the mask: `(1, heads, rows, head_dim)`."""
+        module = _module(inputs)
+        out, _ = sdpa_attention_forward(
+            module, inputs.query, inputs.key, inputs.value, self._mask, scaling=inputs.scaling
+        )
+        return out.transpose(1, 2)
+
+
+def causal_blocks(length: int, device: torch.device) -> BlockMask:
+    """The block mask of causal attention; unlike `create_block_mask`, nothing of size n x n is formed for it."""
+    count = -(-length // _BLOCK)
+    index = torch.arange(count, dtype=torch.int32, device=device)
+    # Row i of blocks: block i is cut by the diagonal, the i blocks before it are full.
+    cut = ((index + index[:, None]) % count)[None, None]
+    return BlockMask.from_kv_blocks(
+        torch.ones_like(index)[None, None],
+        cut,
+        index[None, None],
+        index.expand(count, count)[None, None].contiguous(),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=_causal,
+        seq_lengths=(length, length),
+    )
+
+
+def flex(inputs: AttentionInputs, mask: BlockMask) -> Tensor:
+    """FlexAttention under a block mask, compiled once for all lengths."""
+    out = _compiled_flex()(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        block_mask=mask,
+        scale=inputs.scaling,
+        enable_gqa=inputs.group_size > 1,
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _causal(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return row >= column
+
+
+def _module(inputs: AttentionInputs) -> Any:
+    """What transformers' attention function reads of an attention module."""
+    return SimpleNamespace(num_key_value_groups=inputs.group_size, is_causal=True)

@@ -1,0 +1,132 @@
+"""Queries, keys and values of one attention layer, at any length: Gaussian, or a real model's repeated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import hf_sparse
+from hf_sparse.bench.shapes import Shape
+from hf_sparse.errors import UserError
+from hf_sparse.observe import observed
+from hf_sparse.patching import base_model
+from hf_sparse.selection import AttentionInputs
+
+SCORE_STD = 2.5
+"""Standard deviation of the scores of Gaussian inputs: about that of a row in the middle layers of SmolLM2-135M, whose
+median layer has 2.8. With 1, attention would be almost even, and no selection of keys near it."""
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Where the inputs of a layer's attention come from.
+
+    Attributes:
+        name: What to say about them in results.
+        shape: Query heads, key heads and head dimension.
+        dtype: Of the tensors.
+        device: Of the tensors.
+        seed: Of Gaussian inputs.
+        captured: One call of a real model's layer; `None` for Gaussian inputs.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    captured: AttentionInputs | None = None
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one key and its value, over all key heads."""
+        return 2 * self.shape[1] * self.shape[2] * self.dtype.itemsize
+
+    def prefill(self, length: int) -> AttentionInputs:
+        """Causal attention of `length` rows to as many keys."""
+        stop = torch.arange(1, length + 1, dtype=torch.int32, device=self.device)
+        return self._make(length, stop, offset=0)
+
+    def decode(self, length: int, index: int) -> AttentionInputs:
+        """One row that sees `length` keys, its own last. Another `index`: other numbers."""
+        stop = torch.full((1,), length, dtype=torch.int32, device=self.device)
+        return self._make(length, stop, offset=index)
+
+    def _make(self, length: int, stop: Tensor, offset: int) -> AttentionInputs:
+        intervals = torch.stack([torch.zeros_like(stop), stop], dim=-1)[None, None]
+        rows = len(stop)
+        if self.captured is None:
+            heads, kv_heads, dim = self.shape
+            generator = torch.Generator(self.device).manual_seed(self.seed + offset)
+            query, key, value = (
+                torch.randn(1, h, n, dim, generator=generator, device=self.device, dtype=self.dtype)
+                for h, n in ((heads, rows), (kv_heads, length), (kv_heads, length))
+            )
+            return AttentionInputs(query * SCORE_STD, key, value, intervals, dim**-0.5)
+        known = self.captured.key.shape[2]
+        # The last row sees the last key: repeats are laid so that both end with the end of what was captured.
+        place = (torch.arange(-length, 0, device=self.device) - offset) % known
+        return replace(
+            self.captured,
+            query=self.captured.query[:, :, place[-rows:]],
+            key=self.captured.key[:, :, place],
+            value=self.captured.value[:, :, place],
+            intervals=intervals,
+        )
+
+
+def gaussian(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> LayerInputs:
+    """Independent normal numbers.
+
+    Unlike in texts, neighbouring keys have nothing in common, so that looking at blocks of them first finds less: the
+    errors of ours on these inputs are far above those on real ones. Its times hardly depend on the numbers.
+    """
+    return LayerInputs(
+        f"gaussian, scores of standard deviation {SCORE_STD}",
+        (shape.heads, shape.kv_heads, shape.head_dim),
+        dtype,
+        device,
+        seed,
+    )
+
+
+def capture(model: PreTrainedModel, input_ids: Tensor, seed: int) -> LayerInputs:
+    """What the middle one of a model's full-attention layers gets on a text.
+
+    Args:
+        model: Not patched.
+        input_ids: int64 `(tokens,)`.
+        seed: Kept for the rows' record; captured inputs are not random.
+
+    Raises:
+        UserError: if the layer does more than softmax attention, so that the dense baselines would not do its work.
+    """
+    layers = [layer.layer for layer in hf_sparse.inspect(model).layers if layer.sliding_window is None]
+    wanted = layers[len(layers) // 2]
+    found: list[AttentionInputs] = []
+
+    def observer(layer: int, inputs: AttentionInputs) -> None:
+        if layer == wanted:
+            found.append(inputs)
+
+    with torch.no_grad(), observed(model, observer):
+        base_model(model).base_model(input_ids=input_ids[None].to(model.device), use_cache=False)
+    [call] = found
+    if call.softcap is not None or call.sinks is not None:
+        raise UserError(
+            f"{type(model).__name__} caps its scores or has attention sinks, which dense SDPA does not do: its layers "
+            "cannot be measured alone; pass --decode none --prefill none"
+        )
+    shape = (call.query.shape[1], call.key.shape[1], call.query.shape[3])
+    name = f"layer {wanted} on {len(input_ids)} tokens of text, repeated"
+    return LayerInputs(name, shape, call.query.dtype, call.query.device, seed, call)
+
+
+def describe(inputs: LayerInputs) -> dict[str, Any]:
+    """What a row says about its inputs."""
+    heads, kv_heads, head_dim = inputs.shape
+    return {"inputs": inputs.name, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}

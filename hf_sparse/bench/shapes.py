@@ -1,0 +1,89 @@
+"""Shapes of attention, and a model in memory that has one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from hf_sparse.errors import UserError
+
+_LONGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The attention of a layer, and what else a model of that shape has.
+
+    Attributes:
+        heads: Query heads.
+        kv_heads: Key heads.
+        head_dim: Size of a head.
+        intermediate_size: Width of the MLP.
+        vocab_size: Tokens in the vocabulary.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes as a dictionary."""
+        return asdict(self)
+
+
+SHAPES = {
+    "smollm2-135m": Shape(9, 3, 64, 1536, 49152),
+    "llama-1b": Shape(32, 8, 64, 8192, 128256),
+    "llama-8b": Shape(32, 8, 128, 14336, 128256),
+    "qwen3-4b": Shape(32, 8, 128, 9728, 151936),
+}
+"""Published models whose shape can be asked for by name."""
+
+
+def parse_shape(text: str) -> Shape:
+    """The shape that `text` names: one of `SHAPES`, or query heads, key heads and head size as in `9/3/64`.
+
+    A shape in numbers gets an MLP 8/3 as wide as its heads together and 32,768 tokens.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    parts = text.split("/")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"shape must be one of {', '.join(SHAPES)}, or heads/kv-heads/head-dim; got {text!r}")
+    heads, kv_heads, head_dim = map(int, parts)
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(f"shape needs heads that are a multiple of the kv-heads, and an even head size; got {text!r}")
+    return Shape(heads, kv_heads, head_dim, heads * head_dim * 8 // 3, 1 << 15)
+
+
+def random_model(shape: Shape, layers: int, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    """A Llama of `layers` layers with random weights, which takes texts of any length that is measured here."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=shape.heads * shape.head_dim,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=_LONGEST,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype
+        )
+    model.train(False)
+    return model

@@ -1,0 +1,167 @@
+"""A key-value cache that grows in place, and keeps summaries of its keys for the selectors.
+
+transformers' dynamic cache makes new tensors of all keys and values for every token. Here they lie in storage with
+room to spare, which grows geometrically, and what a layer gets is a view of the part in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+from hf_sparse.summaries import KeySummaries, attach
+
+# Storage grows to the length it needs and this share on top, at least `_LEAST_SPARE` tokens.
+_SPARE = 1 / 8
+_LEAST_SPARE = 256
+
+
+class SparseCache(DynamicCache):
+    """The cache that a patched model's `generate` uses; pass it as `past_key_values` to use it by hand.
+
+    Layers with full attention grow in place (`SparseLayer`); all others, sliding windows among them, are those that
+    `DynamicCache` has for them.
+
+    Args:
+        config: The model's configuration.
+        offloading: Keep layers on the CPU and bring each to its device in time, as `DynamicCache` does.
+        offload_only_non_sliding: Leave layers with a sliding window where they are.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, *, offloading: bool = False, offload_only_non_sliding: bool = False
+    ) -> None:
+        super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        grow_in_place(self)
+
+
+class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer of the cache whose keys and values grow in place.
+
+    `keys` and `values` are views `(batch, kv_heads, length, head_dim)` into storage that may be longer. What was
+    handed out before a `crop` shows what is written after it. Where gradients flow through keys or values, they are
+    concatenated as in `DynamicLayer`, for writing in place would break the backward pass.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        self.summaries = KeySummaries()
+        self._storage: tuple[Tensor, Tensor] | None = None
+        # `keys` as last put there by this class, to notice when somebody else does so.
+        self._shown: Tensor | None = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append `(batch, kv_heads, new, head_dim)`, and return all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._notice_changes()
+        length = self.get_seq_length()
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (key_states, value_states, *self._states())):
+            super().update(key_states, value_states, *args, **kwargs)
+            self._storage, self._shown = None, self.keys
+        else:
+            total = length + key_states.shape[-2]
+            storage = self._with_room(key_states, value_states, length, total)
+            for part, new in zip(storage, (key_states, value_states), strict=True):
+                part.narrow(2, length, new.shape[2]).copy_(new)
+            self._show(storage, total)
+        keys, values = self._states()
+        attach(keys, self.summaries)
+        return keys, values
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._start_anew()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens: `-tokens_to_remove` of them. The storage stays."""
+        self._notice_changes()
+        super().crop(tokens_to_remove)
+        self._shown = self.keys
+        self.summaries.crop(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the sequences `beam_idx` in the places of the present ones."""
+        self._rearrange(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times."""
+        self._rearrange(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices` alone (places, or a bool for each)."""
+        self._rearrange(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        """Move keys and values to the CPU; their summaries stay."""
+        self._change_storage(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move keys and values back."""
+        self._change_storage(lambda x: x.to(self.device, non_blocking=True))
+
+    def _start_anew(self) -> None:
+        self._storage, self._shown = None, self.keys
+        self.summaries = KeySummaries()
+
+    def _notice_changes(self) -> None:
+        if self._shown is not self.keys:
+            self._start_anew()
+
+    def _states(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def _show(self, storage: tuple[Tensor, Tensor], length: int) -> None:
+        self._storage = storage
+        self.keys, self.values = storage[0].narrow(2, 0, length), storage[1].narrow(2, 0, length)
+        self._shown = self.keys
+
+    def _with_room(self, key: Tensor, value: Tensor, length: int, total: int) -> tuple[Tensor, Tensor]:
+        """Storage for `total` tokens that holds the first `length`."""
+        held = self._states()
+        if length and key.shape[:2] != held[0].shape[:2]:
+            raise ValueError(
+                f"the cache holds keys of (batch, kv_heads) = {tuple(held[0].shape[:2])}; "
+                f"got keys of {tuple(key.shape[:2])}"
+            )
+        storage = self._storage
+        # What was made in inference mode cannot be written to outside of it.
+        if (
+            storage is not None
+            and total <= storage[0].shape[2]
+            and storage[0].device == key.device
+            and (not storage[0].is_inference() or torch.is_inference_mode_enabled())
+        ):
+            return storage
+        room = total + max(_LEAST_SPARE, int(total * _SPARE))
+        grown = tuple(new.new_empty((*new.shape[:2], room, new.shape[3])) for new in (key, value))
+        if length:
+            for part, old in zip(grown, held, strict=True):
+                part[:, :, :length] = old
+        return grown[0], grown[1]
+
+    def _rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._change_storage(change)
+        self.summaries.rearrange(change)
+
+    def _change_storage(self, change: Callable[[Tensor], Tensor]) -> None:
+        length = self.get_seq_length()
+        if not length:
+            return
+        self._notice_changes()
+        storage = self._states() if self._storage is None else self._storage
+        self._show((change(storage[0]), change(storage[1])), length)
+
+
+def grow_in_place(cache: Cache) -> None:
+    """Replace the layers of an empty cache that hold full attention by such as grow in place."""
+    cache.layers = [SparseLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]

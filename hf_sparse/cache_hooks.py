@@ -1,0 +1,144 @@
+"""How a patched model comes to use the cache that grows in place, and to count what other caches cost it.
+
+Both hooks hang on the model itself, go when it is unpatched, and are copied and pickled with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from hf_sparse.cache import SparseCache, grow_in_place
+
+# The method by which transformers' `generate` makes the cache that nobody passed to it.
+_METHOD = "_prepare_cache_for_generation"
+
+_CACHE = "past_key_values"
+
+
+@dataclass
+class CacheHooks:
+    """What `install` put on a model, and what the model's caches cost.
+
+    Attributes:
+        forward: Counts, and gives a plain forward call its cache.
+        generation: What was in the place of `generate`'s method on this very model, if anything.
+    """
+
+    forward: _BeforeForward
+    handle: RemovableHandle
+    generation: Any = None
+
+
+class _BeforeForward:
+    """Runs before the forward pass of a patched model.
+
+    Attributes:
+        concatenated_calls: Forward passes in which a cache made new tensors of all its keys and values.
+        concatenated_bytes: What it copied for that.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Count anew."""
+        self.concatenated_calls = 0
+        self.concatenated_bytes = 0
+
+    def notes(self) -> tuple[str, ...]:
+        """What a report should say about it."""
+        if not self.concatenated_calls:
+            return ()
+        return (
+            f"{self.concatenated_calls} forward passes with a cache that makes new tensors of all its keys and "
+            f"values: {self.concatenated_bytes:,} bytes copied, which hf_sparse.SparseCache saves",
+        )
+
+    def __call__(
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        cache = kwargs.get(_CACHE)
+        if cache is not None:
+            self._count(cache)
+            return None
+        if torch.compiler.is_compiling() or not _makes_a_cache(model, args, kwargs):
+            return None
+        return args, kwargs | {_CACHE: SparseCache(model.config)}
+
+    def _count(self, cache: Any) -> None:
+        layers = cache.layers if isinstance(cache, Cache) else []
+        copied = sum(x.nbytes for layer in layers if type(layer) is DynamicLayer for x in _states(layer))
+        if copied:
+            self.concatenated_calls += 1
+            self.concatenated_bytes += copied
+
+
+class _BeforeGeneration:
+    """Stands in for the method of `model` by which `generate` makes a cache."""
+
+    def __init__(self, model: PreTrainedModel, inner: Any) -> None:
+        self.model = model
+        self.inner = inner
+
+    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        chosen = model_kwargs.get(_CACHE) is not None or generation_config.cache_implementation is not None
+        method = self.inner or MethodType(getattr(type(self.model), _METHOD), self.model)
+        out = method(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get(_CACHE)
+        if not chosen and isinstance(cache, Cache):
+            grow_in_place(cache)
+        return out
+
+
+def install(model: PreTrainedModel) -> CacheHooks:
+    """Make `model` use caches that grow in place wherever nobody asks for another one."""
+    forward = _BeforeForward()
+    handle = model.register_forward_pre_hook(forward, with_kwargs=True)
+    inner = vars(model).get(_METHOD)
+    if hasattr(type(model), _METHOD):
+        setattr(model, _METHOD, _BeforeGeneration(model, inner))
+    return CacheHooks(forward, handle, inner)
+
+
+def remove(model: PreTrainedModel, hooks: CacheHooks) -> None:
+    """Undo `install`."""
+    hooks.handle.remove()
+    if isinstance(vars(model).get(_METHOD), _BeforeGeneration):
+        delattr(model, _METHOD)
+        if hooks.generation is not None:
+            setattr(model, _METHOD, hooks.generation)
+
+
+def _makes_a_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the model would make a dynamic cache in this forward pass, and nothing needs it to be one."""
+    place = _place_of_cache(type(model).forward)
+    if place is None or len(args) > place or torch.is_grad_enabled():
+        return False
+    supports: Any = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        return False
+    use_cache = kwargs.get("use_cache")
+    return bool(
+        getattr(model.config.get_text_config(decoder=True), "use_cache", False) if use_cache is None else use_cache
+    )
+
+
+@lru_cache
+def _place_of_cache(forward: Callable[..., Any]) -> int | None:
+    """How many arguments come before the cache in a model's `forward`, or `None` if it takes none."""
+    names = list(inspect.signature(forward).parameters)
+    return names.index(_CACHE) - 1 if _CACHE in names else None
+
+
+def _states(layer: DynamicLayer) -> list[torch.Tensor]:
+    return [] if not layer.get_seq_length() else [x for x in (layer.keys, layer.values) if x is not None]

@@ -1,0 +1,90 @@
+"""Exponents of n: fitted slopes on logarithms, with intervals over independent repeats, and what they are called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+Trend = Literal["falls", "falls slowly", "level", "rises"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over independent repeats with its 95 % interval (Student's t)."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, repeats: ArrayLike) -> Interval:
+        """The interval of the mean of `repeats`, `(repeats,)`, two or more."""
+        values = np.asarray(repeats, np.float64)
+        mean = float(values.mean())
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+        return cls(mean, mean - half, mean + half)
+
+    def to_dict(self) -> dict[str, float]:
+        """The attributes as a dictionary, to four decimals."""
+        return {name: round(value, 4) for name, value in asdict(self).items()}
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def slope(lengths: Sequence[int], errors: ArrayLike) -> Interval:
+    """The exponent e of errors ~ n^e: least squares on logarithms in each repeat, then mean and interval.
+
+    Args:
+        lengths: n, two or more.
+        errors: `(lengths, repeats)`; what is below the rounding error of a mass is taken for that.
+    """
+    floored = np.maximum(np.asarray(errors, np.float64), np.finfo(np.float64).eps)
+    return Interval.of(np.polyfit(np.log(lengths), np.log(floored), 1)[0])
+
+
+def trend(lengths: Sequence[int], fit: Interval) -> Trend:
+    """What a slope over `lengths` means.
+
+    `falls`: surely faster than 1 / ln n does over the same lengths, so like a power of n; `falls slowly`: surely, but
+    not surely faster than 1 / ln n; `rises`: surely; `level`: neither.
+    """
+    logarithm = float(np.polyfit(np.log(lengths), -np.log(np.log(lengths)), 1)[0])
+    if fit.high < logarithm:
+        return "falls"
+    if fit.high < 0:
+        return "falls slowly"
+    return "rises" if fit.low > 0 else "level"
+
+
+def normal_keys(spread: float, lost: float) -> float:
+    """k / n for which the top k of many independent N(0, spread^2) logits lose the share `lost` of the mass.
+
+    Phi_c(spread + Phi^-1(lost)), with Phi the normal distribution function and Phi_c = 1 - Phi (arXiv 2512.07647):
+    under the tilt by the softmax the logits over their deviation are N(spread, 1); that share of their mass lies below
+    t = spread + Phi^-1(lost), and the untilted share of keys above t is Phi_c(t).
+    """
+    return float(stats.norm.sf(spread + stats.norm.ppf(lost)))
+
+
+def random_energy_exponent(scale: float) -> float:
+    """The limit for n to infinity of the exponent of k_p, 0 < p < 1, for logits N(0, scale^2 ln n).
+
+    1 - scale^2 / 2 up to the freezing point scale = sqrt(2), and 0 from there on: the random energy model. The mass
+    sits at logits near sigma^2 = scale^2 ln n, above which there are about n^(1 - scale^2 / 2) of n; at sqrt(2) that is
+    where the largest logit is, and a bounded number of keys has the mass.
+    """
+    return max(0.0, 1 - scale**2 / 2)
+
+
+def freezing_norm(n: float) -> float:
+    """sqrt(2 ln n): the deviation of n independent normal logits at which few keys take all the mass."""
+    return math.sqrt(2 * math.log(n))

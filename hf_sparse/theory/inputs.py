@@ -1,0 +1,142 @@
+"""Synthetic attention rows: the setting of arXiv 2404.02690 (independent bounded entries), and what breaks it.
+
+A row of attention is a query x_i over n keys x_j with logits x_i^T W x_j. Tokens have d entries of unit variance; W has
+independent Gaussian entries, scaled to the Frobenius norm R. For entries +1 or -1 the bound is B = 1, so that
+R = B^2 ||W||_F, and the standard deviation of the logits over queries and keys is R exactly: the variance of
+sum_ab x_ia W_ab x_jb is the sum of W_ab^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.signal import lfilter
+
+Array = NDArray[np.float32]
+
+TOKEN_DIM = 64
+VALUE_DIM = 16
+
+Kind = Literal["logits", "student-logits", "signs", "normal", "student", "shared", "chain", "copies"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A law of random attention rows.
+
+    | kind             | rows                                                                                |
+    |------------------|-------------------------------------------------------------------------------------|
+    | `logits`         | independent normal logits of standard deviation R; the random energy model          |
+    | `student-logits` | the same with Student's t of `shape` degrees of freedom, scaled to that deviation   |
+    | `signs`          | tokens of independent entries +1 or -1: the paper's assumptions                     |
+    | `normal`         | tokens of independent normal entries: unbounded, light tails                        |
+    | `student`        | tokens of independent entries of Student's t, `shape` degrees of freedom: heavy tails |
+    | `shared`         | signs, but all tokens have the correlation `shape` (a common direction)             |
+    | `chain`          | tokens of normal entries, neighbours of correlation `shape` (an AR(1) process)      |
+    | `copies`         | signs, but only ceil(n ** shape) different tokens, each repeated                    |
+
+    Attributes:
+        kind: See the table.
+        norm: R(n) = norm * (ln n) ** growth.
+        growth: How the norm grows; 0 for a fixed norm.
+        shape: See the table.
+    """
+
+    kind: Kind
+    norm: float
+    growth: float = 0.0
+    shape: float = 0.0
+
+    @classmethod
+    def of(cls, cell: dict[str, Any]) -> Input:
+        """The input of a cell, which holds the fields."""
+        return cls(cell["kind"], cell["norm"], cell["growth"], cell["shape"])
+
+    def fields(self) -> dict[str, Any]:
+        """The attributes as a dictionary."""
+        return asdict(self)
+
+    @property
+    def label(self) -> str:
+        """A few words for tables and legends."""
+        power = {0.0: "", 0.25: " (ln n)^1/4", 0.5: " sqrt(ln n)", 1.0: " ln n"}[self.growth]
+        norm = f"{self.norm:g}{power}" if self.norm != 1 or not power else power.strip()
+        return {
+            "logits": f"normal logits, sigma = {norm}",
+            "student-logits": f"Student logits (df {self.shape:g}), sigma = {norm}",
+            "signs": f"bounded tokens, R = {norm}",
+            "normal": f"normal tokens, R = {norm}",
+            "student": f"Student tokens (df {self.shape:g}), R = {norm}",
+            "shared": f"tokens with common direction (correlation {self.shape:g}), R = {norm}",
+            "chain": f"correlated neighbours (AR(1), {self.shape:g}), R = {norm}",
+            "copies": f"n^{self.shape:g} different tokens, R = {norm}",
+        }[self.kind]
+
+    def norm_at(self, n: int) -> float:
+        """R(n)."""
+        return float(self.norm * math.log(n) ** self.growth)
+
+
+def draw_rows(source: Input, n: int, rows: int, rng: np.random.Generator) -> Iterator[tuple[Array, Array]]:
+    """Attention rows, one at a time: logits `(n,)` and the values `(n, VALUE_DIM)` that belong to the keys.
+
+    Rows of independent logits have independent keys too; rows of tokens are queries drawn from the n tokens, over the
+    same keys and one W. Values have independent entries of mean 0 and variance 1, given W: a fixed random map of
+    the tokens, or normal where there are no tokens.
+
+    Args:
+        source: Which law.
+        n: Keys.
+        rows: How many.
+        rng: All randomness comes from it.
+    """
+    norm = np.float32(source.norm_at(n))
+    if source.kind in ("logits", "student-logits"):
+        values = rng.standard_normal((n, VALUE_DIM), np.float32)
+        for _ in range(rows):
+            if source.kind == "logits":
+                yield norm * rng.standard_normal(n, np.float32), values
+            else:
+                yield norm * _student(rng, source.shape, (n,)), values
+        return
+    tokens = _tokens(source, n, rng)
+    weight = rng.standard_normal((TOKEN_DIM, TOKEN_DIM), np.float32)
+    weight *= norm / np.linalg.norm(weight)
+    values = tokens @ (rng.standard_normal((TOKEN_DIM, VALUE_DIM), np.float32) / np.float32(math.sqrt(TOKEN_DIM)))
+    for query in rng.integers(n, size=rows):
+        yield tokens @ (tokens[query] @ weight), values
+
+
+def _tokens(source: Input, n: int, rng: np.random.Generator) -> Array:
+    match source.kind:
+        case "signs":
+            return _signs(rng, n)
+        case "normal":
+            return rng.standard_normal((n, TOKEN_DIM), np.float32)
+        case "student":
+            return _student(rng, source.shape, (n, TOKEN_DIM))
+        case "shared":
+            common = math.sqrt(source.shape) * _signs(rng, 1)
+            return np.asarray(common + math.sqrt(1 - source.shape) * _signs(rng, n), np.float32)
+        case "chain":
+            noise = math.sqrt(1 - source.shape**2) * rng.standard_normal((n, TOKEN_DIM), np.float32)
+            noise[0] /= math.sqrt(1 - source.shape**2)  # stationary from the first token on
+            return np.asarray(lfilter([1.0], [1.0, -source.shape], noise, axis=0), np.float32)
+        case "copies":
+            different = math.ceil(n**source.shape)
+            return np.resize(_signs(rng, different), (n, TOKEN_DIM))
+    raise ValueError(f"{source.kind!r} has no tokens")
+
+
+def _signs(rng: np.random.Generator, n: int) -> Array:
+    return np.asarray(2 * rng.integers(2, size=(n, TOKEN_DIM), dtype=np.int8) - 1, np.float32)
+
+
+def _student(rng: np.random.Generator, freedom: float, size: tuple[int, ...]) -> Array:
+    """Student's t with unit variance: more than two degrees of freedom."""
+    return np.asarray(rng.standard_t(freedom, size) * math.sqrt((freedom - 2) / freedom), np.float32)

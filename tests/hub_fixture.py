@@ -1,0 +1,39 @@
+"""Fixtures around `hub_world`, as a plugin: one world for all modules that name it, as it takes seconds to start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests import small
+from tests.hub_client import Client
+from tests.hub_server import Hub
+from tests.hub_world import BASE, CARD, World
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """All of it, started; what it writes is in the folder beside the base model."""
+    folder = tmp_path_factory.mktemp("hub")
+    base = small.save_model(folder / "base")
+    (base / "README.md").write_bytes(CARD)
+    with Hub() as hub, Client(hub.url, folder / "writer") as writer, Client(hub.url, folder / "reader") as reader:
+        commit = hub.add(BASE, {file.name: file.read_bytes() for file in base.iterdir()})
+        yield World(hub, writer, reader, commit, base)
+
+
+@pytest.fixture
+def untouched(world: World) -> Iterator[None]:
+    """The test adds no file but to caches, and changes nothing on the Hub by a request."""
+    before = _files(world)
+    start = len(world.hub.requests)
+    yield
+    assert _files(world) == before
+    assert not [request for request in world.hub.requests[start:] if request.split()[0] in ("POST", "PUT")]
+
+
+def _files(world: World) -> dict[str, int]:
+    top = world.folder.parent
+    found = [path for path in top.rglob("*") if not {"cache", "stderr.txt"} & set(path.relative_to(top).parts)]
+    return {str(path): path.lstat().st_size for path in found}

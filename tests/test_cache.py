@@ -1,0 +1,326 @@
+"""The cache that grows in place: what it holds, that models take it by themselves, and its summaries of keys."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+import hf_sparse
+from hf_sparse.cache import SparseCache, SparseLayer
+from hf_sparse.selection import AttentionInputs
+from hf_sparse.summaries import BLOCK, KeySummaries, summaries_of
+from tests import tiny
+from tests.sparse import SPARSE, generated, sparse_model
+
+HEADS, DIM = 2, 8
+
+
+def states(length: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, batch, HEADS, length, DIM, generator=generator)
+    return keys, values
+
+
+def filled(steps: list[int], batch: int = 2) -> tuple[SparseLayer, DynamicLayer]:
+    """A layer of each kind, given the same keys and values."""
+    ours, stock = SparseLayer(), DynamicLayer()
+    for seed, length in enumerate(steps):
+        new = states(length, batch, seed)
+        for got, expected in zip(ours.update(*new), stock.update(*new), strict=True):
+            assert torch.equal(got, expected)
+    return ours, stock
+
+
+def assert_same(ours: SparseLayer, stock: DynamicLayer) -> None:
+    assert ours.get_seq_length() == stock.get_seq_length()
+    assert ours.get_mask_sizes(3) == stock.get_mask_sizes(3)
+    assert torch.equal(ours.keys, stock.keys)
+    assert torch.equal(ours.values, stock.values)
+
+
+def test_tokens_are_appended_in_place() -> None:
+    """The storage moves when it is full, and rarely: less than a key in eight is ever copied."""
+    layer = SparseLayer()
+    layer.update(*states(1000))
+    places = set()
+    for seed in range(2000):
+        keys, values = layer.update(*states(1, seed=seed))
+        places.add((keys.data_ptr(), values.data_ptr()))
+        assert keys.shape == (2, HEADS, 1001 + seed, DIM)
+    assert len(places) <= 8
+    assert torch.equal(keys[:, :, -1:], states(1, seed=1999)[0])
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "crop": lambda layer: layer.crop(-5),
+    "crop nothing": lambda layer: layer.crop(0),
+    "reorder": lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
+    "repeat": lambda layer: layer.batch_repeat_interleave(3),
+    "select": lambda layer: layer.batch_select_indices(torch.tensor([1])),
+    "select by mask": lambda layer: layer.batch_select_indices(torch.tensor([False, True])),
+    "offload": lambda layer: (layer.offload(), layer.prefetch()),
+    "reset": lambda layer: layer.reset(),
+    "assign": lambda layer: (setattr(layer, "keys", layer.keys * 2), setattr(layer, "values", layer.values + 1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_changes_as_the_stock_layer_does(change: str) -> None:
+    ours, stock = filled([37, 1, 60])
+    for layer in (ours, stock):
+        CHANGES[change](layer)
+    if change != "reset":
+        assert_same(ours, stock)
+    batch = 2 if stock.keys is None else stock.keys.shape[0]
+    for seed, length in enumerate([1, 1, 300, 1]):
+        new = states(length, batch, seed + 7)
+        ours.update(*new)
+        stock.update(*new)
+        assert_same(ours, stock)
+
+
+@pytest.mark.parametrize("change", [None, *CHANGES])
+@pytest.mark.parametrize("origins", [[0, 0], [0, 5], [5, 5]])
+def test_running_summaries_are_those_of_the_keys(change: str | None, origins: list[int]) -> None:
+    """Whatever happens to a cache: the summaries that it kept are those made from its keys in one go."""
+    layer = SparseLayer()
+    for seed, length in enumerate([50, *[1] * 40, 700, 3]):
+        keys, _ = layer.update(*states(length, seed=seed))
+        for kind in ("blocks", "supers"):
+            getattr(summaries_of(keys), kind)(keys, origins, keys.shape[2], 3)
+    if change is not None:
+        CHANGES[change](layer)
+    batch = 2 if layer.keys is None else layer.keys.shape[0]
+    origins = (origins * 3)[:batch] if change in (None, "crop", "crop nothing") else [origins[-1]] * batch
+    for seed, length in enumerate([1, 30, 1]):
+        keys, _ = layer.update(*states(length, batch, seed + 100))
+        assert summaries_of(keys) is layer.summaries
+        assert summaries_of(keys[:, :, :]) is not layer.summaries
+        for kind, size in (("blocks", BLOCK), ("supers", BLOCK * BLOCK)):
+            count = keys.shape[2] // size + 2
+            running = getattr(layer.summaries, kind)(keys, origins, keys.shape[2], count)
+            fresh = getattr(KeySummaries(), kind)(keys, origins, keys.shape[2], count)
+            for i, origin in enumerate(origins):
+                whole = max(0, keys.shape[2] - origin) // size
+                for got, expected in zip(running, fresh, strict=True):
+                    assert got.shape == expected.shape == (batch, HEADS, count, DIM)
+                    torch.testing.assert_close(got[i, :, :whole], expected[i, :, :whole])
+                    assert got.isfinite().all()
+                if not whole:
+                    continue
+                by_hand = keys[i, :, origin : origin + whole * size].unflatten(1, (-1, size))
+                torch.testing.assert_close(fresh[0][i, :, :whole], by_hand.mean(2))
+                torch.testing.assert_close(fresh[1][i, :, :whole], by_hand.var(2, correction=0), atol=1e-5, rtol=1e-4)
+
+
+def test_summaries_are_not_made_twice() -> None:
+    """A token touches the summary of the block that it completes, and no other."""
+    layer = SparseLayer()
+    keys, _ = layer.update(*states(100))
+    layer.summaries.blocks(keys, [0, 0], 100, 6)
+    keys[:, :, :96] = torch.nan
+    for seed in range(12):
+        keys, _ = layer.update(*states(1, seed=seed))
+        mean, _ = layer.summaries.blocks(keys, [0, 0], keys.shape[2], 7)
+    assert mean.isfinite().all()
+    torch.testing.assert_close(mean[:, :, 6], keys[:, :, 96:112].mean(2))
+
+
+def test_summaries_of_half_precision_are_float32() -> None:
+    keys = states(64)[0].to(torch.bfloat16)
+    mean, variance = KeySummaries().blocks(keys, [0, 0], 64, 4)
+    assert mean.dtype == variance.dtype == torch.float32
+    torch.testing.assert_close(mean, keys.float().unflatten(2, (4, BLOCK)).mean(3))
+
+
+def test_a_batch_of_another_size_is_refused() -> None:
+    layer = SparseLayer()
+    layer.update(*states(5, batch=2))
+    with pytest.raises(ValueError, match=r"\(2, 2\).*\(1, 2\)"):
+        layer.update(*states(1, batch=1))
+
+
+def test_gradients_flow_through_what_is_cached() -> None:
+    ours, stock = SparseLayer(), DynamicLayer()
+    grads = []
+    for layer in (ours, stock):
+        leaves = [x.requires_grad_() for seed in range(3) for x in states(4, seed=seed)]
+        parts = [layer.update(*leaves[i : i + 2]) for i in (0, 2, 4)]
+        sum((keys * values).square().sum() for keys, values in parts).backward()
+        grads.append([leaf.grad for leaf in leaves])
+        with torch.no_grad():
+            layer.update(*states(2, seed=9))
+    assert_same(ours, stock)
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_what_was_made_in_inference_mode_can_be_continued_outside() -> None:
+    layer = SparseLayer()
+    with torch.inference_mode():
+        keys, _ = layer.update(*states(40))
+        layer.summaries.blocks(keys, [0, 0], 40, 2)
+    keys, _ = layer.update(*states(10, seed=1))
+    mean, _ = layer.summaries.blocks(keys, [0, 0], 50, 3)
+    torch.testing.assert_close(mean, keys[:, :, :48].unflatten(2, (3, BLOCK)).mean(3))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_cache_goes_its_own_way(copied: Callable[[Any], Any]) -> None:
+    cache = SparseCache(tiny.config("llama"))
+    keys, _ = cache.update(*states(40), layer_idx=0)
+    summaries_of(keys).blocks(keys, [0, 0], 40, 2)
+    twin = copied(cache)
+    cache.update(*states(20, seed=1), layer_idx=0)
+    ours, _ = twin.update(*states(20, seed=2), layer_idx=0)
+    assert torch.equal(ours, torch.cat([states(40)[0], states(20, seed=2)[0]], dim=2))
+    assert torch.equal(cache.layers[0].keys[:, :, 40:], states(20, seed=1)[0])
+    mean, _ = summaries_of(ours).blocks(ours, [0, 0], 60, 3)
+    torch.testing.assert_close(mean, ours[:, :, :48].unflatten(2, (3, BLOCK)).mean(3))
+
+
+def test_full_attention_grows_in_place_and_the_rest_is_stock() -> None:
+    cache = SparseCache(tiny.config("gemma3"))
+    assert isinstance(cache, DynamicCache)
+    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, SparseLayer]
+    for _ in range(30):
+        for layer in range(2):
+            cache.update(*states(1), layer_idx=layer)
+    assert cache.get_seq_length() == 30
+    assert cache.get_seq_length(1) == 30
+    assert [keys.shape[2] for keys, *_ in cache] == [tiny.WINDOW - 1, 30]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "gpt2"])
+def test_a_patched_model_uses_it_by_itself(name: str) -> None:
+    model = sparse_model(name, "grouped")
+    ids = tiny.tokens(1, 20)
+    grown = {SparseLayer, DynamicSlidingWindowLayer}
+    out: Any = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert {type(layer) for layer in out.past_key_values.layers} <= grown
+    assert {type(layer) for layer in model(ids).past_key_values.layers} <= grown
+    assert {type(layer) for layer in model(ids, use_cache=True).past_key_values.layers} <= grown
+    assert model(ids, use_cache=False).past_key_values is None
+    assert hf_sparse.report(model).notes == ()
+
+    hf_sparse.unpatch(model)
+    out = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    for cache in (out.past_key_values, model(ids).past_key_values):
+        assert type(cache) is DynamicCache
+        assert not any(isinstance(layer, SparseLayer) for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_another_cache_is_used_where_asked_for() -> None:
+    model = sparse_model("llama", "grouped")
+    ids = tiny.tokens(1, 20)
+    mine = DynamicCache(config=model.config)
+    assert model(ids, past_key_values=mine).past_key_values is mine
+    assert {type(layer) for layer in mine.layers} == {DynamicLayer}
+    mine = DynamicCache(config=model.config)
+    arguments: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    out: Any = model.generate(ids, past_key_values=mine, **arguments)
+    assert out.past_key_values is mine
+    assert {type(layer) for layer in mine.layers} == {DynamicLayer}
+    out = model.generate(ids, cache_implementation="dynamic", **arguments)
+    assert {type(layer) for layer in out.past_key_values.layers} == {DynamicLayer}
+    out = model.generate(ids, cache_implementation="static", **arguments)
+    assert isinstance(out.past_key_values, StaticCache)
+
+
+@torch.no_grad()
+def test_what_other_caches_cost_is_counted() -> None:
+    model = sparse_model("llama", "grouped")
+    past = DynamicCache(config=model.config)
+    model(tiny.tokens(1, 20), past_key_values=past)
+    assert hf_sparse.report(model).notes == ()
+    for _ in range(2):
+        model(tiny.tokens(1, 1), past_key_values=past)
+    copied = tiny.LAYERS * 2 * 2 * 16 * 4 * (20 + 21)  # layers, keys and values, kv_heads, head_dim, bytes, tokens
+    (note,) = hf_sparse.report(model).notes
+    assert note.startswith("2 forward passes")
+    assert f"{copied:,} bytes" in note
+    assert str(hf_sparse.report(model)).endswith(note)
+    hf_sparse.patch(model, alpha=9.0)
+    assert hf_sparse.report(model).notes == ()
+
+
+GENERATIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "beams returned": {"num_beams": 4, "num_return_sequences": 3},
+}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(("name", "selector"), [("llama", "grouped"), ("llama", "topk"), ("gemma3", "grouped")])
+def test_the_same_tokens_as_with_the_stock_cache(
+    name: str, selector: str, generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_sparse.selectors.single.COARSE_FROM", 0)
+    model = sparse_model(name, selector)
+    expected = generated(model, cache_implementation="dynamic", **GENERATIONS[generation])
+    assert generated(model, **GENERATIONS[generation]) == expected
+    if "num_return_sequences" not in GENERATIONS[generation]:
+        cache = SparseCache(model.config)
+        assert generated(model, past_key_values=cache, **GENERATIONS[generation]) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_assisted_decoding_gives_the_same_tokens(name: str) -> None:
+    """The draft model is wrong now and then, so that the cache is cropped."""
+    model = sparse_model(name, "topk")
+    expected = generated(model, batch=1)
+    assert generated(model, batch=1, assistant_model=sparse_model(name, "window", alpha=1.0)) == expected
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_with_the_cache_of_its_beginning() -> None:
+    model = sparse_model("llama", "topk")
+    ids = tiny.tokens(1, 40)
+    expected: Any = model.generate(ids, max_new_tokens=5, do_sample=False)
+    past = SparseCache(model.config)
+    model(ids[:, :30], past_key_values=past)
+    for cache in (copy.deepcopy(past), past):
+        assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_training_is_as_with_the_stock_cache() -> None:
+    model = sparse_model("llama", "topk").train()
+    out: Any = model(tiny.tokens(1, 20), use_cache=True)
+    assert {type(layer) for layer in out.past_key_values.layers} == {DynamicLayer}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", [0, 37])
+@pytest.mark.parametrize("supers", [False, True])
+def test_decoding_selects_alike_with_any_cache(left: int, supers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row with summaries that the cache keeps, and with summaries made anew: the same output."""
+    monkeypatch.setattr("hf_sparse.selectors.single.SUPERS_FROM", 0 if supers else 1 << 30)
+    state = hf_sparse.attention.LayerState(0, replace(SPARSE, min_keys=16))
+    layer = SparseLayer()
+    layer.update(*states(6000 + left))
+    for seed in range(20):
+        keys, values = layer.update(*states(1, seed=seed))
+        if seed == 10:
+            layer.reorder_cache(torch.tensor([1, 0]))
+            layer.crop(-3)
+            keys, values = layer.update(*states(1, seed=90))
+        queries = torch.cat(states(1, seed=seed + 50), dim=1)
+        intervals = torch.tensor([[[[left, keys.shape[2]]]], [[[0, keys.shape[2]]]]], dtype=torch.int32)
+        kept, anew = (
+            hf_sparse.attention.attend(state, AttentionInputs(queries, *pair, intervals, 1.0))[0]
+            for pair in ((keys, values), (keys.clone(), values.clone()))
+        )
+        assert summaries_of(keys) is layer.summaries
+        assert torch.equal(kept, anew)

@@ -1,0 +1,147 @@
+"""`hf-sparse theory` at a small scale; resuming; mistakes; and that committed results follow from their rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_sparse.cli import main
+from hf_sparse.evaluation.tables import markdown_table
+from hf_sparse.theory import lab
+from hf_sparse.theory.experiment import Experiment, Findings
+from hf_sparse.theory.inputs import Input
+from hf_sparse.theory.model_experiments import EXPERIMENTS
+from tests.test_theory_synthetic import SIMULATED_EXPONENTS, SIMULATED_SLOPES
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = sorted(ROOT.glob("model_cards/theory/*/summary.json"))
+BY_NAME: dict[str, Experiment] = {experiment.name: experiment for experiment in (*lab.SYNTHETIC, *EXPERIMENTS)}
+ANSWERS = {"holds", "holds in part", "fails", "not testable here"}
+
+
+def _run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(["theory", *arguments])
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all experiments at a small scale wrote."""
+    folder = tmp_path_factory.mktemp("theory")
+    assert _run("--output", str(folder)) == 0
+    return folder
+
+
+def rows_of(folder: Path) -> list[Any]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def again(folder: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, Findings]]:
+    """Summary and findings, from the rows of a folder alone."""
+    rows = rows_of(folder)
+    found = {name: BY_NAME[name].conclude([row for row in rows if row["experiment"] == name]) for name in names}
+    return lab.summarise([BY_NAME[name] for name in names], found), found
+
+
+def test_every_experiment_leaves_rows_figures_verdicts_and_a_page(everything: Path) -> None:
+    assert {path.name for path in everything.iterdir()} == {"synthetic", "random-tiny-model"}
+    seen = set()
+    for part in everything.iterdir():
+        summary = json.loads((part / "summary.json").read_text())
+        assert summary["about"]["scale"] == "small"
+        for name, experiment in summary["experiments"].items():
+            seen.add(name)
+            assert experiment["figures"]
+            assert (part / f"{name}.png").stat().st_size > 10_000
+            assert [row for row in rows_of(part) if row["experiment"] == name]
+            verdicts = [verdict for verdict in summary["verdicts"] if verdict["experiment"] == name]
+            assert verdicts
+            assert {verdict["answer"] for verdict in verdicts} <= ANSWERS
+            assert all(verdict["claim"] and verdict["evidence"] for verdict in verdicts)
+        assert str(everything) not in (part / "rows.jsonl").read_text()
+    assert seen == set(BY_NAME)
+
+
+def test_a_second_run_measures_nothing_and_a_killed_one_goes_on(
+    everything: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (everything / "synthetic/rows.jsonl").read_text().splitlines(keepends=True)
+    whole = [line for line in lines if json.loads(line)["experiment"] == "windows"]
+    folder = tmp_path / "synthetic"
+    folder.mkdir()
+    # Killed in the middle of a line; some other rows are there as well.
+    (folder / "rows.jsonl").write_text("".join([*lines[-3:], *whole[:5], whole[5][:40]]))
+    assert _run("--experiment", "windows", "--output", str(tmp_path), "--json") == 0
+    printed = capsys.readouterr()
+    assert f"{len(whole) - 5}/{len(whole) - 5}" in printed.err
+    summary = json.loads(printed.out)["synthetic"]
+    first = json.loads((everything / "synthetic/summary.json").read_text())
+    assert summary["experiments"]["windows"] == first["experiments"]["windows"]
+    before = (folder / "rows.jsonl").read_text()
+    assert _run("--experiment", "windows", "--output", str(tmp_path)) == 0
+    assert (folder / "rows.jsonl").read_text() == before
+    assert "HOLDS IN PART: Keeping the largest n^C entries" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scale", "huge"], "scale must be among small, full; got 'huge'"),
+        (["--experiment", "window"], "experiment must be among windows, phases, workloads, assumptions"),
+        (["--scale", "full", "--experiment", EXPERIMENTS[0].name], "needs --model at full scale"),
+        (["--experiment", EXPERIMENTS[0].name, "--model", "nowhere/at/all"], "nowhere/at/all is not a model"),
+        (["--experiment", EXPERIMENTS[0].name, "--lengths", "512,many"], "--lengths takes whole numbers"),
+        (["--experiment", EXPERIMENTS[0].name, "--lengths", "512,256"], "lengths must rise"),
+        (["--seed", "-1"], "--seed"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(*arguments, "--output", str(tmp_path / "out")) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_there_are_committed_results() -> None:
+    assert {path.parent.name for path in COMMITTED} >= {"synthetic"}
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
+def test_a_committed_summary_follows_from_its_rows(path: Path) -> None:
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    names = list(summary["experiments"])
+    repeated, found = again(path.parent, names)
+    assert json.loads(json.dumps(repeated)) == {name: summary[name] for name in ("verdicts", "experiments")}
+    tables = "\n\n".join(markdown_table(*table) for table in lab.all_tables(summary, found)) + "\n"
+    assert (path.parent / "tables.md").read_text(encoding="utf-8") == tables
+    assert summary["about"]["scale"] == "full"
+    assert all((path.parent / f"{name}.png").is_file() for name in names)
+    assert all(panel.sentence for findings in found.values() for panel in findings.panels)
+
+
+def test_committed_figures_are_those_of_independent_simulations() -> None:
+    experiments = json.loads((ROOT / "model_cards/theory/synthetic/summary.json").read_text())["experiments"]
+    exponents = {fit["input"]: fit["exponent"] for fit in experiments["phases"]["figures"]["exponents_of_keys_90"]}
+    for scale, expected in SIMULATED_EXPONENTS.items():
+        found = exponents[Input("logits", scale, growth=0.5).label]
+        # The simulations had intervals as well, of about the same width.
+        assert found["value"] == pytest.approx(expected, abs=max(0.02, found["high"] - found["low"])), scale
+    slopes = {
+        (fit["window"], fit["norm"]): fit["slope"]["value"]
+        for fit in experiments["windows"]["figures"]["slopes"]
+        if fit["input"] == Input("logits", 1).label
+    }
+    for place, expected in SIMULATED_SLOPES.items():
+        assert slopes[place] == pytest.approx(expected, abs=0.04), place
+    for share in experiments["phases"]["figures"]["keys_90_over_n"]:
+        assert share["n"] < 2**14 or share["value"] == pytest.approx(share["closed_form"], rel=0.01)

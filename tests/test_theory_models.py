@@ -1,0 +1,410 @@
+"""The experiments on models, on random ones: what is measured is what it says, and the models are left as they were."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import hf_sparse
+from hf_sparse.errors import UserError
+from hf_sparse.theory import allocation, alpha, collapse, depth, norms, rope_bases
+from hf_sparse.theory.curves import certified, error_curves
+from hf_sparse.theory.detectors import detect, kind_of, log_n_scaling, log_scaled, mixing
+from hf_sparse.theory.experiment import Setting, Subject
+from hf_sparse.theory.model_norms import head_forms, is_normed, logit_spread, watched_inputs, weight_scales
+from hf_sparse.theory.rope import frequencies_of, rope_base, with_base
+from hf_sparse.theory.sampling import LayerRows, visit_rows
+from hf_sparse.theory.subject import (
+    layers_of,
+    longest_windows,
+    mean_nll,
+    random_tokens,
+    row_lengths,
+    split_heads,
+    tiny_subject,
+)
+from tests import tiny
+
+LENGTHS = (64, 192)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return tiny_subject(0, LENGTHS, targets=16)
+
+
+def hooks(model: torch.nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def rows_of(subject: Subject, lengths: list[int], rows: int = 3) -> list[LayerRows]:
+    found: list[LayerRows] = []
+    visit_rows(subject.model, longest_windows(subject)[0], lengths, rows, found.append)
+    return found
+
+
+# Sampled rows
+
+
+def test_sampled_rows_are_the_attention_of_the_model(subject: Subject) -> None:
+    found = rows_of(subject, [64, 192])
+    window = longest_windows(subject)[0]
+    eager = tiny_subject(0, LENGTHS, targets=16).model
+    eager.set_attn_implementation("eager")
+    attentions = eager(input_ids=window.input_ids[None], output_attentions=True, use_cache=False).attentions
+    assert [(rows.layer, rows.length) for rows in found] == [(layer, n) for layer in range(4) for n in (64, 192)]
+    for rows in found:
+        assert rows.visible[-1] == rows.length
+        assert rows.visible[0] == int(0.9 * rows.length)
+        expected = attentions[rows.layer][0][:, rows.visible - 1, : rows.length]
+        torch.testing.assert_close(rows.weights, expected)
+        torch.testing.assert_close(rows.logits.softmax(-1), expected)
+
+
+def test_layers_with_a_sliding_window_are_left_out() -> None:
+    model = tiny.model("gemma3")
+    window = replace(longest_windows(tiny_subject(0, (64,)))[0])
+    found: list[LayerRows] = []
+    visit_rows(model, window, [16, 64], 2, found.append)
+    assert {rows.layer for rows in found} == {1}
+    assert tiny.config("gemma3").layer_types == ["sliding_attention", "full_attention"]
+
+
+def test_windows_and_lengths(subject: Subject) -> None:
+    assert [window.length for window in longest_windows(subject)] == [192] * 3
+    assert [window.length for window in longest_windows(subject, at_most=100)] == [64] * 3
+    assert [window.length for window in longest_windows(subject, at_most=10)] == [64] * 3
+    assert row_lengths(1000) == [128, 256, 512, 1000]
+    assert row_lengths(128) == [64, 128]
+
+
+def test_a_model_without_separate_projections_is_refused() -> None:
+    with pytest.raises(UserError, match="q_proj"):
+        layers_of(tiny.model("gpt2"))
+
+
+def test_the_loss_is_that_of_the_model(subject: Subject) -> None:
+    window = longest_windows(subject)[0]
+    logits = subject.model(input_ids=window.input_ids[None]).logits[0, -16:]
+    expected = torch.nn.functional.cross_entropy(logits, window.targets)
+    assert mean_nll(subject.model, window) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+# R and the spread of logits
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3", "mistral", "olmo2"])
+def test_the_form_of_a_head_gives_the_logits_of_the_model(name: str) -> None:
+    model = tiny.model(name)
+    layer = layers_of(model)[-1]
+    inputs: dict[str, torch.Tensor] = {}
+
+    def note(side: str) -> object:
+        return lambda _, arguments, result=None: inputs.setdefault(side, arguments[0] if result is None else result)
+
+    attention = layer.attention
+    if is_normed(layer):
+        handles = [attention.q_norm.register_forward_hook(note("q")), attention.k_norm.register_forward_hook(note("k"))]
+    else:
+        handles = [attention.q_proj.register_forward_pre_hook(note("q"))]
+    found: list[LayerRows] = []
+    window = longest_windows(tiny_subject(0, (12,), targets=4))[0]
+    visit_rows(model, window, [12], 1, found.append)
+    for handle in handles:
+        handle.remove()
+    rows = found[-1]
+    row, column = int(rows.visible[0]) - 1, 3
+    turned = with_base(frequencies_of(model, layer), 1.0) * (row - column)
+    cos, sin = np.diag(np.cos(turned)), np.diag(np.sin(turned))
+    rotation = np.block([[cos, -sin], [sin, cos]])
+    for head, form in enumerate(head_forms(layer)):
+        x, y = (inputs.get(side, inputs["q"])[0].double().numpy() for side in ("q", "k"))
+        if is_normed(layer):
+            x, y = (split_heads(inputs[side], layer.heads(side)).double().numpy() for side in ("q", "k"))
+            x, y = x[head], y[head // 2]
+        logit = form.scaling * (form.query @ x[row]) @ rotation.T @ (form.key @ y[column])
+        assert logit == pytest.approx(float(rows.logits[head, 0, column]), rel=1e-4, abs=1e-4)
+
+
+def test_scales_of_weights_are_consistent(subject: Subject) -> None:
+    scales = {name: np.array(value) for name, value in weight_scales(subject.model, np.arange(64.0)).items()}
+    assert all(value.shape == (4, 4) for value in scales.values())
+    assert (scales["least"] <= scales["rms"]).all()
+    assert (scales["rms"] <= scales["rope"]).all()
+    assert (scales["plain"] <= scales["rope"] * (1 + 1e-9)).all()  # distance 0 is no rotation
+    assert (scales["rope"] >= scales["spectral"] / 16).all()
+
+
+def test_the_inputs_that_are_watched_are_those_of_the_projections(subject: Subject) -> None:
+    window = longest_windows(subject)[0]
+    states = subject.model.model(input_ids=window.input_ids[None], output_hidden_states=True).hidden_states
+    with watched_inputs(subject.model) as moments:
+        subject.model.model(input_ids=window.input_ids[None])
+    for layer in layers_of(subject.model):
+        block: object = layer.block
+        x = block.input_layernorm(states[layer.index])[0].detach()  # type: ignore[attr-defined]
+        for side in moments[layer.index]:
+            assert side.largest == pytest.approx(float(x.abs().max()), rel=1e-4)
+            np.testing.assert_allclose(side.deviation[0], x.std(0).numpy(), rtol=1e-3)
+    assert not any(module._forward_pre_hooks for module in subject.model.modules())
+
+
+def test_the_spread_of_gaussian_logits_is_their_deviation(subject: Subject) -> None:
+    rows = rows_of(subject, [64])[0]
+    generator = torch.Generator().manual_seed(0)
+    logits = 1.5 * torch.randn(2, 4, 20_000, generator=generator) + 7
+    logits[..., 0] = 1000.0  # a sink
+    gaussian = replace(rows, length=20_000, logits=logits, visible=torch.full((4,), 20_000))
+    found = logit_spread(gaussian, sinks=1)
+    assert found["rest"] == pytest.approx([1.5] * 2, rel=0.02)
+    assert min(found["deviation"]) > 5
+    assert found["spread"][0] > 990
+    plain = logit_spread(replace(gaussian, logits=logits[..., 1:], length=19_999, visible=torch.full((4,), 19_999)), 0)
+    assert plain["deviation"] == pytest.approx([1.5] * 2, rel=0.02)
+    assert plain["tilted"] == pytest.approx([1.5] * 2, rel=0.03)
+    assert 1.5 <= plain["sub_gaussian"][0] < 1.7
+
+
+def test_logits_of_a_row_are_taken_relative_to_their_mean(subject: Subject) -> None:
+    rows = rows_of(subject, [64])[0]
+    before = logit_spread(rows, 4)
+    after = logit_spread(replace(rows, logits=rows.logits + 50), 4)
+    for name, values in before.items():
+        assert after[name] == pytest.approx(values, rel=1e-3)
+
+
+# RoPE
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_another_base_is_what_a_model_with_that_base_computes(name: str) -> None:
+    model, ids = tiny.model(name), tiny.tokens(1, 20)
+    before = tiny.logits(model, ids)
+    config = model.config
+    parameters = config.rope_parameters
+    scaled = (
+        {**parameters, "rope_theta": parameters["rope_theta"] * 10}
+        if "rope_theta" in parameters
+        else {kind: {**entry, "rope_theta": entry["rope_theta"] * 10} for kind, entry in parameters.items()}
+    )
+    other = tiny.model(name, rope_parameters=scaled)
+    with rope_base(model, 10.0):
+        torch.testing.assert_close(tiny.logits(model, ids), tiny.logits(other, ids))
+    assert torch.equal(tiny.logits(model, ids), before)
+
+
+def test_without_positions_the_order_of_earlier_tokens_does_not_matter_to_one_layer() -> None:
+    model = tiny.model("llama", num_hidden_layers=1)
+    ids = tiny.tokens(1, 12)
+    swapped = ids.clone()
+    swapped[0, [2, 5]] = ids[0, [5, 2]]
+    with rope_base(model, None):
+        same = tiny.logits(model, ids)[:, -1], tiny.logits(model, swapped)[:, -1]
+    torch.testing.assert_close(*same)
+    assert not torch.allclose(tiny.logits(model, ids)[:, -1], tiny.logits(model, swapped)[:, -1], atol=1e-3)
+
+
+# Depth
+
+
+def test_without_residual_norm_and_feed_forward_a_model_is_its_attention() -> None:
+    model = tiny_subject(3, (32,)).model
+    ids = random_tokens(24, 3)
+    layer = layers_of(model)[0]
+    model.model(input_ids=ids[None], output_hidden_states=True)  # for which transformers leaves hooks
+    before = hooks(model)
+    seen: list[torch.Tensor] = []
+    with depth.without(model, residual=True, norm=True):
+        handle = layer.attention.register_forward_pre_hook(
+            lambda _, __, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        )
+        out = model.model(input_ids=ids[None], output_hidden_states=True).hidden_states
+        handle.remove()
+    assert torch.equal(seen[0], out[0])  # no normalisation before it
+    hidden = layer.attention(
+        out[0],
+        position_embeddings=model.model.rotary_emb(out[0], torch.arange(24)[None]),
+        attention_mask=torch.full((24, 24), -torch.inf).triu(1)[None, None],
+    )[0]
+    torch.testing.assert_close(out[1], hidden, rtol=1e-4, atol=1e-4)
+    assert hooks(model) == before
+
+
+def test_no_error_where_every_key_is_kept_and_some_where_not(subject: Subject) -> None:
+    ids = random_tokens(64, 0)
+    none = depth.errors_through_depth(subject.model, ids, alpha=64.0)
+    assert np.abs(none["single"]).max() < 1e-5
+    assert none["density"] == 1
+    some = depth.errors_through_depth(subject.model, ids, alpha=1.0)
+    single = np.array(some["single"])
+    assert (single[np.tril_indices(4, -1)] < 1e-6).all()  # nothing before the sparse layer
+    assert (np.diagonal(single) > 1e-3).all()
+    assert some["all"][0] == pytest.approx(single[0, 0], rel=1e-3)
+    assert not hf_sparse.is_patched(subject.model)
+
+
+# Collapse
+
+
+def test_detectors_on_rows_that_are_known() -> None:
+    n = 400
+    uniform, frozen, sink, both = (torch.zeros(1, 1, n) for _ in range(4))
+    frozen[..., 200] = 60.0
+    sink[..., 0] = 60.0
+    both[..., 0], both[..., 200] = 60.0, 40.0
+    visible = torch.tensor([n])
+
+    def kind(logits: torch.Tensor) -> str:
+        found = detect(logits, visible, 4)
+        return kind_of(found["first"][0], found["rest_largest"][0], found["rest_share"][0])
+
+    assert [kind(logits) for logits in (uniform, frozen, sink, both)] == [
+        "dispersed",
+        "frozen",
+        "sink-only",
+        "sink-only",
+    ]
+    flat = detect(uniform, visible, 4)
+    assert flat["effective"][0] == pytest.approx(n)
+    assert flat["above"] == [0]
+    assert detect(frozen, visible, 4)["above"] == [1]
+    peaked = torch.linspace(0, 5, n)[None, None]
+    assert kind(peaked) == "none"
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(0.05, "dispersed"), (8.0, "frozen")])
+def test_gaussian_logits_disperse_below_and_freeze_above_the_line(spread: float, expected: str) -> None:
+    n = 2000  # sqrt(2 ln n) = 3.9
+    logits = spread * torch.randn(1, 50, n, generator=torch.Generator().manual_seed(0))
+    found = detect(logits, torch.full((50,), n), 0)
+    share = found["rest_share"][0]
+    assert (share > 0.95) if expected == "dispersed" else (found["rest_largest"][0] > 0.5 and share < 0.2)
+
+
+def test_log_n_scaling_in_the_model_is_that_of_its_logits(subject: Subject) -> None:
+    plain = rows_of(subject, [64, 192])
+    with log_n_scaling(subject.model, 64):
+        scaled = rows_of(subject, [64, 192])
+    assert not torch.allclose(plain[1].logits.softmax(-1), scaled[1].logits.softmax(-1), atol=1e-3)
+    torch.testing.assert_close(log_scaled(plain[1], 64).softmax(-1), scaled[1].logits.softmax(-1))  # the first layer
+    torch.testing.assert_close(plain[0].logits.softmax(-1), scaled[0].logits.softmax(-1))  # up to 64 keys, as before
+    again = rows_of(subject, [64, 192])
+    assert torch.equal(plain[1].weights, again[1].weights)
+
+
+def test_mixing_of_rows_that_are_alike_and_of_rows_that_are_not() -> None:
+    one = torch.ones(1, 6, 8)
+    apart = torch.eye(8)[None, :6]
+    found = mixing(one, apart)
+    assert found["output_alike"] == pytest.approx([1])
+    assert found["output_rank"] == pytest.approx([1])
+    assert found["value_alike"] == pytest.approx([1 / 6])
+    assert found["value_rank"] == pytest.approx([6])
+
+
+# Alpha
+
+
+def toy_curves() -> allocation.Curves:
+    """Three heads whose errors fall as k^-1, at three levels."""
+    lengths = (256, 1024, 4096)
+    counts = {n: np.array([8.0 * 2**i for i in range(int(math.log2(n / 8)) + 1)]) for n in lengths}
+    level = np.array([[1.0], [4.0], [16.0]])
+    error = {n: level * (1 / k - 1 / n) for n, k in counts.items()}
+    return allocation.Curves(counts, error, {n: np.array([16.0, 16.0, 64.0]) for n in lengths})
+
+
+@pytest.mark.parametrize("make", [lambda c: allocation.uniform(c, 0.5, 100.0), *[
+    lambda c, f=f: f(c, 100.0) for f in (allocation.best_uniform, allocation.by_mass, allocation.by_error)
+]])  # fmt: skip
+def test_laws_spend_the_budget_and_no_more(make: object) -> None:
+    curves = toy_curves()
+    keys = allocation.keys_of(make(curves), curves.lengths)  # type: ignore[operator]
+    assert 90 < keys.mean() <= 100 + 1e-6
+
+
+def test_the_objective_gives_more_keys_where_they_help_more() -> None:
+    curves = toy_curves()
+    cost = 100.0
+    ours = allocation.keys_of(allocation.by_error(curves, cost), curves.lengths)
+    # Least sum of level / k at a given sum of k: k in proportion to the root of the level, 1 : 2 : 4.
+    np.testing.assert_allclose(ours.mean(0) / ours.mean(), np.array([1, 2, 4]) * 3 / 7, rtol=0.25)
+    error = {
+        name: curves.errors(allocation.keys_of(law, curves.lengths)).mean()
+        for name, law in {
+            "ours": allocation.by_error(curves, cost),
+            "best": allocation.best_uniform(curves, cost),
+            "sqrt": allocation.uniform(curves, 0.5, cost),
+        }.items()
+    }
+    assert error["ours"] < error["best"] <= error["sqrt"] * (1 + 1e-9)
+
+
+def test_error_curves_are_the_errors_of_the_layer_output(subject: Subject) -> None:
+    rows = rows_of(subject, [64])[0]
+    layer = layers_of(subject.model)[0]
+    found = error_curves(rows, layer)["error"]
+    kept = 16
+    keep = rows.weights >= rows.weights.sort(-1, descending=True).values[..., kept - 1 : kept]
+    sparse = rows.weights * keep / (rows.weights * keep).sum(-1, keepdim=True)
+    exact, ours = (torch.einsum("hrk,hkd->hrd", weights, rows.values) for weights in (rows.weights, sparse))
+    whole = layer.attention.o_proj(exact.transpose(0, 1).flatten(1)).square().sum(-1)
+    for head in range(4):
+        one = torch.zeros_like(exact)
+        one[head] = (ours - exact)[head]
+        expected = (layer.attention.o_proj(one.transpose(0, 1).flatten(1)).square().sum(-1) / whole).mean()
+        assert found[head][1] == pytest.approx(float(expected.detach()), rel=1e-3)
+    bounds = certified(rows, 2.0)
+    for low, high in (("lost", "certified"), ("floor", "max_entry"), ("output", "output_bound")):
+        assert all(a <= b for a, b in zip(bounds[low], bounds[high], strict=True)), low
+
+
+# The experiments as a whole
+
+
+@pytest.mark.parametrize("module", [norms, rope_bases, collapse, alpha])
+def test_an_experiment_runs_on_a_tiny_model_and_concludes_from_its_rows(module: object, subject: Subject) -> None:
+    experiment = module.EXPERIMENT  # type: ignore[attr-defined]
+    setting = Setting("small", 0, tiny_subject(0, (64, 256), targets=16))
+    rows = [{**cell, **experiment.measure(cell, setting)} for cell in experiment.cells(setting)]
+    findings = experiment.conclude(rows)
+    assert findings.verdicts
+    assert len(findings.panels) == 2
+    assert all(panel.sentence.endswith(".") for panel in findings.panels)
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    for panel, axes in zip(findings.panels, figure.subplots(1, 2), strict=True):
+        panel.draw(axes)
+        assert axes.get_ylabel()
+
+
+def test_the_verdict_on_r_turns_with_the_rows(subject: Subject) -> None:
+    setting = Setting("small", 0, subject)
+    rows = [{**cell, **norms.measure(cell, setting)} for cell in norms.cells(setting)]
+    assert norms.conclude(rows).verdicts[0].answer == "fails"
+    for row in rows:
+        if row["part"] == "text":
+            row["inputs"]["bound"] = (np.array(row["inputs"]["bound"]) / 30).tolist()
+    assert norms.conclude(rows).verdicts[0].answer == "holds"
+
+
+def test_the_verdict_on_depth_turns_with_the_rows() -> None:
+    single = [[0.1, 0.1, 0.1], [0.0, 0.1, 0.1], [0.0, 0.0, 0.1]]
+
+    def row(last: float, **more: object) -> dict[str, object]:
+        together = [0.1, last / 2, last]
+        return {"single": single, "all": together, "all_centred": together, "density": 0.1, **more}
+
+    random = [
+        row(0.2 if residual else 1.0, part="random", residual=residual, norm=norm)
+        for residual in (True, False)
+        for norm in (True, False)
+    ]
+    answers = [
+        [verdict.answer for verdict in depth.conclude([row(last, part="model"), *random]).verdicts]
+        for last in (0.17, 0.9)
+    ]
+    assert answers == [["holds", "holds"], ["fails", "holds"]]
