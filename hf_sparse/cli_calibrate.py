@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import LONGEST, split
 from hf_sparse.cli_options import RunOptions, SparseOptions
 from hf_sparse.cli_runs import Outcome
-from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config import SelectorName, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import load_documents
 from hf_sparse.evaluation.models import ModelSource
@@ -81,9 +81,8 @@ class CalibrationOptions:
         """
         names = ("min_keys", "sink_keys", "recent_keys", "dense_layers", "dense_below")
         config = SparseOptions(**{name: getattr(self, name) for name in names}).config()
-        selector: Any = self.selector
         try:
-            return replace(config, selector=selector)
+            return replace(config, selector=cast(SelectorName, self.selector))
         except ValueError as error:
             raise UserError(str(error)) from error
 

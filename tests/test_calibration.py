@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import hf_sparse
-from hf_sparse import SparseAttentionConfig
+from hf_sparse import SparseAttentionConfig, policy_files
 from hf_sparse.calibration import run as calibration_run
 from hf_sparse.calibration.calibrate import Calibration, run_calibration
 from hf_sparse.calibration.curves import ErrorCurve, budget_grid, error_curves, visible_grid
@@ -228,8 +228,7 @@ def test_the_target_is_reached_and_what_was_found_can_be_patched(result: Calibra
 
 
 def test_files_hold_the_result(folder: Path, result: Calibration) -> None:
-    config = SparseAttentionConfig.from_dict(json.loads((folder / "sparse_config.json").read_text()))
-    assert config == result.config
+    assert policy_files.read(folder / "sparse_config.json").config == result.config
     assert json.loads((folder / "calibration.json").read_text()) == json.loads(json.dumps(result.to_dict()))
     assert str(folder) not in (folder / "calibration.json").read_text()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import hf_sparse
-from hf_sparse import SparseAttentionConfig
+from hf_sparse import policy_files
 from hf_sparse.cli import main
 from tests import small, tiny
 
@@ -63,13 +63,13 @@ def test_calibrate_writes_what_patch_takes(policy: Path, home: Path, capsys: pyt
         "probes.jsonl",
         "check.jsonl",
     }
-    config = SparseAttentionConfig.from_dict(json.loads((policy / "sparse_config.json").read_text()))
+    config = policy_files.read(policy / "sparse_config.json").config
     assert config.calibration is not None
     assert config.calibration.base_model == "tiny-llama"
     assert re.fullmatch(r"[0-9a-f]{16}", config.calibration.revision or "")
     assert config.calibration.documents == ("text0.txt", "text1.txt")
     assert config.calibration.held_out == ("text2.txt",)
-    hf_sparse.patch(tiny.model("llama"), config)
+    hf_sparse.patch(tiny.model("llama"), policy)
     for path in policy.iterdir():
         assert str(home) not in path.read_text()
 
@@ -114,8 +114,8 @@ def test_a_target_that_is_not_met_is_a_negative_answer(policy: Path, capsys: pyt
         ("calibrate tiny-llama --text texts --length 1090 --target density=.3@1099", "or ask for extrapolation"),
         ("calibrate tiny-llama --text texts --length 1500", "text0.txt is too short"),
         ("calibrate bloom --text texts", "BloomForCausalLM cannot be patched"),
-        ("perplexity tiny-llama --policy missing.json", "cannot read missing.json"),
-        ("perplexity tiny-llama --policy empty", "cannot read empty/sparse_config.json"),
+        ("perplexity tiny-llama --policy missing.json", "missing.json is not a policy"),
+        ("perplexity tiny-llama --policy empty", "empty holds no sparse_config.json"),
         ("perplexity tiny-llama --policy other.txt", "other.txt: "),
         ("attention-error tiny-llama --policy broken.json", "alpha must be"),
         ("perplexity bloom --policy policy --methods uniform", "BloomForCausalLM cannot be patched"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse import policy_files
 from hf_sparse.calibration.laws import LawFit
 from hf_sparse.calibration.run import SHORTEST, Run, calibrated
 from hf_sparse.calibration.solve import Solver
@@ -25,7 +26,9 @@ from hf_sparse.evaluation.models import ModelInfo
 from hf_sparse.evaluation.perplexity_summary import Summary
 from hf_sparse.evaluation.results import Row, provenance, write_json
 from hf_sparse.evaluation.windows import cut_windows
+from hf_sparse.origin import origin_of
 from hf_sparse.patching import base_model, is_patched
+from hf_sparse.policy import Policy
 from hf_sparse.record import CalibrationRecord, Interval
 from hf_sparse.support import SupportReport, inspect
 
@@ -197,7 +200,10 @@ def run_calibration(
     )
     if folder is not None:
         write_json(folder / "calibration.json", result.to_dict())
-        write_json(folder / "sparse_config.json", result.config.to_dict())
+        origin = origin_of(base)
+        name, commit = (None, None) if origin.is_local else (origin.name, origin.revision)
+        policy = Policy(result.config, name, commit, versions=about["versions"])
+        policy_files.write(policy, folder / policy_files.NAME)
     return result
 
 
