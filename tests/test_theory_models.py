@@ -391,6 +391,16 @@ def test_the_verdict_on_r_turns_with_the_rows(subject: Subject) -> None:
     assert norms.conclude(rows).verdicts[0].answer == "holds"
 
 
+def test_r_of_normalised_queries_is_not_said_to_be_tested(subject: Subject) -> None:
+    answers = {}
+    for name in ("llama", "qwen3"):
+        setting = Setting("small", 0, replace(subject, model=tiny.model(name)))
+        rows = [{**cell, **norms.measure(cell, setting)} for cell in norms.cells(setting)]
+        answers[name] = norms.conclude(rows).verdicts[-1].answer
+    assert answers["llama"] != "not testable here"
+    assert answers["qwen3"] == "not testable here"
+
+
 def test_the_verdict_on_depth_turns_with_the_rows() -> None:
     single = [[0.1, 0.1, 0.1], [0.0, 0.1, 0.1], [0.0, 0.0, 0.1]]
 

@@ -79,6 +79,16 @@ def by_share(value: float) -> Answer:
     return "holds" if value >= 0.95 else "fails" if value <= 0.05 else "holds in part"
 
 
+def trivial_rotation(ratio: FloatArray) -> str:
+    """Why R cannot depend on the rotation, given R with over R without it; empty if it can.
+
+    Where queries and keys are normalised after their projection, W is the rotation alone, of one norm at any angle.
+    """
+    if not np.allclose(ratio, 1, atol=1e-3):
+        return ""
+    return " (by construction: queries and keys are normalised, so that W is the rotation alone)"
+
+
 def conclude(rows: Sequence[Row]) -> Findings:
     """R against the thresholds, and which assumption makes the difference."""
     weights = next(row["scales"] for row in rows if row["part"] == "weights")
@@ -190,9 +200,10 @@ def conclude(rows: Sequence[Row]) -> Findings:
         Verdict(
             "RoPE raises R: the maximum over relative position is more than 5 % above R without RoPE",
             "derived here",
-            by_share(share(gain[flat] > 1.05)),
+            "not testable here" if trivial_rotation(gain[flat]) else by_share(share(gain[flat] > 1.05)),
             where + ", weights alone",
-            f"R at its worst distance over R without RoPE: median {np.median(gain[flat]):.3f} ({_range(gain[flat])})",
+            f"R at its worst distance over R without RoPE: median {np.median(gain[flat]):.3f} "
+            f"({_range(gain[flat])}){trivial_rotation(gain[flat])}",
         ),
     ]
     panels = [
