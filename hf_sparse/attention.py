@@ -18,6 +18,7 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import dense
 from hf_sparse.engines.reference import masked_weights, weighted_values
 from hf_sparse.monitor import LayerCounters
+from hf_sparse.rows import Plan
 from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors.grouped import ROWS
 from hf_sparse.summaries import summaries_of
@@ -224,16 +225,20 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
         weights = masked_weights(inputs, mask)
         return weighted_values(inputs, weights), weights
 
-    budgets, shift = plan.budgets, None
+    budgets, shift, parts, weight_parts, kept = plan.budgets, None, [], [], []
     padded = inputs
     if state.config.selector == "grouped":
         padded = replace(inputs, summaries=summaries_of(inputs.key))
+        if not want_weights and (start := _dense_rows(inputs, plan)):
+            parts.append(dense.attend(inputs.rows(0, start).visible_part()))
+            kept.append(facts.visible[:, :start].sum().expand(heads))
+            padded, budgets, rows = padded.rows(start, rows), budgets[..., start:], rows - start
         if rows > 1:
             padded, budgets, shift = _align(padded, budgets)
         else:
             budgets = plan.host
     engine = _engine(state.config)
-    parts, weight_parts, kept = [], [], []
+    sparse_parts: list[Tensor] = []
     step = _block_rows(padded, state.config.selector)
     for start in range(0, padded.query.shape[2], step):
         block = padded if rows == 1 else padded.rows(start, min(padded.query.shape[2], start + step))
@@ -242,15 +247,26 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
         if want_weights:
             weights = masked_weights(block, selection.mask(heads, inputs.key.shape[2]))
             weight_parts.append(weights)
-            parts.append(weighted_values(block, weights))
+            sparse_parts.append(weighted_values(block, weights))
         else:
-            parts.append(engines.attend(engine, block, selection))
+            sparse_parts.append(engines.attend(engine, block, selection))
     state.counters.count(facts.rows, facts.total, heads, plan.dense_rows, kept)
-    outs = [torch.cat(x, dim=2) if x else None for x in (parts, weight_parts)]
+    outs = [torch.cat(x, dim=2) if x else None for x in (sparse_parts, weight_parts)]
     if shift is not None:
         outs = [None if x is None else _unalign(x, shift, rows) for x in outs]
     assert outs[0] is not None
-    return outs[0], outs[1]
+    return torch.cat([*parts, outs[0]], dim=2), outs[1]
+
+
+def _dense_rows(inputs: AttentionInputs, plan: Plan) -> int:
+    """Rows at the start of a call that keep all that they see, in whole groups: dense attention is faster for them."""
+    facts = inputs.facts
+    if (facts.first != facts.first[:1]).any() or (facts.stop != facts.stop[:1]).any():
+        return 0  # The groups of sequences that are padded differently do not end at the same row.
+    whole = (plan.host >= (facts.stop - facts.first)[:, None]).all(1).all(0) & (facts.stop[0] > facts.first[0])
+    count = int(whole.long().cumprod(0).sum())
+    position = int(facts.stop[0, 0] - 1 - facts.first[0].min())
+    return max(0, (position + count) // ROWS * ROWS - position)
 
 
 def _engine(config: SparseAttentionConfig) -> str:

@@ -92,8 +92,8 @@ def _law(config: SparseAttentionConfig) -> Iterator[str]:
     else:
         named = ", ".join(map(str, config.dense_layers))
         dense = f"Layers that stay dense: {named or 'none'}."
-    if config.dense_below:
-        dense += f" Rows that see fewer than {config.dense_below:,} keys stay dense."
+    if below := config.budget().dense_below:
+        dense += f" Rows that see fewer than {below:,} keys stay dense."
     yield f"Selector `{config.selector}`: {_SELECTORS[config.selector]}. {dense}"
 
 

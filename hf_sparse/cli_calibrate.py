@@ -15,7 +15,7 @@ from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import LONGEST, split
 from hf_sparse.cli_options import RunOptions, SparseOptions
 from hf_sparse.cli_runs import Outcome
-from hf_sparse.config import SelectorName, SparseAttentionConfig
+from hf_sparse.config import DENSE_BELOW, SelectorName, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import load_documents
 from hf_sparse.evaluation.models import ModelSource
@@ -69,9 +69,9 @@ class CalibrationOptions:
             help="Layers left dense, such as 0,1, besides sliding-window ones.", show_default="those that need it"
         ),
     ] = None
-    dense_below: Annotated[int, typer.Option(help="Rows that see fewer keys stay dense.")] = (
-        SparseAttentionConfig.dense_below
-    )
+    dense_below: Annotated[
+        int | None, typer.Option(help="Rows that see fewer keys stay dense.", show_default=str(DENSE_BELOW))
+    ] = None
 
     def config(self) -> SparseAttentionConfig:
         """Everything but the laws.

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from hf_sparse import policy_files
-from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy as ReadPolicy
 
@@ -91,9 +91,9 @@ class SparseOptions:
             help="Layers left dense, such as 0,1; none for no layer.", show_default="the first and all sliding-window"
         ),
     ] = None
-    dense_below: Annotated[int, typer.Option(help="Rows that see fewer keys stay dense.")] = (
-        SparseAttentionConfig.dense_below
-    )
+    dense_below: Annotated[
+        int | None, typer.Option(help="Rows that see fewer keys stay dense.", show_default=str(DENSE_BELOW))
+    ] = None
 
     def config(self, policy: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
         """The configuration: `policy` if there is one, but for the options that are not at their defaults.
@@ -110,7 +110,9 @@ class SparseOptions:
         try:
             # How a calibration came about decides no figure, and is long.
             start = defaults if policy is None else replace(policy, calibration=None)
-            return replace(start, **changed)
+            # What is measured must not depend on what this machine was found to be fast at.
+            below = DENSE_BELOW if start.dense_below is None else start.dense_below
+            return replace(start, **{"dense_below": below, **changed})
         except ValueError as error:
             raise UserError(str(error)) from error
 

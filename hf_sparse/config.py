@@ -17,6 +17,9 @@ ENGINES: tuple[str, ...] = get_args(EngineName)
 
 SCHEMA_VERSION = 1
 
+DENSE_BELOW = 256
+"""Visible keys below which a row stays dense, on a machine where nothing was measured."""
+
 HeadLaw = tuple[float, float]
 
 
@@ -40,7 +43,8 @@ class SparseAttentionConfig:
         engine: `"auto"`, `"reference"` or `"gather"`.
         dense_layers: Indices of layers left dense. `None` means the first layer, where sparsity costs most, and
             every sliding-window layer, whose cost is bounded already.
-        dense_below: A row that sees fewer keys than this keeps them all.
+        dense_below: A row that sees fewer keys than this keeps them all. `None` means `DENSE_BELOW`, or where
+            `hf-sparse bench --save-break-even` has measured it, the length from which sparse attention is faster.
         per_head: Calibrated laws: layer index -> one `(alpha, exponent)` for each query head; `None` for one law
             for all. Layers without an entry follow `alpha` and `exponent`. Only with `law="power"`.
         calibration: What `per_head` was fitted on; it changes no result.
@@ -62,7 +66,7 @@ class SparseAttentionConfig:
     selector: SelectorName = "grouped"
     engine: EngineName = "auto"
     dense_layers: tuple[int, ...] | None = None
-    dense_below: int = 256
+    dense_below: int | None = None
     per_head: Mapping[int, tuple[HeadLaw, ...]] | None = field(default=None, hash=False)
     calibration: CalibrationRecord | None = field(default=None, hash=False)
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -76,7 +80,8 @@ class SparseAttentionConfig:
             if name == "min_keys" or getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=1)
         for name in ("sink_keys", "recent_keys", "dense_below"):
-            check_integer(name, getattr(self, name), least=0)
+            if name != "dense_below" or self.dense_below is not None:
+                check_integer(name, getattr(self, name), least=0)
         if self.max_keys is not None and self.max_keys < self.min_keys:
             raise ValueError(f"max_keys must be at least min_keys ({self.min_keys}); got {self.max_keys}")
         if self.fraction is not None:
@@ -112,7 +117,7 @@ class SparseAttentionConfig:
             fraction=self.fraction or 1.0,
             min_keys=self.min_keys,
             max_keys=self.max_keys,
-            dense_below=self.dense_below,
+            dense_below=DENSE_BELOW if self.dense_below is None else self.dense_below,
         )
 
     def to_dict(self) -> dict[str, Any]:

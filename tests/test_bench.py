@@ -32,6 +32,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="p
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.delenv(break_even.SWITCH, raising=False)
 
 
 def _run(*arguments: str) -> int:

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import hf_sparse
 from hf_sparse import break_even
 from hf_sparse.break_even import Machine
-from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
+from hf_sparse.patching import policy_of, states
+from tests import tiny
 
 CPU = torch.device("cpu")
 SHAPE = (9, 3, 64)
@@ -65,3 +68,23 @@ def test_a_damaged_file_is_named_and_left_out(content: str) -> None:
 
 def test_the_processor_is_named_once_and_the_same() -> None:
     assert break_even.device_name(CPU) == break_even.device_name(torch.device("cpu")) != ""
+
+
+def _dense_below(**fields: int | None) -> set[int | None]:
+    """What the layers of a patched model take as the length below which rows stay dense."""
+    model = tiny.model("llama")
+    hf_sparse.patch(model, alpha=2.0, **fields)
+    return {state.config.dense_below for state in states(model).values()}
+
+
+def test_patch_takes_it_where_nothing_else_was_said() -> None:
+    model = tiny.model("llama")
+    shape = (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim)
+    assert _dense_below() == {None}
+    assert SparseAttentionConfig().budget().dense_below == DENSE_BELOW
+    break_even.save(Machine.here(CPU, torch.float32, shape, SparseAttentionConfig(alpha=2.0)), 77, {})
+    assert _dense_below() == {77}
+    assert _dense_below(dense_below=5) == {5}
+    # What is saved or compared is what was asked for, not what this machine made of it.
+    hf_sparse.patch(model, alpha=2.0)
+    assert policy_of(model).config.dense_below is None

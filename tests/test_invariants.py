@@ -507,3 +507,27 @@ def test_invariant_10_sinks_keep_their_mass_when_keys_are_dropped() -> None:
     exp = scores.exp() * (weights > 0)
     expected = exp / (exp.sum(-1, keepdim=True) + inputs.sinks.exp().view(1, 4, 1, 1))
     assert_close(weights, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("split", [0, 70])
+def test_rows_that_keep_everything_are_attended_densely_with_the_same_result(
+    split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model("llama")
+    fields = {"alpha": 3.0, "min_keys": 8, "sink_keys": 1, "recent_keys": 4, "dense_layers": (), "dense_below": 150}
+    ids = tiny.tokens(2, 260)
+    with torch.no_grad(), hf_sparse.patched(model, **fields):
+        cache = model(ids[:, :split], use_cache=True).past_key_values if split else None
+        seen: list[int] = []
+        count = attention._dense_rows
+        monkeypatch.setattr(attention, "_dense_rows", lambda *given: seen.append(count(*given)) or seen[-1])
+        fast = model(ids[:, split:], past_key_values=cache).logits
+        report = hf_sparse.report(model)
+    # Whole groups of the text: rows 0 to 127, of which the first `split` belong to an earlier call.
+    assert set(seen) == {128 - split}
+    monkeypatch.setattr(attention, "_dense_rows", lambda *_: 0)
+    with torch.no_grad(), hf_sparse.patched(model, **fields):
+        cache = model(ids[:, :split], use_cache=True).past_key_values if split else None
+        slow = model(ids[:, split:], past_key_values=cache).logits
+        assert hf_sparse.report(model).rows == report.rows
+    assert_close(fast, slow, atol=1e-5, rtol=1e-5)

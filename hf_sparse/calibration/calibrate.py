@@ -168,7 +168,7 @@ def run_calibration(
     with tempfile.TemporaryDirectory() as temporary, _evaluating(base):
         run = Run(base, support, config, folder or Path(temporary), about)
         curves = run.curves(windows)
-        fit = LawFit(curves, run.sensitivity(probes, curves), config.min_keys, config.dense_below)
+        fit = LawFit(curves, run.sensitivity(probes, curves), config.min_keys, config.budget().dense_below)
         solver = Solver(fit, config, run.layers, run.dense)
         price = solver.price(target, at, lambda made: run.ratio(made, trials))
         made = solver.made(price)
