@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import hf_sparse
+from hf_sparse.cli_bench import BenchOptions, run_bench
 from hf_sparse.cli_calibrate import CalibrationOptions, run_calibrate
 from hf_sparse.cli_demo import DEMO_MODEL, run_demo
 from hf_sparse.cli_memory import run_memory
@@ -156,6 +157,22 @@ def memory(
         raise UserError(f"heads must be a multiple of kv-heads ({kv_heads}); got {heads}")
     outcome = run_memory(numbers, (heads, kv_heads, head_dim), sparse.config(), limit, seed, output)
     print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary, table and plot: {output}")
+
+
+@app.command()
+@share_options
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, folder or .gguf file.", show_default="random weights of --shape")
+    ] = None,
+    *,
+    bench: BenchOptions,
+    run: RunOptions,
+    sparse: SparseOptions,
+) -> None:
+    """Time ours beside dense attention: one layer, and a model that writes; and from which length ours is faster."""
+    outcome = run_bench(model, bench, run, sparse)
+    print(json.dumps(outcome.summary) if run.as_json else outcome)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import pytest
 
 from hf_sparse.cli import main
 from hf_sparse.cli_options import SparseOptions
-from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
 from tests import small, tiny
 
 SPARSE = shlex.split("--alpha 2 --min-keys 4 --sink-keys 1 --recent-keys 2 --dense-below 8 --dense-layers none")
@@ -184,7 +184,7 @@ def test_help_is_printed(command: list[str], capsys: pytest.CaptureFixture[str])
 
 
 def test_options_that_are_not_given_are_the_packages_defaults() -> None:
-    assert SparseOptions().config() == SparseAttentionConfig()
+    assert SparseOptions().config() == SparseAttentionConfig(dense_below=DENSE_BELOW)
     assert SparseOptions(dense_layers="none").config().dense_layers == ()
     assert SparseOptions(dense_layers="3,1").config().dense_layers == (1, 3)
 

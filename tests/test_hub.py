@@ -318,8 +318,8 @@ def test_rows_beyond_the_calibration_warn_once(base: Path) -> None:
         assert not caught
         tiny.logits(model, IDS)
         tiny.logits(model, IDS)
-    assert [str(warning.message)[:55] for warning in caught] == [
-        "a row sees 80 keys, but the laws were fitted on at most"
+    assert [str(warning.message)[:53] for warning in caught] == [
+        "a row sees 80 keys, 2 times the 40 that the laws were"
     ]
 
 

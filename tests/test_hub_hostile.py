@@ -90,7 +90,7 @@ RIGHT: dict[str, list[Any]] = {
     "selector": [],
     "engine": [],
     "dense_layers": [[], None],
-    "dense_below": [],
+    "dense_below": [None],
     "per_head": [None],
     "calibration": [{}, {"1": [[1]]}, None],
     "base_model": ["text", None],
