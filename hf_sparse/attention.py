@@ -236,7 +236,8 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
         if rows > 1:
             padded, budgets, shift = _align(padded, budgets)
         else:
-            budgets = plan.host
+            # The last row, also where all rows before it were dense.
+            budgets = plan.host[..., -1:]
     engine = _engine(state.config)
     sparse_parts: list[Tensor] = []
     step = _block_rows(padded, state.config.selector)

@@ -531,3 +531,18 @@ def test_rows_that_keep_everything_are_attended_densely_with_the_same_result(
         slow = model(ids[:, split:], past_key_values=cache).logits
         assert hf_sparse.report(model).rows == report.rows
     assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+
+
+def test_one_row_after_dense_rows_has_its_own_budget() -> None:
+    model = tiny.model("llama")
+    fields = {"alpha": 3.0, "min_keys": 8, "sink_keys": 1, "recent_keys": 4, "dense_layers": (), "dense_below": 129}
+    ids = tiny.tokens(1, 129)
+    with torch.no_grad(), hf_sparse.patched(model, **fields):
+        whole = model(ids).logits[:, -1]
+        kept = hf_sparse.report(model).rows[0]["mean_keys"] * 129
+    with torch.no_grad(), hf_sparse.patched(model, **fields):
+        cache = model(ids[:, :128], use_cache=True).past_key_values
+        step = model(ids[:, 128:], past_key_values=cache).logits[:, -1]
+    assert_close(whole, step, atol=1e-5, rtol=1e-5)
+    budget = SparseAttentionConfig(**fields).budget()(torch.tensor([129])).item()
+    assert round(kept) == 128 * 129 // 2 + budget
