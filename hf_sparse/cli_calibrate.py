@@ -13,9 +13,9 @@ import typer
 from hf_sparse.calibration.calibrate import Calibration, run_calibration
 from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import LONGEST, split
-from hf_sparse.cli_options import RunOptions, SparseOptions
+from hf_sparse.cli_options import DenseBelow, MinKeys, RecentKeys, RunOptions, SinkKeys, SparseOptions
 from hf_sparse.cli_runs import Outcome
-from hf_sparse.config import DENSE_BELOW, SelectorName, SparseAttentionConfig
+from hf_sparse.config import SelectorName, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import load_documents
 from hf_sparse.evaluation.models import ModelSource
@@ -60,18 +60,16 @@ class CalibrationOptions:
         bool, typer.Option("--extrapolate", help="Accept a target at more tokens than laws are fitted to.")
     ] = False
     selector: Annotated[str, typer.Option(help="grouped, topk or window.")] = SparseAttentionConfig.selector
-    min_keys: Annotated[int, typer.Option(help="Fewest keys of a row.")] = SparseAttentionConfig.min_keys
-    sink_keys: Annotated[int, typer.Option(help="First keys, always kept.")] = SparseAttentionConfig.sink_keys
-    recent_keys: Annotated[int, typer.Option(help="Last keys, always kept.")] = SparseAttentionConfig.recent_keys
+    min_keys: MinKeys = SparseAttentionConfig.min_keys
+    sink_keys: SinkKeys = SparseAttentionConfig.sink_keys
+    recent_keys: RecentKeys = SparseAttentionConfig.recent_keys
     dense_layers: Annotated[
         str | None,
         typer.Option(
             help="Layers left dense, such as 0,1, besides sliding-window ones.", show_default="those that need it"
         ),
     ] = None
-    dense_below: Annotated[
-        int | None, typer.Option(help="Rows that see fewer keys stay dense.", show_default=str(DENSE_BELOW))
-    ] = None
+    dense_below: DenseBelow = None
 
     def config(self) -> SparseAttentionConfig:
         """Everything but the laws.

@@ -27,6 +27,13 @@ Policy = Annotated[
     typer.Option(help="sparse_config.json, or a folder with one; options that are given go before it."),
 ]
 
+MinKeys = Annotated[int, typer.Option(help="Fewest keys of a row.")]
+SinkKeys = Annotated[int, typer.Option(help="First keys, always kept.")]
+RecentKeys = Annotated[int, typer.Option(help="Last keys, always kept.")]
+DenseBelow = Annotated[
+    int | None, typer.Option(help="Rows that see fewer keys stay dense.", show_default=str(DENSE_BELOW))
+]
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -80,10 +87,10 @@ class SparseOptions:
     exponent: Annotated[float, typer.Option(help="C of the power law, 0 to 1.")] = SparseAttentionConfig.exponent
     keys: Annotated[int | None, typer.Option(help="Keys of law fixed.")] = None
     fraction: Annotated[float | None, typer.Option(help="Share of law fraction.")] = None
-    min_keys: Annotated[int, typer.Option(help="Fewest keys of a row.")] = SparseAttentionConfig.min_keys
+    min_keys: MinKeys = SparseAttentionConfig.min_keys
     max_keys: Annotated[int | None, typer.Option(help="Most keys of a row.")] = None
-    sink_keys: Annotated[int, typer.Option(help="First keys, always kept.")] = SparseAttentionConfig.sink_keys
-    recent_keys: Annotated[int, typer.Option(help="Last keys, always kept.")] = SparseAttentionConfig.recent_keys
+    sink_keys: SinkKeys = SparseAttentionConfig.sink_keys
+    recent_keys: RecentKeys = SparseAttentionConfig.recent_keys
     engine: Annotated[str, typer.Option(help="auto or the name of an engine.")] = SparseAttentionConfig.engine
     dense_layers: Annotated[
         str | None,
@@ -91,9 +98,7 @@ class SparseOptions:
             help="Layers left dense, such as 0,1; none for no layer.", show_default="the first and all sliding-window"
         ),
     ] = None
-    dense_below: Annotated[
-        int | None, typer.Option(help="Rows that see fewer keys stay dense.", show_default=str(DENSE_BELOW))
-    ] = None
+    dense_below: DenseBelow = None
 
     def config(self, policy: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
         """The configuration: `policy` if there is one, but for the options that are not at their defaults.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from hf_sparse import SparseAttentionConfig
+from hf_sparse.cli import main
 from tests import tiny
 
 BOS_ID = 1
@@ -50,3 +52,12 @@ def save_texts(folder: Path, count: int = 2, tokens: int = 150) -> Path:
     for i in range(count):
         (folder / f"text{i}.txt").write_text(words(tokens, seed=i), encoding="utf-8")
     return folder
+
+
+def run_command(*arguments: str) -> int:
+    """Run `hf-sparse` with `arguments`; gives its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code

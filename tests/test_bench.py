@@ -16,11 +16,11 @@ from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
 from hf_sparse.bench.summary import break_even as crossing
 from hf_sparse.bench.summary import exponent, median_interval, summarise
 from hf_sparse.bench.timing import alternate, with_peak
-from hf_sparse.cli import main
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.results import ResultFile
 from hf_sparse.visibility import interval_to_mask
 from tests import small, tiny
+from tests.small import run_command
 
 CPU = torch.device("cpu")
 SHAPE = Shape(4, 2, 16, 64, 100)
@@ -36,10 +36,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(["bench", *arguments])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
+    return run_command("bench", *arguments)
 
 
 def test_methods_take_turns_and_none_is_always_first() -> None:

@@ -15,6 +15,7 @@ from hf_sparse.cli import main
 from hf_sparse.cli_options import SparseOptions
 from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
 from tests import small, tiny
+from tests.small import run_command
 
 SPARSE = shlex.split("--alpha 2 --min-keys 4 --sink-keys 1 --recent-keys 2 --dense-below 8 --dense-layers none")
 SHORT = ["--lengths", "48,96", "--targets", "40", "--device", "cpu", *SPARSE]
@@ -37,19 +38,11 @@ def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
 
 
-def _run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    code = caught.value.code
-    assert isinstance(code, int)
-    return code
-
-
 def test_perplexity_prints_tables_and_writes_what_it_says(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert _run("perplexity", "tiny-llama", "--text", "texts", *SHORT, "--output", str(out)) == 0
+    assert run_command("perplexity", "tiny-llama", "--text", "texts", *SHORT, "--output", str(out)) == 0
     printed = capsys.readouterr()
     assert "ratio to dense" in printed.out
     assert "grouped / fixed-grouped" in printed.out
@@ -67,7 +60,7 @@ def test_perplexity_prints_tables_and_writes_what_it_says(
 
 def test_json_is_all_that_stdout_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["perplexity", "tiny-llama", "--text", "texts", *SHORT, "--methods", "window", "--json"]
-    assert _run(*arguments, "--output", str(tmp_path)) == 0
+    assert run_command(*arguments, "--output", str(tmp_path)) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert {row["method"] for row in summary["results"]} == {"dense", "window"}
@@ -78,7 +71,7 @@ def test_the_default_folder_is_named_after_model_and_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["--text", str(home / "texts"), *SHORT, "--methods", "window", "--device-map", "auto"]
-    assert _run("perplexity", str(home / "tiny-llama"), *arguments) == 0
+    assert run_command("perplexity", str(home / "tiny-llama"), *arguments) == 0
     assert (tmp_path / "results" / "tiny-llama-perplexity" / "rows.jsonl").is_file()
 
 
@@ -86,14 +79,14 @@ def test_attention_error_compares_every_law_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*SHORT[:2], *SHORT[4:], "--rows", "16", "--output", str(tmp_path)]
-    assert _run("attention-error", "tiny-llama", "--text", "texts", *options) == 0
+    assert run_command("attention-error", "tiny-llama", "--text", "texts", *options) == 0
     printed = capsys.readouterr().out
     assert "retained mass" in printed
     assert "slope, worst 1 % of rows" in printed
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert {json.loads(line)["method"] for line in lines} >= {"dense", "topk", "fixed", "grouped", "window"}
     monkeypatch.setattr("hf_sparse.evaluation.attention_error.measure", None)
-    assert _run("attention-error", "tiny-llama", "--text", "texts", *options, "--json") == 0
+    assert run_command("attention-error", "tiny-llama", "--text", "texts", *options, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "summary.json").read_text())
     assert (tmp_path / "rows.jsonl").read_text().splitlines() == lines
 
@@ -104,21 +97,21 @@ def test_the_demo_patches_writes_and_measures(
     monkeypatch.setattr("hf_sparse.cli_demo._LENGTHS", [64, 128, 192, 240])
     options = ["--device", "cpu", "--output", str(tmp_path)]
     monkeypatch.setattr("hf_sparse.cli_demo._TARGETS", 32)
-    assert _run("demo", "tiny-llama", *options) == 0
+    assert run_command("demo", "tiny-llama", *options) == 0
     printed = capsys.readouterr().out
     for part in ("hf_sparse.patch(model)", "kept / visible keys", "sparse: ", "ratio to dense", "retained mass"):
         assert part in printed
     assert {path.name for path in tmp_path.glob("*/*.png")} == {"perplexity.png", "attention_error.png"}
-    assert _run("demo", "tiny-llama", *options, "--json") == 0
+    assert run_command("demo", "tiny-llama", *options, "--json") == 0
     assert set(json.loads(capsys.readouterr().out)) == {"texts", "report", "perplexity", "attention_error"}
 
 
 def test_inspect_says_yes_and_no(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run("inspect", "tiny-llama") == 0
+    assert run_command("inspect", "tiny-llama") == 0
     assert "LlamaForCausalLM can be patched" in capsys.readouterr().out
-    assert _run("inspect", "bloom") == 1
+    assert run_command("inspect", "bloom") == 1
     assert "BloomForCausalLM cannot be patched" in capsys.readouterr().out
-    assert _run("inspect", "tiny-llama", "--json") == 0
+    assert run_command("inspect", "tiny-llama", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["supported"]
     assert len(report["layers"]) == tiny.LAYERS
@@ -159,7 +152,7 @@ def test_inspect_says_yes_and_no(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_users_mistake_is_one_line_and_exit_code_2(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = _run(*arguments.split())
+    code = run_command(*arguments.split())
     printed = capsys.readouterr()
     assert code == 2
     assert printed.out == ""
@@ -179,7 +172,7 @@ def test_a_programming_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("command", [[], ["inspect"], ["perplexity"]])
 def test_help_is_printed(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run(*command, "-h") == 0
+    assert run_command(*command, "-h") == 0
     assert "Usage: " in capsys.readouterr().out
 
 
@@ -196,7 +189,7 @@ def test_two_processes_make_the_rows_of_one(home: Path, tmp_path: Path) -> None:
         return {line["key"]: line["nll"] for line in lines}
 
     arguments = ["tiny-llama", "--text", "texts", *SHORT, "--methods", "window"]
-    assert _run("perplexity", *arguments, "--output", str(tmp_path / "one")) == 0
+    assert run_command("perplexity", *arguments, "--output", str(tmp_path / "one")) == 0
     script = Path(__file__).parents[1] / "scripts" / "perplexity.py"
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -10,8 +10,8 @@ import pytest
 
 import hf_sparse
 from hf_sparse import policy_files
-from hf_sparse.cli import main
 from tests import small, tiny
+from tests.small import run_command
 
 FLOORS = ["--min-keys", "96", "--sink-keys", "1", "--recent-keys", "2", "--dense-below", "0"]
 
@@ -35,21 +35,13 @@ def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
 
 
-def _run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    code = caught.value.code
-    assert isinstance(code, int)
-    return code
-
-
 @pytest.fixture(scope="module")
 def policy(home: Path) -> Path:
     """A folder with what `calibrate` wrote."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         options = ["--text", "texts", "--target", "density=0.3", "--output", "policy", "--device", "cpu"]
-        assert _run("calibrate", "tiny-llama", *options, *FLOORS) == 0
+        assert run_command("calibrate", "tiny-llama", *options, *FLOORS) == 0
     return home / "policy"
 
 
@@ -79,19 +71,19 @@ def test_calibrate_prints_tables_and_resumes(
 ) -> None:
     monkeypatch.setattr("hf_sparse.calibration.run.error_curves", None)
     options = ["--text", "texts", "--target", "density=0.3", "--output", "policy", "--device", "cpu", *FLOORS]
-    assert _run("calibrate", "tiny-llama", *options) == 0
+    assert run_command("calibrate", "tiny-llama", *options) == 0
     printed = capsys.readouterr()
     for part in ("density=0.3", "calibrated", "uniform", "constant", "linear", "first quartile", "exponent", "of 8"):
         assert part in printed.out
     assert "error against budget" in printed.err
     assert (policy / "tables.md").read_text().startswith("| target |")
-    assert _run("calibrate", "tiny-llama", *options, "--json") == 0
+    assert run_command("calibrate", "tiny-llama", *options, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads((policy / "calibration.json").read_text())
 
 
 def test_a_target_that_is_not_met_is_a_negative_answer(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--text", "texts", "--held-out", "other.txt", "--target", "density=0.01", "--device", "cpu", *FLOORS]
-    assert _run("calibrate", "tiny-llama", "--output", "policy2", *options) == 1
+    assert run_command("calibrate", "tiny-llama", "--output", "policy2", *options) == 1
     line = capsys.readouterr().out.splitlines()[1]
     assert line.split()[0] == "density=0.01"
     assert line.split()[2] == "no"
@@ -125,7 +117,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     arguments: str, message: str, policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    code = _run(*arguments.split())
+    code = run_command(*arguments.split())
     printed = capsys.readouterr()
     assert code == 2
     assert printed.out == ""
@@ -137,7 +129,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
 def test_perplexity_evaluates_a_policy(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--text", "texts", "--lengths", "600", "--targets", "24", "--device", "cpu", "--output", str(tmp_path)]
     methods = ["--methods", "grouped,uniform,fixed-grouped,decode,decode-topk"]
-    assert _run("perplexity", "tiny-llama", "--policy", "policy", *methods, *options) == 0
+    assert run_command("perplexity", "tiny-llama", "--policy", "policy", *methods, *options) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     configs = {row["method"]: row["config"] for row in rows}
     own = json.loads((policy / "sparse_config.json").read_text())
@@ -153,7 +145,7 @@ def test_perplexity_evaluates_a_policy(policy: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "perplexity.png").is_file()
     # What is given goes before the policy.
     arguments = ["--methods", "window", "--recent-keys", "32", *options, "--json"]
-    assert _run("perplexity", "tiny-llama", "--policy", "policy/sparse_config.json", *arguments) == 0
+    assert run_command("perplexity", "tiny-llama", "--policy", "policy/sparse_config.json", *arguments) == 0
     config = json.loads(capsys.readouterr().out)["configs"]["window"]
     assert (config["recent_keys"], config["min_keys"]) == (32, 96)
 
@@ -162,7 +154,7 @@ def test_attention_error_compares_calibrated_laws_with_one_for_all(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--text", "texts", "--lengths", "256,512,1024", "--rows", "64", "--device", "cpu"]
-    assert _run("attention-error", "tiny-llama", "--policy", "policy", *options, "--output", str(tmp_path)) == 0
+    assert run_command("attention-error", "tiny-llama", "--policy", "policy", *options, "--output", str(tmp_path)) == 0
     printed = capsys.readouterr().out
     assert "method / calibrated" in printed
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from hf_sparse.cli import main
 from hf_sparse.evaluation.tables import markdown_table
 from hf_sparse.theory import lab
 from hf_sparse.theory.experiment import Experiment, Findings
 from hf_sparse.theory.inputs import Input
 from hf_sparse.theory.model_experiments import EXPERIMENTS
+from tests.small import run_command
 from tests.test_theory_synthetic import SIMULATED_EXPONENTS, SIMULATED_SLOPES
 
 ROOT = Path(__file__).parents[1]
@@ -23,11 +23,7 @@ ANSWERS = {"holds", "holds in part", "fails", "not testable here"}
 
 
 def _run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(["theory", *arguments])
-    code = caught.value.code
-    assert isinstance(code, int)
-    return code
+    return run_command("theory", *arguments)
 
 
 @pytest.fixture(scope="module")
