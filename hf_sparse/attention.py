@@ -229,7 +229,7 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
     padded = inputs
     if state.config.selector == "grouped":
         padded = replace(inputs, summaries=summaries_of(inputs.key))
-        if not want_weights and (start := _dense_rows(inputs, plan)):
+        if rows > 1 and not want_weights and (start := _dense_rows(inputs, plan)):
             parts.append(dense.attend(inputs.rows(0, start).visible_part()))
             kept.append(facts.visible[:, :start].sum().expand(heads))
             padded, budgets, rows = padded.rows(start, rows), budgets[..., start:], rows - start
