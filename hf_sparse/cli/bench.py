@@ -18,8 +18,8 @@ from hf_sparse.bench.shapes import SHAPES, parse_shape
 from hf_sparse.bench.subject import Plan, Subject
 from hf_sparse.bench.summary import Summary, summarise
 from hf_sparse.bench.tables import bench_tables
-from hf_sparse.cli_options import RunOptions, SparseOptions, parse_integers
-from hf_sparse.cli_runs import Outcome, write_outcome
+from hf_sparse.cli.options import RunOptions, SparseOptions, parse_integers
+from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SELECTORS, SparseAttentionConfig
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.evaluation.models import DTYPES, ModelSource

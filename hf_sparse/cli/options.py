@@ -11,10 +11,10 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from hf_sparse import policy_files
 from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy as ReadPolicy
+from hf_sparse.policy import files as policy_files
 
 Model = Annotated[
     str, typer.Argument(help="Hub id, folder or .gguf file, of a model or a sparse_config.json.", show_default=False)

@@ -13,8 +13,8 @@ import typer
 from hf_sparse.calibration.calibrate import Calibration, run_calibration
 from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import LONGEST, split
-from hf_sparse.cli_options import DenseBelow, MinKeys, RecentKeys, RunOptions, SinkKeys, SparseOptions
-from hf_sparse.cli_runs import Outcome
+from hf_sparse.cli.options import DenseBelow, MinKeys, RecentKeys, RunOptions, SinkKeys, SparseOptions
+from hf_sparse.cli.runs import Outcome
 from hf_sparse.config import SelectorName, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import load_documents

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import hf_sparse
-from hf_sparse.cli_options import DataOptions, RunOptions
-from hf_sparse.cli_runs import Ready, is_main_process, prepare, run_attention_error, run_perplexity
+from hf_sparse.cli.options import DataOptions, RunOptions
+from hf_sparse.cli.runs import Ready, is_main_process, prepare, run_attention_error, run_perplexity
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
 from hf_sparse.evaluation.models import ModelSource

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from hf_sparse.quality import QualityRow
+from hf_sparse.policy.quality import QualityRow
 
 _TIMES = {
     "decode-seconds": "decode of one layer, n cached keys",

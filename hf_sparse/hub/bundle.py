@@ -12,14 +12,14 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_sparse import policy_files
 from hf_sparse.card import license_in, make_card
+from hf_sparse.card.measured import Results, plots, quality
 from hf_sparse.errors import OutOfReachError, UserError, first_line
 from hf_sparse.files import inside, leads_out, write_whole
 from hf_sparse.hub_errors import hub_errors
-from hf_sparse.measured import Results, plots, quality
-from hf_sparse.origin import Origin
 from hf_sparse.policy import Policy
+from hf_sparse.policy import files as policy_files
+from hf_sparse.policy.origin import Origin
 
 CARD, CONFIG = "README.md", "config.json"
 

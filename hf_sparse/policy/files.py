@@ -17,7 +17,7 @@ from hf_sparse.checks import shown
 from hf_sparse.errors import UserError
 from hf_sparse.files import write_whole
 from hf_sparse.hub_errors import hub_errors
-from hf_sparse.policy import Policy, is_hub_id
+from hf_sparse.policy.policy import Policy, is_hub_id
 
 NAME = "sparse_config.json"
 """The name of the file in a folder or repository."""

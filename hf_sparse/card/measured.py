@@ -12,7 +12,7 @@ from typing import Any
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.files import inside, write_whole
-from hf_sparse.quality import QualityRow
+from hf_sparse.policy.quality import QualityRow
 
 DENSE = "dense"
 OURS = "hf_sparse"  # as `bench` calls it

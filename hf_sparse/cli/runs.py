@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_sparse.cli_options import DataOptions, RunOptions
+from hf_sparse.cli.options import DataOptions, RunOptions
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation import attention_error, attention_summary, perplexity, perplexity_summary, plots

@@ -6,8 +6,8 @@ import warnings
 
 from transformers import PreTrainedConfig
 
-from hf_sparse.origin import Origin
-from hf_sparse.policy import Policy, is_hub_id
+from hf_sparse.policy.origin import Origin
+from hf_sparse.policy.policy import Policy, is_hub_id
 from hf_sparse.record import CalibrationRecord
 from hf_sparse.support import SupportReport
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from hf_sparse.card_quality import measured, names
+from hf_sparse.card.quality import measured, names
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.policy import Policy
 from hf_sparse.record import CalibrationRecord

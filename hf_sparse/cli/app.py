@@ -13,11 +13,11 @@ from typing import Annotated
 import typer
 
 import hf_sparse
-from hf_sparse.cli_bench import BenchOptions, run_bench
-from hf_sparse.cli_calibrate import CalibrationOptions, run_calibrate
-from hf_sparse.cli_demo import DEMO_MODEL, run_demo
-from hf_sparse.cli_memory import run_memory
-from hf_sparse.cli_options import (
+from hf_sparse.cli.bench import BenchOptions, run_bench
+from hf_sparse.cli.calibrate import CalibrationOptions, run_calibrate
+from hf_sparse.cli.demo import DEMO_MODEL, run_demo
+from hf_sparse.cli.memory import run_memory
+from hf_sparse.cli.options import (
     DataOptions,
     Json,
     Model,
@@ -29,16 +29,16 @@ from hf_sparse.cli_options import (
     read_policy,
     share_options,
 )
-from hf_sparse.cli_publish import BundleOptions, Target, run_card, run_publish
-from hf_sparse.cli_runs import Outcome, Ready, is_main_process, prepare, run_attention_error, run_perplexity
-from hf_sparse.cli_theory import TheoryOptions, print_theory, run_theory
+from hf_sparse.cli.publish import BundleOptions, Target, run_card, run_publish
+from hf_sparse.cli.runs import Outcome, Ready, is_main_process, prepare, run_attention_error, run_perplexity
+from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.attention_error import ROWS_PER_LENGTH
 from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.perplexity import METHODS, MORE_METHODS, make_methods
 from hf_sparse.evaluation.windows import check_lengths
-from hf_sparse.hub import MESSAGE
+from hf_sparse.hub.pretrained import MESSAGE
 
 app = typer.Typer(
     name="hf-sparse",
@@ -236,7 +236,3 @@ def _print(outcome: Outcome, ready: Ready, run: RunOptions) -> None:
     else:
         print(f"{outcome}\n\nintervals: 95 %, bootstrap over {outcome.summary['resampled']}")
         print(f"rows, summary, tables and plot: {ready.folder}")
-
-
-if __name__ == "__main__":
-    main()

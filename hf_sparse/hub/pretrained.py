@@ -16,16 +16,16 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_sparse import policy_files
-from hf_sparse.bundle import Bundle, card_in, make_bundle
 from hf_sparse.errors import UserError, first_line
+from hf_sparse.hub.bundle import Bundle, card_in, make_bundle
+from hf_sparse.hub.remote import Remote
 from hf_sparse.hub_errors import UNREADABLE, hub_errors
-from hf_sparse.origin import Origin, origin_of
 from hf_sparse.patching import base_model as unwrapped
 from hf_sparse.patching import patch, policy_of
 from hf_sparse.policy import Policy
-from hf_sparse.remote import Remote
-from hf_sparse.suitability import check_calibration, warn_of_another_base
+from hf_sparse.policy import files as policy_files
+from hf_sparse.policy.origin import Origin, origin_of
+from hf_sparse.policy.suitability import check_calibration, warn_of_another_base
 from hf_sparse.support import inspect
 
 PathLike = str | os.PathLike[str]

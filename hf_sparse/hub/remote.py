@@ -8,12 +8,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from hf_sparse.bundle import CARD, CONFIG
 from hf_sparse.checks import shown
 from hf_sparse.errors import UserError, first_line
+from hf_sparse.hub.bundle import CARD, CONFIG
 from hf_sparse.hub_errors import hub_errors
 from hf_sparse.policy import is_hub_id
-from hf_sparse.policy_files import NAME
+from hf_sparse.policy.files import NAME
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 # What a repository may hold that was made by hand to be filled.

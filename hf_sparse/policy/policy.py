@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_sparse.checks import check_mapping, check_name, check_text, check_versions, shown
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.quality import QualityRow
+from hf_sparse.policy.quality import QualityRow
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
-from hf_sparse.card_text import BEGIN, END, section
+from hf_sparse.card.text import BEGIN, END, section
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy
 

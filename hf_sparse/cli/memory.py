@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_sparse.cli_runs import Outcome, write_outcome
+from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.evaluation import memory, plot_memory
 from hf_sparse.evaluation.results import software

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_sparse.cli_options import DataOptions, RunOptions, parse_integers
-from hf_sparse.cli_runs import prepare
+from hf_sparse.cli.options import DataOptions, RunOptions, parse_integers
+from hf_sparse.cli.runs import prepare
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.windows import check_lengths

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
-from hf_sparse.policy import is_hub_id
+from hf_sparse.policy.policy import is_hub_id
 
 # A snapshot in the cache of huggingface_hub.
 _SNAPSHOT = re.compile(r".*[/\\]models--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})[/\\]?")
