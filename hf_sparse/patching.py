@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_sparse import break_even
+from hf_sparse import break_even, engines
 from hf_sparse.attention import NAME, STATE, LayerState, register
 from hf_sparse.audit import LayerAudit
 from hf_sparse.break_even import Machine
@@ -85,6 +85,8 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
     if not support.supported:
         raise ValueError(str(support))
     reasons = _dense_reasons(support, config)
+    if reason := engines.why_not(config.engine):
+        raise ValueError(f"engine {config.engine!r} cannot run here: {reason}; engine 'auto' does without")
     if config.calibration is not None:
         check_calibration(config.calibration, support, base.config)
     warn_if_too_slow(config.budget())

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hf_sparse.kernels import cpu
-from hf_sparse.kernels.cpu.calls import TILE
 
 
 class QuantisedKeys:
@@ -46,15 +45,15 @@ class QuantisedKeys:
             self._parts = (change(self._parts[0]).contiguous(), change(self._parts[1]).contiguous())
 
     def _with_room(self, key: Tensor, stop: int) -> tuple[Tensor, Tensor]:
-        tiles = -(-stop // TILE)
+        tiles = -(-stop // cpu.TILE)
         old = self._parts
         if old is not None and old[0].shape[2] >= tiles:
             return old
-        room = tiles + tiles // 8 + TILE
+        room = tiles + tiles // 8 + cpu.TILE
         batch, heads, _, dim = key.shape
         grown = (
-            torch.zeros(batch, heads, room, dim // 4, TILE, 4, dtype=torch.uint8),
-            torch.zeros(batch, heads, room * TILE),
+            torch.zeros(batch, heads, room, dim // 4, cpu.TILE, 4, dtype=torch.uint8),
+            torch.zeros(batch, heads, room * cpu.TILE),
         )
         if old is not None:
             for new, part in zip(grown, old, strict=True):

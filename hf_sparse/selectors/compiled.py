@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.kernels import cpu
-from hf_sparse.kernels.cpu.calls import TILE
 from hf_sparse.selection import AttentionInputs, Selection
 
 OVERSAMPLING = 2
 """Columns in a group's pool for each that its members want at most."""
 
 
-def supports(inputs: AttentionInputs) -> bool:
-    """Whether the kernels can select for this call."""
-    return inputs.softcap is None and inputs.key.shape[3] % 4 == 0 and cpu.supports(inputs.key)
+def refusal(inputs: AttentionInputs) -> str | None:
+    """Why the kernels cannot select for this call; `None` if they can."""
+    if inputs.softcap is not None:
+        return "the compiled kernels rank no scores with a soft cap"
+    if inputs.key.shape[3] % 4:
+        return f"the compiled kernels take heads of a multiple of 4 components, not {inputs.key.shape[3]}"
+    return cpu.refusal(inputs.key)
 
 
 def select_compiled(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig, size: int) -> Selection:
@@ -60,4 +62,4 @@ def _width(first: Tensor, stop: Tensor, budgets: Tensor, config: SparseAttention
         ahead = int((end.masked_fill(~alive, 0).amax(-1) - end.masked_fill(~alive, far).amin(-1)).max())
     certain = max(0, skew) + config.sink_keys + max(0, ahead) + max(1, config.recent_keys)
     pool = min(OVERSAMPLING * (int(budgets.max()) + max(0, skew)), int((stop - first).max()) + max(0, skew))
-    return sum(-(-x // TILE) * TILE for x in (certain, pool))
+    return sum(-(-x // cpu.TILE) * cpu.TILE for x in (certain, pool))

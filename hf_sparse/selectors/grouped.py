@@ -37,7 +37,7 @@ def select_grouped(inputs: AttentionInputs, budgets: Tensor, config: SparseAtten
         config: For `sink_keys` and `recent_keys`.
     """
     rows = inputs.query.shape[2]
-    if compiled.supports(inputs):
+    if compiled.refusal(inputs) is None:
         return compiled.select_compiled(inputs, budgets, config, min(ROWS, rows))
     if rows == 1:
         return select_single(inputs, budgets, config)

@@ -12,7 +12,8 @@ struct Call {
     States key, value;
     const float *query; // (batch, heads, rows, dim), contiguous, scaled
     int64_t batches, heads, kv_heads, rows, size, width;
-    const int64_t *columns;  // (batch, kv_heads, groups, width)
+    int64_t per_head; // whether a group holds rows of one head, and not of all that share keys
+    const int64_t *columns;  // (batch, kv_heads, groups, width); if `per_head`, groups go by head, then row
     const uint8_t *allowed;  // (batch, kv_heads, groups, members, width)
     const float *scores;     // like `allowed`, or null: they are worked out here
     const float *sinks;      // (heads) logits without a value, or null
@@ -29,9 +30,10 @@ constexpr float LOWEST = -1e38f; // below every score
 class Attention {
   public:
     Attention(const Call &call, int64_t index)
-        : call(call), share(call.heads / call.kv_heads), members(share * call.size),
-          groups(call.rows / call.size), group(index % groups), kv_head(index / groups % call.kv_heads),
-          batch(index / groups / call.kv_heads), columns(call.columns + index * call.width),
+        : call(call), share(call.heads / call.kv_heads), members(call.per_head ? call.size : share * call.size),
+          groups(call.rows / call.size), group(index % groups), first_head(index / groups * (call.per_head ? 1 : share)),
+          kv_head(first_head / share % call.kv_heads), batch(first_head / call.heads),
+          columns(call.columns + index * call.width),
           allowed(call.allowed + index * members * call.width),
           scores(call.scores ? call.scores + index * members * call.width : nullptr),
           padded(round_up(call.value.dim, LANES)) {}
@@ -51,7 +53,9 @@ class Attention {
 
   private:
     const Call &call;
-    const int64_t share, members, groups, group, kv_head, batch;
+    const int64_t share, members, groups, group;
+    const int64_t first_head; // counted over the batch
+    const int64_t kv_head, batch;
     const int64_t *columns;
     const uint8_t *allowed;
     const float *scores;
@@ -60,9 +64,9 @@ class Attention {
     int64_t *used; // where in `columns` tiles of 16 begin of which some member is allowed some
     int64_t used_count = 0;
 
-    int64_t head_of(int64_t m) const { return kv_head * share + m / call.size; }
+    int64_t head_of(int64_t m) const { return first_head % call.heads + m / call.size; }
     int64_t at(int64_t m) const {
-        return (batch * call.heads + head_of(m)) * call.rows + group * call.size + m % call.size;
+        return (first_head + m / call.size) * call.rows + group * call.size + m % call.size;
     }
 
     void find_used() {
@@ -169,6 +173,6 @@ class Attention {
 } // namespace
 
 extern "C" void hfs_attend(const Call *call) {
-    const int64_t count = call->batches * call->kv_heads * (call->rows / call->size);
+    const int64_t count = call->batches * (call->per_head ? call->heads : call->kv_heads) * (call->rows / call->size);
     in_parallel(count, call->threads, [&](int64_t index) { Attention(*call, index).run(); });
 }

@@ -14,9 +14,10 @@ from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 
+import torch
 from huggingface_hub import constants
 
-from hf_sparse.break_even import device_name
+from hf_sparse.machine import device_name
 
 SWITCH = "HF_SPARSE_KERNELS"
 """The environment variable that, set to `0`, leaves the kernels alone: everything is done by PyTorch then."""
@@ -27,7 +28,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 _LONGEST = 300.0
 
 
-class _Unavailable(Exception):
+class _UnavailableError(Exception):
     """Why there are no kernels here, in a sentence."""
 
 
@@ -45,7 +46,7 @@ def why_not() -> str | None:
 def _found() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         return ctypes.CDLL(str(_compiled())), None
-    except _Unavailable as error:
+    except _UnavailableError as error:
         return None, str(error)
     except OSError as error:
         return None, f"the compiled kernels cannot be loaded ({error})"
@@ -53,9 +54,7 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
 
 def _compiled() -> Path:
     if os.environ.get(SWITCH) == "0":
-        raise _Unavailable(f"{SWITCH}=0 is set")
-    import torch
-
+        raise _UnavailableError(f"{SWITCH}=0 is set")
     compiler = _compiler()
     with as_file(files(__package__)) as folder:
         sources = sorted(folder.glob("*.cpp"))
@@ -74,14 +73,16 @@ def _compiler() -> tuple[str, ...]:
     for name in _COMPILERS:
         if found := shutil.which(name):
             return (found,)
-    raise _Unavailable(f"there is no C++ compiler: none of {', '.join(_COMPILERS)} is on the path, and CXX is not set")
+    raise _UnavailableError(
+        f"there is no C++ compiler: none of {', '.join(_COMPILERS)} is on the path, and CXX is not set"
+    )
 
 
 def _version(compiler: tuple[str, ...]) -> str:
     try:
         return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise _Unavailable(f"the C++ compiler {shlex.join(compiler)} does not run ({error})") from None
+        raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} does not run ({error})") from None
 
 
 def _compile(compiler: tuple[str, ...], sources: list[Path], target: Path) -> None:
@@ -97,6 +98,6 @@ def _compile(compiler: tuple[str, ...], sources: list[Path], target: Path) -> No
                     made.replace(target)
                     return
     except (OSError, subprocess.SubprocessError) as error:
-        raise _Unavailable(f"the kernels could not be compiled ({error})") from None
+        raise _UnavailableError(f"the kernels could not be compiled ({error})") from None
     first = next(iter(done.stderr.strip().splitlines()), "no message")
-    raise _Unavailable(f"the C++ compiler {shlex.join(compiler)} failed: {first}")
+    raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} failed: {first}")

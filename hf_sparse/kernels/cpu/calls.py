@@ -8,7 +8,7 @@ from ctypes import c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from hf_sparse.kernels.cpu.build import library
+from hf_sparse.kernels.cpu.build import library, why_not
 
 TILE = 16
 """Keys that are quantised side by side."""
@@ -66,7 +66,7 @@ class _Attending(ctypes.Structure):
         ("key", _States),
         ("value", _States),
         ("query", c_void_p),
-        *((name, c_int64) for name in ("batches", "heads", "kv_heads", "rows", "size", "width")),
+        *((name, c_int64) for name in ("batches", "heads", "kv_heads", "rows", "size", "width", "per_head")),
         *((name, c_void_p) for name in ("columns", "allowed", "scores", "sinks")),
         ("softcap", c_double),
         ("out", c_void_p),
@@ -74,9 +74,14 @@ class _Attending(ctypes.Structure):
     )
 
 
-def supports(*states: Tensor) -> bool:
-    """Whether there are kernels here for keys or values like these."""
-    return all(x.device.type == "cpu" and x.dtype in _DTYPES and x.stride(3) == 1 for x in states) and bool(library())
+def refusal(*states: Tensor) -> str | None:
+    """Why there are no kernels for keys or values like these; `None` if there are."""
+    for x in states:
+        if x.device.type != "cpu":
+            return f"the compiled kernels are for processors, not for {x.device.type}"
+        if x.dtype not in _DTYPES:
+            return f"the compiled kernels take float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    return why_not()
 
 
 def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
@@ -160,6 +165,7 @@ def attend(
     allowed: Tensor,
     *,
     size: int,
+    per_head: bool,
     scores: Tensor | None,
     sinks: Tensor | None,
     softcap: float | None,
@@ -170,9 +176,10 @@ def attend(
         query: Scaled, float32 `(batch, heads, rows, head_dim)`, contiguous.
         key: `(batch, kv_heads, kv_len, head_dim)`.
         value: `(batch, kv_heads, kv_len, value_dim)`.
-        columns: int64 `(batch, kv_heads, groups, width)`, contiguous.
+        columns: int64 `(batch, kv_heads, groups, width)`, contiguous; `width` a multiple of `TILE`.
         allowed: bool `(batch, kv_heads, groups, members, width)`, contiguous.
         size: Rows in a group.
+        per_head: Whether each query head has groups of its own, ordered by (head in the GQA group, row).
         scores: Of the columns, float32 like `allowed` and contiguous, if they are known.
         sinks: Logits `(heads,)` that take part without a value, float32; or `None`.
         softcap: Soft cap of the scores, or `None`.
@@ -186,7 +193,7 @@ def attend(
         _States(key),
         _States(value),
         query.data_ptr(),
-        *(batch, heads, key.shape[1], rows, size, columns.shape[-1]),
+        *(batch, heads, key.shape[1], rows, size, columns.shape[-1], per_head),
         *(None if x is None else x.data_ptr() for x in (columns, allowed, scores, sinks)),
         softcap or 0.0,
         out.data_ptr(),
@@ -198,5 +205,5 @@ def attend(
 
 def _library() -> ctypes.CDLL:
     found = library()
-    assert found is not None, "no compiled kernels: ask `supports` first"
+    assert found is not None, "no compiled kernels: ask `refusal` first"
     return found

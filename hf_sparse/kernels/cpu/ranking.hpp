@@ -30,14 +30,15 @@ inline int64_t count_from(const int32_t *values, int64_t tiles, int32_t least) {
     return -int64_t(sum(counts[0] + counts[1] + counts[2] + counts[3]));
 }
 
-// A bound such that the values above it and the first `equal` of those equal to it are the best `wanted`.
+// A bound such that the values above it, and those equal to it but for the first `left_out`, are the best `wanted`.
+// Of equal keys the most recent are kept, for they are the likelier ones to matter.
 struct Bound {
     int32_t value;
-    int64_t equal;
+    int64_t left_out;
 };
 
 inline Bound best(const int32_t *values, int64_t tiles, int64_t wanted) {
-    if (wanted <= 0) return {INT32_MAX, 0};
+    if (wanted <= 0) return {INT32_MAX, INT64_MAX};
     Ints most = Ints{} + NEVER;
     Ints least = Ints{} + INT32_MAX;
     for (int64_t i = 0; i < tiles; i++) {
@@ -49,26 +50,26 @@ inline Bound best(const int32_t *values, int64_t tiles, int64_t wanted) {
     int64_t low = INT32_MAX, high = NEVER; // at least `wanted` values from `low` on, fewer from `high` on
     for (int i = 0; i < LANES; i++) low = std::min<int64_t>(low, least[i]), high = std::max<int64_t>(high, most[i]);
     high++;
-    if (count_from(values, tiles, int32_t(low)) <= wanted) return {int32_t(low - 1), 0};
-    int64_t above = 0; // values from `high` on
+    int64_t from_low = count_from(values, tiles, int32_t(low));
+    if (from_low <= wanted) return {int32_t(low), 0};
     while (high - low > 1) {
         const int64_t middle = low + (high - low) / 2;
         const int64_t count = count_from(values, tiles, int32_t(middle));
-        if (count == wanted) return {int32_t(middle - 1), 0};
+        if (count == wanted) return {int32_t(middle), 0};
         if (count > wanted)
-            low = middle;
+            low = middle, from_low = count;
         else
-            high = middle, above = count;
+            high = middle;
     }
-    return {int32_t(low), wanted - above};
+    return {int32_t(low), from_low - wanted};
 }
 
-// Whether each of 16 values is among the best; uses up the `equal` of the bound.
+// Whether each of 16 values is among the best; counts down what the bound leaves out.
 inline Ints among_best(Ints values, Bound &bound) {
-    Ints yes = values > bound.value;
-    if (bound.equal > 0)
-        for (int i = 0; i < LANES && bound.equal > 0; i++)
-            if (values[i] == bound.value) yes[i] = -1, bound.equal--;
+    Ints yes = values >= bound.value;
+    if (bound.left_out > 0)
+        for (int i = 0; i < LANES && bound.left_out > 0; i++)
+            if (values[i] == bound.value) yes[i] = 0, bound.left_out--;
     return yes;
 }
 

@@ -13,7 +13,7 @@ template <int count> class Ballot {
         for (int m = 0; m < count; m++) {
             const bool votes = voter(set + m);
             first[m] = votes ? std::max(group.begin, group.members[set + m].first) : group.low;
-            base[m] = votes ? group.members[set + m].total : 0;
+            base[m] = votes ? group.members[set + m].total : INFINITY; // weights of 2^-126
             latest = std::max(latest, votes ? first[m] : 0);
         }
     }
