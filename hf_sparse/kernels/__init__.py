@@ -1,0 +1,1 @@
+"""Compiled kernels, one package for each way to compile them; nothing here is imported before it is needed."""
