@@ -11,18 +11,12 @@ of members to fill the GPU, as in decoding, several programs share the columns, 
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E = tl.constexpr(math.log2(math.e))
-
-# Below all scores, and finite: the difference of two such numbers is 0, not NaN.
-_LOWEST = tl.constexpr(-1e30)
+from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, adjacent, fold, parts_for
 
 # Parts into which the columns of a group are cut at most: the second kernel holds all parts of a member at once.
 _MOST_PARTS = 64
@@ -60,15 +54,15 @@ def attend(
     batch, heads, rows, dim = query.shape
     kv_heads, value_dim = value.shape[1], value.shape[3]
     groups, members, width = allowed.shape[2:]
-    query, key, value, columns, allowed = (_adjacent(x) for x in (query, key, value, columns, allowed.view(torch.uint8)))
+    query, key, value, columns, allowed = (adjacent(x) for x in (query, key, value, columns, allowed.view(torch.uint8)))
     padded_dim, padded_value_dim = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
     tile_members, tile_columns, warps = _tiles(members, max(padded_dim, padded_value_dim), key.dtype)
 
     tiles = triton.cdiv(members, tile_members)
     steps = triton.cdiv(width, tile_columns)
-    wanted = 2 * _processors(query.device) // (tiles * groups * batch * kv_heads)
-    steps_per_part = triton.cdiv(steps, max(1, min(wanted, steps, _MOST_PARTS)))
-    parts = max(1, triton.cdiv(steps, max(1, steps_per_part)))
+    parts, steps_each = parts_for(
+        query.device, tiles * groups * batch * kv_heads, steps, most=_MOST_PARTS, programs_each=2
+    )
 
     out = value.new_empty(batch, heads, rows, value_dim)
     part_shape = (batch, kv_heads, groups, members, parts)
@@ -96,7 +90,7 @@ def attend(
         members,
         width,
         parts,
-        steps_per_part * tile_columns,
+        steps_each * tile_columns,
         scaling,
         softcap,
         DIM=dim,
@@ -125,11 +119,6 @@ def attend(
     return out
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    """`x` with the entries of its last dimension next to each other, copied only if they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _tiles(members: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Members and columns of a tile, and warps: counted for Hopper, not measured yet.
 
@@ -148,11 +137,6 @@ def _tiles(members: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     if dim > 128:
         return 64, columns, 8
     return (128, columns, 8) if -(-members // 128) * 128 <= -(-members // 64) * 64 else (64, columns, 4)
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit
@@ -218,10 +202,10 @@ def _attend_tile(
     columns += batch * columns_strides[0] + kv_head * columns_strides[1] + group * columns_strides[2]
     allowed += batch * allowed_strides[0] + kv_head * allowed_strides[1] + group.to(tl.int64) * allowed_strides[2]
     allowed_row = allowed + member.to(tl.int64)[:, None] * allowed_strides[3]
-    highest = tl.full([MEMBERS], _LOWEST, tl.float32)
+    highest = tl.full([MEMBERS], LOWEST, tl.float32)
     mass = tl.zeros([MEMBERS], tl.float32)
     if sinks is not None and part == 0:
-        highest = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * _LOG2_E
+        highest = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2_E
         mass += 1.0
     sums = tl.zeros([MEMBERS, PADDED_VALUE_DIM], tl.float32)
     for start in range(part * part_width, tl.minimum(width, (part + 1) * part_width), COLUMNS):
@@ -234,13 +218,9 @@ def _attend_tile(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
         if softcap is not None:
             # tanh
-            scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores / softcap * (2.0 * _LOG2_E))))
-        scores = tl.where(keep != 0, scores * _LOG2_E, -float("inf"))
-        before = highest
-        highest = tl.maximum(before, tl.max(scores, 1))
-        fade = tl.exp2(before - highest)
-        weights = tl.exp2(scores - highest[:, None])
-        mass = mass * fade + tl.sum(weights, 1)
+            scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores / softcap * (2.0 * LOG2_E))))
+        scores = tl.where(keep != 0, scores * LOG2_E, -float("inf"))
+        weights, fade, highest, mass = fold(scores, highest, mass)
         v = tl.load(value + column[:, None] * value_strides[2] + dv[None, :], mask=dv_real, other=0.0)
         sums = tl.dot(weights.to(v.dtype), v, sums * fade[:, None], input_precision="ieee")
 
@@ -251,7 +231,9 @@ def _attend_tile(
         place = ((tl.program_id(2) * tl.num_programs(1) + group).to(tl.int64) * members + member) * parts + part
         tl.store(highest_out + place, highest, mask=real)
         tl.store(mass_out + place, mass, mask=real)
-    tl.store(out + place[:, None] * VALUE_DIM + dv[None, :], sums.to(out.dtype.element_ty), mask=real[:, None] & dv_real)
+    tl.store(
+        out + place[:, None] * VALUE_DIM + dv[None, :], sums.to(out.dtype.element_ty), mask=real[:, None] & dv_real
+    )
 
 
 @triton.jit
@@ -275,7 +257,7 @@ def _join_parts(
     dv = tl.arange(0, PADDED_VALUE_DIM)
     place = (tl.program_id(2) * tl.num_programs(1) + group).to(tl.int64) * tl.num_programs(0) + member
     place = place * parts + part
-    best = tl.load(highest + place, mask=real, other=_LOWEST)
+    best = tl.load(highest + place, mask=real, other=LOWEST)
     fade = tl.exp2(best - tl.max(best, 0))
     total = tl.sum(tl.load(mass + place, mask=real, other=0.0) * fade, 0)
     own = tl.load(
