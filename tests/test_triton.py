@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -341,5 +342,14 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
     )
     assert run.returncode == 0, run.stderr
-    compiled = {line.split()[0] for line in run.stdout.splitlines()}
-    assert compiled == {"_attend_tile", "_join_parts", "_quantise", "_totals", "_votes", "_scores", "_sums"}
+    compiled = Counter(line.split()[0] for line in run.stdout.splitlines())
+    # Two head_dims in a prefill, one of them in parts; in decoding, lengths that are multiples of 16, and others.
+    assert compiled == {
+        "_attend_tile": 2 + 2,
+        "_join_parts": 1 + 1,
+        "_quantise": 1,
+        "_totals": 1,
+        "_votes": 1,
+        "_scores": 2,
+        "_sums": 2,
+    }

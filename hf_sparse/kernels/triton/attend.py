@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, adjacent, fold, parts_for
+from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, adjacent, fold, on_its_device, parts_for
 
 # Parts into which the columns of a group are cut at most: the second kernel holds all parts of a member at once.
 _MOST_PARTS = 64
 
 
+@on_its_device
 def attend(
     query: Tensor,
     key: Tensor,
@@ -182,8 +183,7 @@ def _attend_tile(
 ):
     """Grid: (tiles of members x parts of the columns, groups, batch x kv_heads)."""
     group = tl.program_id(1)
-    batch = (tl.program_id(2) // kv_heads).to(tl.int64)
-    kv_head = tl.program_id(2) % kv_heads
+    batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
     part = tl.program_id(0) % parts
     member = tl.program_id(0) // parts * MEMBERS + tl.arange(0, MEMBERS)
     real = member < members

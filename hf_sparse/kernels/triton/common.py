@@ -1,21 +1,38 @@
-"""What the kernels share: exponentials to the base 2, which is what GPUs compute, and how work is cut into parts."""
+"""What the kernels share: where they run, how work is cut into parts, and exponentials to the base 2."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+
+# Exponentials to the base 2 are what GPUs compute.
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 # Below all scores, and finite: the difference of two such numbers is 0, not NaN.
 LOWEST = tl.constexpr(-1e30)
+
+
+def on_its_device(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
+    """Launch the kernels of a function on the GPU of its first argument, which need not be the current one."""
+
+    @wraps(function)
+    def launch(first: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        with torch.cuda.device(first.get_device()):
+            return function(first, *args, **kwargs)
+
+    return launch
 
 
 def adjacent(x: Tensor) -> Tensor:

@@ -10,9 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.kernels.triton.common import adjacent, on_its_device
+
 _ROWS = 32
 
 
+@on_its_device
 def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
     """Round each vector to whole multiples of its largest component / 127.
 
@@ -24,7 +27,7 @@ def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
         `states` by at most half a scale in each component.
     """
     batch, heads, length, dim = states.shape
-    states = states if states.stride(-1) == 1 else states.contiguous()
+    states = adjacent(states)
     whole = torch.empty(states.shape, dtype=torch.int8, device=states.device)
     scales = torch.empty(states.shape[:3], dtype=torch.float32, device=states.device)
     padded = triton.next_power_of_2(dim)
@@ -46,7 +49,7 @@ def _quantise(
     states, whole, scales, strides, heads, length, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr
 ):
     """Grid: (tiles of vectors, batch x heads)."""
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.arange(0, PADDED_DIM)
     real = (row < length)[:, None] & (d < DIM)[None, :]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, adjacent, fold, log_of, parts_for, total_of
+from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, adjacent, fold, log_of, on_its_device, parts_for, total_of
 from hf_sparse.kernels.triton.quantise import quantise
 from hf_sparse.kernels.triton.votes_of_few import MOST_MEMBERS, votes_of_few
 
@@ -28,6 +28,7 @@ from hf_sparse.kernels.triton.votes_of_few import MOST_MEMBERS, votes_of_few
 _MOST_PARTS = 16
 
 
+@on_its_device
 def votes(
     members: Tensor,
     keys: Tensor,
@@ -121,7 +122,7 @@ def _totals(
 
     Grid: (tiles of members x parts, batch x kv_heads, groups).
     """
-    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), tl.program_id(1) % kv_heads
+    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     # The last groups see most: they begin first.
     group = tl.num_programs(2) - 1 - tl.program_id(2)
     part = tl.program_id(0) % parts
@@ -184,7 +185,7 @@ def _votes(
     PARTS: tl.constexpr,
 ):
     """Weights summed over the members. Grid: (tiles of keys, batch x kv_heads, groups)."""
-    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), tl.program_id(1) % kv_heads
+    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     group = tl.num_programs(2) - 1 - tl.program_id(2)
     start = tl.load(begin + batch * tl.num_programs(2) + group).to(tl.int32)
     stop = tl.load(low + batch * tl.num_programs(2) + group).to(tl.int32)

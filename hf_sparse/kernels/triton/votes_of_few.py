@@ -95,7 +95,7 @@ def _scores(
 ):
     """Scores to the base 2, and the log of their summed exponentials. Grid: (parts, batch x kv_heads)."""
     part, parts = tl.program_id(0), tl.num_programs(0)
-    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), tl.program_id(1) % kv_heads
+    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     member = tl.arange(0, MEMBERS)
     real = member < size
     d = tl.arange(0, PADDED_DIM)
