@@ -19,7 +19,6 @@ from torch.testing import assert_close
 
 from hf_sparse import engines, kernels, selectors
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.engines import triton as engine
 from hf_sparse.errors import UserError
 from hf_sparse.selection import AttentionInputs, Selection
 from tests import calls
@@ -28,6 +27,7 @@ from tests.test_engines import CALLS, layout
 pytest.importorskip("triton", reason="triton is not installed")
 tl = importlib.import_module("triton.language")
 interpreter = importlib.import_module("triton.runtime.interpreter")
+engine = importlib.import_module("hf_sparse.engines.triton")
 common = importlib.import_module("hf_sparse.kernels.triton.common")
 voting = importlib.import_module("hf_sparse.kernels.triton.votes")
 quantise = importlib.import_module("hf_sparse.kernels.triton.quantise").quantise
@@ -59,10 +59,13 @@ def moved(call: AttentionInputs) -> AttentionInputs:
     return replace(call, **tensors)
 
 
+def placed(selection: Selection) -> Selection:
+    return replace(selection, columns=selection.columns.to(DEVICE), allowed=selection.allowed.to(DEVICE))
+
+
 def check(call: AttentionInputs, selection: Selection) -> None:
     """The engine gives what the reference gives."""
-    call = moved(call)
-    selection = replace(selection, columns=selection.columns.to(DEVICE), allowed=selection.allowed.to(DEVICE))
+    call, selection = moved(call), placed(selection)
     out = engine.attend(call, selection)
     tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
     assert out.dtype == call.value.dtype
@@ -145,9 +148,10 @@ def test_parts_cover_all_steps(programs: int, steps: int, monkeypatch: pytest.Mo
 def test_rows_without_keys_give_zeros(kind: str, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if cut:
         monkeypatch.setattr(common, "_processors", lambda _: 1 << 20)
-    call = moved(CALLS[kind]())
+    call = CALLS[kind]()
     selection = calls.random_selection(call, 3, False)
     selection.allowed[:, :, 0] = False
+    call, selection = moved(call), placed(selection)
     out = engine.attend(call, selection)
     assert (out[:, :, :3] == 0).all()
     assert (out[:, :, 3:] != 0).any()
@@ -194,7 +198,7 @@ def test_what_it_cannot_do_is_refused(change: Callable[[AttentionInputs], Attent
     call = CALLS["plain"]()
     selection = calls.random_selection(call, 3, False)
     with pytest.raises(UserError, match=reason):
-        engine.attend(change(call), selection)
+        engine.attend(moved(change(call)), selection)
 
 
 def test_no_gradients_are_asked_of_it_without_grad() -> None:
@@ -203,10 +207,14 @@ def test_no_gradients_are_asked_of_it_without_grad() -> None:
         check(grows(call), calls.random_selection(call, 3, False))
 
 
-def test_cpu_and_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     call = CALLS["plain"]()
     monkeypatch.setattr(engine, "_interprets", lambda: False)
-    assert "CPU" in (engine.unsupported(call) or "")
+    assert "is on cpu" in (engine.unsupported(call) or "")
+    assert "is on mps" in (engine._unsupported_device(torch.device("mps")) or "")
+    with monkeypatch.context() as old_gpu:
+        old_gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+        assert "7.5" in (engine._unsupported_device(torch.device("cuda")) or "")
     monkeypatch.setattr(engine, "find_spec", lambda _: None)
     assert "pip install triton" in (engine.unsupported(call) or "")
     monkeypatch.setitem(sys.modules, "triton", None)

@@ -12,6 +12,7 @@ from hf_sparse.selection import AttentionInputs, Selection
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 256
+_OLDEST = (8, 0)
 
 
 def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
@@ -46,8 +47,8 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     states = (inputs.query, inputs.key, inputs.value)
     if find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
-    if inputs.query.device.type == "cpu" and not _interprets():
-        return "the model is on the CPU, and Triton compiles for GPUs"
+    if (reason := _unsupported_device(inputs.query.device)) is not None:
+        return reason
     if inputs.query.dtype not in _DTYPES or any(x.dtype != inputs.query.dtype for x in states):
         return f"it takes float32, float16 or bfloat16, not {', '.join(sorted({str(x.dtype) for x in states}))}"
     if max(inputs.query.shape[-1], inputs.value.shape[-1]) > _WIDEST:
@@ -57,6 +58,17 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     learned = states if inputs.sinks is None else (*states, inputs.sinks)
     if torch.is_grad_enabled() and any(x.requires_grad for x in learned):
         return "it computes no gradients"
+    return None
+
+
+def _unsupported_device(device: torch.device) -> str | None:
+    if device.type == "cpu" and _interprets():
+        return None
+    if device.type != "cuda":
+        return f"the model is on {device}, and Triton compiles for GPUs of NVIDIA and AMD"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _OLDEST:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and Triton needs 8.0"
     return None
 
 

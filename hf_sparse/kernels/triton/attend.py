@@ -38,8 +38,8 @@ def attend(
     """Attend to the columns that are allowed: `(batch, heads, rows, value_dim)` in the dtype of the values.
 
     Scores, softmax and sums are float32; the weights are rounded to the dtype of the values before they meet them.
-    A member that is allowed nothing gets zeros. A kernel is not compiled again for other lengths, except once for
-    those that are multiples of 16. `allowed` is read fastest where the stride between its members is one.
+    A member that is allowed nothing gets zeros. A kernel is compiled once for widths that are multiples of 16, which
+    it reads `allowed` of 8 entries at a time, and once for all others.
 
     Args:
         query: `(batch, heads, rows, dim)`, in float32, float16 or bfloat16, like the keys and values.
@@ -217,7 +217,7 @@ def _attend_tile(
         k = tl.load(key + column[:, None] * key_strides[2] + d[None, :], mask=d_real, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
         if softcap is not None:
-            # tanh
+            # tanh(x) = 1 - 2 / (1 + exp(2x))
             scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores / softcap * (2.0 * LOG2_E))))
         scores = tl.where(keep != 0, scores * LOG2_E, -float("inf"))
         weights, fade, highest, mass = fold(scores, highest, mass)
