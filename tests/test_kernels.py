@@ -105,22 +105,22 @@ def _keep(
             budget = int(budgets[b, head, row])
             start = int(first[row]) + min(budget - min(budget, config.recent_keys), config.sink_keys)
             visible = (column >= first[row]) & (column < stop[row])
-            local = column >= int(stop[row]) - (budget - (start - int(first[row])))
-            certain = visible & ((column < sinks_stop) | (column >= low))
-            keep = certain & ((column < start) | ((column >= low) & local))
+            recent = (column >= low) & (column >= int(stop[row]) - min(budget, config.recent_keys))
+            keep = visible & ((((column < sinks_stop) | (column >= low)) & (column < start)) | recent)
             out[b, head, row] = keep
             query = call.query[b, head, row] * call.scaling
             exact, cheap = key @ query, rough @ quantised(query)
             scores = torch.where(older, cheap, torch.where((column < begin) | (column >= low), exact, -torch.inf))
             votes += torch.where(older, scores.masked_fill(~visible, -torch.inf).double().softmax(-1), 0)
             rest = budget - int(keep.sum())
-            own[head, row] = exact, rest, start
+            local = visible & (column >= low) & (column >= start) & ~keep
+            own[head, row] = exact, rest, start, column[local]
             if rest > 0:
                 wanted = max(wanted, rest + max(0, start - begin))
     pool = column[older][votes[older].flip(0).argsort(descending=True, stable=True).mul(-1).sub(1)]
     pool = pool[: compiled.OVERSAMPLING * wanted].sort().values
-    for (head, row), (exact, rest, start) in own.items():
-        seen = pool[pool >= start].flip(0)
+    for (head, row), (exact, rest, start, local) in own.items():
+        seen = torch.cat([local, pool[pool >= start]]).flip(0)
         out[b, head, row, seen[exact[seen].argsort(descending=True, stable=True)[: max(0, rest)]]] = True
 
 
@@ -165,7 +165,7 @@ def test_a_key_that_outweighs_everything_is_found(rows: int) -> None:
         key[:, :, wanted + 1] = 7
         changed = replace(call, key=key)
         mask = selectors.select(
-            "grouped", changed, torch.full((2, 1, rows), 80), SparseAttentionConfig(sink_keys=0, recent_keys=70)
+            "grouped", changed, torch.full((2, 1, rows), 90), SparseAttentionConfig(sink_keys=0, recent_keys=70)
         ).mask(4, 500)
         assert mask[..., wanted : wanted + 2].all()
 

@@ -22,7 +22,10 @@ def refusal(inputs: AttentionInputs) -> str | None:
 
 
 def select_compiled(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig, size: int) -> Selection:
-    """Give each group its recent keys and its sinks, and each member the best of the other keys.
+    """Give each row its recent keys and its sinks, and each of its heads the best of the other keys it is offered.
+
+    Offered are the group's pool, `OVERSAMPLING` times as many of the older keys as any of its members has room for,
+    chosen by votes; and the other keys since `recent_keys` before the group's first row.
 
     Args:
         inputs: A whole number of groups of rows.

@@ -1,8 +1,8 @@
 // What one group of rows keeps: the rows of a block (or a single one) over the heads of a GQA group.
 //
-// Its members attend to sinks and local keys in any case. On the keys between those they vote, each with its
-// attention weights from 8-bit scores; the best columns are the group's pool; and of the pool, each member keeps the
-// keys with its own highest exact scores, as far as its budget goes.
+// Its members attend to their sinks and recent keys in any case. On the keys before those that are local to the group
+// they vote, each with its attention weights from 8-bit scores, and the best columns are the group's pool. With the rest
+// of its budget, each member keeps the keys of the pool and the local ones with its own highest exact scores.
 #pragma once
 
 #include "queries.hpp"
@@ -37,9 +37,10 @@ struct Call {
 struct Member {
     const float *query;
     int64_t first, stop, budget;
-    int64_t start; // the column behind its own sinks
-    int64_t rest;  // what is left of its budget for older keys
-    float total;   // log2 of the summed exponentials of its scores for what it attends to anyway
+    int64_t start;  // the column behind its own sinks
+    int64_t recent; // the first of the recent keys that it keeps in any case
+    int64_t rest;   // what is left of its budget
+    float total;    // log2 of the summed exponentials of its scores for what it attends to anyway
 
     bool alive() const { return stop > first; }
 };
@@ -68,7 +69,7 @@ class Group {
             const int64_t budget =
                 call.budget[batch * call.budget_batch + head * call.budget_head + row * call.budget_row];
             members.push_back({call.query + ((batch * call.heads + head) * call.rows + row) * dim, call.first[at],
-                               call.stop[at], budget, 0, 0, 0});
+                               call.stop[at], budget, 0, 0, 0, 0});
         }
         find_spans();
         std::fill(columns, columns + call.width, 0);
@@ -105,16 +106,17 @@ class Group {
         }
     }
 
-    // Let each member keep its own best keys of the pool.
+    // Let each member keep its own best keys of the pool and the local ones.
     void pick() {
-        const int64_t width = round_up(pool_size, LANES);
-        for_scores(certain, pool_size, [&](int64_t m, float *own) { pick_own(m, own, width); });
+        const int64_t width = certain + round_up(pool_size, LANES);
+        for_scores(0, certain + pool_size, [&](int64_t m, float *own) { pick_own(m, own, width); });
     }
 
   private:
     const Call &call;
     int64_t batch, kv_head;
     int64_t oldest, sinks_stop, local_stop;
+    int64_t sinks = 0;   // columns of sinks, the first of the list
     int64_t certain = 0; // columns with sinks and local keys, a multiple of 16
     int64_t pool_size = 0;
     int64_t *columns, *kept;
@@ -137,10 +139,10 @@ class Group {
         begin = std::min(oldest + call.sink_keys, low);
     }
 
-    // Sinks and local keys: who keeps which, and what is left of each budget.
+    // Sinks and recent keys: who keeps which, and what is left of each budget.
     void look_at_certain() {
-        int64_t number = 0;
-        for (int64_t i = oldest; i < sinks_stop; i++) columns[number++] = i;
+        for (int64_t i = oldest; i < sinks_stop; i++) columns[sinks++] = i;
+        int64_t number = sinks;
         for (int64_t i = low; i < local_stop; i++) columns[number++] = i;
         certain = round_up(number, LANES);
         for_scores(0, number, [&](int64_t m, float *own) { keep_certain(members[m], m, own, number); });
@@ -153,18 +155,17 @@ class Group {
     void keep_certain(Member &member, int64_t m, const float *own, int64_t number) {
         const int64_t recent = std::min(member.budget, call.recent_keys);
         member.start = member.first + std::min(member.budget - recent, call.sink_keys);
-        const int64_t local = member.stop - (member.budget - (member.start - member.first));
+        member.recent = member.stop - recent;
         int64_t keeps = 0;
         float most = -INFINITY;
         for (int pass = 0; pass < 2; pass++)
             for (int64_t i = 0; i < number; i++) {
                 const int64_t column = columns[i];
-                const bool sink = column < low;
                 if (column < member.first || column >= member.stop) continue;
-                const bool counted = !sink || column < begin;
+                const bool counted = i >= sinks || column < begin;
                 if (pass == 0) {
                     if (counted) most = std::max(most, own[i]);
-                    const bool keep = column < member.start || (!sink && column >= local);
+                    const bool keep = column < member.start || (i >= sinks && column >= member.recent);
                     allowed[m * call.width + i] = keep;
                     keeps += keep;
                 } else if (counted) {
@@ -176,23 +177,33 @@ class Group {
         kept[m] = keeps;
     }
 
-    void pick_own(int64_t m, const float *own, int64_t width) {
-        Member &member = members[m];
-        if (member.rest <= 0) return;
-        // The pool's columns rise: those that the member sees are the last of them.
-        const int64_t *own_pool = columns + certain;
-        const int64_t skipped = std::lower_bound(own_pool, own_pool + pool_size, member.start) - own_pool;
-        const int64_t seen = pool_size - skipped;
-        int32_t *values = scratch<int32_t, 2>(width);
-        for (int64_t i = 0; i < width; i += LANES) {
+    // Put the scores of the places in [from, to) of the list among the `values` to choose from.
+    void offer(const float *own, int64_t from, int64_t to, int32_t *values) const {
+        for (int64_t i = from / LANES * LANES; i < to; i += LANES) {
             const Ints place = counting() + int32_t(i);
-            const Ints value = in_order(load(own + i));
-            store(values + i, (place >= int32_t(skipped)) & (place < int32_t(pool_size)) ? value : Ints{} + NEVER);
+            const Ints offered = (place >= int32_t(from)) & (place < int32_t(to));
+            store(values + i, offered ? in_order(load(own + i)) : load(values + i));
         }
-        Bound bound = best(values, width / LANES, std::min(member.rest, seen));
-        uint8_t *to = allowed + m * call.width + certain;
-        for (int64_t i = 0; i < width; i += LANES) store_bytes(to + i, among_best(load(values + i), bound));
-        kept[m] += std::min(member.rest, seen);
+    }
+
+    void pick_own(int64_t m, const float *own, int64_t width) {
+        const Member &member = members[m];
+        if (member.rest <= 0) return;
+        int32_t *values = scratch<int32_t, 2>(width);
+        std::fill(values, values + width, NEVER);
+        const int64_t local = sinks + std::max<int64_t>(0, member.start - low);
+        const int64_t local_end = sinks + std::max<int64_t>(0, std::min(member.recent, local_stop) - low);
+        const int64_t *pool = columns + certain;
+        const int64_t pool_start = std::lower_bound(pool, pool + pool_size, member.start) - columns;
+        offer(own, local, local_end, values);
+        offer(own, pool_start, certain + pool_size, values);
+        const int64_t offered = std::max<int64_t>(0, local_end - local) + certain + pool_size - pool_start;
+        Bound bound = best(values, width / LANES, std::min(member.rest, offered));
+        uint8_t *to = allowed + m * call.width;
+        const auto take = [&](int64_t i) { store_bytes(to + i, from_bytes(to + i) | among_best(load(values + i), bound)); };
+        for (int64_t i = certain; i < width; i += LANES) take(i); // older than the local ones: left out before them
+        for (int64_t i = 0; i < certain; i += LANES) take(i);
+        kept[m] += std::min(member.rest, offered);
     }
 
     // Call `use(member, scores)` with each member's exact scores for `number` columns of the list from `from` on.
