@@ -13,10 +13,12 @@ from typing import Annotated
 import typer
 
 import hf_sparse
+from hf_sparse.bench.goals import MISSED
 from hf_sparse.bench.shapes import parse_shape
 from hf_sparse.cli_bench import BenchOptions, run_bench
 from hf_sparse.cli_calibrate import CalibrationOptions, run_calibrate
 from hf_sparse.cli_demo import DEMO_MODEL, run_demo
+from hf_sparse.cli_goals import run_goals
 from hf_sparse.cli_memory import run_memory
 from hf_sparse.cli_options import (
     DataOptions,
@@ -177,6 +179,18 @@ def bench(
     """Time ours beside dense attention: one layer, and a model that writes; and from which length ours is faster."""
     outcome = run_bench(model, bench, run, sparse)
     print(json.dumps(outcome.summary) if run.as_json else outcome)
+
+
+@app.command()
+def goals(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of bench and memory.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder for summary and table.")] = Path("results/goals"),
+    as_json: Json = False,
+) -> None:
+    """Say which goals of speed and memory runs met; exit code 1 if one is missed."""
+    outcome = run_goals(runs, output)
+    print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary and table: {output}")
+    raise typer.Exit(int(any(row["verdict"] == MISSED for row in outcome.summary["goals"])))
 
 
 @app.command()

@@ -88,7 +88,7 @@ def decode_cell(inputs: LayerInputs, length: int, config: SparseAttentionConfig,
     methods["dynamic-cache"] = Method(_in_turn([dense.CachedCall(each) for each in sets]), dense.CachedCall.attend)
     for name in dense.backends(inputs.device):
         methods[name] = Method(_in_turn(sets), partial(dense.sdpa, backend=name), optional=True)
-    state = _state(config)
+    state = _state(config, inputs.layer)
     calls = _in_turn([SparseCall(each, state) for each in sets])
     methods[SPARSE] = Method(lambda: calls().forget_last(), SparseCall.attend)
     return _measure(methods, state, inputs.device, repeats, seconds)
@@ -119,7 +119,7 @@ def prefill_cell(
         # Models build the block mask once for all layers.
         blocks = dense.causal_blocks(length, inputs.device)
         methods["flex"] = Method(given, partial(dense.flex, mask=blocks), compiled=True, optional=True)
-    state = _state(config)
+    state = _state(config, inputs.layer)
     methods[SPARSE] = Method(given, lambda inputs: attend(state, inputs)[0])
     return _measure(methods, state, inputs.device, repeats, seconds)
 
@@ -136,9 +136,9 @@ def _in_turn(items: list[Any]) -> Callable[[], Any]:
     return following
 
 
-def _state(config: SparseAttentionConfig) -> LayerState:
+def _state(config: SparseAttentionConfig, layer: int) -> LayerState:
     # The length is what is varied here: below which one to stay dense is what comes out, not what goes in.
-    return LayerState(0, replace(config, dense_below=0))
+    return LayerState(layer, replace(config, dense_below=0))
 
 
 @torch.no_grad()

@@ -104,13 +104,13 @@ class Overhead:
     where: Mapping[str, object]
 
     def read(self, run: Summary) -> Reading | None:
-        """The share of time that is added; nothing unless every row ran dense at every length."""
+        """The time that is added, in percent; nothing unless every row ran dense at every length."""
         found = [_results(run, self.kind, self.quantity, length, self.where) for length in self.lengths]
         if not all(SPARSE in each and each[SPARSE]["density"] == 1 for each in found):
             return None
         ratio = min((each[end_to_end.BASELINE]["ratio"] for each in found), key=lambda each: each["median"])
         turned = (("median", "median"), ("low", "high"), ("high", "low"))
-        return Reading({"overhead": {name: 1 / ratio[old] - 1 for name, old in turned}}, 1.0)
+        return Reading({"overhead": {name: 100 / ratio[old] - 100 for name, old in turned}}, 1.0)
 
     def __str__(self) -> str:
         lengths = " and ".join(f"{length:,}" for length in self.lengths)
@@ -131,7 +131,7 @@ class Memory:
         return None
 
     def __str__(self) -> str:
-        return f"memory of a prefill at n = {self.length:,}"
+        return f"prefill memory at n = {self.length:,}"
 
 
 def _results(
