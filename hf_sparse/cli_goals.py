@@ -43,6 +43,6 @@ def _read(folder: Path) -> dict[str, Any]:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no run of bench or memory: {path.name} cannot be read ({error})") from error
-    if not (isinstance(run, dict) and ("break_even" in run or "prefill" in run)):
+    if not (isinstance(run, dict) and {"results", "exponents"} <= run.keys()):
         raise UserError(f"{folder} holds no run of bench or memory: {path.name} is of something else")
     return run

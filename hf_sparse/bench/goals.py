@@ -32,7 +32,7 @@ class Measure:
 
 MEASURES = {
     "speed-up": Measure("{:.3g}x".format, rising=True),
-    "share of 1/density": Measure("{:.0%}".format, rising=True, of=" of 1/density"),
+    "share of 1/density": Measure(lambda value: f"{100 * value:.0f} %", rising=True, of=" of 1/density"),
     "exponent": Measure("{:.2f}".format, rising=False),
     "exponent - C": Measure("{:+.2f}".format, rising=False, of=" over C"),
     "overhead": Measure("{:.3g} %".format, rising=False),
