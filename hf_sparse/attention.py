@@ -16,10 +16,12 @@ from hf_sparse import engines, selectors
 from hf_sparse.budget import Budget
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import dense
+from hf_sparse.engines.native import refusal as native_refusal
 from hf_sparse.engines.reference import masked_weights, weighted_values
 from hf_sparse.monitor import LayerCounters
 from hf_sparse.rows import Plan
 from hf_sparse.selection import AttentionInputs
+from hf_sparse.selectors import compiled
 from hf_sparse.selectors.grouped import ROWS
 from hf_sparse.summaries import summaries_of
 from hf_sparse.visibility import as_bool, interval_mask, interval_to_mask, intervals_of, is_intervals
@@ -228,6 +230,8 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
     budgets, shift, parts, weight_parts, kept = plan.budgets, None, [], [], []
     padded = inputs
     if state.config.selector == "grouped":
+        if reason := compiled.refusal(inputs):
+            state.counters.uncompiled[reason] += 1
         padded = replace(inputs, summaries=summaries_of(inputs.key))
         if rows > 1 and not want_weights and (start := _dense_rows(inputs, plan)):
             parts.append(dense.attend(inputs.rows(0, start).visible_part()))
@@ -238,7 +242,6 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
         else:
             # The last row, also where all rows before it were dense.
             budgets = plan.host[..., -1:]
-    engine = _engine(state.config)
     sparse_parts: list[Tensor] = []
     step = _block_rows(padded, state.config.selector)
     for start in range(0, padded.query.shape[2], step):
@@ -250,7 +253,7 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
             weight_parts.append(weights)
             sparse_parts.append(weighted_values(block, weights))
         else:
-            sparse_parts.append(engines.attend(engine, block, selection))
+            sparse_parts.append(engines.attend(_engine(state.config, block), block, selection))
     state.counters.count(facts.rows, facts.total, heads, plan.dense_rows, kept)
     outs = [torch.cat(x, dim=2) if x else None for x in (sparse_parts, weight_parts)]
     if shift is not None:
@@ -270,12 +273,14 @@ def _dense_rows(inputs: AttentionInputs, plan: Plan) -> int:
     return max(0, (position + count) // ROWS * ROWS - position)
 
 
-def _engine(config: SparseAttentionConfig) -> str:
-    if config.engine != "auto":
+def _engine(config: SparseAttentionConfig, inputs: AttentionInputs) -> str:
+    if config.engine not in ("auto", "native"):
         return config.engine
     # The exact selector has formed all scores already, and its rows share no keys: masking costs less than copying
     # keys for each row.
-    return "reference" if config.selector == "topk" else "gather"
+    if config.engine == "auto" and config.selector == "topk":
+        return "reference"
+    return "gather" if native_refusal(inputs) else "native"
 
 
 def _block_rows(inputs: AttentionInputs, selector: str) -> int:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,10 @@ import torch
 from huggingface_hub import constants
 
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.machine import device_name
 
 SWITCH = "HF_SPARSE_BREAK_EVEN"
 """The environment variable that, set to `0`, makes every machine behave as one on which nothing was measured."""
-
-_CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -106,16 +103,3 @@ def load(machine: Machine) -> int | None:
         )
         return None
     return found
-
-
-@cache
-def device_name(device: torch.device) -> str:
-    """The name of a GPU or of the processor, as its maker gives it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if _CPU_INFO.is_file():
-        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()

@@ -11,7 +11,7 @@ from hf_sparse.checks import check_choice, check_extra, check_integer, check_num
 from hf_sparse.record import CalibrationRecord
 
 SelectorName = Literal["grouped", "topk", "window"]
-EngineName = Literal["auto", "reference", "gather"]
+EngineName = Literal["auto", "reference", "gather", "native"]
 SELECTORS: tuple[str, ...] = get_args(SelectorName)
 ENGINES: tuple[str, ...] = get_args(EngineName)
 

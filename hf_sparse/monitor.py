@@ -20,6 +20,7 @@ class LayerCounters:
         visible: Visible keys, summed over the rows.
         heads: Query heads of the layer; 0 before any call.
         dense_rows: Rows that attended to every visible key, by reason.
+        uncompiled: Calls whose keys were looked for by PyTorch alone and not by compiled kernels, by reason.
     """
 
     calls: int = 0
@@ -27,6 +28,7 @@ class LayerCounters:
     visible: int = 0
     heads: int = 0
     dense_rows: Counter[str] = field(default_factory=Counter)
+    uncompiled: Counter[str] = field(default_factory=Counter)
     # Keys that all heads kept alike, and on the layer's device those that each of them kept. Reading the latter
     # would make a GPU wait, so that they are added up there and read for the report.
     _kept_by_all: int = 0
@@ -156,4 +158,10 @@ def make_report(layers: dict[int, LayerCounters], notes: tuple[str, ...] = ()) -
             )
             total_kept += kept
             total_visible += counters.visible
-    return SparsityReport(rows, total_kept / total_visible if total_visible else float("nan"), notes)
+    uncompiled = sum((counters.uncompiled for counters in layers.values()), Counter[str]())
+    slower = tuple(
+        f"{number} attention calls looked for keys without compiled kernels, by blocks, which is slower and misses "
+        f"more ({reason})"
+        for reason, number in uncompiled.items()
+    )
+    return SparsityReport(rows, total_kept / total_visible if total_visible else float("nan"), (*notes, *slower))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_sparse import break_even, policy_files
+from hf_sparse import break_even, engines
 from hf_sparse.attention import NAME, STATE, LayerState, register
 from hf_sparse.audit import LayerAudit
 from hf_sparse.break_even import Machine
@@ -20,9 +20,10 @@ from hf_sparse.budget import warn_if_too_slow
 from hf_sparse.cache_hooks import CacheHooks, install, remove
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.monitor import SparsityReport, make_report
-from hf_sparse.origin import origin_of
 from hf_sparse.policy import Policy
-from hf_sparse.suitability import check_calibration, warn_of_another_base
+from hf_sparse.policy import files as policy_files
+from hf_sparse.policy.origin import origin_of
+from hf_sparse.policy.suitability import check_calibration, warn_of_another_base
 from hf_sparse.support import LayerSupport, SupportReport, attention_modules, inspect
 
 register()
@@ -84,6 +85,8 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
     if not support.supported:
         raise ValueError(str(support))
     reasons = _dense_reasons(support, config)
+    if reason := engines.why_not(config.engine):
+        raise ValueError(f"engine {config.engine!r} cannot run here: {reason}; engine 'auto' does without")
     if config.calibration is not None:
         check_calibration(config.calibration, support, base.config)
     warn_if_too_slow(config.budget())

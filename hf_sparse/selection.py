@@ -112,6 +112,7 @@ class Selection:
         per_head: Whether each query head has groups of its own, ordered by (head in the GQA group, row).
         scores: If the selector knows them, `(batch, kv_heads, groups, members, width)`: products of the members'
             queries and the candidate keys, times the scaling. They carry no gradient.
+        number: If the selector knows it, int64 `(batch, kv_heads, groups, members)`: keys that a member attends to.
     """
 
     columns: Tensor
@@ -119,6 +120,7 @@ class Selection:
     rows_per_group: int
     per_head: bool
     scores: Tensor | None = None
+    number: Tensor | None = None
 
     def members_of(self, rows: Tensor, kv_heads: int) -> Tensor:
         """`(batch, heads, rows, ...)` -> `(batch, kv_heads, groups, members, ...)`."""
@@ -151,7 +153,7 @@ class Selection:
 
     def kept(self, heads: int) -> Tensor:
         """Kept keys of each row: int64 `(batch, heads, rows)`."""
-        return self.rows_of(self.allowed.sum(-1), heads)
+        return self.rows_of(self.allowed.sum(-1) if self.number is None else self.number, heads)
 
 
 def take_rows(states: Tensor, columns: Tensor) -> Tensor:

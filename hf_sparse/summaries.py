@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hf_sparse.quantised import QuantisedKeys
+
 BLOCK = 16
 """Neighbouring keys that are summarised together, and neighbouring blocks that make a super-block."""
 
@@ -29,6 +31,7 @@ class KeySummaries:
     """
 
     def __init__(self) -> None:
+        self.quantised = QuantisedKeys()
         self._blocks: tuple[Tensor, Tensor] | None = None
         self._supers: tuple[Tensor, Tensor] | None = None
         # For each sequence: the column where its text begins, and how much of it is summarised.
@@ -73,12 +76,14 @@ class KeySummaries:
 
     def crop(self, length: int) -> None:
         """Forget what was summarised of keys from column `length` on."""
+        self.quantised.crop(length)
         whole = [max(0, length - origin) // BLOCK for origin in self._origins]
         self._whole_blocks = [min(pair) for pair in zip(self._whole_blocks, whole, strict=True)]
         self._whole_supers = [min(have, new // BLOCK) for have, new in zip(self._whole_supers, whole, strict=True)]
 
     def rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
         """Select, reorder or repeat sequences: `change` does so along dimension 0 of any tensor."""
+        self.quantised.rearrange(change)
         if not self._origins:
             return
         places: list[int] = change(torch.arange(len(self._origins))).tolist()

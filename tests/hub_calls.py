@@ -60,7 +60,7 @@ def save(base: str, fields: Mapping[str, Any], folder: str, **arguments: Any) ->
 
 def policy(name: str) -> dict[str, Any]:
     """What the policy of a repository says."""
-    from hf_sparse import policy_files
+    from hf_sparse.policy import files as policy_files
 
     return policy_files.load(name).policy.to_dict()
 

@@ -10,6 +10,7 @@ import hf_sparse
 from hf_sparse import break_even
 from hf_sparse.break_even import Machine
 from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
+from hf_sparse.machine import device_name
 from hf_sparse.patching import policy_of, states
 from tests import tiny
 
@@ -67,7 +68,7 @@ def test_a_damaged_file_is_named_and_left_out(content: str) -> None:
 
 
 def test_the_processor_is_named_once_and_the_same() -> None:
-    assert break_even.device_name(CPU) == break_even.device_name(torch.device("cpu")) != ""
+    assert device_name(CPU) == device_name(torch.device("cpu")) != ""
 
 
 def _dense_below(**fields: int | None) -> set[int | None]:

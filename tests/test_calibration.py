@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import hf_sparse
-from hf_sparse import SparseAttentionConfig, policy_files
+from hf_sparse import SparseAttentionConfig
 from hf_sparse.calibration import run as calibration_run
 from hf_sparse.calibration.calibrate import Calibration, run_calibration
 from hf_sparse.calibration.curves import ErrorCurve, budget_grid, error_curves, visible_grid
@@ -23,6 +23,7 @@ from hf_sparse.calibration.laws import FAMILIES, LawFit
 from hf_sparse.calibration.projection import output_weights
 from hf_sparse.calibration.target import Target
 from hf_sparse.evaluation.data import Document
+from hf_sparse.policy import files as policy_files
 from hf_sparse.selectors.grouped import ROWS
 from tests import small, tiny
 

@@ -11,14 +11,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
-from hf_sparse.card import TAGS, license_in, make_card
-from hf_sparse.card_quality import losses
-from hf_sparse.card_text import BEGIN, END
+from hf_sparse.card.card import TAGS, license_in, make_card
+from hf_sparse.card.measured import Results, plots, quality, results_beside
+from hf_sparse.card.quality import losses
+from hf_sparse.card.text import BEGIN, END
 from hf_sparse.errors import UserError
-from hf_sparse.measured import Results, plots, quality, results_beside
 from hf_sparse.policy import Policy
-from hf_sparse.policy_files import NAME, read
-from hf_sparse.quality import QualityRow
+from hf_sparse.policy.files import NAME, read
+from hf_sparse.policy.quality import QualityRow
 
 PUBLISHED = sorted(path.parent for path in (Path(__file__).parents[1] / "model_cards").glob(f"*/{NAME}"))
 HERE = pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_sparse.cli import main
-from hf_sparse.cli_options import SparseOptions
+from hf_sparse.cli.options import SparseOptions
 from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
 from tests import small, tiny
 from tests.small import run_command
@@ -94,9 +94,9 @@ def test_attention_error_compares_every_law_and_resumes(
 def test_the_demo_patches_writes_and_measures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_sparse.cli_demo._LENGTHS", [64, 128, 192, 240])
+    monkeypatch.setattr("hf_sparse.cli.demo._LENGTHS", [64, 128, 192, 240])
     options = ["--device", "cpu", "--output", str(tmp_path)]
-    monkeypatch.setattr("hf_sparse.cli_demo._TARGETS", 32)
+    monkeypatch.setattr("hf_sparse.cli.demo._TARGETS", 32)
     assert run_command("demo", "tiny-llama", *options) == 0
     printed = capsys.readouterr().out
     for part in ("hf_sparse.patch(model)", "kept / visible keys", "sparse: ", "ratio to dense", "retained mass"):
@@ -165,7 +165,7 @@ def test_a_programming_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("hf_sparse.cli_runs.cut_windows", broken)
+    monkeypatch.setattr("hf_sparse.cli.runs.cut_windows", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["perplexity", "tiny-llama", "--text", "texts", *SHORT])
 

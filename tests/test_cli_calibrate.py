@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import hf_sparse
-from hf_sparse import policy_files
+from hf_sparse.policy import files as policy_files
 from tests import small, tiny
 from tests.small import run_command
 

@@ -14,8 +14,8 @@ import pytest
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy, is_hub_id
-from hf_sparse.policy_files import MAX_BYTES, NAME, load, read, text_of, write
-from hf_sparse.quality import QualityRow
+from hf_sparse.policy.files import MAX_BYTES, NAME, load, read, text_of, write
+from hf_sparse.policy.quality import QualityRow
 
 POLICY = Policy(
     SparseAttentionConfig(
@@ -155,7 +155,7 @@ def test_a_name_of_nothing_is_refused_before_the_hub_is_asked(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_sparse.policy_files.hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("hf_sparse.policy.files.hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(UserError, match=r"is not a policy|holds no sparse_config\.json"):
         load(name)
 

@@ -15,7 +15,7 @@ import hf_sparse
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.cli import main
 from hf_sparse.policy import Policy
-from hf_sparse.policy_files import NAME, read, write
+from hf_sparse.policy.files import NAME, read, write
 from tests import small
 
 CARDS = Path(__file__).parents[1] / "model_cards"

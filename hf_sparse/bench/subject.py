@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import hf_sparse
-from hf_sparse import break_even
 from hf_sparse.bench import layer
 from hf_sparse.bench.end_to_end import Generation
 from hf_sparse.bench.inputs import LayerInputs, capture, describe, gaussian
@@ -23,6 +22,7 @@ from hf_sparse.evaluation.data import load_documents
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.results import Row, software
 from hf_sparse.evaluation.windows import check_lengths, cut_windows
+from hf_sparse.machine import device_name
 
 # Tokens of text on which a real layer's inputs are captured, at most; beyond that length they are repeated.
 _CAPTURED = 8192
@@ -155,7 +155,7 @@ def _about(model: dict[str, Any], dtype: torch.dtype, device: torch.device, seed
         "model": model,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
-        "device_name": break_even.device_name(device),
+        "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "seed": seed,
         **software(),

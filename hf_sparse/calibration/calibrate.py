@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_sparse import policy_files
 from hf_sparse.calibration.laws import LawFit
 from hf_sparse.calibration.run import SHORTEST, Run, calibrated
 from hf_sparse.calibration.solve import Solver
@@ -26,9 +25,10 @@ from hf_sparse.evaluation.models import ModelInfo
 from hf_sparse.evaluation.perplexity_summary import Summary
 from hf_sparse.evaluation.results import Row, provenance, write_json
 from hf_sparse.evaluation.windows import cut_windows
-from hf_sparse.origin import origin_of
 from hf_sparse.patching import base_model, is_patched
 from hf_sparse.policy import Policy
+from hf_sparse.policy import files as policy_files
+from hf_sparse.policy.origin import origin_of
 from hf_sparse.record import CalibrationRecord, Interval
 from hf_sparse.support import SupportReport, inspect
 

@@ -22,11 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_sparse import policy_files
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.hub_errors import UNREADABLE
-from hf_sparse.origin import cached_commit
 from hf_sparse.policy import Policy, is_hub_id
+from hf_sparse.policy import files as policy_files
+from hf_sparse.policy.origin import cached_commit
 from hf_sparse.support import SupportReport, inspect
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

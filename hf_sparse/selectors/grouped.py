@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.selection import AttentionInputs, Selection, accurate, take_rows
+from hf_sparse.selectors import compiled
 from hf_sparse.selectors.coarse import surviving_columns
 from hf_sparse.selectors.single import select_single
 from hf_sparse.selectors.topk import ranked
@@ -35,7 +36,10 @@ def select_grouped(inputs: AttentionInputs, budgets: Tensor, config: SparseAtten
         budgets: int64 `(batch, heads or 1, rows)`.
         config: For `sink_keys` and `recent_keys`.
     """
-    if inputs.query.shape[2] == 1:
+    rows = inputs.query.shape[2]
+    if compiled.refusal(inputs) is None:
+        return compiled.select_compiled(inputs, budgets, config, min(ROWS, rows))
+    if rows == 1:
         return select_single(inputs, budgets, config)
     return select_groups(inputs, budgets, config)
 

@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 import hf_sparse
-from hf_sparse import policy_files
 from hf_sparse.budget import total_cost
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation import perplexity
@@ -25,6 +24,7 @@ from hf_sparse.evaluation.perplexity_summary import summarise
 from hf_sparse.evaluation.perplexity_tables import method_cells, perplexity_cells, verdict_cells
 from hf_sparse.evaluation.results import ResultFile, Row, provenance, row_key
 from hf_sparse.evaluation.windows import Window, cut_windows
+from hf_sparse.policy import files as policy_files
 from tests import small, tiny
 
 LENGTHS = [48, 96]

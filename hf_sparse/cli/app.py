@@ -1,0 +1,256 @@
+"""The command `hf-sparse`: results on stdout, progress on stderr, exit code 2 and one line for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import hf_sparse
+from hf_sparse.bench.goals import MISSED
+from hf_sparse.bench.shapes import parse_shape
+from hf_sparse.cli.bench import BenchOptions, run_bench
+from hf_sparse.cli.calibrate import CalibrationOptions, run_calibrate
+from hf_sparse.cli.demo import DEMO_MODEL, run_demo
+from hf_sparse.cli.goals import run_goals
+from hf_sparse.cli.memory import run_memory
+from hf_sparse.cli.options import (
+    DataOptions,
+    Json,
+    Model,
+    Policy,
+    Revision,
+    RunOptions,
+    SparseOptions,
+    parse_integers,
+    read_policy,
+    share_options,
+)
+from hf_sparse.cli.publish import BundleOptions, Target, run_card, run_publish
+from hf_sparse.cli.runs import Outcome, Ready, is_main_process, prepare, run_attention_error, run_perplexity
+from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
+from hf_sparse.errors import UserError
+from hf_sparse.evaluation.attention_error import ROWS_PER_LENGTH
+from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
+from hf_sparse.evaluation.models import ModelSource
+from hf_sparse.evaluation.perplexity import METHODS, MORE_METHODS, make_methods
+from hf_sparse.evaluation.windows import check_lengths
+from hf_sparse.hub.pretrained import MESSAGE
+
+app = typer.Typer(
+    name="hf-sparse",
+    help="Sparse attention for Hugging Face causal language models, and what it costs.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0, 1 for a negative answer, 2 for a user's mistake.
+
+    Args:
+        arguments: What follows the name of the program; `sys.argv[1:]` if `None`.
+    """
+    # A Hub out of reach is one line, not one for every retry.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        # Bad options: Typer's own exceptions, whose classes moved between releases.
+        describe = getattr(error, "format_message", None)
+        if not isinstance(error, UserError) and describe is None:
+            raise
+        message = str(error) if describe is None else describe()
+        print("hf-sparse:", " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)
+
+
+@app.command()
+def inspect(model: Model, revision: Revision = None, as_json: Json = False) -> None:
+    """Say whether a model can be patched, from its configuration alone; exit code 1 if not."""
+    support = hf_sparse.inspect(ModelSource.find(model, revision).config)
+    print(json.dumps(asdict(support)) if as_json else support)
+    raise typer.Exit(0 if support.supported else 1)
+
+
+@app.command()
+@share_options
+def perplexity(
+    model: Model,
+    data: DataOptions,
+    run: RunOptions,
+    sparse: SparseOptions,
+    targets: Annotated[int, typer.Option(min=1, help="Last tokens of each window, the same at every length.")] = 512,
+    methods: Annotated[
+        str, typer.Option(help=f"What to compare with dense: also {', '.join(MORE_METHODS)}.")
+    ] = ",".join(METHODS[1:]),
+    policy: Policy = None,
+) -> None:
+    """Perplexity of the same tokens across context lengths: dense, adaptive, and fixed at equal cost."""
+    lengths = data.parsed_lengths()
+    check_lengths(lengths, targets, None)
+    source = ModelSource.find(model, run.revision)
+    config = sparse.config(read_policy(policy, source.policy))
+    compared = make_methods(methods.split(","), config, lengths, source.support)
+    ready = prepare(source, "perplexity", data, run, lengths, targets)
+    _print(run_perplexity(ready, compared), ready, run)
+
+
+@app.command("attention-error")
+@share_options
+def attention_error(
+    model: Model,
+    data: DataOptions,
+    run: RunOptions,
+    sparse: SparseOptions,
+    rows: Annotated[int, typer.Option(min=1, help="Rows measured before each length.")] = ROWS_PER_LENGTH,
+    policy: Policy = None,
+) -> None:
+    """How far sparse attention is from dense attention across context lengths, every law at equal cost."""
+    lengths = data.parsed_lengths()
+    check_lengths(lengths, 1, None)
+    source = ModelSource.find(model, run.revision)
+    config = sparse.config(read_policy(policy, source.policy))
+    compared = make_error_methods(config, lengths, source.support)
+    ready = prepare(source, "attention-error", data, run, lengths, targets=1)
+    _print(run_attention_error(ready, lengths, compared, rows), ready, run)
+
+
+@app.command()
+@share_options
+def calibrate(model: Model, options: CalibrationOptions, run: RunOptions) -> None:
+    """Fit a law for every head to a target, and check it on held-out texts; exit code 1 if the target is not met."""
+    result, outcome, folder = run_calibrate(model, options, run)
+    if run.as_json:
+        print(json.dumps(outcome.summary))
+    else:
+        print(f"{outcome}\n\nintervals: 95 %, bootstrap over {result.check['resampled']}")
+        print(f"measurements, calibration.json and sparse_config.json: {folder}")
+    raise typer.Exit(0 if result.met else 1)
+
+
+@app.command()
+@share_options
+def memory(
+    sparse: SparseOptions,
+    lengths: Annotated[str, typer.Option(help="One call: rows and keys, rising.")] = "2048,4096,8192,16384",
+    prefill: Annotated[str, typer.Option(help="Model: tokens of the prompt, rising; none to leave it out.")] = "32768",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 9,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key heads.")] = 3,
+    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2,
+    limit: Annotated[float, typer.Option(min=0, help="GiB that no single call may be expected to take.")] = 10.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for summary and plot.")] = Path("results/memory"),
+    as_json: Json = False,
+) -> None:
+    """Peak memory of one attention call, and of a whole prefill, dense and sparse (Linux, CPU)."""
+    numbers = parse_integers("--lengths", lengths)
+    prompts = [] if prefill == "none" else parse_integers("--prefill", prefill)
+    for given in (numbers, prompts) if prompts else (numbers,):
+        check_lengths(given, 1, None)
+    shape = parse_shape(f"{heads}/{kv_heads}/{head_dim}")
+    outcome = run_memory(numbers, prompts, shape, layers, sparse.config(), limit, seed, output)
+    print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary, tables and plot: {output}")
+
+
+@app.command()
+@share_options
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, folder or .gguf file.", show_default="random weights of --shape")
+    ] = None,
+    *,
+    bench: BenchOptions,
+    run: RunOptions,
+    sparse: SparseOptions,
+) -> None:
+    """Time ours beside dense attention: one layer, and a model that writes; and from which length ours is faster."""
+    outcome = run_bench(model, bench, run, sparse)
+    print(json.dumps(outcome.summary) if run.as_json else outcome)
+
+
+@app.command()
+def goals(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of bench and memory.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder for summary and table.")] = Path("results/goals"),
+    as_json: Json = False,
+) -> None:
+    """Say which goals of speed and memory runs met; exit code 1 if one is missed."""
+    outcome = run_goals(runs, output)
+    print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary and table: {output}")
+    raise typer.Exit(int(any(row["verdict"] == MISSED for row in outcome.summary["goals"])))
+
+
+@app.command()
+@share_options
+def card(
+    model: Model,
+    bundle: BundleOptions,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="MODEL, if it is a folder with a policy")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write sparse_config.json, model card and plots from results; on a folder that has them, write them anew."""
+    run_card(model, bundle, output, as_json)
+
+
+@app.command()
+@share_options
+def publish(
+    model: Model,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name, or name.", show_default=False)],
+    bundle: BundleOptions,
+    weights: Annotated[bool, typer.Option("--weights", help="Publish weights and tokenizer, too.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to, made if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = MESSAGE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a policy and its model card on the Hub, in one commit."""
+    target = Target(repo_id, private or None, revision, create_pr, message)
+    run_publish(model, bundle, target, weights=weights, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+@share_options
+def theory(options: TheoryOptions, run: RunOptions) -> None:
+    """The claims about n^C-sparse attention as experiments: which hold, in which norm, for which inputs and models."""
+    summaries, folder = run_theory(options, run)
+    if run.as_json:
+        print(json.dumps(summaries))
+    else:
+        print_theory(summaries, folder)
+
+
+@app.command()
+@share_options
+def demo(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.")] = DEMO_MODEL, *, run: RunOptions
+) -> None:
+    """Patch a model in one line, let it write, and measure what the patch costs; minutes on a small CPU."""
+    run_demo(model, run)
+
+
+def _print(outcome: Outcome, ready: Ready, run: RunOptions) -> None:
+    if not is_main_process():
+        return
+    if run.as_json:
+        print(json.dumps(outcome.summary))
+    else:
+        print(f"{outcome}\n\nintervals: 95 %, bootstrap over {outcome.summary['resampled']}")
+        print(f"rows, summary, tables and plot: {ready.folder}")

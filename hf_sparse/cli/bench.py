@@ -1,0 +1,175 @@
+"""`hf-sparse bench`: how fast ours is beside dense attention, and from which length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import hf_sparse
+from hf_sparse import break_even
+from hf_sparse.bench.goals import goals_table, judge
+from hf_sparse.bench.inputs import LayerInputs
+from hf_sparse.bench.plot import plot_bench
+from hf_sparse.bench.run import COMMAND, KINDS, LAYER_KINDS, evaluate
+from hf_sparse.bench.shapes import SHAPES, parse_shape
+from hf_sparse.bench.subject import Plan, Subject
+from hf_sparse.bench.summary import Summary, summarise
+from hf_sparse.bench.tables import bench_tables
+from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integers, read_policy
+from hf_sparse.cli.runs import Outcome, write_outcome
+from hf_sparse.config import SELECTORS, SparseAttentionConfig
+from hf_sparse.errors import UserError, first_line
+from hf_sparse.evaluation.models import DTYPES, ModelSource
+from hf_sparse.evaluation.processes import process_state
+from hf_sparse.evaluation.results import ResultFile
+from hf_sparse.evaluation.windows import check_lengths
+
+_FULL = {
+    "decode": [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144],
+    "prefill": [1024, 2048, 4096, 8192, 16384, 32768],
+    "cached": [8192, 32768, 131072],
+    "generate": [8192, 32768],
+}
+_QUICK = {"decode": [1024, 4096, 16384], "prefill": [512, 1024, 2048], "cached": [4096, 16384], "generate": [1024]}
+_OPTIONAL = ("masked-sdpa", "flex", "static-cache")
+_LENGTHS_HELP = "{}; none to leave it out."
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured, and how often."""
+
+    shape: Annotated[str, typer.Option(help=f"Without a MODEL: {', '.join(SHAPES)}, or heads/kv-heads/head-dim.")] = (
+        "smollm2-135m"
+    )
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model in memory, without a MODEL.")] = 2
+    decode: Annotated[
+        str | None, typer.Option(help=_LENGTHS_HELP.format("One layer: cached keys"), show_default="1024 to 262144")
+    ] = None
+    prefill: Annotated[
+        str | None, typer.Option(help=_LENGTHS_HELP.format("One layer: rows and keys"), show_default="1024 to 32768")
+    ] = None
+    cached: Annotated[
+        str | None,
+        typer.Option(help=_LENGTHS_HELP.format("Model: cached tokens before new ones"), show_default="8192 to 131072"),
+    ] = None
+    generate: Annotated[
+        str | None,
+        typer.Option(help=_LENGTHS_HELP.format("Model: tokens of the prompt"), show_default="8192, 32768"),
+    ] = None
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens a model writes.")] = 16
+    repeats: Annotated[int, typer.Option(min=1, help="Fewest rounds of a measurement.")] = 3
+    seconds: Annotated[float, typer.Option(min=0, help="Rounds go on for this long.")] = 5.0
+    leave_out: Annotated[str, typer.Option(help=f"Dense methods not to measure: some of {', '.join(_OPTIONAL)}.")] = ""
+    selector: Annotated[str, typer.Option(help=f"{', '.join(SELECTORS)}.")] = SparseAttentionConfig.selector
+    text: Annotated[
+        str | None,
+        typer.Option(help="With a MODEL: text to read; see perplexity.", show_default="Python's language reference"),
+    ] = None
+    policy: Policy = None
+    quick: Annotated[bool, typer.Option("--quick", help="Short lengths, nothing compiled: under two minutes.")] = False
+    save_break_even: Annotated[
+        bool, typer.Option("--save-break-even", help="Keep the break-even as this machine's default of dense_below.")
+    ] = False
+
+    def plan(self, run: RunOptions, config: SparseAttentionConfig, max_positions: int | None) -> Plan:
+        """What to measure.
+
+        Args:
+            run: How to run.
+            config: Of the patch, but for a selector that is given.
+            max_positions: Tokens that the model takes, above which no default length lies; `None` for no limit.
+
+        Raises:
+            UserError: naming the option and what is allowed.
+        """
+        lengths: dict[str, list[int]] = {}
+        for kind in KINDS:
+            given = getattr(self, kind)
+            lengths[kind] = list((_QUICK if self.quick else _FULL)[kind])
+            if given is not None:
+                lengths[kind] = [] if given == "none" else parse_integers(f"--{kind}", given)
+            elif kind not in LAYER_KINDS and max_positions is not None:
+                lengths[kind] = [n for n in lengths[kind] if n + 1 + self.new_tokens <= max_positions]
+            if given not in (None, "none"):
+                check_lengths(lengths[kind], 1, None)
+        if not any(lengths.values()):
+            raise UserError(
+                "nothing is left to measure: give lengths to one of --decode, --prefill, --cached, --generate"
+            )
+        if self.save_break_even and not all(lengths[kind] for kind in LAYER_KINDS):
+            raise UserError("--save-break-even needs lengths for --decode and --prefill")
+        names = frozenset(name.strip() for name in self.leave_out.split(",") if name.strip())
+        if unknown := sorted(names - set(_OPTIONAL)):
+            raise UserError(f"leave-out takes some of {', '.join(_OPTIONAL)}; got {unknown[0]!r}")
+        if self.selector not in SELECTORS:
+            raise UserError(f"selector must be one of {', '.join(SELECTORS)}; got {self.selector!r}")
+        if self.selector != SparseAttentionConfig.selector:
+            config = replace(config, selector=self.selector)  # type: ignore[arg-type]
+        left_out = names | {"flex"} if self.quick else names
+        return Plan(lengths, config, self.new_tokens, left_out, self.repeats, self.seconds, run.seed)
+
+
+def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: SparseOptions) -> Outcome:
+    """Check everything that a user can get wrong, measure, and write rows, summary, tables and plot.
+
+    Args:
+        model: Hub id, folder or `.gguf` file; `None` for random weights of a shape.
+        bench: What is measured.
+        run: How to run.
+        sparse: The configuration of the patch.
+
+    Raises:
+        UserError: for whatever is wrong.
+    """
+    if run.dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {run.dtype!r}")
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    device = run.device or str(process_state().device)
+    if model is None:
+        if bench.policy is not None:
+            raise UserError("--policy needs a MODEL: its laws are those of a model's heads")
+        plan = bench.plan(run, sparse.config(), None)
+        subject = _in_memory(plan, bench, run.dtype, device)
+    else:
+        source = ModelSource.find(model, run.revision)
+        support = hf_sparse.inspect(source.config)
+        if not support.supported:
+            raise UserError(str(support))
+        config = sparse.config(read_policy(bench.policy, source.policy))
+        plan = bench.plan(run, config, source.info().max_positions)
+        subject = Subject.loaded(plan, source, bench.text, run.dtype, device)
+    folder = run.output or Path("results") / f"{subject.about['model']['name'].removesuffix('.gguf')}-{COMMAND}"
+    summary = summarise(evaluate(list(subject.cells(plan)), ResultFile(folder / "rows.jsonl"), subject.about))
+    if bench.save_break_even and subject.inputs is not None:
+        summary["saved_dense_below"] = _save(summary, subject.inputs, plan.config)
+    goals = [row for row in judge({folder.name: summary}) if row["reason"] is None]
+    summary["goals"] = goals
+    outcome = Outcome(summary, [*bench_tables(summary), *([goals_table(goals)] if goals else [])])
+    write_outcome(outcome, folder, "bench.png", plot_bench)
+    return outcome
+
+
+def _in_memory(plan: Plan, bench: BenchOptions, dtype: str, device: str) -> Subject:
+    shape = parse_shape(bench.shape)
+    try:
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used: {first_line(error)}") from error
+    usual = torch.float32 if place.type == "cpu" else torch.bfloat16
+    number = usual if dtype == "auto" else getattr(torch, dtype)
+    return Subject.in_memory(plan, bench.shape.replace("/", "-"), shape, bench.layers, number, place)
+
+
+def _save(summary: Summary, inputs: LayerInputs, config: SparseAttentionConfig) -> int:
+    """Keep the length from which neither decode nor prefill is slower; the longest measured one if either always is."""
+    found = {kind: summary["break_even"][kind] for kind in LAYER_KINDS}
+    dense_below = max(each["measured"][1] if each["length"] is None else each["length"] for each in found.values())
+    machine = break_even.Machine.here(inputs.device, inputs.dtype, inputs.shape, config)
+    break_even.save(machine, dense_below, {"break_even": found, "inputs": inputs.name, **summary["about"]})
+    return int(dense_below)

@@ -1,0 +1,172 @@
+"""Options that several commands share, each written once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
+from hf_sparse.errors import UserError
+from hf_sparse.policy import Policy as ReadPolicy
+from hf_sparse.policy import files as policy_files
+
+Model = Annotated[
+    str, typer.Argument(help="Hub id, folder or .gguf file, of a model or a sparse_config.json.", show_default=False)
+]
+Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag on the Hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+
+Policy = Annotated[
+    str | None,
+    typer.Option(help="sparse_config.json, or a folder with one; options that are given go before it."),
+]
+
+MinKeys = Annotated[int, typer.Option(help="Fewest keys of a row.")]
+SinkKeys = Annotated[int, typer.Option(help="First keys, always kept.")]
+RecentKeys = Annotated[int, typer.Option(help="Last keys, always kept.")]
+DenseBelow = Annotated[
+    int | None, typer.Option(help="Rows that see fewer keys stay dense.", show_default=str(DENSE_BELOW))
+]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a command runs."""
+
+    revision: Revision = None
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = "auto"
+    device: Annotated[
+        str | None,
+        typer.Option("--device", "--device-map", help="cpu, cuda:0, ...; auto spreads the model.", show_default="best"),
+    ] = None
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's")] = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for rows, summary and plots.", show_default="results/MODEL-COMMAND; results/theory"),
+    ] = None
+    as_json: Json = False
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which tokens are evaluated."""
+
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text file, folder of .txt and .md, .parquet file, or Hub data set id[:config][@split], such as "
+            "emozilla/pg19 or Salesforce/wikitext:wikitext-103-raw-v1@test. May be repeated.",
+            show_default="the language reference in Python's standard library",
+        ),
+    ] = None
+    documents: Annotated[
+        int, typer.Option(min=1, help="Documents taken from a data set, parquet file or the default text.")
+    ] = 4
+    column: Annotated[str, typer.Option(help="Column of a data set that holds the text.")] = "text"
+    lengths: Annotated[str, typer.Option(help="Input lengths in tokens, rising.")] = "512,1024,2048,4096"
+    offset: Annotated[int, typer.Option(min=0, help="Tokens to leave out at the start of each document.")] = 0
+
+    def parsed_lengths(self) -> list[int]:
+        """The lengths as numbers; what they must satisfy is checked by `check_lengths`."""
+        return parse_integers("--lengths", self.lengths)
+
+
+@dataclass(frozen=True)
+class SparseOptions:
+    """Fields of `SparseAttentionConfig`, under the same names."""
+
+    law: Annotated[str, typer.Option(help="power, fixed, fraction or log.")] = SparseAttentionConfig.law
+    alpha: Annotated[float, typer.Option(help="k(n) = alpha * n ** exponent.")] = SparseAttentionConfig.alpha
+    exponent: Annotated[float, typer.Option(help="C of the power law, 0 to 1.")] = SparseAttentionConfig.exponent
+    keys: Annotated[int | None, typer.Option(help="Keys of law fixed.")] = None
+    fraction: Annotated[float | None, typer.Option(help="Share of law fraction.")] = None
+    min_keys: MinKeys = SparseAttentionConfig.min_keys
+    max_keys: Annotated[int | None, typer.Option(help="Most keys of a row.")] = None
+    sink_keys: SinkKeys = SparseAttentionConfig.sink_keys
+    recent_keys: RecentKeys = SparseAttentionConfig.recent_keys
+    engine: Annotated[str, typer.Option(help="auto or the name of an engine.")] = SparseAttentionConfig.engine
+    dense_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers left dense, such as 0,1; none for no layer.", show_default="the first and all sliding-window"
+        ),
+    ] = None
+    dense_below: DenseBelow = None
+
+    def config(self, policy: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
+        """The configuration: `policy` if there is one, but for the options that are not at their defaults.
+
+        Raises:
+            UserError: if a value is not allowed.
+        """
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.dense_layers is not None:
+            layers = "" if self.dense_layers == "none" else self.dense_layers
+            values["dense_layers"] = parse_integers("--dense-layers", layers)
+        defaults = SparseAttentionConfig()
+        changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
+        try:
+            # How a calibration came about decides no figure, and is long.
+            start = defaults if policy is None else replace(policy, calibration=None)
+            # What is measured must not depend on what this machine was found to be fast at.
+            below = DENSE_BELOW if start.dense_below is None else start.dense_below
+            return replace(start, **{"dense_below": below, **changed})
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def read_policy(name: str | None, own: ReadPolicy | None) -> SparseAttentionConfig | None:
+    """The configuration of the policy called `name`, or else of the model's `own`; `None` if there is neither.
+
+    Raises:
+        UserError: if it cannot be read, or something in it is wrong.
+    """
+    try:
+        policy = own if name is None else policy_files.load(name).policy
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return None if policy is None else policy.config
+
+
+def share_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take groups of options: a parameter that is one of these dataclasses becomes its fields.
+
+    Typer reads options from a function's signature, so the function gets the signature that it would have had if
+    the options had been written out.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        members = list(inspect.signature(groups[name]).parameters.values()) if name in groups else [parameter]
+        own = get_type_hints(groups[name], include_extras=True) if name in groups else hints
+        parameters += [
+            member.replace(annotation=own[member.name], kind=inspect.Parameter.KEYWORD_ONLY) for member in members
+        ]
+
+    @wraps(command)
+    def grouped(**given: Any) -> None:
+        made = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **made)
+
+    grouped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    grouped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return grouped
+
+
+def parse_integers(option: str, text: str) -> list[int]:
+    """The whole numbers in `text`, separated by commas; `option` is named where there are others."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"{option} takes whole numbers separated by commas; got {text!r}") from None

@@ -1,0 +1,49 @@
+"""The engine for processors: compiled kernels gather kept keys and values by tiles that stay in the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_sparse.kernels import cpu
+from hf_sparse.selection import AttentionInputs, Selection
+
+
+def refusal(inputs: AttentionInputs) -> str | None:
+    """Why the kernels cannot attend in this call; `None` if they can."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.query, inputs.key, inputs.value)):
+        return "the compiled kernels have no backward pass"
+    if inputs.dropout:
+        return "the compiled kernels drop no weights"
+    return cpu.refusal(inputs.key, inputs.value)
+
+
+def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
+    """Attend to the kept keys alone: `(batch, heads, rows, value_dim)`.
+
+    Raises:
+        RuntimeError: Where `refusal` has a reason.
+    """
+    if reason := refusal(inputs):
+        raise RuntimeError(f"the engine 'native' cannot attend here: {reason}")
+    missing = -selection.columns.shape[-1] % cpu.TILE
+    columns, allowed, scores = (
+        None if x is None else (F.pad(x, (0, missing)) if missing else x.contiguous())
+        for x in (selection.columns, selection.allowed, selection.scores)
+    )
+    assert columns is not None
+    assert allowed is not None
+    out = cpu.attend(
+        (inputs.query.float() * inputs.scaling).contiguous(),
+        inputs.key,
+        inputs.value,
+        columns,
+        allowed,
+        size=selection.rows_per_group,
+        per_head=selection.per_head,
+        scores=None if scores is None else scores.float(),
+        sinks=None if inputs.sinks is None else inputs.sinks.float().contiguous(),
+        softcap=inputs.softcap,
+    )
+    return out.to(inputs.value.dtype)

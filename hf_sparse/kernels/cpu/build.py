@@ -1,0 +1,103 @@
+"""Compile the kernels for this very processor, once; later processes load what was compiled."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+
+from hf_sparse.machine import device_name
+
+SWITCH = "HF_SPARSE_KERNELS"
+"""The environment variable that, set to `0`, leaves the kernels alone: everything is done by PyTorch then."""
+
+# No -ffast-math: a library that is linked with it changes how the whole process rounds the smallest numbers.
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_COMPILERS = ("c++", "g++", "clang++")
+_LONGEST = 300.0
+
+
+class _UnavailableError(Exception):
+    """Why there are no kernels here, in a sentence."""
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or `None` where there are none: `why_not` says why."""
+    return _found()[0]
+
+
+def why_not() -> str | None:
+    """Why there are no compiled kernels here; `None` if there are. Compiles them if that was not done before."""
+    return _found()[1]
+
+
+@cache
+def _found() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        return ctypes.CDLL(str(_compiled())), None
+    except _UnavailableError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"the compiled kernels cannot be loaded ({error})"
+
+
+def _compiled() -> Path:
+    if os.environ.get(SWITCH) == "0":
+        raise _UnavailableError(f"{SWITCH}=0 is set")
+    compiler = _compiler()
+    with as_file(files(__package__)) as folder:
+        sources = sorted(folder.glob("*.cpp"))
+        content = b"".join(path.read_bytes() for path in sorted((*sources, *folder.glob("*.hpp"))))
+        machine = (device_name(torch.device("cpu")), platform.machine(), platform.platform())
+        digest = hashlib.sha256(content + repr((compiler, _FLAGS, machine, _version(compiler))).encode()).hexdigest()
+        target = Path(constants.HF_ASSETS_CACHE) / "hf_sparse" / "kernels" / f"{digest[:16]}.so"
+        if not target.is_file():
+            _compile(compiler, sources, target)
+    return target
+
+
+def _compiler() -> tuple[str, ...]:
+    if chosen := os.environ.get("CXX"):
+        return tuple(shlex.split(chosen))
+    for name in _COMPILERS:
+        if found := shutil.which(name):
+            return (found,)
+    raise _UnavailableError(
+        f"there is no C++ compiler: none of {', '.join(_COMPILERS)} is on the path, and CXX is not set"
+    )
+
+
+def _version(compiler: tuple[str, ...]) -> str:
+    try:
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} does not run ({error})") from None
+
+
+def _compile(compiler: tuple[str, ...], sources: list[Path], target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            # Apple's compiler knows no OpenMP: the kernels then run on one thread.
+            for threads in (["-fopenmp"], []):
+                command = [*compiler, *_FLAGS, *threads, *map(str, sources), "-o", str(made)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST, check=False)
+                if done.returncode == 0:
+                    made.replace(target)
+                    return
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _UnavailableError(f"the kernels could not be compiled ({error})") from None
+    first = next(iter(done.stderr.strip().splitlines()), "no message")
+    raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} failed: {first}")

@@ -1,0 +1,209 @@
+"""Calls of the compiled kernels with tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from hf_sparse.kernels.cpu.build import library, why_not
+
+TILE = 16
+"""Keys that are quantised side by side."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class _States(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("bfloat16", c_int64),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("row_stride", c_int64),
+        ("dim", c_int64),
+    )
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__(states.data_ptr(), _DTYPES[states.dtype], *states.stride()[:3], states.shape[3])
+
+
+class _Quantised(ctypes.Structure):
+    _fields_ = (
+        ("bytes", c_void_p),
+        ("scales", c_void_p),
+        ("batch_bytes", c_int64),
+        ("head_bytes", c_int64),
+        ("batch_scales", c_int64),
+        ("head_scales", c_int64),
+    )
+
+    def __init__(self, quantised: tuple[Tensor, Tensor]) -> None:
+        codes, scales = quantised
+        super().__init__(codes.data_ptr(), scales.data_ptr(), *codes.stride()[:2], *scales.stride()[:2])
+
+
+class _Selecting(ctypes.Structure):
+    _fields_ = (
+        ("key", _States),
+        ("quantised", _Quantised),
+        ("query", c_void_p),
+        ("first", c_void_p),
+        ("stop", c_void_p),
+        ("budget", c_void_p),
+        *((name, c_int64) for name in ("budget_batch", "budget_head", "budget_row")),
+        *((name, c_int64) for name in ("batches", "heads", "kv_heads", "rows", "size")),
+        *((name, c_int64) for name in ("sink_keys", "recent_keys", "oversampling", "width")),
+        *((name, c_void_p) for name in ("columns", "allowed", "kept", "scores")),
+        ("threads", c_int64),
+    )
+
+
+class _Attending(ctypes.Structure):
+    _fields_ = (
+        ("key", _States),
+        ("value", _States),
+        ("query", c_void_p),
+        *((name, c_int64) for name in ("batches", "heads", "kv_heads", "rows", "size", "width", "per_head")),
+        *((name, c_void_p) for name in ("columns", "allowed", "scores", "sinks")),
+        ("softcap", c_double),
+        ("out", c_void_p),
+        ("threads", c_int64),
+    )
+
+
+def refusal(*states: Tensor) -> str | None:
+    """Why there are no kernels for keys or values like these; `None` if there are."""
+    for x in states:
+        if x.device.type != "cpu":
+            return f"the compiled kernels are for processors, not for {x.device.type}"
+        if x.dtype not in _DTYPES:
+            return f"the compiled kernels take float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    return why_not()
+
+
+def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
+    """Write the keys at columns `start` to `stop` - 1 in 8 bits.
+
+    Args:
+        key: `(batch, kv_heads, kv_len, head_dim)`; `head_dim` a multiple of 4.
+        start: First column.
+        stop: Column after the last.
+        out: Codes, uint8 `(batch, kv_heads, tiles, head_dim / 4, TILE, 4)`: 128 + key / scale, rounded; and scales,
+            float32 `(batch, kv_heads, tiles * TILE)`: the largest component divided by 127.
+    """
+    _library().hfs_quantise(
+        ctypes.byref(_States(key)),
+        ctypes.byref(_Quantised(out)),
+        *map(c_int64, (*key.shape[:2], start, stop, torch.get_num_threads())),
+    )
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    quantised: tuple[Tensor, Tensor],
+    spans: tuple[Tensor, Tensor],
+    budgets: Tensor,
+    *,
+    size: int,
+    width: int,
+    sink_keys: int,
+    recent_keys: int,
+    oversampling: int,
+    want_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The keys that each member of each group keeps: see `group.hpp`.
+
+    Args:
+        query: Scaled, float32 `(batch, heads, rows, head_dim)`, contiguous.
+        key: `(batch, kv_heads, kv_len, head_dim)`.
+        quantised: As `quantise` writes them.
+        spans: First visible column of each row, and the one after its last: int64 `(batch, rows)`, contiguous.
+        budgets: int64 `(batch, heads, rows)`; may be expanded.
+        size: Rows in a group.
+        width: Columns to make room for, a multiple of `TILE`.
+        sink_keys: Of each row, as in the configuration.
+        recent_keys: The same.
+        oversampling: Columns in a group's pool for each that its members want at most.
+        want_scores: Whether to give the scores of the columns.
+
+    Returns:
+        Columns int64 `(batch, kv_heads, groups, width)`, which each member keeps, bool `(batch, kv_heads, groups,
+        members, width)`, how many, int64 `(batch, kv_heads, groups, members)`, and float32 scores or `None`.
+    """
+    batch, heads, rows, _ = query.shape
+    kv_heads = key.shape[1]
+    groups = (batch, kv_heads, rows // size)
+    members = heads // kv_heads * size
+    columns = torch.empty(*groups, width, dtype=torch.int64)
+    allowed = torch.empty(*groups, members, width, dtype=torch.bool)
+    kept = torch.empty(*groups, members, dtype=torch.int64)
+    scores = torch.empty(*groups, members, width) if want_scores else None
+    call = _Selecting(
+        _States(key),
+        _Quantised(quantised),
+        *(x.data_ptr() for x in (query, *spans, budgets)),
+        *budgets.stride(),
+        *(batch, heads, kv_heads, rows, size),
+        *(sink_keys, recent_keys, oversampling, width),
+        *(x.data_ptr() for x in (columns, allowed, kept)),
+        None if scores is None else scores.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _library().hfs_select(ctypes.byref(call))
+    return columns, allowed, kept, scores
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    columns: Tensor,
+    allowed: Tensor,
+    *,
+    size: int,
+    per_head: bool,
+    scores: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention to the columns that each member is allowed.
+
+    Args:
+        query: Scaled, float32 `(batch, heads, rows, head_dim)`, contiguous.
+        key: `(batch, kv_heads, kv_len, head_dim)`.
+        value: `(batch, kv_heads, kv_len, value_dim)`.
+        columns: int64 `(batch, kv_heads, groups, width)`, contiguous; `width` a multiple of `TILE`.
+        allowed: bool `(batch, kv_heads, groups, members, width)`, contiguous.
+        size: Rows in a group.
+        per_head: Whether each query head has groups of its own, ordered by (head in the GQA group, row).
+        scores: Of the columns, float32 like `allowed` and contiguous, if they are known.
+        sinks: Logits `(heads,)` that take part without a value, float32; or `None`.
+        softcap: Soft cap of the scores, or `None`.
+
+    Returns:
+        float32 `(batch, heads, rows, value_dim)`.
+    """
+    batch, heads, rows, _ = query.shape
+    out = query.new_empty(batch, heads, rows, value.shape[3])
+    call = _Attending(
+        _States(key),
+        _States(value),
+        query.data_ptr(),
+        *(batch, heads, key.shape[1], rows, size, columns.shape[-1], per_head),
+        *(None if x is None else x.data_ptr() for x in (columns, allowed, scores, sinks)),
+        softcap or 0.0,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _library().hfs_attend(ctypes.byref(call))
+    return out
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "no compiled kernels: ask `refusal` first"
+    return found

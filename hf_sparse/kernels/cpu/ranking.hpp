@@ -1,0 +1,76 @@
+// The best of many numbers, by bisection: comparing and counting is what vectors do well.
+#pragma once
+
+#include "vectors.hpp"
+
+#include <algorithm>
+
+namespace hfs {
+
+// Whole numbers in the order of the floats that they come from, so that halving a range halves the numbers in it.
+inline Ints in_order(Floats x) {
+    const Ints bits = (Ints)x;
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+constexpr int32_t NEVER = INT32_MIN; // below every number: a place that does not count
+
+inline Ints load(const int32_t *from) {
+    Ints out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+
+inline int64_t count_from(const int32_t *values, int64_t tiles, int32_t least) {
+    Ints counts[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= tiles; i += 4)
+        for (int j = 0; j < 4; j++) counts[j] += load(values + (i + j) * LANES) >= least;
+    for (; i < tiles; i++) counts[0] += load(values + i * LANES) >= least;
+    return -int64_t(sum(counts[0] + counts[1] + counts[2] + counts[3]));
+}
+
+// A bound such that the values above it, and those equal to it but for the first `left_out`, are the best `wanted`.
+// Of equal keys the most recent are kept, for they are the likelier ones to matter.
+struct Bound {
+    int32_t value;
+    int64_t left_out;
+};
+
+inline Bound best(const int32_t *values, int64_t tiles, int64_t wanted) {
+    if (wanted <= 0) return {INT32_MAX, INT64_MAX};
+    Ints most = Ints{} + NEVER;
+    Ints least = Ints{} + INT32_MAX;
+    for (int64_t i = 0; i < tiles; i++) {
+        const Ints x = load(values + i * LANES);
+        most = x > most ? x : most;
+        const Ints counted = x == NEVER ? Ints{} + INT32_MAX : x;
+        least = counted < least ? counted : least;
+    }
+    int64_t low = INT32_MAX, high = NEVER; // at least `wanted` values from `low` on, fewer from `high` on
+    for (int i = 0; i < LANES; i++) low = std::min<int64_t>(low, least[i]), high = std::max<int64_t>(high, most[i]);
+    high++;
+    int64_t from_low = count_from(values, tiles, int32_t(low));
+    if (from_low <= wanted) return {int32_t(low), 0};
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2;
+        const int64_t count = count_from(values, tiles, int32_t(middle));
+        if (count == wanted) return {int32_t(middle), 0};
+        if (count > wanted)
+            low = middle, from_low = count;
+        else
+            high = middle;
+    }
+    return {int32_t(low), from_low - wanted};
+}
+
+// Whether each of 16 values is among the best; counts down what the bound leaves out.
+inline Ints among_best(Ints values, Bound &bound) {
+    Ints yes = values >= bound.value;
+    if (bound.left_out > 0)
+        for (int i = 0; i < LANES && bound.left_out > 0; i++)
+            if (values[i] == bound.value) yes[i] = 0, bound.left_out--;
+    return yes;
+}
+
+} // namespace hfs

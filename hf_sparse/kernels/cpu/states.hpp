@@ -1,0 +1,73 @@
+// Keys and values as PyTorch keeps them, and the work of a call cut into tasks for threads.
+#pragma once
+
+#include "vectors.hpp"
+
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace hfs {
+
+// (batch, kv_heads, length, dim) in float32 or bfloat16; strides in elements, that of the last dimension 1.
+struct States {
+    const void *data;
+    int64_t bfloat16;
+    int64_t batch_stride, head_stride, row_stride;
+    int64_t dim;
+
+    // Row `column` of a sequence and head as floats: in place, or copied to `buffer`.
+    const float *row(int64_t batch, int64_t head, int64_t column, float *buffer) const {
+        int64_t at = batch * batch_stride + head * head_stride + column * row_stride;
+        if (!bfloat16) return static_cast<const float *>(data) + at;
+        const uint16_t *from = static_cast<const uint16_t *>(data) + at;
+        for (int64_t i = 0; i < dim; i++) {
+            uint32_t word = uint32_t(from[i]) << 16;
+            std::memcpy(buffer + i, &word, sizeof word);
+        }
+        return buffer;
+    }
+};
+
+// Keys of one sequence and head in 8 bits: 128 + key / scale. Sixteen neighbouring keys make a tile of dim / 4 rows,
+// each with 4 components of all of them: (tiles, dim / 4, 16, 4). Scales: (tiles, 16).
+struct Tiles {
+    uint8_t *bytes;
+    float *scales;
+};
+
+// The same for (batch, kv_heads): strides in bytes and in floats.
+struct QuantisedKeys {
+    uint8_t *bytes;
+    float *scales;
+    int64_t batch_bytes, head_bytes, batch_scales, head_scales;
+
+    Tiles of(int64_t batch, int64_t head) const {
+        return {bytes + batch * batch_bytes + head * head_bytes, scales + batch * batch_scales + head * head_scales};
+    }
+};
+
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// Run task(i) for i in [0, count) on up to `threads` threads, those that are free taking the next.
+template <typename Task> void in_parallel(int64_t count, int64_t threads, Task task) {
+#ifdef _OPENMP
+    if (threads > 1 && count > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (int64_t i = 0; i < count; i++) task(i);
+        return;
+    }
+#endif
+    for (int64_t i = 0; i < count; i++) task(i);
+}
+
+// Room that a thread keeps from call to call, so that no task has to ask the system for memory.
+template <typename T, int purpose> T *scratch(size_t count) {
+    static thread_local std::vector<T> room;
+    if (room.size() < count) room.resize(count);
+    return room.data();
+}
+
+} // namespace hfs

@@ -1,0 +1,136 @@
+// Sixteen numbers at a time, in the vector extensions that GCC and Clang share: the compiler maps them to what the
+// processor has. Only the product of bytes needs instructions by name.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace hfs {
+
+constexpr int LANES = 16;
+constexpr float LOG2_E = 1.44269504f;
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+inline Floats load(const float *from) {
+    Floats out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+
+inline void store(float *to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+inline void store(int32_t *to, Ints x) { std::memcpy(to, &x, sizeof x); }
+
+// Yes and no as bytes 1 and 0, and as lanes of all bits and none.
+inline Bytes load_bytes(const uint8_t *from) {
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return bytes;
+}
+
+inline Ints from_bytes(const uint8_t *from) { return __builtin_convertvector(load_bytes(from), Ints) != 0; }
+
+inline void store_bytes(uint8_t *to, Ints yes) {
+    const Bytes bytes = __builtin_convertvector(yes & 1, Bytes);
+    std::memcpy(to, &bytes, sizeof bytes);
+}
+
+inline Floats all(float x) { return Floats{} + x; }
+
+#if defined(__AVX512F__)
+// One instruction each, which compilers do not find for these.
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+
+inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+#endif
+
+inline float sum(Floats x) {
+    float out = 0;
+    for (int i = 0; i < LANES; i++) out += x[i];
+    return out;
+}
+
+inline float highest(Floats x) {
+    float out = x[0];
+    for (int i = 1; i < LANES; i++) out = x[i] > out ? x[i] : out;
+    return out;
+}
+
+inline int sum(Ints x) {
+    int out = 0;
+    for (int i = 0; i < LANES; i++) out += x[i];
+    return out;
+}
+
+inline Ints counting() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
+// bfloat16 is the upper half of a float.
+inline Floats from_halves(const uint16_t *from) {
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#else
+    Halves half;
+    std::memcpy(&half, from, sizeof half);
+    return (Floats)(__builtin_convertvector(half, Words) << 16);
+#endif
+}
+
+inline void store_halves(uint16_t *to, Floats x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), _mm512_cvtepi32_epi16((__m512i)((Words)x >> 16)));
+#else
+    const Halves half = __builtin_convertvector((Words)x >> 16, Halves);
+    std::memcpy(to, &half, sizeof half);
+#endif
+}
+
+// 2^x for x in [-126, 127]: below, 2^-126. The power of two goes into the exponent's bits; the polynomial (least maximal
+// relative error on [-1/2, 1/2]) is good to 8e-5 (rough) or 1e-7.
+template <bool rough> inline Floats exp2(Floats x) {
+    const float shift = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer.
+    x = larger(x, all(-126.0f));
+    Floats shifted = x + shift;
+    Floats part = x - (shifted - shift);
+    Floats power;
+    if (rough) {
+        power = part * 0.0551714356f + 0.24261081f;
+        power = power * part + 0.693260991f;
+        power = power * part + 0.999928093f;
+    } else {
+        power = part * 0.00132764546f + 0.00967554037f;
+        power = power * part + 0.0555071331f;
+        power = power * part + 0.240221197f;
+        power = power * part + 0.693146967f;
+        power = power * part + 1.0f;
+    }
+    return (Floats)((Ints)power + ((Ints)shifted << 23));
+}
+
+// Adds to each of 16 sums the product of 4 unsigned bytes of it and the 4 signed bytes of `right`.
+inline Ints add_products(Ints sums, const uint8_t *left, int32_t right) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_loadu_si512(left), _mm512_set1_epi32(right));
+#else
+    Words bytes;
+    std::memcpy(&bytes, left, sizeof bytes);
+    for (int i = 0; i < 4; i++) sums += (Ints)((bytes >> (8 * i)) & 255u) * (int32_t)(int8_t)(right >> (8 * i));
+    return sums;
+#endif
+}
+
+} // namespace hfs

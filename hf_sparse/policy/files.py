@@ -1,0 +1,210 @@
+"""`sparse_config.json` on disk and on the Hub: read strictly, within bounds, and written readably."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from huggingface_hub import hf_hub_download
+
+from hf_sparse.checks import shown
+from hf_sparse.errors import UserError
+from hf_sparse.files import write_whole
+from hf_sparse.hub_errors import hub_errors
+from hf_sparse.policy.policy import Policy, is_hub_id
+
+NAME = "sparse_config.json"
+"""The name of the file in a folder or repository."""
+
+MAX_BYTES = 4 << 20
+"""A larger file is not read: a law for each of 100,000 heads takes less."""
+
+MAX_DEPTH = 20
+"""Lists and objects inside one another."""
+
+_INNERMOST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s*\]")
+_BETWEEN = re.compile(r",\n\s+")
+# An error is one line, whatever a hostile file holds.
+_LONGEST_ERROR = 400
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A policy, and where it lies.
+
+    Attributes:
+        policy: The policy.
+        location: Its folder, or its repository on the Hub.
+        commit: The commit of the repository; `None` for a folder.
+    """
+
+    policy: Policy
+    location: str
+    commit: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it was read from a folder, not from the Hub."""
+        return self.commit is None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the policy lies beside weights of its own."""
+        folder = Path(self.location)
+        lie_there = self.is_local and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+        return self.policy.weights or lie_there
+
+    def source(self) -> tuple[str, str | None]:
+        """What to load the model from: a Hub id or a folder, and the revision.
+
+        Raises:
+            UserError: (a `ValueError`) if the policy does not say, or names a folder that is not here, or that was
+                never meant for this machine.
+        """
+        base = self.policy.base_model
+        if self.has_weights:
+            return self.location, self.commit
+        if base is None:
+            raise UserError(f"{self.location} names no base model: load one, then hf_sparse.patch(model, ...) it")
+        if self.policy.base_is_local and not self.is_local:
+            raise UserError(f"{self.location} names a folder as its base model, {base!r}: it must be a Hub id")
+        if self.policy.base_is_local and not Path(base).is_dir():
+            raise UserError(f"{self.location} names the base model {base}, and there is no such folder")
+        if not self.policy.base_is_local and Path(base).is_dir():
+            # transformers would take the folder, and no revision of it.
+            raise UserError(f"{self.location} names {base} on the Hub, and a folder of that name is here: go elsewhere")
+        return base, self.policy.revision
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> Loaded:
+    """Read the policy of a folder, a file, or a repository on the Hub.
+
+    Args:
+        name_or_path: A folder that holds a `sparse_config.json`, such a file, or a Hub id. What exists here goes
+            before the Hub.
+        revision: Commit, branch or tag on the Hub.
+        token: As in `huggingface_hub`.
+        cache_dir: As in `huggingface_hub`.
+        force_download: As in `huggingface_hub`.
+        local_files_only: As in `huggingface_hub`.
+
+    Raises:
+        UserError: (a `ValueError`) if there is none, it is out of reach, or something in it is wrong.
+    """
+    name = os.fspath(name_or_path)
+    if not name:
+        raise UserError("'' is not a policy: pass a Hub id, a folder or a file")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / NAME
+        if not path.is_file():
+            raise UserError(f"{name} holds no {NAME}")
+    if path.is_file():
+        return Loaded(read(path), str(path.parent.absolute()))
+    if path.exists() or not is_hub_id(name) or name.endswith(".json"):
+        raise UserError(f"{shown(name)} is not a policy: pass a Hub id, a folder that holds a {NAME}, or such a file")
+    options: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "force_download": force_download,
+        "local_files_only": local_files_only,
+    }
+    with hub_errors(f"cannot read {NAME} of {name}" + (f" at {revision}" if revision else "")):
+        found = hf_hub_download(name, NAME, revision=revision, dry_run=True, **options)
+        if found.file_size is None:
+            raise UserError(f"cannot read {NAME} of {name}: the Hub does not say how large it is")
+        _check_size(f"{name}/{NAME}", found.file_size)
+        # By the revision as it was given, so that the cache learns what it stands for.
+        downloaded = Path(hf_hub_download(name, NAME, revision=revision, **options))
+    return Loaded(read(downloaded, f"{name}/{NAME}"), name, downloaded.parent.name)
+
+
+def read(path: Path, name: str | None = None) -> Policy:
+    """The policy in a file.
+
+    Args:
+        path: The file.
+        name: What to call it in errors; its path if `None`.
+
+    Raises:
+        UserError: (a `ValueError`) that names the file and what is wrong in it.
+    """
+    name = name or str(path)
+    try:
+        _check_size(name, path.stat().st_size)
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror or error}") from error
+    _check_size(name, len(data))
+    try:
+        return Policy.from_dict(_parse(data))
+    except ValueError as error:
+        said = str(error)
+        raise UserError(f"{name}: {said if len(said) <= _LONGEST_ERROR else said[:_LONGEST_ERROR] + '...'}") from error
+
+
+def write(policy: Policy, path: Path) -> None:
+    """Write a policy, all or nothing."""
+    write_whole(path, text_of(policy).encode())
+
+
+def text_of(policy: Policy) -> str:
+    """The text of the file: indented JSON with lists of numbers and names on one line."""
+    text = json.dumps(policy.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
+    return _INNERMOST.sub(lambda found: "[" + _BETWEEN.sub(", ", found[1]) + "]", text) + "\n"
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > MAX_BYTES:
+        raise UserError(f"{name} must be at most {MAX_BYTES:,} bytes; it has {size:,} or more")
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(data.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError(f"it must be nested at most {MAX_DEPTH} deep") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it must be UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it must be JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"it must hold a JSON object; got {type(parsed).__name__}")
+    level: list[Any] = [parsed]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer)]
+    if level:
+        raise ValueError(f"it must be nested at most {MAX_DEPTH} deep")
+    return parsed
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    children = value.values() if isinstance(value, dict) else value
+    return (child for child in children if isinstance(child, dict | list))
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"numbers must be finite; got {constant}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"each key must stand once; got {name!r} {count} times")
+    return out

@@ -1,0 +1,68 @@
+"""Does a policy suit a model: refused if it was calibrated for another architecture, a warning for another revision."""
+
+from __future__ import annotations
+
+import warnings
+
+from transformers import PreTrainedConfig
+
+from hf_sparse.policy.origin import Origin
+from hf_sparse.policy.policy import Policy, is_hub_id
+from hf_sparse.record import CalibrationRecord
+from hf_sparse.support import SupportReport
+
+
+def check_calibration(record: CalibrationRecord, support: SupportReport, config: PreTrainedConfig) -> None:
+    """Refuse laws that were calibrated for a model with other layers or heads. What a record leaves out is not checked.
+
+    Args:
+        record: How the laws came about.
+        support: The model's attention layers.
+        config: The model's configuration.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    kinds = {config.model_type, config.get_text_config().model_type}
+    if record.model_type and record.model_type not in kinds:
+        _refuse(f"model type {record.model_type!r}", f"{config.model_type!r}")
+    if not record.model_type and record.architecture and record.architecture != support.architecture:
+        _refuse(record.architecture, support.architecture)
+    if record.layers and record.layers != len(support.layers):
+        _refuse(f"{record.layers} attention layers", f"{len(support.layers)}")
+    heads = {layer.layer: layer.heads for layer in support.layers}
+    for layer, count in record.heads.items():
+        if heads.get(layer) != count:
+            found = f"{heads[layer]}" if layer in heads else "no such layer"
+            _refuse(f"{count} query heads in layer {layer}", found)
+
+
+def warn_of_another_base(policy: Policy, origin: Origin) -> bool:
+    """Warn if a model is known to be another one, or another revision, than what the policy was made for.
+
+    Returns:
+        Whether it is, for certain.
+    """
+    record = policy.config.calibration or CalibrationRecord()
+    name = policy.base_model or record.base_model
+    revision = policy.revision if policy.base_model else record.revision
+    if name is None or origin.name is None or origin.is_local or not is_hub_id(name):
+        return False
+    certain = True
+    if name != origin.name:
+        difference = f"{name}; this model is {origin.name}"
+    elif revision is not None and origin.revision is not None and revision != origin.revision:
+        difference = f"revision {revision} of {name}; this model is at {origin.revision}"
+    elif revision is not None and origin.guess is not None and revision != origin.guess:
+        difference = f"revision {revision} of {name}; this model may be at {origin.guess}"
+        certain = False
+    else:
+        return False
+    warnings.warn(
+        f"the policy was made for {difference}: its quality was not measured there", UserWarning, stacklevel=4
+    )
+    return certain
+
+
+def _refuse(expected: str, found: str) -> None:
+    raise ValueError(f"the laws were calibrated for {expected}; this model has {found}")
