@@ -1,1 +1,4 @@
-"""Compiled code for what PyTorch has no fast operation for. Selectors and engines call it; it knows neither."""
+"""Compiled kernels, one package for each way to compile them; nothing here is imported before it is needed.
+
+Selectors and engines call them; they know neither.
+"""

@@ -1,0 +1,79 @@
+"""The engine for GPUs: one fused Triton kernel gathers the kept keys and values and attends to them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from hf_sparse.errors import UserError
+from hf_sparse.selection import AttentionInputs, Selection
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WIDEST = 256
+_OLDEST = (8, 0)
+
+
+def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
+    """Attend inside tiles of members x columns: `(batch, heads, rows, value_dim)`.
+
+    Nothing is copied or formed in memory but the result, and a partial result for each part of the columns where few
+    members share many of them. `selection.scores` are not read: the tensor cores form them as fast.
+
+    Raises:
+        UserError: If `unsupported` has something against it.
+    """
+    reason = unsupported(inputs)
+    if reason is not None:
+        raise UserError(f"engine='triton' cannot run: {reason}")
+    from hf_sparse.kernels.triton.attend import attend as attend_to_columns
+
+    return attend_to_columns(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        selection.columns,
+        selection.allowed,
+        selection.rows_per_group,
+        scaling=inputs.scaling,
+        softcap=inputs.softcap,
+        sinks=inputs.sinks,
+    )
+
+
+def unsupported(inputs: AttentionInputs) -> str | None:
+    """Why this engine cannot take a call, or `None` if it can: another engine must take it, or the user be told."""
+    states = (inputs.query, inputs.key, inputs.value)
+    if find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    if (reason := _unsupported_device(inputs.query.device)) is not None:
+        return reason
+    if inputs.query.dtype not in _DTYPES or any(x.dtype != inputs.query.dtype for x in states):
+        return f"it takes float32, float16 or bfloat16, not {', '.join(sorted({str(x.dtype) for x in states}))}"
+    if max(inputs.query.shape[-1], inputs.value.shape[-1]) > _WIDEST:
+        return f"a head_dim of {max(inputs.query.shape[-1], inputs.value.shape[-1])} is more than {_WIDEST}"
+    if inputs.dropout:
+        return "it has no dropout"
+    learned = states if inputs.sinks is None else (*states, inputs.sinks)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in learned):
+        return "it computes no gradients"
+    return None
+
+
+def _unsupported_device(device: torch.device) -> str | None:
+    if device.type == "cpu" and _interprets():
+        return None
+    if device.type != "cuda":
+        return f"the model is on {device}, and Triton compiles for GPUs of NVIDIA and AMD"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _OLDEST:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and Triton needs 8.0"
+    return None
+
+
+def _interprets() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as tests do."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)

@@ -1,0 +1,95 @@
+"""What the kernels share: where they run, how work is cut into parts, and exponentials to the base 2."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+
+# Exponentials to the base 2 are what GPUs compute.
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+# Below all scores, and finite: the difference of two such numbers is 0, not NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+def on_its_device(function: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
+    """Launch the kernels of a function on the GPU of its first argument, which need not be the current one."""
+
+    @wraps(function)
+    def launch(first: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        with torch.cuda.device(first.get_device()):
+            return function(first, *args, **kwargs)
+
+    return launch
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """`x` with the entries of its last dimension next to each other, copied only if they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def parts_for(device: torch.device, programs: int, steps: int, *, most: int, programs_each: int) -> tuple[int, int]:
+    """Into how many parts to cut the walk of a program, so that few programs fill the GPU.
+
+    Args:
+        device: Where the programs run.
+        programs: Programs if nothing is cut.
+        steps: Tiles that a program walks over.
+        most: Most parts.
+        programs_each: Programs that each multiprocessor should get.
+
+    Returns:
+        Number of parts, and steps in each; the last part may be shorter.
+    """
+    wanted = programs_each * _processors(device) // max(1, programs)
+    each = max(1, triton.cdiv(steps, max(1, min(wanted, most))))
+    return max(1, triton.cdiv(steps, each)), each
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def fold(scores, highest, mass):
+    """Fold a tile of scores `(rows, columns)`, to the base 2, into the running maximum and sum of each row.
+
+    Returns the weights of the tile and the factor of what was summed before, both relative to the new maximum.
+    """
+    before = highest
+    highest = tl.maximum(before, tl.max(scores, 1))
+    fade = tl.exp2(before - highest)
+    weights = tl.exp2(scores - highest[:, None])
+    return weights, fade, highest, mass * fade + tl.sum(weights, 1)
+
+
+@triton.jit
+def log_of(highest, mass):
+    """Log to the base 2 of a folded sum; `LOWEST` if nothing was folded."""
+    return highest + tl.log2(tl.where(mass > 0, mass, 1.0))
+
+
+@triton.jit
+def total_of(logs, certain):
+    """Log to the base 2 of the sum of parts `(rows, parts)` and of what is certain, a log to the base e.
+
+    Inf for a row without a vote, which is one where `certain` is inf, or that sees nothing.
+    """
+    votes = certain < float("inf")
+    own = tl.where(votes, tl.maximum(certain * LOG2_E, LOWEST), LOWEST)
+    highest = tl.maximum(tl.max(logs, 1), own)
+    mass = tl.sum(tl.exp2(logs - highest[:, None]), 1) + tl.exp2(own - highest)
+    return tl.where(votes & (highest > LOWEST), highest + tl.log2(mass), float("inf"))

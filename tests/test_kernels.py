@@ -1,0 +1,243 @@
+"""The compiled kernels for processors: keys in 8 bits, the selection against plain loops, and machines without them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import hf_sparse
+from hf_sparse import SparseAttentionConfig, selectors
+from hf_sparse.cache import SparseCache
+from hf_sparse.kernels import cpu
+from hf_sparse.quantised import QuantisedKeys
+from hf_sparse.selection import AttentionInputs
+from hf_sparse.selectors import compiled
+from hf_sparse.selectors.grouped import ROWS
+from tests import calls, tiny
+
+needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+
+def decoded(parts: tuple[Tensor, Tensor], length: int) -> Tensor:
+    """Keys `(batch, kv_heads, length, head_dim)` from codes and scales."""
+    codes, scales = parts
+    batch, heads, tiles, quads, size, _ = codes.shape
+    keys = (codes.float() - 128).transpose(3, 4).reshape(batch, heads, tiles * size, quads * 4)
+    return (keys * scales[..., None])[:, :, :length]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_keys_are_off_by_half_a_step(dtype: torch.dtype) -> None:
+    storage = torch.randn(2, 80, 3, 12).to(dtype).transpose(1, 2)
+    key = storage[:, :, 5:78]
+    key[0, 0, 7] = 0
+    parts = QuantisedKeys().up_to(key, 70)
+    step = key[:, :, :70].float().abs().amax(-1, keepdim=True) / 127
+    assert ((decoded(parts, 70) - key[:, :, :70].float()).abs() <= 0.5001 * step).all()
+
+
+@needs_kernels
+def test_quantised_keys_follow_the_cache() -> None:
+    """Appended a few at a time, cropped, overwritten and rearranged: as if quantised at once."""
+    key = torch.randn(3, 2, 100, 8)
+    kept = QuantisedKeys()
+    for stop in (1, 15, 16, 17, 64, 90):
+        kept.up_to(key, stop)
+    kept.crop(40)
+    key = torch.cat([key[:, :, :40], torch.randn(3, 2, 60, 8)], dim=2)
+    kept.up_to(key, 70)
+    order = torch.tensor([2, 0, 0, 1])
+    kept.rearrange(lambda x: x.index_select(0, order))
+    key = key[order]
+    assert torch.equal(decoded(kept.up_to(key, 100), 100), decoded(QuantisedKeys().up_to(key, 100), 100))
+
+
+def quantised(states: Tensor) -> Tensor:
+    """Vectors as they are after quantisation to 8 bits with a scale of their own."""
+    scale = (states.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return (states / scale).round() * scale
+
+
+def specification(call: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig, size: int) -> Tensor:
+    """What `select_compiled` is to keep, by plain loops: bool `(batch, heads, rows, kv_len)`."""
+    batch, heads, rows, _ = call.query.shape
+    out = torch.zeros(batch, heads, rows, call.key.shape[2], dtype=torch.bool)
+    for b in range(batch):
+        for group in range(rows // size):
+            part = [r for r in range(group * size, (group + 1) * size) if call.visible[b, r] > 0]
+            for kv_head in range(call.key.shape[1]):
+                share = range(kv_head * call.group_size, (kv_head + 1) * call.group_size)
+                if part:
+                    _keep(call, budgets.expand(-1, heads, -1), config, b, part, kv_head, share, out)
+    return out
+
+
+def _keep(
+    call: AttentionInputs,
+    budgets: Tensor,
+    config: SparseAttentionConfig,
+    b: int,
+    rows: list[int],
+    kv_head: int,
+    heads: range,
+    out: Tensor,
+) -> None:
+    column = torch.arange(call.key.shape[2])
+    first, stop = call.intervals[b, 0].long().unbind(-1)
+    key, rough = call.key[b, kv_head], quantised(call.key[b, kv_head])
+    oldest = int(first[rows].min())
+    low = max(int(stop[rows].min()) - max(1, config.recent_keys), oldest)
+    begin = min(oldest + config.sink_keys, low)
+    sinks_stop = min(int(first[rows].max()) + config.sink_keys, low)
+    older = (column >= begin) & (column < low)
+    votes = torch.zeros(len(column), dtype=torch.float64)
+    wanted, own = 0, {}
+    for head in heads:
+        for row in rows:
+            budget = int(budgets[b, head, row])
+            start = int(first[row]) + min(budget - min(budget, config.recent_keys), config.sink_keys)
+            visible = (column >= first[row]) & (column < stop[row])
+            local = column >= int(stop[row]) - (budget - (start - int(first[row])))
+            certain = visible & ((column < sinks_stop) | (column >= low))
+            keep = certain & ((column < start) | ((column >= low) & local))
+            out[b, head, row] = keep
+            query = call.query[b, head, row] * call.scaling
+            exact, cheap = key @ query, rough @ quantised(query)
+            scores = torch.where(older, cheap, torch.where((column < begin) | (column >= low), exact, -torch.inf))
+            votes += torch.where(older, scores.masked_fill(~visible, -torch.inf).double().softmax(-1), 0)
+            rest = budget - int(keep.sum())
+            own[head, row] = exact, rest, start
+            if rest > 0:
+                wanted = max(wanted, rest + max(0, start - begin))
+    pool = column[older][votes[older].flip(0).argsort(descending=True, stable=True).mul(-1).sub(1)]
+    pool = pool[: compiled.OVERSAMPLING * wanted].sort().values
+    for (head, row), (exact, rest, start) in own.items():
+        seen = pool[pool >= start].flip(0)
+        out[b, head, row, seen[exact[seen].argsort(descending=True, stable=True)[: max(0, rest)]]] = True
+
+
+KINDS = {
+    "causal": lambda rows, kv: calls.causal_intervals(rows, kv),
+    "sliding": lambda rows, kv: calls.causal_intervals(rows, kv, window=kv // 2),
+    "left": lambda rows, kv: calls.causal_intervals(rows, kv, left=(0, kv // 3)),
+    "right": lambda rows, kv: calls.causal_intervals(rows, kv, right=(0, rows // 2)),
+    "static": lambda rows, kv: calls.causal_intervals(rows, kv, left=(0, 2), spare=(kv - rows) // 2),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("rows", "kv_len", "heads", "kv_heads"),
+    [(1, 900, 3, 1), (1, 900, 10, 2), (1, 300, 18, 1), (1, 300, 2, 2), (7, 200, 4, 2), (2 * ROWS, 400, 3, 1)],
+)
+def test_the_kernels_keep_what_they_should(kind: str, rows: int, kv_len: int, heads: int, kv_heads: int) -> None:
+    """Votes are sums of weights with 8 significant bits: where two are nearly equal, another key may win."""
+    call = calls.inputs(KINDS[kind](rows, kv_len), kv_len, heads=heads, kv_heads=kv_heads, dim=16)
+    config = SparseAttentionConfig(sink_keys=3, recent_keys=10)
+    for shape in ((1, heads, 1), (1, 1, 1)):
+        budgets = torch.minimum(call.visible[:, None], torch.randint(5, 70, shape)).expand(2, shape[1], -1)
+        selection = compiled.select_compiled(call, budgets, config, min(ROWS, rows))
+        mask = selection.mask(heads, kv_len)
+        expected = specification(call, budgets, config, min(ROWS, rows))
+        assert torch.equal(mask.sum(-1), budgets.expand(2, heads, -1))
+        assert torch.equal(selection.kept(heads), mask.sum(-1))
+        assert (mask & expected).sum() >= 0.98 * expected.sum()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_key_that_outweighs_everything_is_found(rows: int) -> None:
+    """Also where weights relative to the recent keys do not fit into a float."""
+    call = calls.inputs(calls.causal_intervals(rows, 500), 500, dim=16)
+    call = replace(call, query=call.query.abs() * 30, key=call.key - 2)
+    for wanted in (5, 123, 350):
+        key = call.key.clone()
+        key[:, :, wanted] = 8
+        key[:, :, wanted + 1] = 7
+        changed = replace(call, key=key)
+        mask = selectors.select(
+            "grouped", changed, torch.full((2, 1, rows), 80), SparseAttentionConfig(sink_keys=0, recent_keys=70)
+        ).mask(4, 500)
+        assert mask[..., wanted : wanted + 2].all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 192])
+def test_threads_change_nothing(rows: int) -> None:
+    call = calls.inputs(calls.causal_intervals(rows, 9000), 9000, dim=16)
+    budgets = torch.full((2, 1, rows), 300)
+    masks, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            masks.append(selectors.select("grouped", call, budgets, SparseAttentionConfig()).mask(4, 9000))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*masks)
+
+
+@needs_kernels
+def test_decoding_quantises_each_key_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans: list[tuple[int, int]] = []
+
+    def counted(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
+        spans.append((start, stop))
+        quantise(key, start, stop, out)
+
+    quantise = cpu.quantise
+    monkeypatch.setattr(cpu, "quantise", counted)
+    model = tiny.model("llama")
+    hf_sparse.patch(model, alpha=2.0, min_keys=8, recent_keys=4, dense_below=0, dense_layers=[0])
+    cache = SparseCache(model.config)
+    tokens = torch.randint(0, 90, (2, 40))
+    with torch.no_grad():
+        for start, stop in ((0, 30), (30, 31), (31, 32), (32, 40)):
+            model(tokens[:, start:stop], past_key_values=cache)
+    layers = model.config.num_hidden_layers - 1
+    assert spans == [span for span in ((0, 30), (30, 31), (31, 32), (32, 40)) for _ in range(layers)]
+
+
+WITHOUT = """
+import torch, hf_sparse
+from hf_sparse.kernels import cpu
+from tests import tiny
+model = tiny.model("llama")
+print(cpu.why_not())
+try:
+    hf_sparse.patch(model, engine="native")
+except ValueError as error:
+    print(error, hf_sparse.is_patched(model))
+hf_sparse.patch(model, alpha=2.0, min_keys=8, recent_keys=4, dense_below=0)
+with torch.no_grad():
+    model(torch.arange(60)[None])
+print(hf_sparse.report(model))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"HF_SPARSE_KERNELS": "0"}, "HF_SPARSE_KERNELS=0 is set"),
+        ({"CXX": "/nowhere/c++"}, "the C++ compiler /nowhere/c++ does not run"),
+        ({"CXX": "false"}, "the C++ compiler false does not run"),
+        ({"CXX": f"{sys.executable} -c 0"}, "could not be compiled"),
+    ],
+)
+def test_without_kernels_a_model_runs_and_says_so(variables: dict[str, str], reason: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], env=environment, capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
+    why, refused, *report = done.stdout.splitlines()
+    assert reason in why
+    assert refused == f"engine 'native' cannot run here: {why}; engine 'auto' does without False"
+    assert any("attention calls looked for keys without compiled kernels" in line and reason in line for line in report)

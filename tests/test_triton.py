@@ -1,0 +1,363 @@
+"""Triton's kernels: the engine against the reference, votes against plain sums. Interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from hf_sparse import engines, kernels, selectors
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.errors import UserError
+from hf_sparse.selection import AttentionInputs, Selection
+from tests import calls
+from tests.test_engines import CALLS, layout
+
+pytest.importorskip("triton", reason="triton is not installed")
+tl = importlib.import_module("triton.language")
+interpreter = importlib.import_module("triton.runtime.interpreter")
+engine = importlib.import_module("hf_sparse.engines.triton")
+common = importlib.import_module("hf_sparse.kernels.triton.common")
+voting = importlib.import_module("hf_sparse.kernels.triton.votes")
+quantise = importlib.import_module("hf_sparse.kernels.triton.quantise").quantise
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter keeps bfloat16 as its bits, and would multiply those: it is given float32 instead."""
+    builder = interpreter.InterpreterBuilder
+    create_dot = builder.create_dot
+
+    def create_float_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return create_dot(self, a, b, *rest)
+
+    monkeypatch.setattr(builder, "create_dot", create_float_dot)
+
+
+@pytest.fixture
+def many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is cut into as many parts as it can be."""
+    monkeypatch.setattr(common, "_processors", lambda _: 1 << 20)
+
+
+def moved(call: AttentionInputs) -> AttentionInputs:
+    tensors = {name: x.to(DEVICE) for name, x in vars(call).items() if isinstance(x, Tensor)}
+    return replace(call, **tensors)
+
+
+def placed(selection: Selection) -> Selection:
+    return replace(selection, columns=selection.columns.to(DEVICE), allowed=selection.allowed.to(DEVICE))
+
+
+def check(call: AttentionInputs, selection: Selection) -> None:
+    """The engine gives what the reference gives."""
+    call, selection = moved(call), placed(selection)
+    out = engine.attend(call, selection)
+    tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
+    assert out.dtype == call.value.dtype
+    assert_close(out, engines.reference(call, selection), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_engine_is_the_reference(kind: str) -> None:
+    call = CALLS[kind]()
+    check(call, calls.random_selection(call, layout(call, 3), False))
+
+
+@pytest.mark.parametrize(("rows_per_group", "per_head"), [(1, True), (1, False), (6, True)])
+@pytest.mark.parametrize("kind", ["both", "values wider"])
+def test_layouts(kind: str, rows_per_group: int, per_head: bool) -> None:
+    call = CALLS[kind]()
+    check(call, calls.random_selection(call, rows_per_group, per_head))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_several_tiles(dim: int, dtype: torch.dtype) -> None:
+    """More members and columns than a tile has, and neither a multiple of it."""
+    call = calls.inputs(calls.causal_intervals(35, 150, left=(0,), right=(0,)), 150, dim=dim, dtype=dtype, sinks=True)
+    check(call, calls.random_selection(call, 35, False))
+
+
+@pytest.mark.parametrize("heads", [3, 4])
+def test_whole_groups(heads: int) -> None:
+    """64 rows of 3 or 4 heads: 3 tiles of 64 members, or 2 of 128."""
+    call = calls.inputs(
+        calls.causal_intervals(64, 100, left=(0,), right=(0,)),
+        100,
+        heads=heads,
+        kv_heads=1,
+        dim=16,
+        dtype=torch.bfloat16,
+    )
+    check(call, calls.random_selection(call, 64, False))
+
+
+@pytest.mark.parametrize("kind", ["both", "decode, padded"])
+@pytest.mark.usefixtures("many_processors")
+def test_parts_are_joined(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in decoding: several programs share the columns of a group. The last part is shorter than the others."""
+    joined: list[tuple[int, ...]] = []
+    attending = importlib.import_module("hf_sparse.kernels.triton.attend")
+    join = attending._join_parts
+    monkeypatch.setattr(attending, "_join_parts", Recorder(join, joined))
+    intervals = CALLS[kind]().intervals
+    shifted = torch.where(intervals[..., 1:] > intervals[..., :1], intervals + torch.tensor([0, 289]), intervals)
+    call = calls.inputs(shifted, 300, softcap=1.5 if kind == "both" else None, sinks=kind == "both")
+    check(call, calls.random_selection(call, layout(call, 3), False))
+    assert len(joined) == 1
+
+
+class Recorder:
+    """A kernel that notes the grids of its launches."""
+
+    def __init__(self, kernel: object, grids: list[tuple[int, ...]]) -> None:
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid: tuple[int, ...]) -> object:
+        self.grids.append(grid)
+        return self.kernel[grid]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("programs", [1, 7, 264, 10_000])
+@pytest.mark.parametrize("steps", [0, 1, 5, 64, 1000])
+def test_parts_cover_all_steps(programs: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "_processors", lambda _: 132)
+    parts, each = common.parts_for(torch.device("cpu"), programs, steps, most=64, programs_each=2)
+    assert 1 <= parts <= 64
+    assert parts * each >= steps > (parts - 1) * each or steps == 0
+    assert parts == 1 or parts * programs <= 264
+
+
+@pytest.mark.parametrize("kind", ["padded", "sinks", "softcap"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_rows_without_keys_give_zeros(kind: str, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cut:
+        monkeypatch.setattr(common, "_processors", lambda _: 1 << 20)
+    call = CALLS[kind]()
+    selection = calls.random_selection(call, 3, False)
+    selection.allowed[:, :, 0] = False
+    call, selection = moved(call), placed(selection)
+    out = engine.attend(call, selection)
+    assert (out[:, :, :3] == 0).all()
+    assert (out[:, :, 3:] != 0).any()
+    none = replace(selection, columns=selection.columns[..., :0], allowed=selection.allowed[..., :0])
+    assert (engine.attend(call, none) == 0).all()
+
+
+def test_strides_do_not_matter() -> None:
+    """Models hand over transposed views, and caches parts of longer buffers."""
+    call = CALLS["plain"]()
+    selection = calls.random_selection(call, 3, False)
+    odd = replace(
+        call,
+        query=call.query.transpose(1, 2).contiguous().transpose(1, 2),
+        key=torch.cat([call.key, call.key], dim=2)[:, :, :11],
+        value=call.value.transpose(2, 3).contiguous().transpose(2, 3),
+    )
+    wide = torch.cat([selection.allowed, selection.allowed], dim=-1)[..., : selection.allowed.shape[-1]]
+    check(odd, replace(selection, allowed=wide, columns=selection.columns.mT.contiguous().mT))
+
+
+@pytest.mark.parametrize("selector", ["grouped", "topk", "window"])
+def test_selections_of_the_selectors(selector: str) -> None:
+    call = calls.inputs(calls.causal_intervals(16, 130, left=(0,), right=(0,)), 130)
+    config = SparseAttentionConfig(sink_keys=2, recent_keys=8)
+    budgets = call.visible[:, None].clamp(max=24)
+    check(call, selectors.select(selector, call, budgets, config))
+
+
+def grows(call: AttentionInputs) -> AttentionInputs:
+    return replace(call, key=call.key.requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (grows, "gradients"),
+        (lambda call: replace(call, dropout=0.1), "dropout"),
+        (lambda call: replace(call, query=call.query.double()), "torch.float32, torch.float64"),
+        (lambda call: replace(call, value=torch.zeros(2, 2, 11, 512)), "512"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(change: Callable[[AttentionInputs], AttentionInputs], reason: str) -> None:
+    call = CALLS["plain"]()
+    selection = calls.random_selection(call, 3, False)
+    with pytest.raises(UserError, match=reason):
+        engine.attend(moved(change(call)), selection)
+
+
+def test_no_gradients_are_asked_of_it_without_grad() -> None:
+    call = CALLS["plain"]()
+    with torch.no_grad():
+        check(grows(call), calls.random_selection(call, 3, False))
+
+
+def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = CALLS["plain"]()
+    monkeypatch.setattr(engine, "_interprets", lambda: False)
+    assert "is on cpu" in (engine.unsupported(call) or "")
+    assert "is on mps" in (engine._unsupported_device(torch.device("mps")) or "")
+    with monkeypatch.context() as old_gpu:
+        old_gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+        assert "7.5" in (engine._unsupported_device(torch.device("cuda")) or "")
+    monkeypatch.setattr(engine, "find_spec", lambda _: None)
+    assert "pip install triton" in (engine.unsupported(call) or "")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match="pip install triton"):
+        importlib.reload(importlib.import_module(f"{kernels.__name__}.triton"))
+
+
+def plain_votes(
+    members: Tensor, keys: Tensor, certain: Tensor, begin: Tensor, low: Tensor, first: Tensor | None
+) -> Tensor:
+    """Votes by their definition, in float64."""
+    scores = torch.einsum("bhgmd,bhnd->bhgmn", members.double(), keys.double())
+    column = torch.arange(keys.shape[2])
+    seen = ((column >= begin[..., None]) & (column < low[..., None]))[:, None, :, None]
+    if first is not None:
+        seen = seen & (column >= first[..., None])
+    scores = scores.masked_fill(~seen, -torch.inf)
+    total = torch.cat([scores, certain.double()[..., None]], dim=-1).logsumexp(-1, keepdim=True)
+    return (scores - total).exp().masked_fill(~seen, 0).nan_to_num(0).sum(3)
+
+
+def voters(groups: int, size: int, length: int, dim: int = 64, batch: int = 1, kv_heads: int = 2) -> dict[str, Tensor]:
+    """Groups of members at the end of a text, with what each has besides the older keys."""
+    generator = torch.Generator().manual_seed(size)
+    low = (length - 5 - torch.arange(groups).flip(0) * 11).expand(batch, groups)
+    return {
+        "members": torch.randn(batch, kv_heads, groups, size, dim, generator=generator) * 2 * dim**-0.5,
+        "keys": torch.randn(batch, kv_heads, length, dim, generator=generator),
+        "certain": 7 + torch.randn(batch, kv_heads, groups, size, generator=generator),
+        "begin": torch.full((batch, groups), 3),
+        "low": low.contiguous(),
+    }
+
+
+def check_votes(members: Tensor, keys: Tensor, first: Tensor | None = None, **rest: Tensor) -> Tensor:
+    """Votes are those of the dequantised vectors, and close to those of the vectors themselves."""
+    whole, scales = quantise(keys.to(DEVICE))
+    on_device = {name: x.to(DEVICE) for name, x in rest.items()}
+    own_first = None if first is None else first.to(DEVICE)
+    out = voting.votes(members.to(DEVICE), whole, scales, first=own_first, **on_device).cpu()
+    assert out.dtype == torch.float32
+    dequantised = [
+        (q * scale[..., None]).cpu() for q, scale in ((whole, scales), quantise(members.flatten(2, 3).to(DEVICE)))
+    ]
+    expected = plain_votes(dequantised[1].view(members.shape), dequantised[0], first=first, **rest)
+    assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
+    exact = plain_votes(members, keys, first=first, **rest)
+    assert (out - exact).abs().sum() <= 0.03 * exact.sum()
+    return out
+
+
+@pytest.mark.parametrize(("groups", "size", "dim"), [(2, 20, 64), (1, 130, 80), (2, 65, 128), (1, 17, 256)])
+def test_votes(groups: int, size: int, dim: int) -> None:
+    call = voters(groups, size, 300, dim)
+    out = check_votes(**call)
+    assert (out[..., :3] == 0).all()
+    assert (out[..., -5:] == 0).all()
+    assert 0.05 < out.sum() / (2 * groups * size) < 0.95
+
+
+@pytest.mark.usefixtures("many_processors")
+@pytest.mark.parametrize("size", [3, 16, 20])
+def test_votes_of_parts_of_the_keys(size: int) -> None:
+    """With few members the keys are cut; up to 16 of them, scores are stored."""
+    check_votes(**voters(1, size, 700, batch=2))
+
+
+def test_few_members_vote_like_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = voters(1, 8, 300)
+    few = check_votes(**call)
+    monkeypatch.setattr(voting, "MOST_MEMBERS", 0)
+    assert_close(check_votes(**call), few)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_votes_in_sliding_windows(kv_heads: int) -> None:
+    """Members of a group do not all see its oldest keys; some see none of them."""
+    call = voters(2, 20, 300)
+    call["begin"] = torch.tensor([[100, 150]])
+    first = call["begin"][:, None, :, None] + torch.arange(20).expand(1, kv_heads, 2, 20) * 10
+    first[..., 1, -1] = 300
+    out = check_votes(**call, first=first)
+    assert (out[0, :, 0, :100] == 0).all()
+
+
+def test_groups_without_older_keys_and_members_without_votes() -> None:
+    call = voters(3, 20, 200, batch=2)
+    call["low"][0] = torch.tensor([0, 3, 150])
+    call["begin"][1, 2] = 190
+    call["certain"][0, 0, 2, :5] = torch.inf
+    call["certain"][:, :, :, 7] = -torch.inf
+    call["certain"][1, 1, 0] = torch.inf
+    out = check_votes(**call)
+    assert out.isfinite().all()
+    assert (out[0, :, :2] == 0).all()
+    assert (out[1, 1, 0] == 0).all()
+    assert (out[0, :, 2] != 0).any()
+
+
+def test_keys_in_longer_storage() -> None:
+    """A cache keeps keys and scales in buffers that grow."""
+    call = voters(1, 4, 160)
+    whole, scales = quantise(torch.cat([call["keys"], call["keys"]], dim=2).to(DEVICE))
+    rest = {name: x.to(DEVICE) for name, x in call.items() if name not in ("members", "keys")}
+    members = call["members"].to(DEVICE)
+    parts = [
+        voting.votes(members, w, s, **rest)
+        for w, s in ((whole[:, :, :160], scales[:, :, :160]), quantise(call["keys"].to(DEVICE)))
+    ]
+    assert_close(*parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [8, 80])
+def test_quantise(dim: int, dtype: torch.dtype) -> None:
+    states = torch.randn(2, 50, 3, dim).transpose(1, 2).to(DEVICE, dtype)
+    states[0, 0, 0] = 0
+    whole, scales = quantise(states)
+    assert whole.dtype == torch.int8
+    assert (whole.abs().amax(-1) == 127).sum() == 2 * 50 * 3 - 1
+    error = (whole * scales[..., None] - states.float()).abs().amax(-1)
+    assert (error <= 0.5001 * scales).all()
+    assert (whole[0, 0, 0] == 0).all()
+
+
+def test_compiles_for_hopper(tmp_path: Path) -> None:
+    """The interpreter takes more than the compiler does. Needs no GPU: nothing is launched."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.compile_triton", "90"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert run.returncode == 0, run.stderr
+    compiled = Counter(line.split()[0] for line in run.stdout.splitlines())
+    # Two head_dims in a prefill, one of them in parts; in decoding, lengths that are multiples of 16, and others.
+    assert compiled == {
+        "_attend_tile": 2 + 2,
+        "_join_parts": 1 + 1,
+        "_quantise": 1,
+        "_totals": 1,
+        "_votes": 1,
+        "_scores": 2,
+        "_sums": 2,
+    }
