@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_sparse.bench.goals import goals_table, judge
 from hf_sparse.evaluation import memory, perplexity_summary
 from hf_sparse.evaluation.perplexity_tables import method_cells, overview_cells, perplexity_cells, verdict_cells
 from hf_sparse.evaluation.tables import markdown_table
@@ -48,6 +49,14 @@ def test_a_summary_follows_from_its_rows(path: Path) -> None:
 def test_the_memory_exponents_follow_from_their_rows() -> None:
     summary = json.loads((ROOT / "model_cards/memory/summary.json").read_text(encoding="utf-8"))
     assert memory.summarise(summary["results"])["exponents"] == summary["exponents"]
+
+
+def test_the_goals_follow_from_their_runs() -> None:
+    folder = ROOT / "model_cards/goals"
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    runs = {name: json.loads((ROOT / name / "summary.json").read_text(encoding="utf-8")) for name in summary["runs"]}
+    assert judge(runs) == summary["goals"]
+    assert markdown_table(*goals_table(summary["goals"])) == tables("model_cards/goals/tables.md")[0]
 
 
 def test_linked_files_exist() -> None:
