@@ -1,20 +1,23 @@
-"""The engine on PyTorch's FlexAttention: one fused, compiled kernel that skips tiles of keys that no row keeps.
+"""The engine on PyTorch's FlexAttention: one fused, compiled kernel, which skips tiles of keys that no row keeps.
 
-A group is one attention problem: its members are the rows, its candidate keys, copied side by side, are the keys. Of
-each tile of rows x keys, FlexAttention skips what no member is allowed, computes what all are allowed without a look
-at the mask, and looks up each pair in the rest.
+A group is one attention problem: its members are the rows, and its candidate keys, copied side by side, are the keys.
+Of the tiles of rows x keys, FlexAttention skips those where nothing is allowed, computes those where everything is
+without looking at the mask, and looks up each pair in the others.
 
-It is made for selections in which neighbours agree: in a window, most tiles are skipped or full. Where each member
-picks its own keys out of the pool of its group, every tile is computed and masked, which is no less work than
-`gather` has; a group of one row (`topk`) leaves a kernel for tiles nothing to share. The first call of a process
-compiles for 5 to 20 seconds, once for all lengths and batch sizes.
+It wins where neighbouring rows keep the same keys, as in a window: nearly all tiles are skipped or full. Where each
+member picks from the pool of its group (`grouped`), nearly all tiles are computed and masked, so that only the fusion
+is gained; where a group is one row (`topk`), a kernel made for tiles is a slow way. Nor is it for decoding alone: the
+first call for a dtype, head size and kind of score compiles for 5 to 20 seconds, once for all lengths and batch sizes.
+On a CPU it has no gradients.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,13 +30,14 @@ from hf_sparse.selection import AttentionInputs, Selection, take_rows
 # Rows and keys of a tile.
 _TILE = 128
 
-# Pairs of members and candidate keys that are attended to at a time, one byte each; a multiple of `_TILE`.
-_PAIRS = 1 << 24
+# Pairs of a member and a candidate that the table of a mask has room for, one byte each.
+_TABLE_BYTES = 1 << 24
 
-# Kernels compiled in one process at most: one for each dtype, head size and kind of score. PyTorch stops at 8.
+# Bytes of masks, and of gathered keys and values, that are alive at a time; at most `_TABLE_BYTES`.
+_CHUNK_BYTES = 1 << 24
+
+# Kernels that may be compiled in one process. PyTorch alone would stop at 8: a few models in turn.
 _KERNELS = 64
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Eight bytes, each of them True.
 _ALL = 0x0101010101010101
@@ -42,43 +46,47 @@ _ALL = 0x0101010101010101
 def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
     """Attend through FlexAttention: `(batch, heads, rows, value_dim)`.
 
-    Memory grows with rows x kept keys, never with rows x kv_len; groups are taken many at a time.
+    Memory grows with rows x kept keys, never with rows x kv_len; groups are taken a few at a time.
 
     Raises:
         TypeError: For a dtype other than float32, bfloat16 and float16.
-        ValueError: If attention weights are to be dropped, which FlexAttention cannot.
-        RuntimeError: If gradients are wanted on a CPU, or there is no compiler.
+        ValueError: If weights are to be dropped, which FlexAttention cannot do.
+        RuntimeError: If gradients are wanted on a CPU, or nothing is there to compile a kernel with.
     """
-    _check(inputs)
-    heads = inputs.query.shape[1]
+    learns = _check(inputs)
+    heads, rows = inputs.query.shape[1:3]
     kv_heads = inputs.key.shape[1]
     query = selection.members_of(inputs.query, kv_heads)
-    batch, _, groups, members, _ = query.shape
+    batch, _, groups, members, dim = query.shape
+    kept = selection.columns.shape[-1]
+    width = kept
     sinks = None
     if inputs.sinks is not None:
-        rows = inputs.query.shape[2]
         sinks = selection.members_of(inputs.sinks.view(1, heads, 1, 1).expand(batch, -1, rows, -1), kv_heads)
+        width += 1
+    # Whole tiles of keys, and at least two: a kernel for one would serve no other number. What is added is allowed to
+    # nobody, but for the last key, which stands for the sink.
+    width = max(2, -(-width // _TILE)) * _TILE
+    columns = F.pad(selection.columns, (0, width - kept))
 
-    # Whole tiles of candidates, with room for a sink. What is added is allowed to nobody.
-    width = selection.columns.shape[-1]
-    added = -(width + (sinks is not None)) % _TILE + (sinks is not None)
-    columns = F.pad(selection.columns, (0, added))
-    pairs = members * (width + added)
-    step = max(1, _PAIRS // (batch * kv_heads * pairs))
-    # Heads of a group stay apart where one head fills tiles of rows: their windows are alike, those of far rows not.
-    split = selection.rows_per_group if selection.rows_per_group >= _TILE else members
+    # Heads stay apart where each fills tiles of rows: rows next to each other keep the same keys, those of two heads
+    # that meet in a tile do not.
+    size = selection.rows_per_group if selection.rows_per_group >= _TILE else members
+    per_key = max(2, members) + (dim + inputs.value.shape[-1]) * query.element_size()
+    step = max(1, _CHUNK_BYTES // (batch * kv_heads * width * per_key))
     parts = []
-    for start in range(0, groups, step):
-        part = slice(start, start + step)
-        out = _attend_groups(
-            query[:, :, part].reshape(-1, members // split, split, query.shape[-1]),
-            take_rows(inputs.key, columns[:, :, part]).flatten(0, 2)[:, None],
-            take_rows(inputs.value, columns[:, :, part]).flatten(0, 2)[:, None],
-            selection.allowed[:, :, part].reshape(-1, members // split, split, width),
-            None if sinks is None else sinks[:, :, part].flatten(),
-            inputs,
-        )
-        parts.append(out.view(batch, kv_heads, -1, members, out.shape[-1]))
+    with torch.set_grad_enabled(learns):
+        for start in range(0, groups, step):
+            part = slice(start, start + step)
+            out = _attend_groups(
+                query[:, :, part].reshape(-1, members // size, size, dim),
+                take_rows(inputs.key, columns[:, :, part]).flatten(0, 2).unsqueeze(1),
+                take_rows(inputs.value, columns[:, :, part]).flatten(0, 2).unsqueeze(1),
+                selection.allowed[:, :, part].reshape(-1, members // size, size, kept),
+                None if sinks is None else sinks[:, :, part].reshape(-1, members // size, size),
+                inputs,
+            )
+            parts.append(out.reshape(batch, kv_heads, -1, members, out.shape[-1]))
     return selection.rows_of(torch.cat(parts, dim=2), heads)
 
 
@@ -89,66 +97,80 @@ def _attend_groups(
 
     Args:
         query: `(groups, heads, rows, head_dim)`.
-        key: `(groups, 1, width, head_dim)`, a whole number of tiles; the last one is left out where there are sinks.
+        key: `(groups, 1, width, head_dim)`: whole tiles.
         value: `(groups, 1, width, value_dim)`.
         allowed: bool `(groups, heads, rows, width or less)`.
-        sinks: `(groups * heads * rows)`, or `None`.
+        sinks: `(groups, heads, rows)`, or `None`.
         inputs: For `scaling` and `softcap`.
     """
-    groups, heads, rows, _ = query.shape
-    # A second row where there is one: a kernel compiled for one row would serve no other number.
-    query = F.pad(query, (0, 0, 0, 1 if rows == 1 else 0))
-    padded, width = query.shape[2], key.shape[2]
-    pairs = groups * heads * padded * width
-    # A table of fixed size: sizes that change from call to call break the code generated for a mask on a CPU.
-    table = torch.empty(max(_PAIRS, 1 << (pairs - 1).bit_length()), dtype=torch.bool, device=key.device)
-    mask = table[:pairs].view(groups, heads, padded, width)
-    kept = allowed.shape[-1]
-    mask[..., :rows, :kept] = allowed
-    mask[..., :rows, kept:] = False
-    mask[..., rows:, :] = False
+    rows, kept = allowed.shape[2:]
+    # At least two rows, for the same reason.
+    query = F.pad(query, (0, 0, 0, int(rows == 1))).contiguous()
+    groups, heads, length, _ = query.shape
+    width = key.shape[2]
+    # Tables have one fixed size: sizes that change from call to call break the code generated for a mask on a CPU.
+    pairs = groups * heads * length * width
+    table = torch.empty(max(_TABLE_BYTES, 1 << (pairs - 1).bit_length()), dtype=torch.bool, device=key.device)
+    mask = table[:pairs].view(groups, heads, length, width)
+    mask[:, :, :rows, :kept] = allowed
+    mask[:, :, :rows, kept:] = False
+    mask[:, :, rows:] = False
     extra = None
     if sinks is not None:
         mask[..., -1] = True
         value[..., -1, :] = 0
-        extra = F.pad(sinks.float(), (0, table.shape[0] // _TILE - sinks.shape[0]))
+        extra = F.pad(sinks.float(), (0, length - rows)).flatten()
+        extra = F.pad(extra, (0, len(table) // _TILE - len(extra)))
         torch._dynamo.mark_static(extra)
     torch._dynamo.mark_static(table)
     tiles = _tiles(mask)
-    for states in (query, key, value, *tiles):
-        torch._dynamo.maybe_mark_dynamic(states, (0, 2, 3) if states.dim() == 4 and states.dtype == torch.int32 else (0, 2))
-    numbers = torch.tensor([inputs.scaling, inputs.softcap or 1.0], device=key.device)
-    sizes = torch.tensor([heads, padded, width], device=key.device)
-    capped = inputs.softcap is not None
+    for tensor in (query, key, value, *tiles):
+        torch._dynamo.maybe_mark_dynamic(tensor, [0, 2])
+    for tensor in tiles[1::2]:
+        torch._dynamo.maybe_mark_dynamic(tensor, 3)
+
+    kernel = _compiled(key.device.type)
+    sizes = torch.tensor([heads, length, width], device=key.device)
+    factors = torch.tensor([inputs.scaling, inputs.softcap or 1.0], device=key.device)
     with torch._dynamo.config.patch(recompile_limit=_KERNELS):
-        out = _compiled()(query.contiguous(), key, value, table, extra, tiles, numbers, sizes, capped)
+        out: Tensor = kernel(query, key, value, tiles, table, extra, sizes, factors, inputs.softcap is not None)
     return out[:, :, :rows]
 
 
 def _tiles(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tiles of a mask `(..., rows, width)` that are cut by it and those that are full, as `BlockMask` takes them.
+    """The tiles of a mask `(..., rows, width)` that are allowed in part, and in whole, as `BlockMask` takes them.
 
     Returns:
-        For both: how many there are, int32 `(..., row_tiles)`, and which, int32 `(..., row_tiles, key_tiles)`.
+        Of both kinds, how many each row of tiles has, int32 `(..., row_tiles)`, and which, first of all, int32
+        `(..., row_tiles, key_tiles)`.
     """
-    # Eight pairs at a time: bool read as int64 is largest where all are True and 0 where none is.
+    # Eight pairs at a time: as integers, bytes are largest where all are True, and 0 where none is.
     words = mask.view(torch.int64).unflatten(-1, (-1, _TILE // 8))
     least, most = words.aminmax(dim=-1)
-    more = -mask.shape[-2] % _TILE
-    least = F.pad(least, (0, 0, 0, more), value=_ALL).unflatten(-2, (-1, _TILE)).amin(-2)
-    most = F.pad(most, (0, 0, 0, more)).unflatten(-2, (-1, _TILE)).amax(-2)
+    missing = -mask.shape[-2] % _TILE
+    least = F.pad(least, (0, 0, 0, missing), value=2.0**62).unflatten(-2, (-1, _TILE)).amin(-2)
+    most = F.pad(most, (0, 0, 0, missing)).unflatten(-2, (-1, _TILE)).amax(-2)
     full = least == _ALL
-    cut = ~full & (most > 0)
-    return (*_ordered(cut), *_ordered(full))
+    part = ~full & (most > 0)
+    return (*_listed(part), *_listed(full))
 
 
-def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
     order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 @cache
-def _compiled() -> Any:
+def _compiled(device: str) -> Any:
+    """The kernel, to be compiled at its first calls, if there is something to compile it with."""
+    compiler = shlex.split(os.environ.get("CXX", "cl" if os.name == "nt" else "g++"))[0]
+    if device == "cpu" and shutil.which(compiler) is None:
+        raise RuntimeError(
+            f"engine 'flex' compiles C++ on a CPU, and the compiler {compiler!r} was not found: install it (Debian "
+            "and Ubuntu: apt install g++; conda: conda install gxx), or name yours in CXX, or use engine='gather'"
+        )
+    if device == "cuda" and find_spec("triton") is None:
+        raise RuntimeError("engine 'flex' compiles with Triton on CUDA: pip install triton, or use engine='gather'")
     return torch.compile(_kernel, fullgraph=True)
 
 
@@ -156,22 +178,34 @@ def _kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    tiles: tuple[Tensor, Tensor, Tensor, Tensor],
     table: Tensor,
     sinks: Tensor | None,
-    tiles: tuple[Tensor, Tensor, Tensor, Tensor],
-    numbers: Tensor,
     sizes: Tensor,
+    factors: Tensor,
     capped: bool,
 ) -> Tensor:
-    """FlexAttention over tiles; all that changes from call to call is in tensors."""
+    """FlexAttention over `tiles`. All numbers that change from call to call are in tensors.
+
+    Args:
+        query: `(groups, heads, rows, head_dim)`.
+        key: `(groups, 1, width, head_dim)`.
+        value: `(groups, 1, width, value_dim)`.
+        tiles: As `_tiles` makes them.
+        table: The mask `(groups, heads, rows, width)`, flat, and room after it.
+        sinks: Logits `(groups, heads, rows)`, flat, and room after them; they are scores of the last key.
+        sizes: heads, rows, width.
+        factors: The scaling, and the soft cap.
+        capped: Whether scores are capped.
+    """
 
     def mask_mod(group: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return table[((group * sizes[0] + head) * sizes[1] + row) * sizes[2] + column]
 
     def score_mod(score: Tensor, group: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        score = score * numbers[0]
+        score = score * factors[0]
         if capped:
-            score = numbers[1] * torch.tanh(score / numbers[1])
+            score = factors[1] * torch.tanh(score / factors[1])
         if sinks is not None:
             sink = sinks[(group * sizes[0] + head) * sizes[1] + row]
             score = torch.where(column == sizes[2] - 1, sink, score)
@@ -189,5 +223,18 @@ def _kernel(
     return out
 
 
-def _check(inputs: AttentionInputs) -> None:
-    pass
+def _check(inputs: AttentionInputs) -> bool:
+    """Refuse what FlexAttention cannot do; whether gradients are wanted."""
+    tensors = [inputs.query, inputs.key, inputs.value] + ([] if inputs.sinks is None else [inputs.sinks])
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    other = "use engine='gather'"
+    if inputs.value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"engine 'flex' takes float32, bfloat16 and float16; got {inputs.value.dtype}: {other}")
+    if inputs.dropout:
+        raise ValueError(f"engine 'flex' cannot drop attention weights; got dropout={inputs.dropout}: {other}")
+    if inputs.value.device.type == "cpu":
+        if learns:
+            raise RuntimeError(f"engine 'flex' has no gradients on a CPU: wrap the call in torch.no_grad(), or {other}")
+        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            raise RuntimeError(f"engine 'flex' needs a CPU with AVX2: {other}")
+    return learns
