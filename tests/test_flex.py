@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,18 +13,22 @@ from torch.testing import assert_close
 
 from hf_sparse import selectors
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.engines import flex, reference
+from hf_sparse.engines import flex, flex_kernel, reference
 from hf_sparse.selection import AttentionInputs, Selection
 from tests import calls
 from tests.test_engines import CALLS, LAYOUTS, differentiable, layout
 
 compiles = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="FlexAttention on a CPU needs a C++ compiler"
+    shutil.which(os.environ.get("CXX") or "g++") is None, reason="FlexAttention on a CPU needs a C++ compiler"
 )
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-# Calls for which one kernel is compiled: neither softcap nor sinks, and values as wide as keys.
-PLAIN = [kind for kind in CALLS if kind not in {"softcap", "sinks", "both", "values wider", "values narrower"}]
+# Calls for which one kernel is compiled, the smallest first: neither softcap nor sinks, and values as wide as keys.
+PLAIN: list[Callable[[], AttentionInputs]] = [
+    lambda: calls.inputs(calls.causal_intervals(1, 11, left=(0,), right=(0,)), 11),
+    *(CALLS[kind] for kind in CALLS if kind not in {"softcap", "sinks", "both", "values wider", "values narrower"}),
+    lambda: calls.inputs(calls.causal_intervals(144, 280, left=(0, 150)), 280),
+]
 
 
 def both(dtype: torch.dtype = torch.float32) -> AttentionInputs:
@@ -39,10 +44,10 @@ def check(call: AttentionInputs, selection: Selection, tolerance: float = 1e-5) 
 
 
 @compiles
-@pytest.mark.parametrize(("rows_per_group", "per_head"), LAYOUTS)
+@pytest.mark.parametrize(("rows_per_group", "per_head"), [*LAYOUTS, (72, False)])
 def test_engine_is_the_reference_with_one_kernel(rows_per_group: int, per_head: bool) -> None:
-    for number, kind in enumerate(PLAIN):
-        call = CALLS[kind]()
+    for number, make in enumerate(PLAIN):
+        call = make()
         selection = calls.random_selection(call, layout(call, rows_per_group), per_head)
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             check(call, selection)
@@ -118,7 +123,7 @@ def test_refuses_what_flex_attention_cannot_do() -> None:
 
 def test_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    flex._compiled.cache_clear()
+    flex_kernel._compiled.cache_clear()
     call = CALLS["plain"]()
     with pytest.raises(RuntimeError, match="'no-such-compiler' was not found: install"):
         flex.attend(call, calls.random_selection(call, 3, False))

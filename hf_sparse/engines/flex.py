@@ -6,38 +6,27 @@ without looking at the mask, and looks up each pair in the others.
 
 It wins where neighbouring rows keep the same keys, as in a window: nearly all tiles are skipped or full. Where each
 member picks from the pool of its group (`grouped`), nearly all tiles are computed and masked, so that only the fusion
-is gained; where a group is one row (`topk`), a kernel made for tiles is a slow way. Nor is it for decoding alone: the
-first call for a dtype, head size and kind of score compiles for 5 to 20 seconds, once for all lengths and batch sizes.
-On a CPU it has no gradients.
+is gained; where a group is one row (`topk`), a kernel made for tiles is a slow way. The first calls of a process
+compile for 5 to 20 seconds each: one kernel for prefill and one for decoding, for any length. On a CPU there are no
+gradients.
 """
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from hf_sparse.engines.flex_kernel import TILE, tile_attention
 from hf_sparse.selection import AttentionInputs, Selection, take_rows
-
-# Rows and keys of a tile.
-_TILE = 128
 
 # Pairs of a member and a candidate that the table of a mask has room for, one byte each.
 _TABLE_BYTES = 1 << 24
 
 # Bytes of masks, and of gathered keys and values, that are alive at a time; at most `_TABLE_BYTES`.
 _CHUNK_BYTES = 1 << 24
-
-# Kernels that may be compiled in one process. PyTorch alone would stop at 8: a few models in turn.
-_KERNELS = 64
 
 # Eight bytes, each of them True.
 _ALL = 0x0101010101010101
@@ -66,12 +55,12 @@ def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
         width += 1
     # Whole tiles of keys, and at least two: a kernel for one would serve no other number. What is added is allowed to
     # nobody, but for the last key, which stands for the sink.
-    width = max(2, -(-width // _TILE)) * _TILE
+    width = max(2, -(-width // TILE)) * TILE
     columns = F.pad(selection.columns, (0, width - kept))
 
     # Heads stay apart where each fills tiles of rows: rows next to each other keep the same keys, those of two heads
     # that meet in a tile do not.
-    size = selection.rows_per_group if selection.rows_per_group >= _TILE else members
+    size = selection.rows_per_group if selection.rows_per_group >= TILE else members
     per_key = max(2, members) + (dim + inputs.value.shape[-1]) * query.element_size()
     step = max(1, _CHUNK_BYTES // (batch * kv_heads * width * per_key))
     parts = []
@@ -106,34 +95,19 @@ def _attend_groups(
     rows, kept = allowed.shape[2:]
     # At least two rows, for the same reason.
     query = F.pad(query, (0, 0, 0, int(rows == 1))).contiguous()
-    groups, heads, length, _ = query.shape
-    width = key.shape[2]
-    # Tables have one fixed size: sizes that change from call to call break the code generated for a mask on a CPU.
-    pairs = groups * heads * length * width
+    shape = (*query.shape[:3], key.shape[2])
+    pairs = math.prod(shape)
     table = torch.empty(max(_TABLE_BYTES, 1 << (pairs - 1).bit_length()), dtype=torch.bool, device=key.device)
-    mask = table[:pairs].view(groups, heads, length, width)
+    mask = table[:pairs].view(shape)
     mask[:, :, :rows, :kept] = allowed
     mask[:, :, :rows, kept:] = False
     mask[:, :, rows:] = False
-    extra = None
     if sinks is not None:
         mask[..., -1] = True
         value[..., -1, :] = 0
-        extra = F.pad(sinks.float(), (0, length - rows)).flatten()
-        extra = F.pad(extra, (0, len(table) // _TILE - len(extra)))
-        torch._dynamo.mark_static(extra)
-    torch._dynamo.mark_static(table)
-    tiles = _tiles(mask)
-    for tensor in (query, key, value, *tiles):
-        torch._dynamo.maybe_mark_dynamic(tensor, [0, 2])
-    for tensor in tiles[1::2]:
-        torch._dynamo.maybe_mark_dynamic(tensor, 3)
-
-    kernel = _compiled(key.device.type)
-    sizes = torch.tensor([heads, length, width], device=key.device)
-    factors = torch.tensor([inputs.scaling, inputs.softcap or 1.0], device=key.device)
-    with torch._dynamo.config.patch(recompile_limit=_KERNELS):
-        out: Tensor = kernel(query, key, value, tiles, table, extra, sizes, factors, inputs.softcap is not None)
+        sinks = F.pad(sinks.float(), (0, shape[2] - rows)).flatten()
+        sinks = F.pad(sinks, (0, len(table) // TILE - len(sinks)))
+    out = tile_attention(query, key, value, _tiles(mask), table, sinks, inputs.scaling, inputs.softcap)
     return out[:, :, :rows]
 
 
@@ -145,11 +119,12 @@ def _tiles(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         `(..., row_tiles, key_tiles)`.
     """
     # Eight pairs at a time: as integers, bytes are largest where all are True, and 0 where none is.
-    words = mask.view(torch.int64).unflatten(-1, (-1, _TILE // 8))
-    least, most = words.aminmax(dim=-1)
-    missing = -mask.shape[-2] % _TILE
-    least = F.pad(least, (0, 0, 0, missing), value=2.0**62).unflatten(-2, (-1, _TILE)).amin(-2)
-    most = F.pad(most, (0, 0, 0, missing)).unflatten(-2, (-1, _TILE)).amax(-2)
+    *outer, rows, width = mask.shape
+    least, most = mask.view(torch.int64).view(*outer, rows, width // TILE, TILE // 8).aminmax(dim=-1)
+    more = (0, 0, 0, max(2, -(-rows // TILE)) * TILE - rows)
+    by_tile = (*outer, -1, TILE, width // TILE)
+    least = F.pad(least, more, value=2.0**62).view(by_tile).amin(-2)
+    most = F.pad(most, more).view(by_tile).amax(-2)
     full = least == _ALL
     part = ~full & (most > 0)
     return (*_listed(part), *_listed(full))
@@ -158,69 +133,6 @@ def _tiles(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
     order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1, dtype=torch.int32), order.to(torch.int32)
-
-
-@cache
-def _compiled(device: str) -> Any:
-    """The kernel, to be compiled at its first calls, if there is something to compile it with."""
-    compiler = shlex.split(os.environ.get("CXX", "cl" if os.name == "nt" else "g++"))[0]
-    if device == "cpu" and shutil.which(compiler) is None:
-        raise RuntimeError(
-            f"engine 'flex' compiles C++ on a CPU, and the compiler {compiler!r} was not found: install it (Debian "
-            "and Ubuntu: apt install g++; conda: conda install gxx), or name yours in CXX, or use engine='gather'"
-        )
-    if device == "cuda" and find_spec("triton") is None:
-        raise RuntimeError("engine 'flex' compiles with Triton on CUDA: pip install triton, or use engine='gather'")
-    return torch.compile(_kernel, fullgraph=True)
-
-
-def _kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tiles: tuple[Tensor, Tensor, Tensor, Tensor],
-    table: Tensor,
-    sinks: Tensor | None,
-    sizes: Tensor,
-    factors: Tensor,
-    capped: bool,
-) -> Tensor:
-    """FlexAttention over `tiles`. All numbers that change from call to call are in tensors.
-
-    Args:
-        query: `(groups, heads, rows, head_dim)`.
-        key: `(groups, 1, width, head_dim)`.
-        value: `(groups, 1, width, value_dim)`.
-        tiles: As `_tiles` makes them.
-        table: The mask `(groups, heads, rows, width)`, flat, and room after it.
-        sinks: Logits `(groups, heads, rows)`, flat, and room after them; they are scores of the last key.
-        sizes: heads, rows, width.
-        factors: The scaling, and the soft cap.
-        capped: Whether scores are capped.
-    """
-
-    def mask_mod(group: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return table[((group * sizes[0] + head) * sizes[1] + row) * sizes[2] + column]
-
-    def score_mod(score: Tensor, group: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        score = score * factors[0]
-        if capped:
-            score = factors[1] * torch.tanh(score / factors[1])
-        if sinks is not None:
-            sink = sinks[(group * sizes[0] + head) * sizes[1] + row]
-            score = torch.where(column == sizes[2] - 1, sink, score)
-        return score
-
-    blocks = BlockMask.from_kv_blocks(
-        *tiles,
-        BLOCK_SIZE=_TILE,
-        mask_mod=mask_mod,
-        seq_lengths=(query.shape[2], key.shape[2]),
-        compute_q_blocks=torch.is_grad_enabled(),
-    )
-    out = flex_attention(query, key, value, score_mod=score_mod, block_mask=blocks, scale=1.0, enable_gqa=True)
-    assert isinstance(out, Tensor)
-    return out
 
 
 def _check(inputs: AttentionInputs) -> bool:
