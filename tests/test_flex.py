@@ -109,6 +109,13 @@ def test_chunks_and_strides_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None
     assert_close(flex.attend(replace(call, query=query, key=key), selection), whole)
 
 
+@compiles
+def test_group_larger_than_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "_TABLE_BYTES", 1 << 10)
+    call = CALLS["plain"]()
+    check(call, calls.random_selection(call, 3, False))
+
+
 def test_refuses_what_flex_attention_cannot_do() -> None:
     call = CALLS["plain"]()
     selection = calls.random_selection(call, 3, False)

@@ -4,11 +4,11 @@ A group is one attention problem: its members are the rows, and its candidate ke
 Of the tiles of rows x keys, FlexAttention skips those where nothing is allowed, computes those where everything is
 without looking at the mask, and looks up each pair in the others.
 
-It wins where neighbouring rows keep the same keys, as in a window: nearly all tiles are skipped or full. Where each
-member picks from the pool of its group (`grouped`), nearly all tiles are computed and masked, so that only the fusion
-is gained; where a group is one row (`topk`), a kernel made for tiles is a slow way. The first calls of a process
-compile for 5 to 20 seconds each: one kernel for prefill and one for decoding, for any length. On a CPU there are no
-gradients.
+It wins where neighbouring rows keep the same keys, as in the prefill of a window: nearly all tiles are skipped or full.
+Where each member picks from the pool of its group (`grouped`), nearly all tiles are computed and masked, so that only
+the fusion is gained; where a group is one row (`topk`), and in decoding, `gather` is faster. The first calls of a
+process compile for 5 to 20 seconds each: one kernel for prefill and one for decoding, for any length. On a CPU there
+are no gradients.
 """
 
 from __future__ import annotations
