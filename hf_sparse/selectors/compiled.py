@@ -11,6 +11,9 @@ from hf_sparse.selection import AttentionInputs, Selection
 OVERSAMPLING = 2
 """Columns in a group's pool for each that its members want at most."""
 
+COARSE_FROM = 1 << 15
+"""Older keys from which on a group first looks at tiles of 16 keys, so that its cost does not grow with all of them."""
+
 
 def refusal(inputs: AttentionInputs) -> str | None:
     """Why the kernels cannot select for this call; `None` if they can."""
@@ -47,6 +50,7 @@ def select_compiled(inputs: AttentionInputs, budgets: Tensor, config: SparseAtte
         sink_keys=config.sink_keys,
         recent_keys=config.recent_keys,
         oversampling=OVERSAMPLING,
+        coarse_from=COARSE_FROM,
         want_scores=rows == 1,
     )
     return Selection(columns, allowed, size, per_head=False, scores=scores, number=kept)
