@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
+import torch
 from torch import Tensor
 
 from hf_sparse.kernels import cpu
 
 
 class QuantisedKeys:
-    """The keys of one layer in 8 bits with a scale of their own each, about 9 / 8 * (`head_dim` + 4) bytes a key.
+    """The keys of one layer in 8 bits with a scale of their own each, `head_dim + 4` bytes a key.
 
     What was quantised stays, and more is added as keys arrive.
     """
 
     def __init__(self) -> None:
-        self._parts: cpu.Parts | None = None
+        self._parts: tuple[Tensor, Tensor] | None = None
         self._length = 0
 
-    def up_to(self, key: Tensor, stop: int) -> cpu.Parts:
+    def up_to(self, key: Tensor, stop: int) -> tuple[Tensor, Tensor]:
         """Codes and scales, as `hf_sparse.kernels.cpu.quantise` writes them, of at least the keys before `stop`.
 
         Args:
@@ -42,13 +42,19 @@ class QuantisedKeys:
     def rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
         """Select, reorder or repeat sequences: `change` does so along dimension 0 of any tensor."""
         if self._parts is not None:
-            self._parts = cast(cpu.Parts, tuple(change(part).contiguous() for part in self._parts))
+            self._parts = (change(self._parts[0]).contiguous(), change(self._parts[1]).contiguous())
 
-    def _with_room(self, key: Tensor, stop: int) -> cpu.Parts:
+    def _with_room(self, key: Tensor, stop: int) -> tuple[Tensor, Tensor]:
+        tiles = -(-stop // cpu.TILE)
         old = self._parts
-        if old is not None and old[1].shape[2] >= stop:
+        if old is not None and old[0].shape[2] >= tiles:
             return old
-        grown = cpu.allocate(key, stop + stop // 8 + cpu.TILE)
+        room = tiles + tiles // 8 + cpu.TILE
+        batch, heads, _, dim = key.shape
+        grown = (
+            torch.zeros(batch, heads, room, dim // 4, cpu.TILE, 4, dtype=torch.uint8),
+            torch.zeros(batch, heads, room * cpu.TILE),
+        )
         if old is not None:
             for new, part in zip(grown, old, strict=True):
                 new[:, :, : part.shape[2]] = part

@@ -25,9 +25,9 @@ from tests import calls, tiny
 needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 
-def decoded(parts: cpu.Parts, length: int) -> Tensor:
+def decoded(parts: tuple[Tensor, Tensor], length: int) -> Tensor:
     """Keys `(batch, kv_heads, length, head_dim)` from codes and scales."""
-    codes, scales = parts[:2]
+    codes, scales = parts
     batch, heads, tiles, quads, size, _ = codes.shape
     keys = (codes.float() - 128).transpose(3, 4).reshape(batch, heads, tiles * size, quads * 4)
     return (keys * scales[..., None])[:, :, :length]
@@ -189,7 +189,7 @@ def test_threads_change_nothing(rows: int) -> None:
 def test_decoding_quantises_each_key_once(monkeypatch: pytest.MonkeyPatch) -> None:
     spans: list[tuple[int, int]] = []
 
-    def counted(key: Tensor, start: int, stop: int, out: cpu.Parts) -> None:
+    def counted(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
         spans.append((start, stop))
         quantise(key, start, stop, out)
 
@@ -241,25 +241,3 @@ def test_without_kernels_a_model_runs_and_says_so(variables: dict[str, str], rea
     assert reason in why
     assert refused == f"engine 'native' cannot run here: {why}; engine 'auto' does without False"
     assert any("attention calls looked for keys without compiled kernels" in line and reason in line for line in report)
-
-
-@needs_kernels
-def test_a_look_at_tiles_finds_the_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Among many older keys, tiles are looked at first; the sequences begin at different columns."""
-    config = SparseAttentionConfig(sink_keys=2, recent_keys=8)
-    for kv_len, left, wanted in ((9000, (0, 0), 20), (9000, (0, 3), 4500), (9003, (3, 2000), 8900)):
-        call = calls.inputs(calls.causal_intervals(1, kv_len, left=left, right=(0, 0)), kv_len)
-        key = 0.3 * call.key
-        key[:, :, wanted] = 3.0
-        seen = torch.tensor([first <= wanted for first in left])
-        call = replace(call, query=call.query + 5, key=key)
-        budgets = torch.tensor([14, 16, 40, 90]).view(1, 4, 1).expand(2, -1, 1)
-        masks = []
-        for coarse_from in (0, 1 << 20):
-            monkeypatch.setattr(compiled, "COARSE_FROM", coarse_from)
-            masks.append(selectors.select("grouped", call, budgets, config).mask(4, kv_len))
-            assert torch.equal(masks[-1].sum(-1), budgets)
-            assert not (masks[-1] & ~calls.visible_mask(call)).any()
-            assert masks[-1][seen][..., wanted].all()
-        # Without structure in the keys, tiles say little: the looks must differ, or there was none.
-        assert not torch.equal(*masks)

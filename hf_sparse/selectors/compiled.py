@@ -11,14 +11,6 @@ from hf_sparse.selection import AttentionInputs, Selection
 OVERSAMPLING = 2
 """Columns in a group's pool for each that its members want at most."""
 
-COARSE_FROM = 1 << 15
-"""Older keys from which on a single row first looks at tiles of 16 keys, so that a token's cost hardly grows with them.
-
-Groups of many rows always vote on every key: tiles that are good for most of them lack the one that a row is after.
-"""
-
-_NEVER = (1 << 63) - 1
-
 
 def refusal(inputs: AttentionInputs) -> str | None:
     """Why the kernels cannot select for this call; `None` if they can."""
@@ -55,7 +47,6 @@ def select_compiled(inputs: AttentionInputs, budgets: Tensor, config: SparseAtte
         sink_keys=config.sink_keys,
         recent_keys=config.recent_keys,
         oversampling=OVERSAMPLING,
-        coarse_from=COARSE_FROM if rows == 1 else _NEVER,
         want_scores=rows == 1,
     )
     return Selection(columns, allowed, size, per_head=False, scores=scores, number=kept)

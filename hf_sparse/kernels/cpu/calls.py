@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_double, c_int64, c_void_p
-from itertools import chain
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,14 +12,6 @@ from hf_sparse.kernels.cpu.build import library, why_not
 
 TILE = 16
 """Keys that are quantised side by side."""
-
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Quantised keys: codes and scales of the keys, of the means of each `TILE` of them, and of their variances.
-
-Codes are uint8 `(batch, kv_heads, tiles, head_dim / 4, TILE, 4)`: 4 components of `TILE` vectors side by side. Those of
-keys and means are 128 + value / scale, those of variances value / scale, rounded. Scales are float32 `(batch, kv_heads,
-tiles * TILE)`: the largest component divided by 127, or by 255.
-"""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -40,7 +30,7 @@ class _States(ctypes.Structure):
         super().__init__(states.data_ptr(), _DTYPES[states.dtype], *states.stride()[:3], states.shape[3])
 
 
-class _Vectors(ctypes.Structure):
+class _Quantised(ctypes.Structure):
     _fields_ = (
         ("bytes", c_void_p),
         ("scales", c_void_p),
@@ -50,15 +40,9 @@ class _Vectors(ctypes.Structure):
         ("head_scales", c_int64),
     )
 
-    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+    def __init__(self, quantised: tuple[Tensor, Tensor]) -> None:
+        codes, scales = quantised
         super().__init__(codes.data_ptr(), scales.data_ptr(), *codes.stride()[:2], *scales.stride()[:2])
-
-
-class _Quantised(ctypes.Structure):
-    _fields_ = (("keys", _Vectors), ("means", _Vectors), ("variances", _Vectors))
-
-    def __init__(self, parts: Parts) -> None:
-        super().__init__(*(_Vectors(*parts[i : i + 2]) for i in (0, 2, 4)))
 
 
 class _Selecting(ctypes.Structure):
@@ -71,7 +55,7 @@ class _Selecting(ctypes.Structure):
         ("budget", c_void_p),
         *((name, c_int64) for name in ("budget_batch", "budget_head", "budget_row")),
         *((name, c_int64) for name in ("batches", "heads", "kv_heads", "rows", "size")),
-        *((name, c_int64) for name in ("sink_keys", "recent_keys", "oversampling", "coarse_from", "width")),
+        *((name, c_int64) for name in ("sink_keys", "recent_keys", "oversampling", "width")),
         *((name, c_void_p) for name in ("columns", "allowed", "kept", "scores")),
         ("threads", c_int64),
     )
@@ -100,26 +84,15 @@ def refusal(*states: Tensor) -> str | None:
     return why_not()
 
 
-def allocate(key: Tensor, length: int) -> Parts:
-    """Room for `length` keys or a few more, with zeros in it."""
-    batch, heads, _, dim = key.shape
-    tiles = -(-length // TILE)
-    sizes = (tiles, -(-tiles // TILE), -(-tiles // TILE))
-    parts = (
-        (torch.zeros(batch, heads, size, dim // 4, TILE, 4, dtype=torch.uint8), torch.zeros(batch, heads, size * TILE))
-        for size in sizes
-    )
-    return cast(Parts, tuple(chain.from_iterable(parts)))
-
-
-def quantise(key: Tensor, start: int, stop: int, out: Parts) -> None:
-    """Write the keys at columns `start` to `stop` - 1 in 8 bits, and sum up the tiles that they complete.
+def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
+    """Write the keys at columns `start` to `stop` - 1 in 8 bits.
 
     Args:
         key: `(batch, kv_heads, kv_len, head_dim)`; `head_dim` a multiple of 4.
         start: First column.
         stop: Column after the last.
-        out: Where to: made by `allocate`, for `stop` keys or more.
+        out: Codes, uint8 `(batch, kv_heads, tiles, head_dim / 4, TILE, 4)`: 128 + key / scale, rounded; and scales,
+            float32 `(batch, kv_heads, tiles * TILE)`: the largest component divided by 127.
     """
     _library().hfs_quantise(
         ctypes.byref(_States(key)),
@@ -131,7 +104,7 @@ def quantise(key: Tensor, start: int, stop: int, out: Parts) -> None:
 def select(
     query: Tensor,
     key: Tensor,
-    quantised: Parts,
+    quantised: tuple[Tensor, Tensor],
     spans: tuple[Tensor, Tensor],
     budgets: Tensor,
     *,
@@ -140,7 +113,6 @@ def select(
     sink_keys: int,
     recent_keys: int,
     oversampling: int,
-    coarse_from: int,
     want_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The keys that each member of each group keeps: see `group.hpp`.
@@ -156,7 +128,6 @@ def select(
         sink_keys: Of each row, as in the configuration.
         recent_keys: The same.
         oversampling: Columns in a group's pool for each that its members want at most.
-        coarse_from: Older keys from which on a group looks at tiles first, and votes on keys of the best tiles alone.
         want_scores: Whether to give the scores of the columns.
 
     Returns:
@@ -177,7 +148,7 @@ def select(
         *(x.data_ptr() for x in (query, *spans, budgets)),
         *budgets.stride(),
         *(batch, heads, kv_heads, rows, size),
-        *(sink_keys, recent_keys, oversampling, coarse_from, width),
+        *(sink_keys, recent_keys, oversampling, width),
         *(x.data_ptr() for x in (columns, allowed, kept)),
         None if scores is None else scores.data_ptr(),
         torch.get_num_threads(),

@@ -21,7 +21,7 @@ struct Call {
     const int64_t *budget;
     int64_t budget_batch, budget_head, budget_row; // strides
     int64_t batches, heads, kv_heads, rows, size;  // `size` rows in a group
-    int64_t sink_keys, recent_keys, oversampling, coarse_from;
+    int64_t sink_keys, recent_keys, oversampling;
     int64_t width;    // columns that there is room for, a multiple of 16
     int64_t *columns; // (batch, kv_heads, groups, width)
     uint8_t *allowed; // (batch, kv_heads, groups, members, width)
@@ -50,15 +50,15 @@ constexpr int64_t TOGETHER = 16;
 
 class Group {
   public:
-    int64_t batch, kv_head;
     std::vector<Member> members;
+    Tiles tiles;
     int64_t begin, low; // older keys, on which the members vote: columns in [begin, low)
-    std::vector<int32_t> tiles; // those of them that are voted on
 
     Group(const Call &call, int64_t index) : call(call) {
         const int64_t group = index % call.groups(), dim = call.key.dim;
         kv_head = index / call.groups() % call.kv_heads;
         batch = index / call.groups() / call.kv_heads;
+        tiles = call.quantised.of(batch, kv_head);
         columns = call.columns + index * call.width;
         kept = call.kept + index * call.members();
         allowed = call.allowed + index * call.members() * call.width;
@@ -80,22 +80,29 @@ class Group {
     // Older keys in the pool, and whether they have to be voted on.
     int64_t pool() const { return pool_size; }
     bool votes_wanted() const { return pool_size > 0 && pool_size < low - begin; }
+    int64_t first_tile() const { return begin / LANES; }
+    int64_t last_tile() const { return (low + LANES - 1) / LANES; }
 
-    // Put the best columns by `votes` (tiles, 16) into the pool. Overwrites `votes`.
+    // Put the best columns by `votes`, those of the tiles from `first_tile` on, into the pool. Overwrites `votes`.
     void choose(float *votes) {
         int64_t *next = columns + certain;
         if (!votes_wanted()) {
             for (int64_t i = 0; i < pool_size; i++) *next++ = begin + i;
             return;
         }
-        const int64_t number = tiles.size();
-        int32_t *values = rank(votes, tiles.data(), number, begin, low);
+        const int64_t from = first_tile(), number = last_tile() - from;
+        int32_t *values = reinterpret_cast<int32_t *>(votes);
+        for (int64_t i = 0; i < number; i++) {
+            const Ints column = counting() + int32_t((from + i) * LANES);
+            const Ints value = in_order(load(votes + i * LANES));
+            store(values + i * LANES, (column >= int32_t(begin)) & (column < int32_t(low)) ? value : Ints{} + NEVER);
+        }
         Bound bound = best(values, number, pool_size);
         for (int64_t i = 0; i < number; i++) {
             const Ints chosen = among_best(load(values + i * LANES), bound);
             if (sum(chosen) == 0) continue;
             for (int j = 0; j < LANES; j++)
-                if (chosen[j]) *next++ = tiles[i] * LANES + j;
+                if (chosen[j]) *next++ = (from + i) * LANES + j;
         }
     }
 
@@ -107,6 +114,7 @@ class Group {
 
   private:
     const Call &call;
+    int64_t batch, kv_head;
     int64_t oldest, sinks_stop, local_stop;
     int64_t sinks = 0;   // columns of sinks, the first of the list
     int64_t certain = 0; // columns with sinks and local keys, a multiple of 16

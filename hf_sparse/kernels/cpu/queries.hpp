@@ -12,10 +12,10 @@ template <int count> struct QuantisedQueries {
     int64_t dim;
     std::vector<int32_t> words; // (dim / 4, count): 4 components in each
     float scales[count];
-    int32_t offsets[count]; // makes up for the shift of the bytes of keys
+    int32_t offsets[count]; // what the 128 in each byte of a key adds to a product
 
-    // `rows(i)`: query i, already scaled, or nullptr for none. `shift`: what was added to the bytes of the keys.
-    template <typename Rows> QuantisedQueries(int64_t dim, Rows rows, int32_t shift = 128) : dim(dim), words(dim / 4 * count) {
+    // `rows(i)`: query i, already scaled, or nullptr for none.
+    template <typename Rows> QuantisedQueries(int64_t dim, Rows rows) : dim(dim), words(dim / 4 * count) {
         for (int m = 0; m < count; m++) {
             const float *row = rows(m);
             float most = 0;
@@ -32,7 +32,7 @@ template <int count> struct QuantisedQueries {
                 }
                 words[i / 4 * count + m] = int32_t(word);
             }
-            offsets[m] = -shift * total;
+            offsets[m] = -128 * total;
         }
     }
 
@@ -50,8 +50,9 @@ template <int count> struct QuantisedQueries {
     }
 };
 
-// The lanes of `tile` that lie in [low, high); 0 for the others.
+// 2^score for the lanes of `tile` that lie in [low, high), 0 for the others.
 inline Floats within(Floats weights, int64_t tile, int64_t low, int64_t high) {
+    if (tile * LANES >= low && (tile + 1) * LANES <= high) return weights;
     const Ints column = counting() + int32_t(tile * LANES);
     return (Floats)((Ints)weights & (column >= int32_t(low)) & (column < int32_t(high)));
 }

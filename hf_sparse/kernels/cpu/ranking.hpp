@@ -73,15 +73,4 @@ inline Ints among_best(Ints values, Bound &bound) {
     return yes;
 }
 
-// Turn `numbers` (tiles of the list, 16) into whole numbers in their order; NEVER for places outside of [low, high).
-inline int32_t *rank(float *numbers, const int32_t *list, int64_t tiles, int64_t low, int64_t high) {
-    int32_t *values = reinterpret_cast<int32_t *>(numbers);
-    for (int64_t i = 0; i < tiles; i++) {
-        const Ints place = counting() + list[i] * LANES;
-        const Ints value = in_order(load(numbers + i * LANES));
-        store(values + i * LANES, (place >= int32_t(low)) & (place < int32_t(high)) ? value : Ints{} + NEVER);
-    }
-    return values;
-}
-
 } // namespace hfs

@@ -12,15 +12,29 @@ namespace {
 // Keys that a thread weighs at a time where one group is shared by all threads.
 constexpr int64_t PART_TILES = 256;
 
+template <int count> void vote_alone(const Group &group, int64_t dim, float *votes) {
+    const int64_t from = group.first_tile(), to = group.last_tile();
+    uint16_t *weights = scratch<uint16_t, 6>((to - from) * count * LANES);
+    std::fill(votes, votes + (to - from) * LANES, 0.0f);
+    for (int64_t set = 0; set < int64_t(group.members.size()); set += count) {
+        Ballot<count> ballot(group, set, dim);
+        float totals[count];
+        do {
+            std::fill(totals, totals + count, 0.0f);
+            ballot.weigh(from, to, weights, totals);
+        } while (ballot.raise(totals));
+        ballot.add(to - from, weights, totals, votes);
+    }
+}
+
 // Many groups: each is the work of one thread.
 void select_many(const Call &call) {
     in_parallel(call.batches * call.kv_heads * call.groups(), call.threads, [&](int64_t index) {
         Group group(call, index);
         float *votes = nullptr;
         if (group.votes_wanted()) {
-            find_tiles<16>(call.quantised, group, call.key.dim, call.coarse_from);
-            votes = scratch<float, 7>(group.tiles.size() * LANES);
-            vote<16, KeyScores>(call.quantised, group, call.key.dim, group.tiles.data(), group.tiles.size(), votes);
+            votes = scratch<float, 7>((group.last_tile() - group.first_tile()) * LANES);
+            vote_alone<16>(group, call.key.dim, votes);
         }
         group.choose(votes);
         group.pick();
@@ -35,24 +49,25 @@ template <int count> void select_few(const Call &call) {
     };
     const int64_t number = call.batches * call.kv_heads;
     std::vector<std::unique_ptr<Group>> groups(number);
-    std::vector<std::unique_ptr<Ballot<count, KeyScores<count>>>> ballots(number);
+    std::vector<std::unique_ptr<Ballot<count>>> ballots(number);
     std::vector<float *> votes(number);
     std::vector<uint16_t *> weights(number);
     std::vector<Part> parts;
     in_parallel(number, call.threads, [&](int64_t i) {
         groups[i] = std::make_unique<Group>(call, i);
-        if (groups[i]->votes_wanted()) find_tiles<count>(call.quantised, *groups[i], call.key.dim, call.coarse_from);
-        ballots[i] = std::make_unique<Ballot<count, KeyScores<count>>>(call.quantised, *groups[i], 0, call.key.dim);
+        ballots[i] = std::make_unique<Ballot<count>>(*groups[i], 0, call.key.dim);
     });
     int64_t room = 0;
-    for (const auto &group : groups) room += group->tiles.size();
+    for (int64_t i = 0; i < number; i++)
+        if (groups[i]->votes_wanted()) room += groups[i]->last_tile() - groups[i]->first_tile();
     float *all_votes = scratch<float, 7>(room * LANES);
     uint16_t *all_weights = scratch<uint16_t, 6>(room * count * LANES);
     for (int64_t i = 0; i < number; i++) {
-        const int64_t tiles = groups[i]->tiles.size();
-        votes[i] = all_votes, all_votes += tiles * LANES;
-        weights[i] = all_weights, all_weights += tiles * count * LANES;
-        for (int64_t at = 0; at < tiles; at += PART_TILES) parts.push_back({i, at, std::min(tiles, at + PART_TILES), {}});
+        if (!groups[i]->votes_wanted()) continue;
+        const int64_t from = groups[i]->first_tile(), to = groups[i]->last_tile();
+        votes[i] = all_votes, all_votes += (to - from) * LANES;
+        weights[i] = all_weights, all_weights += (to - from) * count * LANES;
+        for (int64_t at = from; at < to; at += PART_TILES) parts.push_back({i, at, std::min(to, at + PART_TILES), {}});
     }
 
     std::vector<std::array<float, count>> totals(number);
@@ -62,8 +77,8 @@ template <int count> void select_few(const Call &call) {
             Part &part = parts[index];
             if (weighed[part.group]) return;
             std::fill(part.totals, part.totals + count, 0.0f);
-            ballots[part.group]->weigh(groups[part.group]->tiles.data() + part.from, part.to - part.from,
-                                       weights[part.group] + part.from * count * LANES, part.totals);
+            uint16_t *to = weights[part.group] + (part.from - groups[part.group]->first_tile()) * count * LANES;
+            ballots[part.group]->weigh(part.from, part.to, to, part.totals);
         });
         for (auto &total : totals) total.fill(0);
         for (const Part &part : parts)
@@ -76,9 +91,10 @@ template <int count> void select_few(const Call &call) {
     }
     in_parallel(parts.size(), call.threads, [&](int64_t index) {
         const Part &part = parts[index];
-        float *to = votes[part.group] + part.from * LANES;
+        const int64_t at = part.from - groups[part.group]->first_tile();
+        float *to = votes[part.group] + at * LANES;
         std::fill(to, to + (part.to - part.from) * LANES, 0.0f);
-        ballots[part.group]->add(part.to - part.from, weights[part.group] + part.from * count * LANES,
+        ballots[part.group]->add(part.to - part.from, weights[part.group] + at * count * LANES,
                                  totals[part.group].data(), to);
     });
     in_parallel(number, call.threads, [&](int64_t i) {

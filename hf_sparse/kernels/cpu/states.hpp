@@ -31,15 +31,15 @@ struct States {
     }
 };
 
-// Vectors of one sequence and head in 8 bits, sixteen of them side by side: (tiles, dim / 4, 16, 4) bytes with 4
-// components of each vector, and a scale for each: (tiles, 16).
+// Keys of one sequence and head in 8 bits: 128 + key / scale. Sixteen neighbouring keys make a tile of dim / 4 rows,
+// each with 4 components of all of them: (tiles, dim / 4, 16, 4). Scales: (tiles, 16).
 struct Tiles {
     uint8_t *bytes;
     float *scales;
 };
 
-// The same for (batch, heads): strides in bytes and in floats.
-struct QuantisedVectors {
+// The same for (batch, kv_heads): strides in bytes and in floats.
+struct QuantisedKeys {
     uint8_t *bytes;
     float *scales;
     int64_t batch_bytes, head_bytes, batch_scales, head_scales;
@@ -47,12 +47,6 @@ struct QuantisedVectors {
     Tiles of(int64_t batch, int64_t head) const {
         return {bytes + batch * batch_bytes + head * head_bytes, scales + batch * batch_scales + head * head_scales};
     }
-};
-
-// Keys, as 128 + key / scale; and of every 16 neighbouring ones their mean, likewise, and the variance of their
-// components, as variance / scale.
-struct QuantisedKeys {
-    QuantisedVectors keys, means, variances;
 };
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }

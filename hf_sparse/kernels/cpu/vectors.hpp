@@ -99,15 +99,6 @@ inline void store_halves(uint16_t *to, Floats x) {
 #endif
 }
 
-inline Floats root(Floats x) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_sqrt_ps((__m512)x);
-#else
-    for (int i = 0; i < LANES; i++) x[i] = std::sqrt(x[i]);
-    return x;
-#endif
-}
-
 // 2^x for x in [-126, 127]: below, 2^-126. The power of two goes into the exponent's bits; the polynomial (least maximal
 // relative error on [-1/2, 1/2]) is good to 8e-5 (rough) or 1e-7.
 template <bool rough> inline Floats exp2(Floats x) {
