@@ -11,9 +11,7 @@ import torch
 import hf_sparse
 from hf_sparse import SparseAttentionConfig, break_even
 from hf_sparse.bench import dense, layer
-from hf_sparse.bench.goals import GOALS, MEASURES, MISSED, Bound, Goal, goals_table, judge
 from hf_sparse.bench.inputs import capture, gaussian
-from hf_sparse.bench.readings import Growth, Memory, Overhead, SpeedUp
 from hf_sparse.bench.run import Cell, evaluate
 from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
 from hf_sparse.bench.summary import break_even as crossing
@@ -21,6 +19,9 @@ from hf_sparse.bench.summary import exponent, median_interval, summarise
 from hf_sparse.bench.timing import alternate, with_peak
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.results import ResultFile
+from hf_sparse.goals import SPEED_GOALS, goals_table, judge
+from hf_sparse.goals.judge import MEASURES, MISSED, Bound, Goal
+from hf_sparse.goals.speed_readings import Growth, Memory, Overhead, SpeedUp
 from hf_sparse.visibility import interval_to_mask
 from tests import small, tiny
 from tests.small import run_command
@@ -359,7 +360,7 @@ def test_the_goals_command_writes_what_runs_say(
     capsys.readouterr()
     folders = [str(tmp_path / name) for name in runs]
     assert run_command("goals", *folders, "--output", str(tmp_path / "goals"), "--json") == 0
-    rows = json.loads(capsys.readouterr().out)["goals"]
+    rows = json.loads(capsys.readouterr().out)["speed"]
     assert {row["verdict"] for row in rows} == {"not measured"}
     assert run_command("goals", *folders, str(tmp_path / "memory"), "--output", str(tmp_path / "goals")) == 1
     [line] = [line for line in (tmp_path / "goals" / "tables.md").read_text().splitlines() if "1.6x" in line]
@@ -370,13 +371,13 @@ def test_the_goals_command_writes_what_runs_say(
 
 
 def test_every_goal_is_at_least_its_least() -> None:
-    assert len({goal.name for goal in GOALS}) == len(GOALS)
-    for goal in GOALS:
+    assert len({goal.name for goal in SPEED_GOALS}) == len(SPEED_GOALS)
+    for goal in SPEED_GOALS:
         if goal.goal.measure == goal.least.measure:
             value = {goal.goal.measure: {"median": goal.goal.value}}
             assert goal.least.met_by(value)
             assert not goal.goal.met_by({goal.goal.measure: {"median": goal.least.value}})
-    assert {goal.goal.measure for goal in GOALS} <= set(MEASURES)
+    assert {goal.goal.measure for goal in SPEED_GOALS} <= set(MEASURES)
 
 
 def test_a_real_model_is_measured_on_its_own_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ from typing import Annotated
 import typer
 
 import hf_sparse
-from hf_sparse.bench.goals import MISSED
 from hf_sparse.bench.shapes import parse_shape
 from hf_sparse.cli.bench import BenchOptions, run_bench
 from hf_sparse.cli.calibrate import CalibrationOptions, run_calibrate
@@ -41,6 +40,7 @@ from hf_sparse.evaluation.attention_error import make_methods as make_error_meth
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.perplexity import METHODS, MORE_METHODS, make_methods
 from hf_sparse.evaluation.windows import check_lengths
+from hf_sparse.goals import MISSED
 from hf_sparse.hub.pretrained import MESSAGE
 
 app = typer.Typer(
@@ -183,14 +183,16 @@ def bench(
 
 @app.command()
 def goals(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of bench and memory.", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of bench, memory and perplexity.", show_default=False)],
     output: Annotated[Path, typer.Option(help="Folder for summary and table.")] = Path("results/goals"),
     as_json: Json = False,
 ) -> None:
-    """Say which goals of speed and memory runs met; exit code 1 if one is missed."""
+    """Say which goals of speed, memory and quality runs met; exit code 1 if one is missed."""
     outcome = run_goals(runs, output)
     print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary and table: {output}")
-    raise typer.Exit(int(any(row["verdict"] == MISSED for row in outcome.summary["goals"])))
+    raise typer.Exit(
+        int(any(row["verdict"] == MISSED for kind in ("speed", "quality") for row in outcome.summary[kind]))
+    )
 
 
 @app.command()

@@ -11,7 +11,6 @@ import typer
 
 import hf_sparse
 from hf_sparse import break_even
-from hf_sparse.bench.goals import goals_table, judge
 from hf_sparse.bench.inputs import LayerInputs
 from hf_sparse.bench.plot import plot_bench
 from hf_sparse.bench.run import COMMAND, KINDS, LAYER_KINDS, evaluate
@@ -27,6 +26,7 @@ from hf_sparse.evaluation.models import DTYPES, ModelSource
 from hf_sparse.evaluation.processes import process_state
 from hf_sparse.evaluation.results import ResultFile
 from hf_sparse.evaluation.windows import check_lengths
+from hf_sparse.goals import SPEED_GOALS, goals_table, judge
 
 _FULL = {
     "decode": [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144],
@@ -148,7 +148,7 @@ def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: S
     summary = summarise(evaluate(list(subject.cells(plan)), ResultFile(folder / "rows.jsonl"), subject.about))
     if bench.save_break_even and subject.inputs is not None:
         summary["saved_dense_below"] = _save(summary, subject.inputs, plan.config)
-    goals = [row for row in judge({folder.name: summary}) if row["reason"] is None]
+    goals = [row for row in judge({folder.name: summary}, SPEED_GOALS) if row["reason"] is None]
     summary["goals"] = goals
     outcome = Outcome(summary, [*bench_tables(summary), *([goals_table(goals)] if goals else [])])
     write_outcome(outcome, folder, "bench.png", plot_bench)

@@ -1,4 +1,4 @@
-"""`hf-sparse goals`: which goals of speed and memory measured runs met."""
+"""`hf-sparse goals`: which goals of speed, memory and quality measured runs met."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.bench.goals import goals_table, judge
 from hf_sparse.cli.runs import Outcome
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.results import write_json
 from hf_sparse.evaluation.tables import markdown_table
+from hf_sparse.goals import QUALITY_GOALS, SPEED_GOALS, goals_table, judge
 
 
 def run_goals(folders: Sequence[Path], output: Path) -> Outcome:
-    """Judge runs, and write summary and table.
+    """Judge runs, and write summary and tables.
 
     Args:
-        folders: Of `hf-sparse bench` and `hf-sparse memory`; of two that measured the same the first counts.
+        folders: Of `hf-sparse bench`, `memory` and `perplexity`; of two that measured the same the first counts.
         output: Where the result goes.
 
     Raises:
         UserError: if a folder holds no such run.
     """
     runs = {_name(folder): _read(folder) for folder in folders}
-    rows = judge(runs)
-    outcome = Outcome({"runs": list(runs), "goals": rows}, [goals_table(rows)])
+    judged = {"speed": judge(runs, SPEED_GOALS), "quality": judge(runs, QUALITY_GOALS)}
+    outcome = Outcome({"runs": list(runs), **judged}, [goals_table(rows) for rows in judged.values()])
     write_json(output / "summary.json", outcome.summary)
-    (output / "tables.md").write_text(markdown_table(*outcome.tables[0]) + "\n", encoding="utf-8")
+    tables = "\n\n".join(markdown_table(*table) for table in outcome.tables)
+    (output / "tables.md").write_text(tables + "\n", encoding="utf-8")
     return outcome
 
 
@@ -42,7 +43,9 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no run of bench or memory: {path.name} cannot be read ({error})") from error
-    if not (isinstance(run, dict) and {"results", "exponents"} <= run.keys()):
-        raise UserError(f"{folder} holds no run of bench or memory: {path.name} is of something else")
+        raise UserError(
+            f"{folder} holds no run of bench, memory or perplexity: {path.name} cannot be read ({error})"
+        ) from error
+    if not (isinstance(run, dict) and "results" in run and ("exponents" in run or "configs" in run)):
+        raise UserError(f"{folder} holds no run of bench, memory or perplexity: {path.name} is of something else")
     return run

@@ -1,40 +1,14 @@
-"""Where in a run's summary a goal is read, and what it says there."""
+"""Where goals of speed and memory are read in the summary of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from hf_sparse.bench import end_to_end, prefill_memory
 from hf_sparse.bench.layer import SPARSE
-from hf_sparse.bench.summary import Summary
-
-Interval = Mapping[str, float]
-"""`median`, with its interval `low` to `high`."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a run says.
-
-    Attributes:
-        measured: By name of the measure, in the order in which they are shown.
-        density: Kept over visible keys of what was timed.
-    """
-
-    measured: Mapping[str, Interval]
-    density: float
-
-
-class Reader(Protocol):
-    """Where in a run's summary a goal is read."""
-
-    def read(self, run: Summary) -> Reading | None:
-        """What `run` says; `None` if it did not measure it."""
-
-    def __str__(self) -> str:
-        """What a run must have measured."""
+from hf_sparse.goals.reading import Reading, Summary
 
 
 @dataclass(frozen=True)
@@ -145,9 +119,9 @@ def _results(
 
 
 def _is_of(run: Summary, where: Mapping[str, object]) -> bool:
-    about = run.get("about")
-    if about is None:  # a run of `hf-sparse memory`
+    if "conditions" not in run:  # a run of another command than `hf-sparse bench`
         return False
+    about = run["about"]
     facts = {**about["model"], **about}
     return all(facts.get(name) == value for name, value in where.items())
 
