@@ -57,17 +57,18 @@ def exact_votes(members: Tensor, inputs: AttentionInputs, certain: Tensor, spans
         start, stop = int(spans.begin[:, group].min()), int(spans.low[:, group].max())
         if start >= stop:
             continue
-        keys = inputs.key[:, :, start:stop].to(members.dtype)
-        column = torch.arange(start, stop, device=device)[:, None]
+        keys = inputs.key[:, :, start:stop].to(members.dtype).transpose(-1, -2)
+        column = torch.arange(start, stop, device=device)
         step = max(1, _CHUNK_ELEMENTS // (batch * kv_heads * (stop - start)))
         for at in range(0, size, step):
             part = slice(at, at + step)
-            # A key is a row here: then the weights of equal keys are added up alike, to the last bit.
-            scores = capped(keys @ members[:, :, group, part].transpose(-1, -2), inputs.softcap)
-            seen = (column >= first[:, :, group, None, part]) & (column < low[:, None, group, None, None])
+            scores = capped(members[:, :, group, part] @ keys, inputs.softcap)
+            seen = (column >= first[:, :, group, part, None]) & (column < low[:, None, group, None, None])
             scores = scores.masked_fill_(~seen, -torch.inf)
-            total = torch.logaddexp(scores.logsumexp(-2), certain[:, :, group, part])
-            votes[:, :, group, start:stop] += scores.sub_(total[..., None, :]).exp_().sum(-1)
+            total = torch.logaddexp(scores.logsumexp(-1), certain[:, :, group, part])
+            weights = scores.sub_(total[..., None]).exp_()
+            # Turned, so that the weights of equal keys are added up alike, to the last bit.
+            votes[:, :, group, start:stop] += weights.transpose(-1, -2).contiguous().sum(-1)
     return votes
 
 
