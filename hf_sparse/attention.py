@@ -18,12 +18,13 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import dense
 from hf_sparse.engines.native import refusal as native_refusal
 from hf_sparse.engines.reference import masked_weights, weighted_values
+from hf_sparse.engines.triton import unsupported as triton_refusal
 from hf_sparse.monitor import LayerCounters
+from hf_sparse.quantised import quantised_of
 from hf_sparse.rows import Plan
 from hf_sparse.selection import AttentionInputs
-from hf_sparse.selectors import compiled
-from hf_sparse.selectors.grouped import ROWS
-from hf_sparse.summaries import summaries_of
+from hf_sparse.selectors.grouped import ROWS, uncompiled
+from hf_sparse.selectors.spans import OVERSAMPLING
 from hf_sparse.visibility import as_bool, interval_mask, interval_to_mask, intervals_of, is_intervals
 
 NAME = "hf_sparse"
@@ -230,9 +231,9 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
     budgets, shift, parts, weight_parts, kept = plan.budgets, None, [], [], []
     padded = inputs
     if state.config.selector == "grouped":
-        if reason := compiled.refusal(inputs):
+        if reason := uncompiled(inputs, state.config):
             state.counters.uncompiled[reason] += 1
-        padded = replace(inputs, summaries=summaries_of(inputs.key))
+        padded = replace(inputs, quantised=quantised_of(inputs.key))
         if rows > 1 and not want_weights and (start := _dense_rows(inputs, plan)):
             parts.append(dense.attend(inputs.rows(0, start).visible_part()))
             kept.append(facts.visible[:, :start].sum().expand(heads))
@@ -243,7 +244,7 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
             # The last row, also where all rows before it were dense.
             budgets = plan.host[..., -1:]
     sparse_parts: list[Tensor] = []
-    step = _block_rows(padded, state.config.selector)
+    step = _block_rows(padded, state.config.selector, int(plan.host.max()))
     for start in range(0, padded.query.shape[2], step):
         block = padded if rows == 1 else padded.rows(start, min(padded.query.shape[2], start + step))
         selection = selectors.select(state.config.selector, block, budgets[:, :, start : start + step], state.config)
@@ -280,14 +281,18 @@ def _engine(config: SparseAttentionConfig, inputs: AttentionInputs) -> str:
     # keys for each row.
     if config.engine == "auto" and config.selector == "topk":
         return "reference"
+    if config.engine == "auto" and inputs.key.is_cuda:
+        return "gather" if triton_refusal(inputs) else "triton"
     return "gather" if native_refusal(inputs) else "native"
 
 
-def _block_rows(inputs: AttentionInputs, selector: str) -> int:
+def _block_rows(inputs: AttentionInputs, selector: str, most: int) -> int:
+    """Rows of a block if no row keeps more than `most` keys."""
     batch, heads = inputs.query.shape[:2]
     kv_len = inputs.key.shape[2]
-    # The exact selector scores every key for every row; the others a fraction of them.
-    columns = kv_len if selector == "topk" else max(1024, kv_len // 8)
+    # The exact selector scores every key for every row, the grouped one those that a group's pool has room for. (Its
+    # votes, where they come from PyTorch, bound what they form by themselves.)
+    columns = kv_len if selector == "topk" else max(1024, min(kv_len, OVERSAMPLING * most))
     return min(_MOST_ROWS, max(1, _BLOCK_ELEMENTS // (batch * heads * columns) // ROWS) * ROWS)
 
 

@@ -1,4 +1,4 @@
-"""A key-value cache that grows in place, and keeps summaries of its keys for the selectors.
+"""A key-value cache that grows in place, and keeps its keys in 8 bits for the selectors.
 
 transformers' dynamic cache makes new tensors of all keys and values for every token. Here they lie in storage with
 room to spare, which grows geometrically, and what a layer gets is a view of the part in use.
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hf_sparse.summaries import KeySummaries, attach
+from hf_sparse.quantised import QuantisedKeys, attach
 
 # Storage grows to the length it needs and this share on top, at least `_LEAST_SPARE` tokens.
 _SPARE = 1 / 8
@@ -50,7 +50,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
-        self.summaries = KeySummaries()
+        self.quantised = QuantisedKeys()
         self._storage: tuple[Tensor, Tensor] | None = None
         # `keys` as last put there by this class, to notice when somebody else does so.
         self._shown: Tensor | None = None
@@ -72,7 +72,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 part.narrow(2, length, new.shape[2]).copy_(new)
             self._show(storage, total)
         keys, values = self._states()
-        attach(keys, self.summaries)
+        attach(keys, self.quantised)
         return keys, values
 
     def reset(self) -> None:
@@ -85,7 +85,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._notice_changes()
         super().crop(tokens_to_remove)
         self._shown = self.keys
-        self.summaries.crop(self.get_seq_length())
+        self.quantised.crop(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the sequences `beam_idx` in the places of the present ones."""
@@ -100,7 +100,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._rearrange(lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None:
-        """Move keys and values to the CPU; their summaries stay."""
+        """Move keys and values to the CPU; the keys in 8 bits stay."""
         self._change_storage(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
@@ -109,7 +109,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _start_anew(self) -> None:
         self._storage, self._shown = None, self.keys
-        self.summaries = KeySummaries()
+        self.quantised = QuantisedKeys()
 
     def _notice_changes(self) -> None:
         if self._shown is not self.keys:
@@ -151,7 +151,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
         self._change_storage(change)
-        self.summaries.rearrange(change)
+        self.quantised.rearrange(change)
 
     def _change_storage(self, change: Callable[[Tensor], Tensor]) -> None:
         length = self.get_seq_length()

@@ -20,7 +20,7 @@ class LayerCounters:
         visible: Visible keys, summed over the rows.
         heads: Query heads of the layer; 0 before any call.
         dense_rows: Rows that attended to every visible key, by reason.
-        uncompiled: Calls whose keys were looked for by PyTorch alone and not by compiled kernels, by reason.
+        uncompiled: Calls whose keys PyTorch looked for and no compiled kernel, which is slow, by reason.
     """
 
     calls: int = 0
@@ -160,8 +160,8 @@ def make_report(layers: dict[int, LayerCounters], notes: tuple[str, ...] = ()) -
             total_visible += counters.visible
     uncompiled = sum((counters.uncompiled for counters in layers.values()), Counter[str]())
     slower = tuple(
-        f"{number} attention calls looked for keys without compiled kernels, by blocks, which is slower and misses "
-        f"more ({reason})"
+        f"{number} attention calls looked for keys without compiled kernels, which chooses alike and is slower than "
+        f"dense attention ({reason})"
         for reason, number in uncompiled.items()
     )
     return SparsityReport(rows, total_kept / total_visible if total_visible else float("nan"), (*notes, *slower))

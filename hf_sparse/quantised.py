@@ -1,4 +1,8 @@
-"""Keys in 8 bits, kept up to date as tokens arrive: what the compiled kernels score all older keys with."""
+"""Keys in 8 bits, kept up to date as tokens arrive: what kernels score all older keys with.
+
+`QuantisedKeys` belongs to the keys of one layer and grows with them: a cache layer keeps one from token to token
+(`hf_sparse.cache`), and a call without such a cache makes its own, shared by its blocks of rows.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_sparse.kernels import cpu
+from hf_sparse.kernels.layout import Layout
+
+# Storage grows to the length it needs, an eighth on top, and this many keys.
+_LEAST_SPARE = 256
+
+# The attribute of a key tensor that names its `QuantisedKeys`.
+_ATTRIBUTE = "_hf_sparse_quantised"
 
 
 class QuantisedKeys:
@@ -17,21 +27,25 @@ class QuantisedKeys:
     """
 
     def __init__(self) -> None:
+        self._layout: Layout | None = None
         self._parts: tuple[Tensor, Tensor] | None = None
         self._length = 0
 
-    def up_to(self, key: Tensor, stop: int) -> tuple[Tensor, Tensor]:
-        """Codes and scales, as `hf_sparse.kernels.cpu.quantise` writes them, of at least the keys before `stop`.
+    @torch.no_grad()
+    def up_to(self, key: Tensor, stop: int, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Codes and scales of at least the keys before `stop`.
 
         Args:
             key: `(batch, kv_heads, kv_len, head_dim)`: the keys that were quantised so far, and more.
             stop: Column after the last one that is wanted.
+            layout: Of the kernels that are to read them.
         """
-        if self._parts is None or self._parts[0].shape[:2] != key.shape[:2]:
+        if self._parts is not None and not self._fits(self._parts[1], key, layout):
             self._parts, self._length = None, 0
-        parts = self._parts = self._with_room(key, stop)
+        self._layout = layout
+        parts = self._parts = self._with_room(key, stop, layout)
         if stop > self._length:
-            cpu.quantise(key, self._length, stop, parts)
+            layout.quantise(key, self._length, stop, parts)
             self._length = stop
         return parts
 
@@ -44,18 +58,33 @@ class QuantisedKeys:
         if self._parts is not None:
             self._parts = (change(self._parts[0]).contiguous(), change(self._parts[1]).contiguous())
 
-    def _with_room(self, key: Tensor, stop: int) -> tuple[Tensor, Tensor]:
-        tiles = -(-stop // cpu.TILE)
+    def _fits(self, scales: Tensor, key: Tensor, layout: Layout) -> bool:
+        return layout == self._layout and scales.shape[:2] == key.shape[:2] and scales.device == key.device
+
+    def _with_room(self, key: Tensor, stop: int, layout: Layout) -> tuple[Tensor, Tensor]:
         old = self._parts
-        if old is not None and old[0].shape[2] >= tiles:
+        # What was made in inference mode cannot be written to outside of it.
+        if (
+            old is not None
+            and old[1].shape[2] >= stop
+            and (not old[1].is_inference() or torch.is_inference_mode_enabled())
+        ):
             return old
-        room = tiles + tiles // 8 + cpu.TILE
-        batch, heads, _, dim = key.shape
-        grown = (
-            torch.zeros(batch, heads, room, dim // 4, cpu.TILE, 4, dtype=torch.uint8),
-            torch.zeros(batch, heads, room * cpu.TILE),
-        )
+        stop = max(stop, self._length)
+        grown = layout.allocate(key, stop + stop // 8 + _LEAST_SPARE)
         if old is not None:
             for new, part in zip(grown, old, strict=True):
-                new[:, :, : part.shape[2]] = part
+                held = min(new.shape[2], part.shape[2])
+                new[:, :, :held] = part[:, :, :held]
         return grown
+
+
+def quantised_of(key: Tensor) -> QuantisedKeys:
+    """The keys in 8 bits that a cache keeps of these very keys, or none yet."""
+    found = getattr(key, _ATTRIBUTE, None)
+    return found if isinstance(found, QuantisedKeys) else QuantisedKeys()
+
+
+def attach(key: Tensor, quantised: QuantisedKeys) -> None:
+    """Say that `quantised` are those of `key`. Views and copies of it do not inherit them."""
+    setattr(key, _ATTRIBUTE, quantised)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +43,6 @@ class RowFacts:
         visible: int64 `(batch, rows)`: keys that a row sees, on the device of the call.
         rows: Rows that see a key.
         total: Visible keys, summed over the rows.
-        shared: What else layers work out from the same intervals, by any key.
     """
 
     def __init__(self, intervals: Tensor) -> None:
@@ -53,7 +51,6 @@ class RowFacts:
         self.visible = self._seen.to(intervals.device)
         self.rows = int((self._seen > 0).sum())
         self.total = int(self._seen.sum())
-        self.shared: dict[Hashable, Any] = {}
         self._plans: dict[int, tuple[Budget, Plan]] = {}
         self._causal: dict[int, bool] = {}
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hf_sparse.quantised import QuantisedKeys, quantised_of
 from hf_sparse.rows import RowFacts, facts_of
-from hf_sparse.summaries import KeySummaries, summaries_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class AttentionInputs:
         dropout: Probability with which attention weights are dropped; 0 outside training.
         origin: If set, int64 `(batch,)`: the column where each sequence's text begins, as far as this call can see.
             A block of rows may see less of it.
-        summaries: If set, the summaries of `key`, which the blocks of rows of a call share.
+        quantised: If set, `key` in 8 bits, which the blocks of rows of a call share.
     """
 
     query: Tensor
@@ -39,7 +39,7 @@ class AttentionInputs:
     sinks: Tensor | None = None
     dropout: float = 0.0
     origin: Tensor | None = None
-    summaries: KeySummaries | None = None
+    quantised: QuantisedKeys | None = None
 
     @property
     def group_size(self) -> int:
@@ -57,9 +57,9 @@ class AttentionInputs:
         return facts_of(self.intervals)
 
     @property
-    def own_summaries(self) -> KeySummaries:
-        """`summaries`, or those that a cache keeps of `key`, or new ones."""
-        return summaries_of(self.key) if self.summaries is None else self.summaries
+    def own_quantised(self) -> QuantisedKeys:
+        """`quantised`, or what a cache keeps of `key`, or nothing yet."""
+        return quantised_of(self.key) if self.quantised is None else self.quantised
 
     @property
     def last_visible(self) -> int:
@@ -92,7 +92,7 @@ class AttentionInputs:
             value=self.value[:, :, keys],
             intervals=(self.intervals - low) * alive.unsqueeze(-1),
             origin=None,
-            summaries=None,
+            quantised=None,
         )
 
 
@@ -124,13 +124,12 @@ class Selection:
 
     def members_of(self, rows: Tensor, kv_heads: int) -> Tensor:
         """`(batch, heads, rows, ...)` -> `(batch, kv_heads, groups, members, ...)`."""
-        batch, heads, length, *rest = rows.shape
-        share = heads // kv_heads
-        size = self.rows_per_group
-        x = rows.reshape(batch, kv_heads, share, length // size, size, *rest)
-        if self.per_head:
-            return x.flatten(2, 3)
-        return x.transpose(2, 3).flatten(3, 4)
+        members = members_of(rows, kv_heads, self.rows_per_group)
+        if not self.per_head:
+            return members
+        batch, _, groups, _, *rest = members.shape
+        x = members.view(batch, kv_heads, groups, -1, self.rows_per_group, *rest)
+        return x.transpose(2, 3).flatten(2, 3)
 
     def rows_of(self, members: Tensor, heads: int) -> Tensor:
         """The inverse of `members_of`."""
@@ -154,6 +153,16 @@ class Selection:
     def kept(self, heads: int) -> Tensor:
         """Kept keys of each row: int64 `(batch, heads, rows)`."""
         return self.rows_of(self.allowed.sum(-1) if self.number is None else self.number, heads)
+
+
+def members_of(rows: Tensor, kv_heads: int, size: int) -> Tensor:
+    """`(batch, heads, rows, ...)` -> `(batch, kv_heads, groups, members, ...)` for groups of `size` rows.
+
+    The members of a group are its rows for the first head of the GQA group, then those for the second, and so on.
+    """
+    batch, heads, length, *rest = rows.shape
+    x = rows.reshape(batch, kv_heads, heads // kv_heads, length // size, size, *rest)
+    return x.transpose(2, 3).flatten(3, 4)
 
 
 def take_rows(states: Tensor, columns: Tensor) -> Tensor:

@@ -134,39 +134,83 @@ def select_window(call: AttentionInputs, budgets: Tensor, sink_keys: int, recent
 
 
 def select_grouped(
-    call: AttentionInputs, budgets: Tensor, sink_keys: int, recent_keys: int, rows_per_group: int
+    call: AttentionInputs, budgets: Tensor, sink_keys: int, recent_keys: int, size: int, *, rough: bool = False
 ) -> Tensor:
-    """The specification of the grouped selector if its coarse look drops nothing: bool `(batch, heads, rows, kv_len)`.
+    """The specification of the grouped selector: bool `(batch, heads, rows, kv_len)`.
 
-    Softcap and attention sinks do not matter to it.
+    Args:
+        call: Rows that form groups of `size`.
+        budgets: int64 `(batch, heads or 1, rows)`.
+        sink_keys: As in the configuration.
+        recent_keys: The same.
+        size: Rows in a group.
+        rough: Whether votes come from vectors in 8 bits.
     """
+    out = torch.zeros(*call.query.shape[:3], call.key.shape[2], dtype=torch.bool)
     budgets = budgets.expand(call.query.shape[:3])
-    visible = visible_mask(call)
-    # A member's weight for each key; rows that see nothing have no say.
-    weights = scores(call).masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()
-    out = torch.zeros(visible.shape, dtype=torch.bool)
     for b in range(len(out)):
-        for start in range(0, call.query.shape[2], rows_per_group):
-            rows = range(start, min(start + rows_per_group, call.query.shape[2]))
-            spans = {row: call.intervals[b, 0, row].tolist() for row in rows}
-            alive = [row for row in rows if spans[row][1] > spans[row][0]]
-            if not alive:
-                continue
-            oldest = min(spans[row][0] for row in alive)
-            low = max(oldest, min(spans[row][1] for row in alive) - max(1, recent_keys))
-            for head in range(call.query.shape[1]):
-                first_head = head // call.group_size * call.group_size
-                votes = weights[b, first_head : first_head + call.group_size, rows.start : rows.stop].sum((0, 1))
-                ranking = sorted(range(oldest, low), key=lambda j, votes=votes: (-votes[j].item(), -j))
-                for row in alive:
-                    first, stop = spans[row]
-                    order = [*range(stop - 1, max(first, stop - recent_keys) - 1, -1)]
-                    order += range(first, min(stop, first + sink_keys))
-                    order += range(stop - 1, low - 1, -1)
-                    order += ranking
-                    kept = [j for j in dict.fromkeys(order) if first <= j < stop]
-                    out[b, head, row, kept[: budgets[b, head, row]]] = True
+        for start in range(0, call.query.shape[2], size):
+            rows = [row for row in range(start, start + size) if call.visible[b, row] > 0]
+            for kv_head in range(call.key.shape[1] if rows else 0):
+                heads = range(kv_head * call.group_size, (kv_head + 1) * call.group_size)
+                _keep(call, budgets, sink_keys, recent_keys, rough, b, rows, heads, out)
     return out
+
+
+def _keep(
+    call: AttentionInputs,
+    budgets: Tensor,
+    sink_keys: int,
+    recent_keys: int,
+    rough: bool,
+    b: int,
+    rows: list[int],
+    heads: range,
+    out: Tensor,
+) -> None:
+    """What the members of one group keep."""
+    column = torch.arange(call.key.shape[2])
+    first, stop = call.intervals[b, 0].long().unbind(-1)
+    key = call.key[b, heads[0] // call.group_size]
+    oldest = int(first[rows].min())
+    low = max(int(stop[rows].min()) - max(1, recent_keys), oldest)
+    begin = min(oldest + sink_keys, low)
+    older = (column >= begin) & (column < low)
+    votes = torch.zeros(len(column), dtype=torch.float64)
+    wanted, own = 0, {}
+    for head in heads:
+        for row in rows:
+            budget = int(budgets[b, head, row])
+            recent = min(budget, recent_keys)
+            start = int(first[row]) + min(budget - recent, sink_keys)
+            visible = (column >= first[row]) & (column < stop[row])
+            keep = visible & ((column < start) | (column >= stop[row] - recent))
+            out[b, head, row] = keep
+            query = call.query[b, head, row] * call.scaling
+            exact = key @ query
+            scores = torch.where(older, quantised(key) @ quantised(query), exact) if rough else exact
+            if call.softcap is not None:
+                scores = call.softcap * (scores / call.softcap).tanh()
+            votes += scores.masked_fill(~visible, -torch.inf).double().softmax(-1)
+            rest = budget - int(keep.sum())
+            own[head, row] = exact, rest, column[visible & ~keep & (column >= low)], start
+            if rest > 0:
+                wanted = max(wanted, rest + max(0, start - begin))
+    pool = _highest(votes, column[older], 2 * wanted)
+    for (head, row), (exact, rest, local, start) in own.items():
+        out[b, head, row, _highest(exact, torch.cat([local, pool[pool >= start]]), rest)] = True
+
+
+def _highest(values: Tensor, columns: Tensor, number: int) -> Tensor:
+    """The `number` columns with the highest values; of equal ones the most recent."""
+    best = sorted(columns.tolist(), key=lambda j: (-values[j].item(), -j))
+    return torch.tensor(best[:number], dtype=torch.int64)
+
+
+def quantised(states: Tensor) -> Tensor:
+    """Vectors as they are after quantisation to 8 bits with a scale of their own."""
+    scale = (states.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return (states / scale).round() * scale
 
 
 def random_selection(call: AttentionInputs, rows_per_group: int, per_head: bool, seed: int = 0) -> Selection:

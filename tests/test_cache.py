@@ -1,4 +1,4 @@
-"""The cache that grows in place: what it holds, that models take it by themselves, and its summaries of keys."""
+"""The cache that grows in place: what it holds, that models take it by themselves, and its keys in 8 bits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hf_sparse
 from hf_sparse.cache import SparseCache, SparseLayer
+from hf_sparse.kernels.layout import Layout
+from hf_sparse.quantised import QuantisedKeys, quantised_of
 from hf_sparse.selection import AttentionInputs
-from hf_sparse.summaries import BLOCK, KeySummaries, summaries_of
 from tests import tiny
 from tests.sparse import SPARSE, generated, sparse_model
 
@@ -88,58 +89,65 @@ def test_a_layer_changes_as_the_stock_layer_does(change: str) -> None:
         assert_same(ours, stock)
 
 
+def allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    return key.new_zeros(*key.shape[:2], room, key.shape[3], dtype=torch.int8), key.new_zeros(*key.shape[:2], room)
+
+
+def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
+    new = key[:, :, start:stop]
+    scales = new.abs().amax(-1) / 127
+    out[0][:, :, start:stop] = (new / scales[..., None]).round()
+    out[1][:, :, start:stop] = scales
+
+
+PLAIN = Layout(allocate, quantise)
+
+
+def in_8_bits(kept: QuantisedKeys, keys: Tensor) -> tuple[Tensor, ...]:
+    length = keys.shape[2]
+    return tuple(part[:, :, :length] for part in kept.up_to(keys, length, PLAIN))
+
+
+def assert_those_of(keys: Tensor, kept: QuantisedKeys) -> None:
+    """What was kept is what one would make of the keys in one go."""
+    for got, expected in zip(in_8_bits(kept, keys), in_8_bits(QuantisedKeys(), keys), strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("change", [None, *CHANGES])
-@pytest.mark.parametrize("origins", [[0, 0], [0, 5], [5, 5]])
-def test_running_summaries_are_those_of_the_keys(change: str | None, origins: list[int]) -> None:
-    """Whatever happens to a cache: the summaries that it kept are those made from its keys in one go."""
+def test_running_keys_in_8_bits_are_those_of_the_keys(change: str | None) -> None:
+    """Whatever happens to a cache."""
     layer = SparseLayer()
     for seed, length in enumerate([50, *[1] * 40, 700, 3]):
         keys, _ = layer.update(*states(length, seed=seed))
-        for kind in ("blocks", "supers"):
-            getattr(summaries_of(keys), kind)(keys, origins, keys.shape[2], 3)
+        in_8_bits(quantised_of(keys), keys)
     if change is not None:
         CHANGES[change](layer)
     batch = 2 if layer.keys is None else layer.keys.shape[0]
-    origins = (origins * 3)[:batch] if change in (None, "crop", "crop nothing") else [origins[-1]] * batch
     for seed, length in enumerate([1, 30, 1]):
         keys, _ = layer.update(*states(length, batch, seed + 100))
-        assert summaries_of(keys) is layer.summaries
-        assert summaries_of(keys[:, :, :]) is not layer.summaries
-        for kind, size in (("blocks", BLOCK), ("supers", BLOCK * BLOCK)):
-            count = keys.shape[2] // size + 2
-            running = getattr(layer.summaries, kind)(keys, origins, keys.shape[2], count)
-            fresh = getattr(KeySummaries(), kind)(keys, origins, keys.shape[2], count)
-            for i, origin in enumerate(origins):
-                whole = max(0, keys.shape[2] - origin) // size
-                for got, expected in zip(running, fresh, strict=True):
-                    assert got.shape == expected.shape == (batch, HEADS, count, DIM)
-                    torch.testing.assert_close(got[i, :, :whole], expected[i, :, :whole])
-                    assert got.isfinite().all()
-                if not whole:
-                    continue
-                by_hand = keys[i, :, origin : origin + whole * size].unflatten(1, (-1, size))
-                torch.testing.assert_close(fresh[0][i, :, :whole], by_hand.mean(2))
-                torch.testing.assert_close(fresh[1][i, :, :whole], by_hand.var(2, correction=0), atol=1e-5, rtol=1e-4)
+        assert quantised_of(keys) is layer.quantised
+        assert quantised_of(keys[:, :, :]) is not layer.quantised
+        assert_those_of(keys, layer.quantised)
 
 
-def test_summaries_are_not_made_twice() -> None:
-    """A token touches the summary of the block that it completes, and no other."""
+def test_keys_are_not_quantised_twice() -> None:
     layer = SparseLayer()
     keys, _ = layer.update(*states(100))
-    layer.summaries.blocks(keys, [0, 0], 100, 6)
-    keys[:, :, :96] = torch.nan
+    in_8_bits(layer.quantised, keys)
+    keys[:] = torch.nan
     for seed in range(12):
         keys, _ = layer.update(*states(1, seed=seed))
-        mean, _ = layer.summaries.blocks(keys, [0, 0], keys.shape[2], 7)
-    assert mean.isfinite().all()
-    torch.testing.assert_close(mean[:, :, 6], keys[:, :, 96:112].mean(2))
+        _, scales = in_8_bits(layer.quantised, keys)
+    assert scales.isfinite().all()
 
 
-def test_summaries_of_half_precision_are_float32() -> None:
-    keys = states(64)[0].to(torch.bfloat16)
-    mean, variance = KeySummaries().blocks(keys, [0, 0], 64, 4)
-    assert mean.dtype == variance.dtype == torch.float32
-    torch.testing.assert_close(mean, keys.float().unflatten(2, (4, BLOCK)).mean(3))
+def test_keys_are_quantised_anew_for_other_kernels() -> None:
+    keys, kept = states(40)[0], QuantisedKeys()
+    for factor in (1, 2, 1):
+        layout = replace(PLAIN, quantise=lambda key, *rest, by=factor: quantise(by * key, *rest))
+        _, scales = kept.up_to(keys, 40, layout)
+        torch.testing.assert_close(scales[:, :, :40], factor * keys.abs().amax(-1) / 127)
 
 
 def test_a_batch_of_another_size_is_refused() -> None:
@@ -168,24 +176,22 @@ def test_what_was_made_in_inference_mode_can_be_continued_outside() -> None:
     layer = SparseLayer()
     with torch.inference_mode():
         keys, _ = layer.update(*states(40))
-        layer.summaries.blocks(keys, [0, 0], 40, 2)
+        in_8_bits(layer.quantised, keys)
     keys, _ = layer.update(*states(10, seed=1))
-    mean, _ = layer.summaries.blocks(keys, [0, 0], 50, 3)
-    torch.testing.assert_close(mean, keys[:, :, :48].unflatten(2, (3, BLOCK)).mean(3))
+    assert_those_of(keys, layer.quantised)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 def test_a_copy_of_a_cache_goes_its_own_way(copied: Callable[[Any], Any]) -> None:
     cache = SparseCache(tiny.config("llama"))
     keys, _ = cache.update(*states(40), layer_idx=0)
-    summaries_of(keys).blocks(keys, [0, 0], 40, 2)
+    in_8_bits(quantised_of(keys), keys)
     twin = copied(cache)
     cache.update(*states(20, seed=1), layer_idx=0)
     ours, _ = twin.update(*states(20, seed=2), layer_idx=0)
     assert torch.equal(ours, torch.cat([states(40)[0], states(20, seed=2)[0]], dim=2))
     assert torch.equal(cache.layers[0].keys[:, :, 40:], states(20, seed=1)[0])
-    mean, _ = summaries_of(ours).blocks(ours, [0, 0], 60, 3)
-    torch.testing.assert_close(mean, ours[:, :, :48].unflatten(2, (3, BLOCK)).mean(3))
+    assert_those_of(ours, quantised_of(ours))
 
 
 def test_full_attention_grows_in_place_and_the_rest_is_stock() -> None:
@@ -264,10 +270,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize(("name", "selector"), [("llama", "grouped"), ("llama", "topk"), ("gemma3", "grouped")])
-def test_the_same_tokens_as_with_the_stock_cache(
-    name: str, selector: str, generation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hf_sparse.selectors.single.COARSE_FROM", 0)
+def test_the_same_tokens_as_with_the_stock_cache(name: str, selector: str, generation: str) -> None:
     model = sparse_model(name, selector)
     expected = generated(model, cache_implementation="dynamic", **GENERATIONS[generation])
     assert generated(model, **GENERATIONS[generation]) == expected
@@ -303,10 +306,8 @@ def test_training_is_as_with_the_stock_cache() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("left", [0, 37])
-@pytest.mark.parametrize("supers", [False, True])
-def test_decoding_selects_alike_with_any_cache(left: int, supers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row with summaries that the cache keeps, and with summaries made anew: the same output."""
-    monkeypatch.setattr("hf_sparse.selectors.single.SUPERS_FROM", 0 if supers else 1 << 30)
+def test_decoding_selects_alike_with_any_cache(left: int) -> None:
+    """One row with keys in 8 bits that the cache keeps, and with such as are made anew: the same output."""
     state = hf_sparse.attention.LayerState(0, replace(SPARSE, min_keys=16))
     layer = SparseLayer()
     layer.update(*states(6000 + left))
@@ -322,5 +323,5 @@ def test_decoding_selects_alike_with_any_cache(left: int, supers: bool, monkeypa
             hf_sparse.attention.attend(state, AttentionInputs(queries, *pair, intervals, 1.0))[0]
             for pair in ((keys, values), (keys.clone(), values.clone()))
         )
-        assert summaries_of(keys) is layer.summaries
+        assert quantised_of(keys) is layer.quantised
         assert torch.equal(kept, anew)

@@ -17,7 +17,6 @@ from hf_sparse import SparseAttentionConfig, selectors
 from hf_sparse.cache import SparseCache
 from hf_sparse.kernels import cpu
 from hf_sparse.quantised import QuantisedKeys
-from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors import compiled
 from hf_sparse.selectors.grouped import ROWS
 from tests import calls, tiny
@@ -39,7 +38,7 @@ def test_quantised_keys_are_off_by_half_a_step(dtype: torch.dtype) -> None:
     storage = torch.randn(2, 80, 3, 12).to(dtype).transpose(1, 2)
     key = storage[:, :, 5:78]
     key[0, 0, 7] = 0
-    parts = QuantisedKeys().up_to(key, 70)
+    parts = QuantisedKeys().up_to(key, 70, cpu.LAYOUT)
     step = key[:, :, :70].float().abs().amax(-1, keepdim=True) / 127
     assert ((decoded(parts, 70) - key[:, :, :70].float()).abs() <= 0.5001 * step).all()
 
@@ -50,78 +49,15 @@ def test_quantised_keys_follow_the_cache() -> None:
     key = torch.randn(3, 2, 100, 8)
     kept = QuantisedKeys()
     for stop in (1, 15, 16, 17, 64, 90):
-        kept.up_to(key, stop)
+        kept.up_to(key, stop, cpu.LAYOUT)
     kept.crop(40)
     key = torch.cat([key[:, :, :40], torch.randn(3, 2, 60, 8)], dim=2)
-    kept.up_to(key, 70)
+    kept.up_to(key, 70, cpu.LAYOUT)
     order = torch.tensor([2, 0, 0, 1])
     kept.rearrange(lambda x: x.index_select(0, order))
     key = key[order]
-    assert torch.equal(decoded(kept.up_to(key, 100), 100), decoded(QuantisedKeys().up_to(key, 100), 100))
-
-
-def quantised(states: Tensor) -> Tensor:
-    """Vectors as they are after quantisation to 8 bits with a scale of their own."""
-    scale = (states.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
-    return (states / scale).round() * scale
-
-
-def specification(call: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig, size: int) -> Tensor:
-    """What `select_compiled` is to keep, by plain loops: bool `(batch, heads, rows, kv_len)`."""
-    batch, heads, rows, _ = call.query.shape
-    out = torch.zeros(batch, heads, rows, call.key.shape[2], dtype=torch.bool)
-    for b in range(batch):
-        for group in range(rows // size):
-            part = [r for r in range(group * size, (group + 1) * size) if call.visible[b, r] > 0]
-            for kv_head in range(call.key.shape[1]):
-                share = range(kv_head * call.group_size, (kv_head + 1) * call.group_size)
-                if part:
-                    _keep(call, budgets.expand(-1, heads, -1), config, b, part, kv_head, share, out)
-    return out
-
-
-def _keep(
-    call: AttentionInputs,
-    budgets: Tensor,
-    config: SparseAttentionConfig,
-    b: int,
-    rows: list[int],
-    kv_head: int,
-    heads: range,
-    out: Tensor,
-) -> None:
-    column = torch.arange(call.key.shape[2])
-    first, stop = call.intervals[b, 0].long().unbind(-1)
-    key, rough = call.key[b, kv_head], quantised(call.key[b, kv_head])
-    oldest = int(first[rows].min())
-    low = max(int(stop[rows].min()) - max(1, config.recent_keys), oldest)
-    begin = min(oldest + config.sink_keys, low)
-    sinks_stop = min(int(first[rows].max()) + config.sink_keys, low)
-    older = (column >= begin) & (column < low)
-    votes = torch.zeros(len(column), dtype=torch.float64)
-    wanted, own = 0, {}
-    for head in heads:
-        for row in rows:
-            budget = int(budgets[b, head, row])
-            start = int(first[row]) + min(budget - min(budget, config.recent_keys), config.sink_keys)
-            visible = (column >= first[row]) & (column < stop[row])
-            recent = (column >= low) & (column >= int(stop[row]) - min(budget, config.recent_keys))
-            keep = visible & ((((column < sinks_stop) | (column >= low)) & (column < start)) | recent)
-            out[b, head, row] = keep
-            query = call.query[b, head, row] * call.scaling
-            exact, cheap = key @ query, rough @ quantised(query)
-            scores = torch.where(older, cheap, torch.where((column < begin) | (column >= low), exact, -torch.inf))
-            votes += torch.where(older, scores.masked_fill(~visible, -torch.inf).double().softmax(-1), 0)
-            rest = budget - int(keep.sum())
-            local = visible & (column >= low) & (column >= start) & ~keep
-            own[head, row] = exact, rest, start, column[local]
-            if rest > 0:
-                wanted = max(wanted, rest + max(0, start - begin))
-    pool = column[older][votes[older].flip(0).argsort(descending=True, stable=True).mul(-1).sub(1)]
-    pool = pool[: compiled.OVERSAMPLING * wanted].sort().values
-    for (head, row), (exact, rest, start, local) in own.items():
-        seen = torch.cat([local, pool[pool >= start]]).flip(0)
-        out[b, head, row, seen[exact[seen].argsort(descending=True, stable=True)[: max(0, rest)]]] = True
+    followed, fresh = (decoded(x.up_to(key, 100, cpu.LAYOUT), 100) for x in (kept, QuantisedKeys()))
+    assert torch.equal(followed, fresh)
 
 
 KINDS = {
@@ -147,7 +83,7 @@ def test_the_kernels_keep_what_they_should(kind: str, rows: int, kv_len: int, he
         budgets = torch.minimum(call.visible[:, None], torch.randint(5, 70, shape)).expand(2, shape[1], -1)
         selection = compiled.select_compiled(call, budgets, config, min(ROWS, rows))
         mask = selection.mask(heads, kv_len)
-        expected = specification(call, budgets, config, min(ROWS, rows))
+        expected = calls.select_grouped(call, budgets, 3, 10, min(ROWS, rows), rough=True)
         assert torch.equal(mask.sum(-1), budgets.expand(2, heads, -1))
         assert torch.equal(selection.kept(heads), mask.sum(-1))
         assert (mask & expected).sum() >= 0.98 * expected.sum()
@@ -193,8 +129,8 @@ def test_decoding_quantises_each_key_once(monkeypatch: pytest.MonkeyPatch) -> No
         spans.append((start, stop))
         quantise(key, start, stop, out)
 
-    quantise = cpu.quantise
-    monkeypatch.setattr(cpu, "quantise", counted)
+    quantise = cpu.LAYOUT.quantise
+    monkeypatch.setattr(cpu, "LAYOUT", replace(cpu.LAYOUT, quantise=counted))
     model = tiny.model("llama")
     hf_sparse.patch(model, alpha=2.0, min_keys=8, recent_keys=4, dense_below=0, dense_layers=[0])
     cache = SparseCache(model.config)

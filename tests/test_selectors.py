@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_sparse import SparseAttentionConfig, selectors
 from hf_sparse.config import SELECTORS
+from hf_sparse.quantised import QuantisedKeys
 from hf_sparse.selection import AttentionInputs, Selection
-from hf_sparse.selectors import coarse, single
-from hf_sparse.selectors.grouped import ROWS, select_groups
-from hf_sparse.summaries import KeySummaries
+from hf_sparse.selectors import compiled, voting
+from hf_sparse.selectors.grouped import ROWS
 from tests import calls
 
 INTERVALS = {
@@ -31,6 +31,24 @@ ROWS_OF = {
     "topk": st.integers(1, 20),
     "window": st.integers(1, 20),
 }
+
+
+WITHOUT_KERNELS = "grouped without kernels"
+
+
+@pytest.fixture(params=[*SELECTORS, WITHOUT_KERNELS])
+def selector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of each selector; of the grouped one twice, for PyTorch looks for keys where there are no kernels."""
+    name: str = request.param
+    if name == WITHOUT_KERNELS:
+        monkeypatch.setattr(compiled.cpu, "refusal", lambda *_: "a test wants none")
+        return "grouped"
+    return name
+
+
+every_way_of_grouped = pytest.mark.parametrize("selector", ["grouped", WITHOUT_KERNELS], indirect=True)
+# What the fixture `selector` changes stays the same for all examples.
+with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite
@@ -69,7 +87,7 @@ def select(problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig]) -> Se
     return selectors.select(config.selector, call, budgets, config)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@with_fixture
 @given(data=st.data())
 def test_each_row_keeps_its_budget_of_keys_that_it_sees(selector: str, data: st.DataObject) -> None:
     call, budgets, _ = problem = data.draw(problems(selector))
@@ -84,12 +102,11 @@ def test_each_row_keeps_its_budget_of_keys_that_it_sees(selector: str, data: st.
     assert not (mask & ~calls.visible_mask(call)).any()
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("kind", INTERVALS)
 @pytest.mark.parametrize("kv_len", [0, 20, 1500])
 @pytest.mark.parametrize("rows", [1, 7, ROWS, 2 * ROWS])
 def test_budgets_of_every_kind(selector: str, kind: str, kv_len: int, rows: int) -> None:
-    """As above, for all combinations, up to lengths at which the grouped selector looks at blocks first."""
+    """As above, for all combinations."""
     kv_len += rows
     call = calls.inputs(INTERVALS[kind](rows, kv_len), kv_len, heads=2, kv_heads=1, dim=4)
     # These may be late rows of a long text: keys that they no longer see came before.
@@ -119,23 +136,27 @@ def test_window_is_sinks_and_the_most_recent(problem: tuple[AttentionInputs, Ten
     assert torch.equal(mask, calls.select_window(call, budgets, config.sink_keys, config.recent_keys))
 
 
+@every_way_of_grouped
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_equal_scores_the_most_recent_key_wins(dtype: torch.dtype) -> None:
-    call = calls.inputs(calls.causal_intervals(8, 64), 64, dtype=dtype)
-    call = replace(call, key=call.key[:, :, :1].expand(-1, -1, 64, -1))  # all keys the same
+def test_of_equal_scores_the_most_recent_key_wins(selector: str, dtype: torch.dtype) -> None:
+    # All keys the same, and whole numbers: scores that are equal stay so however a product is summed.
+    call = calls.inputs(calls.causal_intervals(8, 64), 64, dtype=dtype, whole_numbers=True)
+    call = replace(call, key=call.key[:, :, :1].expand(-1, -1, 64, -1))
     config = SparseAttentionConfig(sink_keys=0, recent_keys=0)
     budgets = torch.full((2, 1, 8), 5)
     expected = torch.zeros(2, 4, 8, 64, dtype=torch.bool)
     for row in range(8):
         expected[:, :, row, 64 - 8 + row + 1 - 5 : 64 - 8 + row + 1] = True
     assert torch.equal(selectors.select("topk", call, budgets, config).mask(4, 64), expected)
-    # Rows of a group rank the older keys together, and each of them takes the most recent of those it sees.
-    grouped = selectors.select("grouped", call, budgets, config).mask(4, 64)
+    grouped = selectors.select(selector, call, budgets, config).mask(4, 64)
     assert torch.equal(grouped, expected)
 
 
+@every_way_of_grouped
+@with_fixture
 @given(problems("grouped"))
 def test_grouped_keeps_the_recent_keys_of_every_row(
+    selector: str,
     problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig],
 ) -> None:
     call, budgets, config = problem
@@ -147,85 +168,59 @@ def test_grouped_keeps_the_recent_keys_of_every_row(
     assert not (must & ~mask).any()
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("kind", INTERVALS)
 @pytest.mark.parametrize("rows", [1, 7, 2 * ROWS])
-def test_grouped_is_its_specification(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a coarse look that drops nothing: recent keys, sinks, local keys, then the ranking of the group."""
-    monkeypatch.setattr(coarse, "OVERSAMPLING", 1 << 20)
+def test_grouped_is_its_specification(
+    kind: str, rows: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By PyTorch, in float64, for every kind of rows: key for key. `test_kernels.py` has the same for the kernels."""
+    monkeypatch.setattr(voting, "_CHUNK_ELEMENTS", 10_000)
     for seed, (extra, most, sink_keys, recent_keys) in enumerate(
         [(60, 12, 2, 3), (60, 90, 0, 0), (200, 40, 4, 8), (0, 30, 1, 1), (200, 100, 0, 20)]
     ):
         kv_len = rows + extra
-        call = calls.inputs(INTERVALS[kind](rows, kv_len), kv_len, dtype=torch.float64, seed=seed)
+        call = calls.inputs(INTERVALS[kind](rows, kv_len), kv_len, dtype=torch.float64, seed=seed, softcap=softcap)
         config = SparseAttentionConfig(sink_keys=sink_keys, recent_keys=recent_keys)
-        budgets = call.visible[:, None].clamp(max=most)
-        mask = selectors.select("grouped", call, budgets, config).mask(4, kv_len)
-        assert torch.equal(mask, calls.select_grouped(call, budgets, sink_keys, recent_keys, min(ROWS, rows)))
+        for most_of_heads in (torch.tensor([most]), torch.tensor([most // 3, most, 2, most // 2])):
+            budgets = torch.minimum(call.visible[:, None], most_of_heads[:, None])
+            mask = selectors.select("grouped", call, budgets, config).mask(4, kv_len)
+            expected = calls.select_grouped(call, budgets, sink_keys, recent_keys, min(ROWS, rows))
+            assert torch.equal(mask, expected)
 
 
+@every_way_of_grouped
 @pytest.mark.parametrize("kind", ["causal", "sliding", "left", "static"])
-def test_grouped_is_topk_where_nothing_is_shared(kind: str) -> None:
+def test_grouped_is_topk_where_nothing_is_shared(selector: str, kind: str) -> None:
     """One row, one head: a group's ranking is the row's own."""
     call = calls.inputs(INTERVALS[kind](1, 50), 50, heads=2, kv_heads=2)
     config = SparseAttentionConfig(sink_keys=2, recent_keys=4)
     budgets = call.visible[:, None].clamp(max=11)
-    grouped, topk = (selectors.select(name, call, budgets, config).mask(2, 50) for name in ("grouped", "topk"))
+    grouped, topk = (selectors.select(name, call, budgets, config).mask(2, 50) for name in (selector, "topk"))
     assert torch.equal(grouped, topk)
 
 
-@pytest.mark.parametrize("left", [(0,), (37,), (0, 37), (5, 900), (0, 1500)])
-def test_a_single_row_keeps_what_a_group_of_one_row_keeps(
-    left: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The way that decoding takes, against the way for any number of rows, blocks of keys looked at first."""
-    monkeypatch.setattr(single, "COARSE_FROM", 100)
-    monkeypatch.setattr(single, "OVERSAMPLING", coarse.OVERSAMPLING)
-    config = SparseAttentionConfig(sink_keys=4, recent_keys=64)
-    for seed, most in enumerate([20, 90, 150, 250]):
-        intervals = calls.causal_intervals(1, 1500, left=left, right=(0,) * len(left))
-        call = calls.inputs(intervals, 1500, heads=6, dtype=torch.float64, seed=seed)
-        budgets = call.visible[:, None].clamp(max=most)
-        row, group = (select(call, budgets, config).mask(6, 1500) for select in (single.select_single, select_groups))
-        assert torch.equal(row, group)
-
-
-@pytest.mark.parametrize("supers", [False, True])
-def test_a_single_row_finds_the_one_key(supers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through blocks, and through super-blocks of them, for heads with budgets of their own too."""
-    monkeypatch.setattr(single, "SUPERS_FROM", 0 if supers else 1 << 30)
-    config = SparseAttentionConfig(sink_keys=2, recent_keys=8)
-    for kv_len, left, wanted in ((9000, (0, 0), 20), (9000, (0, 3), 4500), (9003, (3, 2000), 8980)):
-        call = calls.inputs(calls.causal_intervals(1, kv_len, left=left), kv_len)
-        key = 0.3 * call.key
-        key[:, :, wanted] = 3.0
-        seen = torch.tensor([first <= wanted for first in left])
-        call = replace(call, query=call.query + 5, key=key)
-        for budgets in (torch.full((2, 1, 1), 16), torch.tensor([14, 16, 40, 90]).view(1, 4, 1).expand(2, -1, -1)):
-            mask = single.select_single(call, budgets, config).mask(4, kv_len)
-            assert torch.equal(mask.sum(-1), budgets.expand(2, 4, 1))
-            assert not (mask & ~calls.visible_mask(call)).any()
-            assert mask[seen][..., wanted].all()
-
-
-def test_the_blocks_of_rows_of_a_call_share_its_summaries() -> None:
-    """Summaries that earlier rows left behind, or that a cache kept, change nothing."""
+@every_way_of_grouped
+def test_the_blocks_of_rows_of_a_call_share_its_quantised_keys(selector: str) -> None:
+    """What earlier rows left behind, or a cache kept, changes nothing."""
     rows, kv_len = 3 * ROWS, 1500
     call = calls.inputs(calls.causal_intervals(rows, kv_len, left=(0, 77)), kv_len)
     config = SparseAttentionConfig(alpha=2.0, min_keys=8, sink_keys=2, recent_keys=16, dense_below=0)
     budgets = config.budget()(call.visible)[:, None]
-    together = replace(call, summaries=KeySummaries())
+    together = replace(call, quantised=QuantisedKeys())
     for start in range(0, rows, ROWS):
         part = budgets[:, :, start : start + ROWS]
         alone, shared = (
-            selectors.select("grouped", x.rows(start, start + ROWS), part, config).mask(4, kv_len)
+            selectors.select(selector, x.rows(start, start + ROWS), part, config).mask(4, kv_len)
             for x in (call, together)
         )
         assert torch.equal(alone, shared)
 
 
+@every_way_of_grouped
 @pytest.mark.parametrize("pad", [0, 100])
 @pytest.mark.parametrize("wanted", [5, 1400, 2900])
-def test_the_coarse_look_finds_the_one_key(wanted: int, pad: int) -> None:
+def test_the_one_key_is_found(selector: str, wanted: int, pad: int) -> None:
     """Two rows with room for one more key, among thousands."""
     kv_len, wanted = 3000 + pad, wanted + pad
     call = calls.inputs(calls.causal_intervals(2, kv_len, left=(pad, pad)), kv_len)
@@ -234,12 +229,13 @@ def test_the_coarse_look_finds_the_one_key(wanted: int, pad: int) -> None:
     call = replace(call, query=call.query + 5, key=key)
     config = SparseAttentionConfig(sink_keys=2, recent_keys=8)
     budgets = torch.full((2, 1, 2), 2 + 8 + 2)
-    mask = selectors.select("grouped", call, budgets, config).mask(4, kv_len)
+    mask = selectors.select(selector, call, budgets, config).mask(4, kv_len)
     assert mask[..., wanted].all()
 
 
+@every_way_of_grouped
 @pytest.mark.parametrize("kv_len", [400, 3000])
-def test_grouped_ranks_by_what_its_rows_attend_to(kv_len: int) -> None:
+def test_grouped_ranks_by_what_its_rows_attend_to(selector: str, kv_len: int) -> None:
     """A key that every row of the group wants is kept by every row."""
     call = calls.inputs(calls.causal_intervals(ROWS, kv_len), kv_len)
     key = call.key.clone()
@@ -250,11 +246,10 @@ def test_grouped_ranks_by_what_its_rows_attend_to(kv_len: int) -> None:
     call = replace(call, query=query, key=key)
     config = SparseAttentionConfig(sink_keys=0, recent_keys=8)
     budgets = torch.full((2, 1, ROWS), ROWS + 8 + 3)
-    mask = selectors.select("grouped", call, budgets, config).mask(4, kv_len)
+    mask = selectors.select(selector, call, budgets, config).mask(4, kv_len)
     assert mask[..., wanted].all()
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
 def test_sinks_are_kept_by_every_selector(selector: str) -> None:
     """From the budget on that recent and sink keys need, also where that is less than a group has rows."""
     call = calls.inputs(calls.causal_intervals(ROWS, 400, left=(0, 37)), 400)
@@ -265,17 +260,17 @@ def test_sinks_are_kept_by_every_selector(selector: str) -> None:
     assert mask[1, ..., 37:41].all()
 
 
+@every_way_of_grouped
 @pytest.mark.parametrize("kv_len", [400, 3000])
-def test_grouped_keeps_the_sinks(kv_len: int) -> None:
+def test_grouped_keeps_the_sinks(selector: str, kv_len: int) -> None:
     call = calls.inputs(calls.causal_intervals(ROWS, kv_len, left=(0, 37)), kv_len)
     config = SparseAttentionConfig(sink_keys=4, recent_keys=8)
     budgets = torch.full((2, 1, ROWS), ROWS + 8 + 4)
-    mask = selectors.select("grouped", call, budgets, config).mask(4, kv_len)
+    mask = selectors.select(selector, call, budgets, config).mask(4, kv_len)
     assert mask[0, ..., :4].all()
     assert mask[1, ..., 37:41].all()
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
 def test_budgets_are_spent_where_older_keys_weigh_nothing(selector: str) -> None:
     """All weight on the recent keys: in float32 the weights of the older ones are zero, and they are kept alike."""
     kv_len = 3000
@@ -290,7 +285,6 @@ def test_budgets_are_spent_where_older_keys_weigh_nothing(selector: str) -> None
         assert not (mask & ~calls.visible_mask(call)).any()
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
 def test_a_row_keeps_what_it_keeps_whoever_its_neighbours_are(selector: str) -> None:
     """Each sequence of a batch, each block of groups, alone and together; padded or not."""
     rows, kv_len = 3 * ROWS, 1500
@@ -321,7 +315,6 @@ def test_unknown_selector() -> None:
         selectors.select("best", call, call.visible[:, None], SparseAttentionConfig())
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
 def test_selection_carries_no_gradient_and_leaves_the_call_alone(selector: str) -> None:
     call = calls.inputs(calls.causal_intervals(8, 30), 30)
     before = [call.query.clone(), call.key.clone(), call.intervals.clone()]

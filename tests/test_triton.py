@@ -17,11 +17,17 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import hf_sparse
 from hf_sparse import engines, kernels, selectors
+from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
+from hf_sparse.kernels import gpu
 from hf_sparse.selection import AttentionInputs, Selection
-from tests import calls
+from hf_sparse.selectors import grouped
+from hf_sparse.selectors.grouped import ROWS
+from tests import calls, tiny
+from tests.sparse import SPARSE
 from tests.test_engines import CALLS, layout
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -209,14 +215,21 @@ def test_no_gradients_are_asked_of_it_without_grad() -> None:
 
 def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     call = CALLS["plain"]()
-    monkeypatch.setattr(engine, "_interprets", lambda: False)
+    monkeypatch.setattr(gpu, "interprets", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "is on cpu" in (engine.unsupported(call) or "")
-    assert "is on mps" in (engine._unsupported_device(torch.device("mps")) or "")
+    assert "is on mps" in (gpu.refusal(torch.device("mps")) or "")
+    assert "no GPU" in (engines.why_not("triton") or "")
+    with pytest.raises(ValueError, match="engine 'triton' cannot run here: there is no GPU"):
+        hf_sparse.patch(tiny.model("llama"), engine="triton")
     with monkeypatch.context() as old_gpu:
         old_gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-        assert "7.5" in (engine._unsupported_device(torch.device("cuda")) or "")
-    monkeypatch.setattr(engine, "find_spec", lambda _: None)
-    assert "pip install triton" in (engine.unsupported(call) or "")
+        assert "7.5" in (gpu.refusal(torch.device("cuda")) or "")
+    monkeypatch.setattr(gpu, "find_spec", lambda _: None)
+    for reason in (engine.unsupported(call), engines.why_not("triton")):
+        assert "pip install triton" in (reason or "")
+    monkeypatch.setenv("HF_SPARSE_KERNELS", "0")
+    assert engines.why_not("triton") == "HF_SPARSE_KERNELS=0 is set"
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match="pip install triton"):
         importlib.reload(importlib.import_module(f"{kernels.__name__}.triton"))
@@ -338,6 +351,65 @@ def test_quantise(dim: int, dtype: torch.dtype) -> None:
     error = (whole * scales[..., None] - states.float()).abs().amax(-1)
     assert (error <= 0.5001 * scales).all()
     assert (whole[0, 0, 0] == 0).all()
+
+
+GROUPS = {
+    "decode": lambda: calls.causal_intervals(1, 300),
+    "decode, padded": lambda: calls.causal_intervals(1, 300, left=(0, 100)),
+    "sliding": lambda: calls.causal_intervals(7, 300, window=150),
+    "two groups": lambda: calls.causal_intervals(2 * ROWS, 300, left=(0, 100), right=(3, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_grouped_by_triton_is_its_specification(kind: str) -> None:
+    """Votes have 8 significant bits: where two are nearly equal, another key may win."""
+    call = calls.inputs(GROUPS[kind](), 300, dim=16)
+    config = SparseAttentionConfig(sink_keys=3, recent_keys=10, engine="triton")
+    assert grouped.uncompiled(moved(call), config) is None
+    budgets = torch.minimum(call.visible[:, None], torch.randint(5, 70, (2, 4, 1)))
+    selection = selectors.select("grouped", moved(call), budgets.to(DEVICE), config)
+    mask = selection.mask(4, 300).cpu()
+    expected = calls.select_grouped(call, budgets, 3, 10, min(ROWS, call.query.shape[2]), rough=True)
+    assert torch.equal(mask.sum(-1), budgets)
+    assert torch.equal(selection.kept(4).cpu(), budgets)
+    assert not (mask & ~calls.visible_mask(call)).any()
+    assert (mask & expected).sum() >= 0.98 * expected.sum()
+    assert selection.columns.shape[-1] % 16 == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill of a padded batch, then tokens one at a time: what other kernels make of it.
+
+    All but the few rows for which two votes are so close that rounding decides.
+    """
+    model = tiny.model(name).to(DEVICE)
+    ids, mask, _ = (x if isinstance(x, list) else x.to(DEVICE) for x in tiny.padded([90, 70], "left"))
+    ways: list[Any] = []
+    votes = voting.votes
+    monkeypatch.setattr(voting, "votes", lambda *args, **rest: ways.append(args[1].dtype) or votes(*args, **rest))
+
+    def logits(name: str) -> Tensor:
+        hf_sparse.patch(model, SPARSE, engine=name)
+        cache = SparseCache(model.config)
+        out, place = [], tiny.positions(mask)
+        for start, stop in ((0, 86), *((i, i + 1) for i in range(86, 90))):
+            part = slice(start, stop)
+            step = model(
+                ids[:, part], attention_mask=mask[:, :stop], position_ids=place[:, part], past_key_values=cache
+            )
+            out.append(step.logits)
+        assert 0 < hf_sparse.report(model).density < 0.6
+        return torch.cat(out, dim=1)[mask.bool()]
+
+    by_triton = logits("triton")
+    assert set(ways) == {torch.int8}
+    assert hf_sparse.report(model).notes == ()
+    by_gather = logits("gather")
+    assert ((by_triton - by_gather).abs().amax(-1) < 1e-3).float().mean() > 0.98
+    assert_close(by_triton, by_gather, atol=0.05, rtol=0.05)
 
 
 def test_compiles_for_hopper(tmp_path: Path) -> None:

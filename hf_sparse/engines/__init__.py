@@ -5,15 +5,22 @@ from torch import Tensor
 from hf_sparse.engines.gather import attend as gather
 from hf_sparse.engines.native import attend as native
 from hf_sparse.engines.reference import attend as reference
-from hf_sparse.kernels import cpu
+from hf_sparse.engines.triton import attend as triton
+from hf_sparse.kernels import cpu, gpu
 from hf_sparse.selection import AttentionInputs, Selection
 
-__all__ = ["attend", "gather", "native", "reference", "why_not"]
+__all__ = ["attend", "gather", "native", "reference", "triton", "why_not"]
 
 
 def why_not(name: str) -> str | None:
     """Why the engine called `name` cannot run on this machine; `None` if it can."""
-    return cpu.why_not() if name == "native" else None
+    match name:
+        case "native":
+            return cpu.why_not()
+        case "triton":
+            return gpu.why_not()
+        case _:
+            return None
 
 
 def attend(name: str, inputs: AttentionInputs, selection: Selection) -> Tensor:
@@ -28,5 +35,7 @@ def attend(name: str, inputs: AttentionInputs, selection: Selection) -> Tensor:
             return gather(inputs, selection)
         case "native":
             return native(inputs, selection)
+        case "triton":
+            return triton(inputs, selection)
         case _:
             raise ValueError(f"unknown engine {name!r}")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from hf_sparse.errors import UserError
+from hf_sparse.kernels import gpu
 from hf_sparse.selection import AttentionInputs, Selection
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 256
-_OLDEST = (8, 0)
 
 
 def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
@@ -45,9 +43,7 @@ def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
 def unsupported(inputs: AttentionInputs) -> str | None:
     """Why this engine cannot take a call, or `None` if it can: another engine must take it, or the user be told."""
     states = (inputs.query, inputs.key, inputs.value)
-    if find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton)"
-    if (reason := _unsupported_device(inputs.query.device)) is not None:
+    if (reason := gpu.refusal(inputs.query.device)) is not None:
         return reason
     if inputs.query.dtype not in _DTYPES or any(x.dtype != inputs.query.dtype for x in states):
         return f"it takes float32, float16 or bfloat16, not {', '.join(sorted({str(x.dtype) for x in states}))}"
@@ -59,21 +55,3 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in learned):
         return "it computes no gradients"
     return None
-
-
-def _unsupported_device(device: torch.device) -> str | None:
-    if device.type == "cpu" and _interprets():
-        return None
-    if device.type != "cuda":
-        return f"the model is on {device}, and Triton compiles for GPUs of NVIDIA and AMD"
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < _OLDEST:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and Triton needs 8.0"
-    return None
-
-
-def _interprets() -> bool:
-    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as tests do."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)

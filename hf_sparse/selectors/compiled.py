@@ -1,4 +1,4 @@
-"""The grouped selector by compiled kernels: members vote on every older key, and pick their own of the best."""
+"""The grouped selector by compiled kernels for processors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from torch import Tensor
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.kernels import cpu
 from hf_sparse.selection import AttentionInputs, Selection
-
-OVERSAMPLING = 2
-"""Columns in a group's pool for each that its members want at most."""
+from hf_sparse.selectors.spans import OVERSAMPLING
 
 
 def refusal(inputs: AttentionInputs) -> str | None:
@@ -22,10 +20,7 @@ def refusal(inputs: AttentionInputs) -> str | None:
 
 
 def select_compiled(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig, size: int) -> Selection:
-    """Give each row its recent keys and its sinks, and each of its heads the best of the other keys it is offered.
-
-    Offered are the group's pool, `OVERSAMPLING` times as many of the older keys as any of its members has room for,
-    chosen by votes; and the other keys since `recent_keys` before the group's first row.
+    """What `hf_sparse.selectors.grouped.select_grouped` gives, by one call of a kernel.
 
     Args:
         inputs: A whole number of groups of rows.
@@ -39,7 +34,7 @@ def select_compiled(inputs: AttentionInputs, budgets: Tensor, config: SparseAtte
     columns, allowed, kept, scores = cpu.select(
         query,
         inputs.key,
-        inputs.own_summaries.quantised.up_to(inputs.key, inputs.last_visible),
+        inputs.own_quantised.up_to(inputs.key, inputs.last_visible, cpu.LAYOUT),
         (first, stop),
         budgets.expand(batch, heads, rows),
         size=size,

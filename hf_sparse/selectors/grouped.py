@@ -1,123 +1,123 @@
-"""The grouped selector: the rows of a group, over all heads of a GQA group, draw on the same keys.
+"""The grouped selector: members of a group vote on every older key, and each picks its own of the best.
 
-A group of rows that attends to one set of gathered keys is a dense matrix product, which is what hardware is good
-at. Of the older keys, a coarse look at blocks of them leaves a few times as many as are wanted, and exact scores
-decide between those. Rows of a group vote on keys together: in one pass over a whole text, the keys of a row
-depend a little on the rows after it in its group.
+A group is 64 neighbouring rows, or the one row of a decoding step, over the heads of a GQA group. One set of keys for
+all its members is a dense matrix product, which is what hardware is good at. Each member keeps its own sinks and recent
+keys. The older keys that the members want most together, `OVERSAMPLING` times as many as any of them has room for, are
+the group's pool; with the rest of its budget, a member keeps the keys of the pool, and the other local ones, that have
+its own highest scores. In one pass over a whole text, the keys of a row so depend a little on the other rows of its
+group.
+
+Compiled kernels do all of this on processors, and the votes on GPUs, with 8-bit scores for the votes. Everything else
+runs on PyTorch, with exact scores for the votes: the same choice but for votes that are nearly equal, and slower than
+dense attention.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.selection import AttentionInputs, Selection, accurate, take_rows
-from hf_sparse.selectors import compiled
-from hf_sparse.selectors.coarse import surviving_columns
-from hf_sparse.selectors.single import select_single
-from hf_sparse.selectors.topk import ranked
-from hf_sparse.selectors.votes import votes
+from hf_sparse.selection import AttentionInputs, Selection, accurate, members_of, take_rows
+from hf_sparse.selectors import compiled, voting
+from hf_sparse.selectors.spans import Spans
+from hf_sparse.selectors.topk import largest
 
 ROWS = 64
 """Query rows in a group. A block of rows given to the selector is cut into groups of this many from its start."""
 
+# Engines read columns this many at a time.
+_TILE = 16
+
+
+def uncompiled(inputs: AttentionInputs, config: SparseAttentionConfig) -> str | None:
+    """Why PyTorch looks for the keys of this call, and no compiled kernel; `None` if one does."""
+    return voting.refusal(inputs) if voting.for_gpus(inputs, config) else compiled.refusal(inputs)
+
 
 @torch.no_grad()
 def select_grouped(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
-    """Give each group its recent keys, and the keys before those that its rows want most together.
-
-    A row keeps its `recent_keys`, its `sink_keys`, the other keys since `recent_keys` before its group's first row,
-    and with the rest of its budget the older keys that its group ranks highest: by the attention weight that the
-    group's members give a key, summed.
+    """Give each row its recent keys and its sinks, and each of its heads the best of the other keys it is offered.
 
     Args:
         inputs: Query rows: a whole number of groups of `ROWS` rows, or fewer rows than that as one group.
-        budgets: int64 `(batch, heads or 1, rows)`.
-        config: For `sink_keys` and `recent_keys`.
+        budgets: int64 `(batch, heads or 1, rows)`, on the device of the call or on the CPU.
+        config: For `sink_keys`, `recent_keys` and `engine`.
     """
-    rows = inputs.query.shape[2]
-    if compiled.refusal(inputs) is None:
-        return compiled.select_compiled(inputs, budgets, config, min(ROWS, rows))
-    if rows == 1:
-        return select_single(inputs, budgets, config)
-    return select_groups(inputs, budgets, config)
+    size = min(ROWS, inputs.query.shape[2])
+    kernels = uncompiled(inputs, config) is None
+    if kernels and not voting.for_gpus(inputs, config):
+        return compiled.select_compiled(inputs, budgets, config, size)
+    spans = Spans.of(inputs, budgets, config, size)
+    return _select(inputs, spans, voting.votes_in_8_bits if kernels else voting.exact_votes)
 
 
-def select_groups(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
-    """`select_grouped` for any number of rows."""
-    batch, heads, rows, _ = inputs.query.shape
-    kv_heads, kv_len = inputs.key.shape[1], inputs.last_visible
-    dtype = accurate(inputs.query.dtype)
-    size = min(ROWS, rows)
-    first, stop = inputs.intervals.long()[:, 0].view(batch, rows // size, size, 2).unbind(-1)
-    alive = stop > first
-    far = inputs.key.shape[2]
+def _select(inputs: AttentionInputs, spans: Spans, vote: voting.Vote) -> Selection:
+    kv_heads, device = inputs.key.shape[1], inputs.query.device
+    members = members_of(inputs.query, kv_heads, spans.size).to(accurate(inputs.query.dtype)) * inputs.scaling
+    first, start, recent, stop, rest = torch.stack([spans.first, spans.start, spans.recent, spans.stop, spans.rest]).to(
+        device
+    )[..., None]
+    oldest, begin, low = torch.stack([spans.oldest, spans.begin, spans.low]).to(device)[..., None]
 
-    # Three spans of columns, each the same for all rows of a group: sinks, older keys, and from `low` on local ones.
-    oldest = torch.where(alive, first, far).amin(-1)
-    low = torch.maximum(torch.where(alive, stop, far).amin(-1) - max(1, config.recent_keys), oldest)
-    local = _span(low, torch.where(alive, stop, 0).amax(-1))
-    sinks = _span(oldest, torch.minimum(torch.where(alive, first, 0).amax(-1) + config.sink_keys, low))
-    certain = torch.cat([sinks, local], dim=-1)[:, None]
-    is_sink = torch.arange(certain.shape[-1], device=low.device) < sinks.shape[-1]
+    # Sinks and local keys: which a member keeps in any case, which it is offered, and which count beside the votes.
+    sinks, local = (int(x.max()) for x in (spans.sinks, spans.local))
+    columns = torch.cat([_from(oldest, sinks), _from(low, local)], dim=-1)
+    place = columns[:, None, :, None]
+    is_local = torch.arange(sinks + local, device=device) >= sinks
+    seen = (place >= first) & (place < stop) & (is_local == (place >= low[:, None, :, None]))
+    kept = seen & ((place < start) | (is_local & (place >= recent)))
+    offered = seen & is_local & (place >= start) & (place < recent)
+    last = inputs.key.shape[2] - 1
+    columns = columns.clamp(max=last)[:, None].expand(-1, kv_heads, -1, -1)
 
-    # From here on, one entry for each member of a group: `layout` knows which row and head it is.
-    columns = certain.clamp(max=kv_len - 1).expand(-1, kv_heads, -1, -1)
-    layout = Selection(columns, columns[..., None, :], rows_per_group=size, per_head=False)
-    budget = layout.members_of(budgets.expand(batch, heads, rows)[..., None], kv_heads)
-    first, stop, alive = (
-        layout.members_of(x.reshape(batch, 1, rows, 1).expand(-1, heads, -1, -1), kv_heads)
-        for x in (first, stop, alive)
-    )
-    start = first + (budget - budget.clamp(max=config.recent_keys)).clamp(max=config.sink_keys)
-    place = certain.unsqueeze(3)
-    own_part = is_sink == (place < low[:, None, :, None, None])
-    visible = own_part & (place >= first) & (place < stop)
-    allowed = visible & ((place < start) | (~is_sink & (place >= stop - (budget - (start - first)))))
-    rest = budget - allowed.sum(-1, keepdim=True)
-
-    # Members that do not see a group's oldest keys (sliding windows) skip these in its ranking: leave room for that.
-    begin = oldest + config.sink_keys
-    skipped = (start - begin[:, None, :, None, None]).clamp(min=0)
-    room = torch.where(rest > 0, rest + skipped, 0).amax((3, 4))
-    members = layout.members_of(inputs.query, kv_heads).to(dtype) * inputs.scaling
-    # The span of sinks may reach beyond `begin`; for the ranking, keys from there on are older keys like others.
-    counted = visible & (~is_sink | (place < begin[:, None, :, None, None]))
-    certain_scores = _scores(members, inputs.key, columns, counted)
-    total = certain_scores.logsumexp(-1).masked_fill(~alive.squeeze(-1), torch.inf)
-    older, valid = surviving_columns(members, inputs, total, begin, low, room)
-    # All members see all older keys, but for those behind the sliding window of a part of the rows.
-    alike = bool((first <= begin[:, None, :, None, None]).all())
-    seen = None if alike else older.unsqueeze(3) >= first
-    nobody = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, -torch.inf)
-    shares = votes(members, take_rows(inputs.key, older).to(dtype), total, nobody, seen)
-    shares = shares.masked_fill(~valid, -torch.inf)
-
-    place, taken = ranked(shares, torch.minimum(room, valid.sum(-1)))
-    older = older.gather(-1, place)
-    if alike and not bool((start > begin[:, None, :, None, None]).any()):
-        rank = torch.arange(older.shape[-1], device=older.device)
-        older_allowed = taken.unsqueeze(3) & (rank < rest)
+    if spans.votes_wanted:
+        counted = seen & (is_local | (place < begin[:, None, :, None]))
+        certain = voting.capped(_scores(members, inputs.key, columns), inputs.softcap)
+        certain = certain.masked_fill(~counted, -torch.inf).logsumexp(-1)
+        certain = certain.masked_fill((stop <= first)[..., 0], torch.inf)
+        pool, in_pool = _best_older(vote(members, inputs, certain, spans), spans)
     else:
-        eligible = taken.unsqueeze(3) & (older.unsqueeze(3) >= start)
-        older_allowed = eligible & (eligible.cumsum(-1) <= rest)
-    return Selection(
-        torch.cat([columns, older], dim=-1),
-        torch.cat([allowed, older_allowed], dim=-1),
-        rows_per_group=size,
-        per_head=False,
-    )
+        pool, in_pool = _all_older(spans, device)
+    width = pool.shape[-1] + columns.shape[-1]
+    missing = -width % _TILE if width else _TILE
+    pool, in_pool = F.pad(pool.clamp(max=last), (missing, 0)), F.pad(in_pool, (missing, 0))
+
+    # From the oldest offered key to the most recent, for of equal scores the last one wins.
+    width = pool.shape[-1]
+    offered = torch.cat([in_pool[..., None, :] & (pool[..., None, :] >= start), offered], dim=-1)
+    columns = torch.cat([pool, columns], dim=-1)
+    scores = _scores(members, inputs.key, columns)
+    best, taken = largest(scores.masked_fill(~offered, -torch.inf), rest[..., 0], int(spans.rest.max()))
+    allowed = torch.zeros_like(offered).scatter_(-1, best, taken)
+    allowed[..., width:] |= kept
+    return Selection(columns, allowed, spans.size, per_head=False, scores=scores, number=spans.budget.to(device))
 
 
-def _span(start: Tensor, stop: Tensor) -> Tensor:
-    """Columns from `start` on, as many as the longest `[start, stop)` has: `(batch, groups, width)`."""
-    width = max(0, int((stop - start).max()))
-    return start[..., None] + torch.arange(width, device=start.device)
+def _all_older(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All older keys of each group, int64 `(batch, kv_heads, groups, width)`, and which of them there are."""
+    number = spans.pool.to(device)[..., None]
+    width = int(spans.pool.max())
+    pool = _from(spans.begin.to(device)[:, None, :, None], width)
+    return pool.expand(-1, spans.pool.shape[1], -1, -1), torch.arange(width, device=device) < number
 
 
-def _scores(members: Tensor, keys: Tensor, columns: Tensor, visible: Tensor) -> Tensor:
-    """Scores of the members of each group for the keys at `columns`, -inf where not visible."""
-    gathered = take_rows(keys, columns).to(members.dtype)
-    scores = members @ gathered.transpose(-1, -2)
-    return scores + torch.zeros(visible.shape, device=keys.device).masked_fill_(~visible, -torch.inf)
+def _best_older(votes: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+    """The pool of each group by the votes on its older keys: as `_all_older`, rising."""
+    column = torch.arange(votes.shape[-1], device=votes.device)
+    begin, low = (x.to(votes.device)[:, None, :, None] for x in (spans.begin, spans.low))
+    votes = votes.masked_fill((column < begin) | (column >= low), -torch.inf)
+    pool, taken = largest(votes, spans.pool.to(votes.device), int(spans.pool.max()))
+    pool, order = pool.sort(dim=-1)
+    return pool, taken.gather(-1, order)
+
+
+def _from(start: Tensor, width: int) -> Tensor:
+    """`width` columns from `start` `(..., 1)` on."""
+    return start + torch.arange(width, device=start.device)
+
+
+def _scores(members: Tensor, key: Tensor, columns: Tensor) -> Tensor:
+    """Scores of the members of each group for the keys at `columns`, before any soft cap."""
+    return members @ take_rows(key, columns).to(members.dtype).transpose(-1, -2)

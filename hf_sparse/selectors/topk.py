@@ -34,6 +34,7 @@ def select_topk(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentio
     columns, allowed = largest(
         scores.view(batch, kv_heads, share * rows, kv_len),
         budgets.expand(batch, heads, rows).reshape(batch, kv_heads, share * rows),
+        int(budgets.max()),
     )
     return Selection(columns, allowed.unsqueeze(3), rows_per_group=1, per_head=True)
 
@@ -53,19 +54,20 @@ def _bias(intervals: Tensor, budgets: Tensor, kv_len: int, config: SparseAttenti
     return bias.masked_fill_(~interval_to_mask(intervals, kv_len), -torch.inf)
 
 
-def largest(scores: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor]:
+def largest(scores: Tensor, budgets: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The `budgets` largest entries of each row; of equal ones, those further right.
 
     Args:
         scores: `(..., length)`; -inf entries are never taken.
         budgets: int64 `(...)`, each at most the number of entries above -inf.
+        most: The largest budget.
 
     Returns:
         Columns, int64 `(..., width)`, in no particular order, and which of them are taken, bool `(..., width)`,
-        where `width` is one more than the largest budget, or `length` if that is less.
+        where `width` is one more than `most`, or `length` if that is less.
     """
     length = scores.shape[-1]
-    width = min(int(budgets.max()) + 1, length)
+    width = min(most + 1, length)
     if scores.device.type == "cpu":
         # numpy selects and sorts with vector instructions: three times faster than torch.topk.
         array = scores.numpy()
@@ -85,32 +87,3 @@ def largest(scores: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor]:
         columns[tied] = length - 1 - order
         taken[tied] = torch.arange(width, device=scores.device) < budgets[tied].unsqueeze(-1)
     return columns, taken
-
-
-def largest_alike(scores: Tensor, budget: int) -> Tensor:
-    """Columns of the `budget` largest entries of each row, as `largest` picks them: int64 `(..., budget)`."""
-    length = scores.shape[-1]
-    if budget in (0, length) or scores.device.type != "cpu":
-        if budget in (0, length):
-            return torch.arange(budget, device=scores.device).expand(*scores.shape[:-1], -1)
-        return scores.topk(budget, dim=-1).indices
-    array = scores.numpy()
-    cut = length - budget
-    order = torch.from_numpy(np.argpartition(array, (cut - 1, cut), axis=-1)[..., cut - 1 :].copy())
-    after, last = scores.gather(-1, order[..., :2]).unbind(-1)
-    if bool((after == last).any()):
-        columns, taken = largest(scores, torch.full(scores.shape[:-1], budget))
-        return columns[taken].view(*scores.shape[:-1], budget)
-    return order[..., 1:]
-
-
-def ranked(scores: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The `wanted` largest entries of each row as `largest` picks them, best first, padding last."""
-    columns, taken = largest(scores, wanted)
-    values = scores.gather(-1, columns).masked_fill(~taken, -torch.inf)
-    # Sort by column first, so that equal scores keep the order "more recent first" through the stable sort by value.
-    columns, order = columns.sort(dim=-1, descending=True)
-    values = values.gather(-1, order)
-    taken = taken.gather(-1, order)
-    order = values.sort(dim=-1, descending=True, stable=True).indices
-    return columns.gather(-1, order), taken.gather(-1, order)

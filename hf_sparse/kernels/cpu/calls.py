@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.kernels.cpu.build import library, why_not
+from hf_sparse.kernels.layout import Layout
 
 TILE = 16
 """Keys that are quantised side by side."""
@@ -84,6 +85,16 @@ def refusal(*states: Tensor) -> str | None:
     return why_not()
 
 
+def allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Tiles of zeros for at least `room` keys: see `quantise`."""
+    batch, heads, _, dim = key.shape
+    tiles = -(-room // TILE)
+    return (
+        torch.zeros(batch, heads, tiles, dim // 4, TILE, 4, dtype=torch.uint8),
+        torch.zeros(batch, heads, tiles * TILE),
+    )
+
+
 def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
     """Write the keys at columns `start` to `stop` - 1 in 8 bits.
 
@@ -99,6 +110,10 @@ def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> 
         ctypes.byref(_Quantised(out)),
         *map(c_int64, (*key.shape[:2], start, stop, torch.get_num_threads())),
     )
+
+
+LAYOUT = Layout(allocate, quantise)
+"""Tiles of `TILE` keys, 4 components of each side by side."""
 
 
 def select(

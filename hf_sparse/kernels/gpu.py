@@ -1,0 +1,50 @@
+"""Whether the Triton kernels can run: asked before anything imports Triton, which need not be there."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+from hf_sparse.kernels.cpu import SWITCH
+
+_OLDEST = (8, 0)
+
+
+def why_not() -> str | None:
+    """Why there are no Triton kernels on this machine; `None` if there are."""
+    if reason := _switched_off_or_missing():
+        return reason
+    if torch.cuda.is_available() or interprets():
+        return None
+    return "there is no GPU of NVIDIA or AMD that PyTorch can use"
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why there are none for tensors on `device`; `None` if there are."""
+    if reason := _switched_off_or_missing():
+        return reason
+    if device.type == "cpu" and interprets():
+        return None
+    if device.type != "cuda":
+        return f"the model is on {device}, and Triton compiles for GPUs of NVIDIA and AMD"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _OLDEST:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and Triton needs 8.0"
+    return None
+
+
+def interprets() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as tests do."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _switched_off_or_missing() -> str | None:
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0 is set"
+    if find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    return None
