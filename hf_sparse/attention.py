@@ -260,7 +260,7 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
     if shift is not None:
         outs = [None if x is None else _unalign(x, shift, rows) for x in outs]
     assert outs[0] is not None
-    return torch.cat([*parts, outs[0]], dim=2), outs[1]
+    return torch.cat([*parts, outs[0]], dim=2) if parts else outs[0], outs[1]
 
 
 def _dense_rows(inputs: AttentionInputs, plan: Plan) -> int:
@@ -296,14 +296,14 @@ def _block_rows(inputs: AttentionInputs, selector: str, most: int) -> int:
     return min(_MOST_ROWS, max(1, _BLOCK_ELEMENTS // (batch * heads * columns) // ROWS) * ROWS)
 
 
-def _align(inputs: AttentionInputs, budgets: Tensor) -> tuple[AttentionInputs, Tensor, Tensor]:
+def _align(inputs: AttentionInputs, budgets: Tensor) -> tuple[AttentionInputs, Tensor, Tensor | None]:
     """Shift each sequence so that its groups start at its own first token, wherever padding or a cache put it.
 
     A group is then the same rows whether a text is alone, padded, in a batch or split over calls.
 
     Returns:
         Inputs and budgets with empty rows around, a whole number of groups of them if more than one, and the
-        shift of each sequence: int64 `(batch,)`.
+        shift of each sequence: int64 `(batch,)`; `None` if all is in its place already.
     """
     rows = inputs.query.shape[2]
     first, stop = inputs.intervals[:, 0].long().unbind(-1)
@@ -317,6 +317,8 @@ def _align(inputs: AttentionInputs, budgets: Tensor) -> tuple[AttentionInputs, T
     length = rows + int(shift.max())
     if length > ROWS:
         length = -(-length // ROWS) * ROWS
+    if length == rows and not bool(shift.any()):
+        return replace(inputs, origin=start), budgets, None
     source = torch.arange(length, device=first.device) - shift[:, None]
     inside = (source >= 0) & (source < rows)
     source = source.clamp(0, rows - 1)

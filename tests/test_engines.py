@@ -18,7 +18,7 @@ from hf_sparse.selection import AttentionInputs
 from tests import calls
 
 # Triton has tests of its own: it computes no gradients, and takes long where it is interpreted.
-NAMES = [name for name in ENGINES if name not in ("auto", "triton") and engines.why_not(name) is None]
+NAMES = [name for name in ENGINES if name not in ("auto", "triton", "flex") and engines.why_not(name) is None]
 FAST = [name for name in NAMES if name != "reference"]
 WITH_GRADIENTS = [name for name in NAMES if name != "native"]
 

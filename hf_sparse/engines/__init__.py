@@ -37,5 +37,10 @@ def attend(name: str, inputs: AttentionInputs, selection: Selection) -> Tensor:
             return native(inputs, selection)
         case "triton":
             return triton(inputs, selection)
+        case "flex":
+            # Imported where it is used: it brings the compiler with it.
+            from hf_sparse.engines.flex import attend as flex
+
+            return flex(inputs, selection)
         case _:
             raise ValueError(f"unknown engine {name!r}")
