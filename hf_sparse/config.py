@@ -41,7 +41,8 @@ class SparseAttentionConfig:
         selector: `"grouped"` (rows of a group share their keys), `"topk"` (exact, per row) or `"window"` (sinks
             and the most recent keys).
         engine: `"auto"` (the fastest that can take a call), `"native"` (compiled kernels for processors), `"triton"`
-            (kernels for GPUs), `"flex"` (FlexAttention, for the window selector), `"gather"` (any device) or `"reference"` (dense, masked: the specification).
+            (kernels for GPUs), `"flex"` (FlexAttention, for the window selector), `"gather"` (any device) or
+            `"reference"` (dense, masked: the specification).
         dense_layers: Indices of layers left dense. `None` means the first layer, where sparsity costs most, and
             every sliding-window layer, whose cost is bounded already.
         dense_below: A row that sees fewer keys than this keeps them all. `None` means `DENSE_BELOW`, or where
