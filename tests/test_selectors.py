@@ -24,6 +24,7 @@ INTERVALS = {
     "left": lambda rows, kv: calls.causal_intervals(rows, kv, left=(0, kv // 2)),
     "right": lambda rows, kv: calls.causal_intervals(rows, kv, right=(0, rows // 2)),
     "static": lambda rows, kv: calls.causal_intervals(rows, kv, left=(0, 2), spare=(kv - rows) // 2),
+    "static, right": lambda rows, kv: calls.causal_intervals(rows, kv, right=(0, rows), spare=(kv - rows) // 2),
     "nothing": lambda rows, kv: calls.causal_intervals(rows, kv, right=(rows, 0)),
 }
 ROWS_OF = {

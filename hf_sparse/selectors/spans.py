@@ -60,7 +60,7 @@ class Spans:
     def of(cls, inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig, size: int) -> Spans:
         """The spans of a whole number of groups, for budgets int64 `(batch, heads or 1, rows)` on any device."""
         batch, heads, rows, _ = inputs.query.shape
-        kv_heads, far = inputs.key.shape[1:3]
+        kv_heads, far = inputs.key.shape[1], inputs.facts.last_visible
         # On the CPU: so many small steps would keep a GPU waiting, and lengths are wanted here anyway.
         first, stop = inputs.facts.first, inputs.facts.stop
         begins, ends = (x.reshape(batch, -1, size) for x in (first, stop))
