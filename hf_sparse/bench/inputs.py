@@ -32,6 +32,7 @@ class LayerInputs:
         device: Of the tensors.
         seed: Of Gaussian inputs.
         captured: One call of a real model's layer; `None` for Gaussian inputs.
+        layer: Index of that layer, whose laws are used; 0 for Gaussian inputs.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerInputs:
     device: torch.device
     seed: int
     captured: AttentionInputs | None = None
+    layer: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -123,7 +125,7 @@ def capture(model: PreTrainedModel, input_ids: Tensor, seed: int) -> LayerInputs
         )
     shape = (call.query.shape[1], call.key.shape[1], call.query.shape[3])
     name = f"layer {wanted} on {len(input_ids)} tokens of text, repeated"
-    return LayerInputs(name, shape, call.query.dtype, call.query.device, seed, call)
+    return LayerInputs(name, shape, call.query.dtype, call.query.device, seed, call, wanted)
 
 
 def describe(inputs: LayerInputs) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from time import perf_counter
 from typing import Any
 
@@ -41,14 +42,15 @@ class Method:
     """One way to do the work of a cell.
 
     Attributes:
-        prepare: What is not timed, before every call.
+        prepare: What is not timed, before every call, whose number it gets: all methods do the same in calls of the
+            same number.
         run: What is timed: from what `prepare` gave to `(1, heads, rows, head_dim)`.
         needs: Bytes that it must form besides its inputs and output, where that is known to be much.
         compiled: Whether its first call compiles it.
         optional: Whether it may be left out where it does not work.
     """
 
-    prepare: Callable[[], Any]
+    prepare: Callable[[int], Any]
     run: Callable[[Any], Tensor]
     needs: float = 0.0
     compiled: bool = False
@@ -82,15 +84,15 @@ class SparseCall:
 
 def decode_cell(inputs: LayerInputs, length: int, config: SparseAttentionConfig, repeats: int, seconds: float) -> Any:
     """Measure a decode step that sees `length` keys; see `_measure` for what is returned."""
-    count = max(1, min(_MOST_SETS, _SETS_BYTES // (inputs.kv_bytes * length)))
-    sets = [inputs.decode(length, index) for index in range(count)]
+    different = max(1, min(_MOST_SETS, _SETS_BYTES // (inputs.kv_bytes * length)))
+    sets = [inputs.decode(length, index) for index in range(different)]
     methods: dict[str, Method] = {BASELINE: Method(_in_turn(sets), dense.sdpa)}
     methods["dynamic-cache"] = Method(_in_turn([dense.CachedCall(each) for each in sets]), dense.CachedCall.attend)
     for name in dense.backends(inputs.device):
         methods[name] = Method(_in_turn(sets), partial(dense.sdpa, backend=name), optional=True)
-    state = _state(config)
+    state = _state(config, inputs.layer)
     calls = _in_turn([SparseCall(each, state) for each in sets])
-    methods[SPARSE] = Method(lambda: calls().forget_last(), SparseCall.attend)
+    methods[SPARSE] = Method(lambda number: calls(number).forget_last(), SparseCall.attend)
     return _measure(methods, state, inputs.device, repeats, seconds)
 
 
@@ -105,40 +107,33 @@ def prefill_cell(
     """Measure causal attention of `length` rows to as many keys; see `_measure` for what is returned."""
     call = inputs.prefill(length)
 
-    def given() -> AttentionInputs:
+    def given(number: int) -> AttentionInputs:
         return call
 
     methods = {BASELINE: Method(given, dense.sdpa)}
     if "masked-sdpa" not in leave_out:
         masked = dense.MaskedCall()
         needs = float(length**2 * (1 + inputs.dtype.itemsize))
-        methods["masked-sdpa"] = Method(lambda: masked.prepare(call), masked.attend, needs)
+        methods["masked-sdpa"] = Method(lambda number: masked.prepare(call), masked.attend, needs)
     for name in dense.backends(inputs.device):
         methods[name] = Method(given, partial(dense.sdpa, backend=name), optional=True)
     if "flex" not in leave_out:
         # Models build the block mask once for all layers.
         blocks = dense.causal_blocks(length, inputs.device)
         methods["flex"] = Method(given, partial(dense.flex, mask=blocks), compiled=True, optional=True)
-    state = _state(config)
+    state = _state(config, inputs.layer)
     methods[SPARSE] = Method(given, lambda inputs: attend(state, inputs)[0])
     return _measure(methods, state, inputs.device, repeats, seconds)
 
 
-def _in_turn(items: list[Any]) -> Callable[[], Any]:
+def _in_turn(items: list[Any]) -> Callable[[int], Any]:
     """Gives one item after the other, and then again from the first."""
-    index = -1
-
-    def following() -> Any:
-        nonlocal index
-        index = (index + 1) % len(items)
-        return items[index]
-
-    return following
+    return lambda number: items[number % len(items)]
 
 
-def _state(config: SparseAttentionConfig) -> LayerState:
+def _state(config: SparseAttentionConfig, layer: int) -> LayerState:
     # The length is what is varied here: below which one to stay dense is what comes out, not what goes in.
-    return LayerState(0, replace(config, dense_below=0))
+    return LayerState(layer, replace(config, dense_below=0))
 
 
 @torch.no_grad()
@@ -174,7 +169,8 @@ def _measure(
     ran = {name: methods[name] for name, facts in found.items() if "skipped" not in facts}
 
     def sampler(method: Method) -> Callable[[], dict[str, float]]:
-        return lambda: {"seconds": timed(method.prepare, method.run, device)}
+        number = count()
+        return lambda: {"seconds": timed(lambda: method.prepare(next(number)), method.run, device)}
 
     for name, samples in alternate({n: sampler(m) for n, m in ran.items()}, repeats, seconds).items():
         found[name]["samples"] = samples
@@ -184,7 +180,7 @@ def _measure(
 def _first_calls(method: Method, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
     def first() -> tuple[Tensor, float]:
         begin = perf_counter()
-        out = method.run(method.prepare())
+        out = method.run(method.prepare(0))
         synchronize(device)
         return out, perf_counter() - begin
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import hf_sparse
 from hf_sparse.bench import layer
 from hf_sparse.bench.end_to_end import Generation
 from hf_sparse.bench.inputs import LayerInputs, capture, describe, gaussian
 from hf_sparse.bench.run import LAYER_KINDS, Cell
 from hf_sparse.bench.shapes import Shape, random_model
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import load_documents
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.results import Row, software
@@ -104,7 +106,7 @@ class Subject:
         """A real model, with what a layer of it gets and with prompts from a text.
 
         Raises:
-            UserError: for lengths, a text or a model that cannot be used.
+            UserError: for lengths, a text, a model or a configuration that cannot be used.
         """
         info = source.info()
         captured = min(_CAPTURED, info.max_positions or _CAPTURED)
@@ -116,6 +118,11 @@ class Subject:
         windows = cut_windows(documents[:1], source.tokenizer(), lengths, targets=1)
         prompts = {window.length: window.input_ids for window in windows}
         made = source.model(dtype=dtype, device_map=device)
+        try:
+            with hf_sparse.patched(made, plan.config):
+                pass
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return cls(
             _about({**info.to_dict(), "text_sha256": documents[0].sha256}, made.dtype, made.device, plan.seed),
             capture(made, prompts[captured], plan.seed) if plan.alone else None,

@@ -38,8 +38,8 @@ def summarise(rows: Sequence[Row]) -> Summary:
         `results`: one dictionary per kind, length, method and quantity: the `median` of its times in seconds with
         its interval `low` to `high`, the number of `repeats`, `ratio` (time over that of `SPARSE` in the same round,
         with its interval), and the method's other facts.
-        `skipped`: what was left out, and why. `exponents`: least-squares slopes on logs. `break_even`: see
-        `break_even`. `conditions`: what the rows of each kind have in common. `about`: the machine.
+        `skipped`: what was left out, and why. `exponents`: see `exponent`. `break_even`: see `break_even`.
+        `conditions`: what the rows of each kind have in common. `about`: the machine.
     """
     results, skipped = [], []
     for row in rows:
@@ -78,18 +78,26 @@ def summarise(rows: Sequence[Row]) -> Summary:
 
 
 def exponent(series: Sequence[Summary]) -> Summary:
-    """The slope of log time against log length: `kind`, `method`, `quantity`, `exponent`, `seconds_at_1` and the
-    `lengths` fitted, those from `FIT_FROM` on if there are two, else all; no exponent from one length.
+    """The least-squares slope of log time against log length.
+
+    Returns:
+        `kind`, `method`, `quantity`, `exponent` with its interval `low` to `high`, `seconds_at_1` and the `lengths`
+        fitted: those from `FIT_FROM` on if there are two, else all; no exponent from one length. The interval is what
+        the intervals of the medians make of it: it knows noise, not how far times are from a power of length.
     """
     long = [row for row in series if row["length"] >= FIT_FROM]
     fitted = long if len(long) > 1 else list(series)
     place = {name: series[0][name] for name in ("kind", "method", "quantity")}
-    out: Summary = {**place, "exponent": None, "seconds_at_1": None, "lengths": [row["length"] for row in fitted]}
+    out: Summary = {**place, **dict.fromkeys(("exponent", "low", "high", "seconds_at_1"))}
     if len(fitted) > 1:
-        x, y = (np.log([row[name] for row in fitted]) for name in ("length", "median"))
+        x, y, low, high = (np.log([row[name] for row in fitted]) for name in ("length", "median", "low", "high"))
         slope, intercept = np.polyfit(x, y, 1)
-        out |= {"exponent": round(float(slope), 3), "seconds_at_1": float(np.exp(intercept))}
-    return out
+        # The slope is a sum of the logs of the medians, whose errors are independent, with these weights.
+        weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+        error = float(np.linalg.norm(weights * (high - low) / 2))
+        out |= {name: round(float(slope) + by, 3) for name, by in (("exponent", 0), ("low", -error), ("high", error))}
+        out["seconds_at_1"] = float(np.exp(intercept))
+    return {**out, "lengths": [row["length"] for row in fitted]}
 
 
 def break_even(results: Sequence[Summary], baseline: str) -> Summary:

@@ -47,6 +47,8 @@ def _table(summary: Summary, kind: str, quantity: str) -> Table:
     for method in methods:
         grows = f"n^{exponents[method]:.2f}" if method in exponents else ""
         add(method, method, lambda row: time_text(row["median"]), grows)
+    for method in methods if quantity == "token" else ():
+        add(f"{method}: tokens/s", method, lambda row: f"{1 / row['median']:.3g}")
     for method in methods:
         if method != SPARSE:
             add(f"{method} / {SPARSE}", method, lambda row: _ratio_text(row["ratio"]))

@@ -13,9 +13,11 @@ from typing import Annotated
 import typer
 
 import hf_sparse
+from hf_sparse.bench.shapes import parse_shape
 from hf_sparse.cli.bench import BenchOptions, run_bench
 from hf_sparse.cli.calibrate import CalibrationOptions, run_calibrate
 from hf_sparse.cli.demo import DEMO_MODEL, run_demo
+from hf_sparse.cli.goals import run_goals
 from hf_sparse.cli.memory import run_memory
 from hf_sparse.cli.options import (
     DataOptions,
@@ -38,6 +40,7 @@ from hf_sparse.evaluation.attention_error import make_methods as make_error_meth
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.perplexity import METHODS, MORE_METHODS, make_methods
 from hf_sparse.evaluation.windows import check_lengths
+from hf_sparse.goals import MISSED
 from hf_sparse.hub.pretrained import MESSAGE
 
 app = typer.Typer(
@@ -141,22 +144,25 @@ def calibrate(model: Model, options: CalibrationOptions, run: RunOptions) -> Non
 @share_options
 def memory(
     sparse: SparseOptions,
-    lengths: Annotated[str, typer.Option(help="Rows and keys, rising.")] = "2048,4096,8192,16384",
+    lengths: Annotated[str, typer.Option(help="One call: rows and keys, rising.")] = "2048,4096,8192,16384",
+    prefill: Annotated[str, typer.Option(help="Model: tokens of the prompt, rising; none to leave it out.")] = "32768",
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 9,
     kv_heads: Annotated[int, typer.Option(min=1, help="Key heads.")] = 3,
     head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2,
     limit: Annotated[float, typer.Option(min=0, help="GiB that no single call may be expected to take.")] = 10.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for summary and plot.")] = Path("results/memory"),
     as_json: Json = False,
 ) -> None:
-    """Peak memory of one attention call across context lengths, dense and sparse (Linux, CPU)."""
+    """Peak memory of one attention call, and of a whole prefill, dense and sparse (Linux, CPU)."""
     numbers = parse_integers("--lengths", lengths)
-    check_lengths(numbers, 1, None)
-    if heads % kv_heads:
-        raise UserError(f"heads must be a multiple of kv-heads ({kv_heads}); got {heads}")
-    outcome = run_memory(numbers, (heads, kv_heads, head_dim), sparse.config(), limit, seed, output)
-    print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary, table and plot: {output}")
+    prompts = [] if prefill == "none" else parse_integers("--prefill", prefill)
+    for given in (numbers, prompts) if prompts else (numbers,):
+        check_lengths(given, 1, None)
+    shape = parse_shape(f"{heads}/{kv_heads}/{head_dim}")
+    outcome = run_memory(numbers, prompts, shape, layers, sparse.config(), limit, seed, output)
+    print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary, tables and plot: {output}")
 
 
 @app.command()
@@ -173,6 +179,20 @@ def bench(
     """Time ours beside dense attention: one layer, and a model that writes; and from which length ours is faster."""
     outcome = run_bench(model, bench, run, sparse)
     print(json.dumps(outcome.summary) if run.as_json else outcome)
+
+
+@app.command()
+def goals(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of bench, memory and perplexity.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder for summary and table.")] = Path("results/goals"),
+    as_json: Json = False,
+) -> None:
+    """Say which goals of speed, memory and quality runs met; exit code 1 if one is missed."""
+    outcome = run_goals(runs, output)
+    print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary and table: {output}")
+    raise typer.Exit(
+        int(any(row["verdict"] == MISSED for kind in ("speed", "quality") for row in outcome.summary[kind]))
+    )
 
 
 @app.command()

@@ -18,7 +18,7 @@ from hf_sparse.bench.shapes import SHAPES, parse_shape
 from hf_sparse.bench.subject import Plan, Subject
 from hf_sparse.bench.summary import Summary, summarise
 from hf_sparse.bench.tables import bench_tables
-from hf_sparse.cli.options import RunOptions, SparseOptions, parse_integers
+from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integers, read_policy
 from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SELECTORS, SparseAttentionConfig
 from hf_sparse.errors import UserError, first_line
@@ -26,6 +26,7 @@ from hf_sparse.evaluation.models import DTYPES, ModelSource
 from hf_sparse.evaluation.processes import process_state
 from hf_sparse.evaluation.results import ResultFile
 from hf_sparse.evaluation.windows import check_lengths
+from hf_sparse.goals import SPEED_GOALS, goals_table, judge
 
 _FULL = {
     "decode": [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144],
@@ -69,17 +70,18 @@ class BenchOptions:
         str | None,
         typer.Option(help="With a MODEL: text to read; see perplexity.", show_default="Python's language reference"),
     ] = None
+    policy: Policy = None
     quick: Annotated[bool, typer.Option("--quick", help="Short lengths, nothing compiled: under two minutes.")] = False
     save_break_even: Annotated[
         bool, typer.Option("--save-break-even", help="Keep the break-even as this machine's default of dense_below.")
     ] = False
 
-    def plan(self, run: RunOptions, sparse: SparseOptions, max_positions: int | None) -> Plan:
+    def plan(self, run: RunOptions, config: SparseAttentionConfig, max_positions: int | None) -> Plan:
         """What to measure.
 
         Args:
             run: How to run.
-            sparse: The configuration of the patch.
+            config: Of the patch, but for a selector that is given.
             max_positions: Tokens that the model takes, above which no default length lies; `None` for no limit.
 
         Raises:
@@ -106,7 +108,8 @@ class BenchOptions:
             raise UserError(f"leave-out takes some of {', '.join(_OPTIONAL)}; got {unknown[0]!r}")
         if self.selector not in SELECTORS:
             raise UserError(f"selector must be one of {', '.join(SELECTORS)}; got {self.selector!r}")
-        config = replace(sparse.config(), selector=self.selector)  # type: ignore[arg-type]
+        if self.selector != SparseAttentionConfig.selector:
+            config = replace(config, selector=self.selector)  # type: ignore[arg-type]
         left_out = names | {"flex"} if self.quick else names
         return Plan(lengths, config, self.new_tokens, left_out, self.repeats, self.seconds, run.seed)
 
@@ -129,20 +132,25 @@ def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: S
         torch.set_num_threads(run.threads)
     device = run.device or str(process_state().device)
     if model is None:
-        plan = bench.plan(run, sparse, None)
+        if bench.policy is not None:
+            raise UserError("--policy needs a MODEL: its laws are those of a model's heads")
+        plan = bench.plan(run, sparse.config(), None)
         subject = _in_memory(plan, bench, run.dtype, device)
     else:
         source = ModelSource.find(model, run.revision)
         support = hf_sparse.inspect(source.config)
         if not support.supported:
             raise UserError(str(support))
-        plan = bench.plan(run, sparse, source.info().max_positions)
+        config = sparse.config(read_policy(bench.policy, source.policy))
+        plan = bench.plan(run, config, source.info().max_positions)
         subject = Subject.loaded(plan, source, bench.text, run.dtype, device)
     folder = run.output or Path("results") / f"{subject.about['model']['name'].removesuffix('.gguf')}-{COMMAND}"
     summary = summarise(evaluate(list(subject.cells(plan)), ResultFile(folder / "rows.jsonl"), subject.about))
     if bench.save_break_even and subject.inputs is not None:
         summary["saved_dense_below"] = _save(summary, subject.inputs, plan.config)
-    outcome = Outcome(summary, bench_tables(summary))
+    goals = [row for row in judge({folder.name: summary}, SPEED_GOALS) if row["reason"] is None]
+    summary["goals"] = goals
+    outcome = Outcome(summary, [*bench_tables(summary), *([goals_table(goals)] if goals else [])])
     write_outcome(outcome, folder, "bench.png", plot_bench)
     return outcome
 

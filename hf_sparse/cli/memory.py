@@ -1,49 +1,75 @@
-"""`hf-sparse memory`: what one attention call takes besides its inputs."""
+"""`hf-sparse memory`: what one attention call, and a whole prefill, take besides what they are given."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from hf_sparse.bench import prefill_memory
+from hf_sparse.bench.shapes import Shape
 from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.evaluation import memory, plot_memory
 from hf_sparse.evaluation.results import software
+from hf_sparse.evaluation.tables import Table
+
+# Processes in which each prefill is measured.
+_REPEATS = 3
 
 
 def run_memory(
     lengths: Sequence[int],
-    shape: tuple[int, int, int],
+    prefill: Sequence[int],
+    shape: Shape,
+    layers: int,
     config: SparseAttentionConfig,
     limit: float,
     seed: int,
     folder: Path,
 ) -> Outcome:
-    """Measure, and write summary, table and plot.
+    """Measure, and write summary, tables and plot.
 
     Args:
-        lengths: Rows and keys.
-        shape: Query heads, key heads and head dimension.
+        lengths: Rows and keys of the calls.
+        prefill: Tokens of the prompts.
+        shape: Of the layer and of the model.
+        layers: Of the model, all sparse unless `config` names dense ones.
         config: For the sparse methods.
         limit: GiB that no single call may be expected to take.
-        seed: Of the random inputs.
+        seed: Of the random inputs and weights.
         folder: Where results go.
 
     Raises:
         UserError: where peak memory cannot be read.
     """
-    rows = memory.evaluate(lengths, memory.METHODS, shape, config, limit * 2**30, seed)
-    heads, kv_heads, head_dim = shape
+    heads = (shape.heads, shape.kv_heads, shape.head_dim)
+    calls = memory.evaluate(lengths, memory.METHODS, heads, config, limit * 2**30, seed)
+    sparse = config if config.dense_layers is not None else replace(config, dense_layers=())
+    rows = prefill_memory.evaluate(prefill, shape, layers, sparse, _REPEATS, seed)
     summary = {
-        **memory.summarise(rows),
-        "shape": {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": "float32"},
+        **memory.summarise(calls),
+        prefill_memory.KEY: rows,
+        "shape": {**shape.to_dict(), "layers": layers, "dtype": "float32"},
         "config": config.to_dict(),
         "seed": seed,
         "device": "cpu",
         "device_name": platform.machine(),
         **software(),
     }
+    tables = [
+        *([_call_table(calls, summary)] if calls else []),
+        *([prefill_memory.prefill_table(rows)] if rows else []),
+    ]
+    outcome = Outcome(summary, tables)
+    write_outcome(outcome, folder, "memory.png", plot_memory.plot_memory)
+    return outcome
+
+
+def _call_table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> Table:
+    lengths = sorted({row["length"] for row in rows})
     cells = []
     for method in dict.fromkeys(row["method"] for row in rows):
         peaks = {row["length"]: f"{row['peak_mib']:.0f}" for row in rows if row["method"] == method}
@@ -51,7 +77,4 @@ def run_memory(
         cells.append(
             [method, *(peaks.get(length, "-") for length in lengths), "-" if exponent is None else f"{exponent:.2f}"]
         )
-    header = ["peak MiB above the inputs", *(f"n = {length:,}" for length in lengths), "grows as n to the"]
-    outcome = Outcome(summary, [(header, cells)])
-    write_outcome(outcome, folder, "memory.png", plot_memory.plot_memory)
-    return outcome
+    return ["peak MiB above the inputs", *(f"n = {length:,}" for length in lengths), "grows as n to the"], cells

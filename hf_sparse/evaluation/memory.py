@@ -16,15 +16,15 @@ import torch
 from tqdm import tqdm
 
 from hf_sparse.attention import LayerState, attend
-from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config import SELECTORS, SparseAttentionConfig
 from hf_sparse.engines.reference import masked_weights, weighted_values
 from hf_sparse.errors import UserError
 from hf_sparse.selection import AttentionInputs
 from hf_sparse.visibility import interval_to_mask
 
-METHODS = ("eager", "masked-sdpa", "grouped", "window", "topk")
-"""`eager` forms all scores; `masked-sdpa` the mask alone, as stock models do for a padded batch; the others are ours,
-with the portable engine `gather`."""
+METHODS = ("eager", "masked-sdpa", "sdpa", *SELECTORS)
+"""`eager` forms all scores; `masked-sdpa` the mask alone, as stock models do for a padded batch; `sdpa` neither; the
+others are ours."""
 
 _STATUS = Path("/proc/self/status")
 
@@ -80,6 +80,10 @@ def _run(method: str, inputs: AttentionInputs, config: SparseAttentionConfig) ->
                 attn_mask=interval_to_mask(inputs.intervals, inputs.key.shape[2]),
                 enable_gqa=True,
             )
+        case "sdpa":
+            torch.nn.functional.scaled_dot_product_attention(
+                inputs.query, inputs.key, inputs.value, is_causal=True, enable_gqa=True
+            )
         case _:
             attend(LayerState(0, config), inputs)
 
@@ -105,7 +109,7 @@ def evaluate(
         lengths: Rows and keys.
         methods: Some of `METHODS`.
         shape: Query heads, key heads and head dimension.
-        config: For the sparse methods; selector and engine are set by the method.
+        config: For the sparse methods, which set its selector.
         most_bytes: A method that took `p` bytes at one length is not run at a longer one at which `p` times the
             square of the ratio of the lengths is above this.
         seed: Of the random inputs.
@@ -120,7 +124,7 @@ def evaluate(
     for method, length in tqdm(tasks, desc="memory", unit="run"):
         if method in last and last[method][1] * (length / last[method][0]) ** 2 > most_bytes:
             continue
-        ours = replace(config, selector=method, engine="gather") if method in ("grouped", "window", "topk") else config
+        ours = replace(config, selector=method) if method in SELECTORS else config
         peak = measure(method, length, shape, ours, seed)
         last[method] = (length, peak)
         keys = None if ours is config else config.budget().table(length)[1:].double().mean().item()

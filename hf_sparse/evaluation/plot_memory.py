@@ -7,10 +7,11 @@ from typing import Any
 
 from hf_sparse.evaluation.plots import figure, length_axis
 
-# Okabe and Ito's palette; what forms n x n elements is dashed.
+# Okabe and Ito's palette; dense attention is dashed.
 _STYLES = {
     "eager": ("#000000", "s", "--"),
     "masked-sdpa": ("#666666", "D", "--"),
+    "sdpa": ("#009E73", "^", "--"),
     "grouped": ("#CC79A7", "P", "-"),
     "window": ("#56B4E9", "X", "-"),
     "topk": ("#0072B2", "o", "-"),

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from hf_sparse.bench import prefill_memory
+from hf_sparse.bench.shapes import Shape
 from hf_sparse.cli import main
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.evaluation import memory
+from hf_sparse.evaluation.tables import markdown_table
 
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 
@@ -33,7 +36,20 @@ def test_exponents_are_those_of_the_rows() -> None:
 
 @linux
 def test_the_command_leaves_out_what_would_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--lengths", "256,1024", "--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--limit", "0"]
+    options = [
+        "--lengths",
+        "256,1024",
+        "--prefill",
+        "none",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "32",
+        "--limit",
+        "0",
+    ]
     with pytest.raises(SystemExit) as done:
         main(["memory", *options, "--output", str(tmp_path), "--json"])
     assert done.value.code == 0
@@ -44,8 +60,22 @@ def test_the_command_leaves_out_what_would_not_fit(tmp_path: Path, capsys: pytes
     assert "masked-sdpa" in (tmp_path / "tables.md").read_text()
 
 
+@linux
+def test_a_prefill_takes_what_it_must() -> None:
+    shape, length, layers = Shape(2, 2, 16, 4096, 64), 1024, 2
+    rows = {row["method"]: row for row in prefill_memory.evaluate([length], shape, layers, CONFIG, repeats=1, seed=0)}
+    assert list(rows) == list(prefill_memory.METHODS)
+    # The MLP forms three tensors of this size, of which two are alive at a time.
+    wide = length * shape.intermediate_size * 4 / 2**20
+    for row in rows.values():
+        assert 1.5 * wide < row["peak_mib"] < 10 * wide
+        assert row["ratio"]["median"] == pytest.approx(row["peak_mib"] / rows["sdpa"]["peak_mib"], rel=0.01)
+    assert 0 < rows["hf_sparse"]["density"] < rows["generate"]["density"] == 1
+    assert "hf_sparse / sdpa" in markdown_table(*prefill_memory.prefill_table(list(rows.values())))
+
+
 def test_heads_that_do_not_divide_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["memory", "--heads", "9", "--kv-heads", "2"])
     assert done.value.code == 2
-    assert "multiple of kv-heads (2); got 9" in capsys.readouterr().err
+    assert "heads that are a multiple of the kv-heads" in capsys.readouterr().err
