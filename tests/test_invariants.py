@@ -141,7 +141,7 @@ def test_invariant_03_padding_in_bfloat16(name: str, selector: str) -> None:
 @every_side
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_invariant_03_padding_of_long_texts(name: str, side: str) -> None:
-    """Long enough for the grouped selector to look at blocks of keys first."""
+    """Long enough for the grouped selector to choose between many keys by votes."""
     model = hf_sparse.patch(tiny.model(name, max_position_embeddings=1024), SPARSE, alpha=1.0, selector="grouped")
     padded, alone = padding_errors(model, side, [900, 637])
     assert_same(padded, alone)

@@ -14,6 +14,8 @@ dense attention.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,61 +56,74 @@ def select_grouped(inputs: AttentionInputs, budgets: Tensor, config: SparseAtten
 
 
 def _select(inputs: AttentionInputs, spans: Spans, vote: voting.Vote) -> Selection:
-    kv_heads, device = inputs.key.shape[1], inputs.query.device
+    kv_heads, last = inputs.key.shape[1], inputs.key.shape[2] - 1
     members = members_of(inputs.query, kv_heads, spans.size).to(accurate(inputs.query.dtype)) * inputs.scaling
-    first, start, recent, stop, rest = torch.stack([spans.first, spans.start, spans.recent, spans.stop, spans.rest]).to(
-        device
-    )[..., None]
-    oldest, begin, low = torch.stack([spans.oldest, spans.begin, spans.low]).to(device)[..., None]
-
-    # Sinks and local keys: which a member keeps in any case, which it is offered, and which count beside the votes.
-    sinks, local = (int(x.max()) for x in (spans.sinks, spans.local))
-    columns = torch.cat([_from(oldest, sinks), _from(low, local)], dim=-1)
-    place = columns[:, None, :, None]
-    is_local = torch.arange(sinks + local, device=device) >= sinks
-    seen = (place >= first) & (place < stop) & (is_local == (place >= low[:, None, :, None]))
-    kept = seen & ((place < start) | (is_local & (place >= recent)))
-    offered = seen & is_local & (place >= start) & (place < recent)
-    last = inputs.key.shape[2] - 1
-    columns = columns.clamp(max=last)[:, None].expand(-1, kv_heads, -1, -1)
-
+    near = _Near.of(spans)
+    columns = near.columns.clamp(max=last).expand(-1, kv_heads, -1, -1)
     if spans.votes_wanted:
-        counted = seen & (is_local | (place < begin[:, None, :, None]))
         certain = voting.capped(_scores(members, inputs.key, columns), inputs.softcap)
-        certain = certain.masked_fill(~counted, -torch.inf).logsumexp(-1)
-        certain = certain.masked_fill((stop <= first)[..., 0], torch.inf)
+        certain = certain.masked_fill(~near.counted, -torch.inf).logsumexp(-1)
+        certain = certain.masked_fill(spans.stop <= spans.first, torch.inf)
         pool, in_pool = _best_older(vote(members, inputs, certain, spans), spans)
     else:
-        pool, in_pool = _all_older(spans, device)
+        pool, in_pool = _all_older(spans)
     width = pool.shape[-1] + columns.shape[-1]
     missing = -width % _TILE if width else _TILE
     pool, in_pool = F.pad(pool.clamp(max=last), (missing, 0)), F.pad(in_pool, (missing, 0))
 
-    # From the oldest offered key to the most recent, for of equal scores the last one wins.
-    width = pool.shape[-1]
-    offered = torch.cat([in_pool[..., None, :] & (pool[..., None, :] >= start), offered], dim=-1)
+    # From the oldest offered key to the most recent: of equal scores the last one wins.
     columns = torch.cat([pool, columns], dim=-1)
+    offered = in_pool.unsqueeze(3) & (pool.unsqueeze(3) >= spans.start.unsqueeze(-1))
+    offered = torch.cat([offered, near.offered], dim=-1)
     scores = _scores(members, inputs.key, columns)
-    best, taken = largest(scores.masked_fill(~offered, -torch.inf), rest[..., 0], int(spans.rest.max()))
+    best, taken = largest(scores.masked_fill(~offered, -torch.inf), spans.rest, spans.most_rest)
     allowed = torch.zeros_like(offered).scatter_(-1, best, taken)
-    allowed[..., width:] |= kept
-    return Selection(columns, allowed, spans.size, per_head=False, scores=scores, number=spans.budget.to(device))
+    allowed[..., pool.shape[-1] :] |= near.kept
+    return Selection(columns, allowed, spans.size, per_head=False, scores=scores, number=spans.budget)
 
 
-def _all_older(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Near:
+    """Sinks and local keys of each group.
+
+    Attributes:
+        columns: int64 `(batch, 1, groups, width)`, padded with columns that may not exist.
+        kept: bool `(batch, kv_heads, groups, members, width)`: what a member keeps in any case.
+        offered: What it may keep, of the same shape.
+        counted: What it sees and no vote is about, of the same shape.
+    """
+
+    columns: Tensor
+    kept: Tensor
+    offered: Tensor
+    counted: Tensor
+
+    @classmethod
+    def of(cls, spans: Spans) -> _Near:
+        columns = torch.cat([_from(spans.oldest, spans.sinks), _from(spans.low, spans.local)], dim=-1)
+        is_local = torch.arange(columns.shape[-1], device=columns.device) >= spans.sinks
+        begin, low, place = (x.unsqueeze(3) for x in (spans.begin, spans.low, columns))
+        first, stop, start, recent = (x.unsqueeze(-1) for x in (spans.first, spans.stop, spans.start, spans.recent))
+        seen = (place >= first) & (place < stop) & (is_local == (place >= low))
+        return cls(
+            columns,
+            seen & ((place < start) | (is_local & (place >= recent))),
+            seen & is_local & (place >= start) & (place < recent),
+            seen & (is_local | (place < begin)),
+        )
+
+
+def _all_older(spans: Spans) -> tuple[Tensor, Tensor]:
     """All older keys of each group, int64 `(batch, kv_heads, groups, width)`, and which of them there are."""
-    number = spans.pool.to(device)[..., None]
-    width = int(spans.pool.max())
-    pool = _from(spans.begin.to(device)[:, None, :, None], width)
-    return pool.expand(-1, spans.pool.shape[1], -1, -1), torch.arange(width, device=device) < number
+    pool = _from(spans.begin, spans.most_in_pool).expand(-1, spans.pool.shape[1], -1, -1)
+    return pool, pool - spans.begin < spans.pool.unsqueeze(-1)
 
 
 def _best_older(votes: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
     """The pool of each group by the votes on its older keys: as `_all_older`, rising."""
     column = torch.arange(votes.shape[-1], device=votes.device)
-    begin, low = (x.to(votes.device)[:, None, :, None] for x in (spans.begin, spans.low))
-    votes = votes.masked_fill((column < begin) | (column >= low), -torch.inf)
-    pool, taken = largest(votes, spans.pool.to(votes.device), int(spans.pool.max()))
+    votes = votes.masked_fill((column < spans.begin) | (column >= spans.low), -torch.inf)
+    pool, taken = largest(votes, spans.pool, spans.most_in_pool)
     pool, order = pool.sort(dim=-1)
     return pool, taken.gather(-1, order)
 

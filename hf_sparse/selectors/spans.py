@@ -22,37 +22,48 @@ OVERSAMPLING = 2
 
 @dataclass(frozen=True)
 class Spans:
-    """Columns and numbers of keys, int64, on the CPU.
+    """Columns and numbers of keys of the groups of a call.
 
-    Of each group `(batch, groups)`, from `first` on of each member `(batch, kv_heads, groups, members)`.
+    Tensors are int64, on the device of the call: of groups `(batch, 1, groups, 1)`, of their members
+    `(batch, kv_heads, groups, members)`.
 
     Attributes:
         size: Rows in a group.
-        oldest: First column that a row of the group sees.
-        begin: First of the older keys.
-        low: First of the local keys.
-        sinks: Sinks of any member that are not local: the columns from `oldest` on, this many.
-        local: Local keys.
+        sinks: Most columns from `oldest` on that are sinks of members of a group, and not local.
+        local: Most local keys of a group.
+        older: For each group the first of the older keys, and the column after the last one, of any sequence.
+        most_in_pool: Most keys in the pool of a group.
+        most_rest: Most of what is left of a budget.
+        votes_wanted: Whether any group's pool has fewer keys than there are to choose from.
+        alike: Whether each member sees all older keys of its group, but for pad rows.
+        oldest: Of groups: the first column that a row sees.
+        begin: The first of the older keys.
+        low: The first of the local keys.
         pool: Older keys in the pool, `(batch, kv_heads, groups)`.
-        first: The first key that a member sees.
+        first: Of members: the first key that it sees.
+        stop: The key after the last one that it sees.
         start: The key after its own sinks.
         recent: The first of its own recent keys.
-        stop: The key after the last one that it sees.
         budget: Keys that it keeps.
         rest: Keys that it keeps besides its own sinks and recent keys.
     """
 
     size: int
+    sinks: int
+    local: int
+    older: list[tuple[int, int]]
+    most_in_pool: int
+    most_rest: int
+    votes_wanted: bool
+    alike: bool
     oldest: Tensor
     begin: Tensor
     low: Tensor
-    sinks: Tensor
-    local: Tensor
     pool: Tensor
     first: Tensor
+    stop: Tensor
     start: Tensor
     recent: Tensor
-    stop: Tensor
     budget: Tensor
     rest: Tensor
 
@@ -60,50 +71,42 @@ class Spans:
     def of(cls, inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig, size: int) -> Spans:
         """The spans of a whole number of groups, for budgets int64 `(batch, heads or 1, rows)` on any device."""
         batch, heads, rows, _ = inputs.query.shape
-        kv_heads, far = inputs.key.shape[1], inputs.facts.last_visible
-        # On the CPU: so many small steps would keep a GPU waiting, and lengths are wanted here anyway.
-        first, stop = inputs.facts.first, inputs.facts.stop
-        begins, ends = (x.reshape(batch, -1, size) for x in (first, stop))
+        kv_heads, device = inputs.key.shape[1], inputs.query.device
+        facts = inputs.facts
+        # On the CPU, and moved at the end: so many small steps, and reading their results, would keep a GPU waiting.
+        begins, ends = (x.reshape(batch, 1, -1, size) for x in (facts.first, facts.stop))
         alive = ends > begins
-        oldest = torch.where(alive, begins, far).amin(-1)
-        low = torch.maximum(torch.where(alive, ends, far).amin(-1) - max(1, config.recent_keys), oldest)
+        oldest = torch.where(alive, begins, facts.last_visible).amin(-1, keepdim=True)
+        latest = torch.where(alive, ends, facts.last_visible).amin(-1, keepdim=True)
+        low = torch.maximum(latest - max(1, config.recent_keys), oldest)
         begin = torch.minimum(oldest + config.sink_keys, low)
-        sinks = torch.minimum(torch.where(alive, begins, 0).amax(-1) + config.sink_keys, low) - oldest
-        local = torch.where(alive, ends, 0).amax(-1) - low
+        sinks_stop = torch.minimum(torch.where(alive, begins, 0).amax(-1, keepdim=True) + config.sink_keys, low)
+        local_stop = torch.where(alive, ends, 0).amax(-1, keepdim=True)
 
         first, stop, budget = (
             members_of(x.expand(batch, heads, rows), kv_heads, size)
-            for x in (first[:, None], stop[:, None], budgets.cpu())
+            for x in (facts.first[:, None], facts.stop[:, None], budgets.cpu())
         )
         recent = budget.clamp(max=config.recent_keys)
         start = first + (budget - recent).clamp(max=config.sink_keys)
         rest = budget - recent - (start - first)
         # Members that do not see a group's oldest keys (sliding windows) may find keys in the pool that they cannot
         # take: there is room for those as well.
-        wanted = torch.where(rest > 0, rest + (start - begin[:, None, :, None]).clamp(min=0), 0).amax(-1)
-        pool = torch.minimum(OVERSAMPLING * wanted, (low - begin)[:, None])
+        wanted = torch.where(rest > 0, rest + (start - begin).clamp(min=0), 0).amax(-1)
+        pool = torch.minimum(OVERSAMPLING * wanted, (low - begin)[..., 0])
+        sinks, local = sinks_stop - oldest, local_stop - low
+        groups = torch.stack([oldest, begin, low]).to(device)
+        members = torch.stack([first, stop, start, stop - recent, budget, rest]).to(device)
         return cls(
-            size,
-            oldest,
-            begin,
-            low,
-            sinks.clamp(min=0),
-            local.clamp(min=0),
-            pool,
-            first,
-            start,
-            stop - recent,
-            stop,
-            budget,
-            rest,
+            size=size,
+            sinks=max(0, int(sinks.max())),
+            local=max(0, int(local.max())),
+            older=list(zip(begin.amin((0, 1, 3)).tolist(), low.amax((0, 1, 3)).tolist(), strict=True)),
+            most_in_pool=int(pool.max()),
+            most_rest=int(rest.max()),
+            votes_wanted=bool((pool < (low - begin)[..., 0]).any()),
+            alike=bool(((first <= begin) | (stop <= first)).all()),
+            pool=pool.to(device),
+            **dict(zip(("oldest", "begin", "low"), groups, strict=True)),
+            **dict(zip(("first", "stop", "start", "recent", "budget", "rest"), members, strict=True)),
         )
-
-    @property
-    def votes_wanted(self) -> bool:
-        """Whether any group's pool has fewer keys than there are to choose from."""
-        return bool((self.pool < (self.low - self.begin)[:, None]).any())
-
-    @property
-    def alike(self) -> bool:
-        """Whether every member sees all older keys of its group, or none because it is a pad row."""
-        return bool(((self.first <= self.begin[:, None, :, None]) | (self.stop <= self.first)).all())

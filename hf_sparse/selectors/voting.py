@@ -50,20 +50,18 @@ def exact_votes(members: Tensor, inputs: AttentionInputs, certain: Tensor, spans
         older key of the group.
     """
     batch, kv_heads, groups, size, _ = members.shape
-    device = members.device
     votes = members.new_zeros(batch, kv_heads, groups, inputs.facts.last_visible)
-    first, low = (torch.maximum(spans.first, spans.begin[:, None, :, None]).to(device), spans.low.to(device))
-    for group in range(groups):
-        start, stop = int(spans.begin[:, group].min()), int(spans.low[:, group].max())
+    first = torch.maximum(spans.first, spans.begin)
+    for group, (start, stop) in enumerate(spans.older):
         if start >= stop:
             continue
         keys = inputs.key[:, :, start:stop].to(members.dtype).transpose(-1, -2)
-        column = torch.arange(start, stop, device=device)
+        column = torch.arange(start, stop, device=members.device)
         step = max(1, _CHUNK_ELEMENTS // (batch * kv_heads * (stop - start)))
         for at in range(0, size, step):
             part = slice(at, at + step)
             scores = capped(members[:, :, group, part] @ keys, inputs.softcap)
-            seen = (column >= first[:, :, group, part, None]) & (column < low[:, None, group, None, None])
+            seen = (column >= first[:, :, group, part, None]) & (column < spans.low[:, :, group, :, None])
             scores = scores.masked_fill_(~seen, -torch.inf)
             total = torch.logaddexp(scores.logsumexp(-1), certain[:, :, group, part])
             weights = scores.sub_(total[..., None]).exp_()
@@ -77,16 +75,16 @@ def votes_in_8_bits(members: Tensor, inputs: AttentionInputs, certain: Tensor, s
     from hf_sparse.kernels.triton.keys import LAYOUT
     from hf_sparse.kernels.triton.votes import votes
 
-    device, length = members.device, inputs.facts.last_visible
+    length = inputs.facts.last_visible
     codes, scales = inputs.own_quantised.up_to(inputs.key, length, LAYOUT)
     return votes(
         members,
         codes[:, :, :length],
         scales[:, :, :length],
         certain,
-        spans.begin.to(device),
-        spans.low.to(device),
-        first=None if spans.alike else spans.first.to(device),
+        spans.begin[:, 0, :, 0],
+        spans.low[:, 0, :, 0],
+        first=None if spans.alike else spans.first,
     )
 
 
