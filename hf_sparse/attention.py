@@ -275,13 +275,13 @@ def _dense_rows(inputs: AttentionInputs, plan: Plan) -> int:
 
 
 def _engine(config: SparseAttentionConfig, inputs: AttentionInputs) -> str:
-    if config.engine not in ("auto", "native"):
+    if config.engine != "auto":
         return config.engine
     # The exact selector has formed all scores already, and its rows share no keys: masking costs less than copying
     # keys for each row.
-    if config.engine == "auto" and config.selector == "topk":
+    if config.selector == "topk":
         return "reference"
-    if config.engine == "auto" and inputs.key.is_cuda:
+    if inputs.key.is_cuda:
         return "gather" if triton_refusal(inputs) else "triton"
     return "gather" if native_refusal(inputs) else "native"
 

@@ -14,8 +14,8 @@ BEGIN, END = "<!-- hf-sparse: begin -->", "<!-- hf-sparse: end -->"
 
 _SHOWN_LENGTHS = (1024, 4096, 16384)
 _SELECTORS = {
-    "grouped": "64 neighbouring rows and the heads of a GQA group share their keys, found by a coarse look at blocks "
-    "and exact scores inside the best ones",
+    "grouped": "64 neighbouring rows and the heads of a GQA group vote on all older keys; each row and head picks its "
+    "own, by exact scores, of the best twice as many as it has room for",
     "topk": "the keys with the highest scores, exactly, for each row and head",
     "window": "the first and the most recent keys",
 }

@@ -106,9 +106,6 @@ def _cut(inputs: AttentionInputs, kv_head: int, heads: slice) -> AttentionInputs
     first, stop = inputs.intervals.unbind(-1)
     alive = stop > first
     low, high = (int(first[alive].min()), int(stop.max())) if bool(alive.any()) else (0, 1)
-    # The grouped selector looks at blocks of keys that begin with the text: leave the blocks as they are.
-    begin = min(low, int(inputs.text_start))
-    low = begin + (low - begin) // ROWS * ROWS
     kv = slice(kv_head, kv_head + 1)
     return replace(
         inputs,
@@ -118,7 +115,6 @@ def _cut(inputs: AttentionInputs, kv_head: int, heads: slice) -> AttentionInputs
         intervals=(inputs.intervals - low) * alive.unsqueeze(-1),
         sinks=None if inputs.sinks is None else inputs.sinks[heads],
         dropout=0.0,
-        origin=torch.zeros_like(inputs.text_start),
     )
 
 
