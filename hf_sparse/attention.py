@@ -244,7 +244,7 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
             # The last row, also where all rows before it were dense.
             budgets = plan.host[..., -1:]
     sparse_parts: list[Tensor] = []
-    step = _block_rows(padded, state.config.selector, int(plan.host.max()))
+    step = _block_rows(padded, state.config.selector, plan.most)
     for start in range(0, padded.query.shape[2], step):
         block = padded if rows == 1 else padded.rows(start, min(padded.query.shape[2], start + step))
         selection = selectors.select(state.config.selector, block, budgets[:, :, start : start + step], state.config)
@@ -256,11 +256,17 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
         else:
             sparse_parts.append(engines.attend(_engine(state.config, block), block, selection))
     state.counters.count(facts.rows, facts.total, heads, plan.dense_rows, kept)
-    outs = [torch.cat(x, dim=2) if x else None for x in (sparse_parts, weight_parts)]
+    outs = [_joined(x) for x in (sparse_parts, weight_parts)]
     if shift is not None:
         outs = [None if x is None else _unalign(x, shift, rows) for x in outs]
     assert outs[0] is not None
     return torch.cat([*parts, outs[0]], dim=2) if parts else outs[0], outs[1]
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return torch.cat(parts, dim=2)
 
 
 def _dense_rows(inputs: AttentionInputs, plan: Plan) -> int:

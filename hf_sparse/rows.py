@@ -31,6 +31,11 @@ class Plan:
     dense: bool
     dense_rows: dict[str, int]
 
+    @cached_property
+    def most(self) -> int:
+        """The largest budget."""
+        return int(self.host.max())
+
 
 class RowFacts:
     """Facts about the rows of one call, on the CPU unless said otherwise: `facts_of` makes and keeps them.
@@ -46,7 +51,7 @@ class RowFacts:
     """
 
     def __init__(self, intervals: Tensor) -> None:
-        self.first, self.stop = intervals[:, 0].cpu().long().unbind(-1)
+        self.first, self.stop = (x.contiguous() for x in intervals[:, 0].cpu().long().unbind(-1))
         self._seen = self.stop - self.first
         self.visible = self._seen.to(intervals.device)
         self.rows = int((self._seen > 0).sum())

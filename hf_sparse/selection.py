@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,6 +46,11 @@ class AttentionInputs:
     def group_size(self) -> int:
         """Query heads that share one key head (GQA)."""
         return self.query.shape[1] // self.key.shape[1]
+
+    @cached_property
+    def scaled_query(self) -> Tensor:
+        """Queries times `scaling`, in float32 and contiguous, for kernels."""
+        return (self.query.float() * self.scaling).contiguous()
 
     @property
     def visible(self) -> Tensor:

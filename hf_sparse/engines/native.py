@@ -35,7 +35,7 @@ def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
     assert columns is not None
     assert allowed is not None
     out = cpu.attend(
-        (inputs.query.float() * inputs.scaling).contiguous(),
+        inputs.scaled_query,
         inputs.key,
         inputs.value,
         columns,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.kernels import cpu
+from hf_sparse.rows import RowFacts
 from hf_sparse.selection import AttentionInputs, Selection
 from hf_sparse.selectors.spans import OVERSAMPLING
 
@@ -29,16 +30,15 @@ def select_compiled(inputs: AttentionInputs, budgets: Tensor, config: SparseAtte
         size: Rows in a group.
     """
     batch, heads, rows, _ = inputs.query.shape
-    first, stop = (x.contiguous() for x in inputs.intervals[:, 0].long().unbind(-1))
-    query = (inputs.query.float() * inputs.scaling).contiguous()
+    facts = inputs.facts
     columns, allowed, kept, scores = cpu.select(
-        query,
+        inputs.scaled_query,
         inputs.key,
-        inputs.own_quantised.up_to(inputs.key, inputs.last_visible, cpu.LAYOUT),
-        (first, stop),
+        inputs.own_quantised.up_to(inputs.key, facts.last_visible, cpu.LAYOUT),
+        (facts.first, facts.stop),
         budgets.expand(batch, heads, rows),
         size=size,
-        width=_width(first, stop, budgets, config, size),
+        width=_width(facts, int(budgets.max()), config, size),
         sink_keys=config.sink_keys,
         recent_keys=config.recent_keys,
         oversampling=OVERSAMPLING,
@@ -47,17 +47,16 @@ def select_compiled(inputs: AttentionInputs, budgets: Tensor, config: SparseAtte
     return Selection(columns, allowed, size, per_head=False, scores=scores, number=kept)
 
 
-def _width(first: Tensor, stop: Tensor, budgets: Tensor, config: SparseAttentionConfig, size: int) -> int:
-    """Columns that any group may come to: sinks and local keys, and its pool."""
-    if size == 1:
-        skew, ahead = 0, 0
-    else:
-        alive = stop > first
-        begin, end = (x.view(len(x), -1, size) for x in (first, stop))
-        alive = alive.view(begin.shape)
-        far = int(stop.max())
-        skew = int((begin.masked_fill(~alive, 0).amax(-1) - begin.masked_fill(~alive, far).amin(-1)).max())
-        ahead = int((end.masked_fill(~alive, 0).amax(-1) - end.masked_fill(~alive, far).amin(-1)).max())
-    certain = max(0, skew) + config.sink_keys + max(0, ahead) + max(1, config.recent_keys)
-    pool = min(OVERSAMPLING * (int(budgets.max()) + max(0, skew)), int((stop - first).max()) + max(0, skew))
+def _width(facts: RowFacts, most: int, config: SparseAttentionConfig, size: int) -> int:
+    """Columns that any group may come to: sinks and local keys, and its pool. `most`: the largest budget."""
+    skew = ahead = 0
+    if size > 1:
+        begin, end = (x.view(len(x), -1, size) for x in (facts.first, facts.stop))
+        alive = end > begin
+        skew, ahead = (
+            max(0, int((x.masked_fill(~alive, 0).amax(-1) - x.masked_fill(~alive, facts.last_visible).amin(-1)).max()))
+            for x in (begin, end)
+        )
+    certain = skew + config.sink_keys + ahead + max(1, config.recent_keys)
+    pool = min(OVERSAMPLING * (most + skew), facts.most_visible + skew)
     return sum(-(-x // cpu.TILE) * cpu.TILE for x in (certain, pool))

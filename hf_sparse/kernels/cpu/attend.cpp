@@ -87,6 +87,7 @@ class Attention {
         if (!scores) turn_keys(call.key, batch, kv_head, own, width, turned);
         float *values = scratch<float, 17>(CHUNK * padded), *buffer = scratch<float, 18>(call.value.dim);
         for (int64_t i = 0; i < width; i++) {
+            if (i + ROWS_AHEAD < width) call.value.prefetch(batch, kv_head, own[i + ROWS_AHEAD]);
             const float *row = call.value.row(batch, kv_head, own[i], buffer);
             std::copy(row, row + call.value.dim, values + i * padded);
             std::fill(values + i * padded + call.value.dim, values + (i + 1) * padded, 0.0f);

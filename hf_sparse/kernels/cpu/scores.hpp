@@ -36,14 +36,10 @@ void turned_scores(const float *const *queries, const float *turned, int64_t dim
 // The same for few queries, from the keys where they lie: columns `start` to `stop` - 1 of the list.
 inline void few_scores(const States &key, int64_t batch, int64_t head, const float *const *queries, int64_t members,
                        const int64_t *columns, int64_t start, int64_t stop, float *out, int64_t stride) {
-    constexpr int64_t AHEAD = 8;
-    const int64_t dim = key.dim, item = key.bfloat16 ? 2 : 4;
-    const char *data = static_cast<const char *>(key.data) + (batch * key.batch_stride + head * key.head_stride) * item;
+    const int64_t dim = key.dim;
     float *buffer = scratch<float, 1>(dim);
     for (int64_t i = start; i < stop; i++) {
-        if (i + AHEAD < stop)
-            for (int64_t byte = 0; byte < dim * item; byte += 64)
-                __builtin_prefetch(data + columns[i + AHEAD] * key.row_stride * item + byte);
+        if (i + ROWS_AHEAD < stop) key.prefetch(batch, head, columns[i + ROWS_AHEAD]);
         const float *row = key.row(batch, head, columns[i], buffer);
         for (int64_t m = 0; m < members; m++) {
             Floats sums{};

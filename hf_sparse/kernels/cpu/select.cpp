@@ -108,12 +108,12 @@ template <int count> void select_few(const Call &call) {
 // Fills `columns`, `allowed`, `kept` and, if wanted, `scores`.
 extern "C" void hfs_select(const Call *call) {
     const int64_t share = call->share();
-    if (call->rows > 1 || share > 16)
-        select_many(*call);
-    else if (share <= 4)
-        select_few<4>(*call);
-    else if (share <= 8)
-        select_few<8>(*call);
-    else
-        select_few<16>(*call);
+    if (call->rows > 1 || share > 16) return select_many(*call);
+    switch (share) {
+    case 1: return select_few<1>(*call);
+    case 2: return select_few<2>(*call);
+    case 3: return select_few<3>(*call);
+    case 4: return select_few<4>(*call);
+    default: return share <= 8 ? select_few<8>(*call) : select_few<16>(*call);
+    }
 }

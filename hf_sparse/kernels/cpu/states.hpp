@@ -29,7 +29,17 @@ struct States {
         }
         return buffer;
     }
+
+    // Ask for row `column`, which is wanted soon.
+    void prefetch(int64_t batch, int64_t head, int64_t column) const {
+        const int64_t item = bfloat16 ? 2 : 4;
+        const char *at = static_cast<const char *>(data) +
+                         (batch * batch_stride + head * head_stride + column * row_stride) * item;
+        for (int64_t byte = 0; byte < dim * item; byte += 64) __builtin_prefetch(at + byte);
+    }
 };
+
+constexpr int64_t ROWS_AHEAD = 8; // rows that are asked for before they are read, where they do not lie in order
 
 // Keys of one sequence and head in 8 bits: 128 + key / scale. Sixteen neighbouring keys make a tile of dim / 4 rows,
 // each with 4 components of all of them: (tiles, dim / 4, 16, 4). Scales: (tiles, 16).

@@ -22,7 +22,11 @@ template <int count> class Ballot {
     // Weights are kept as (to - from, count, 16).
     void weigh(int64_t from, int64_t to, uint16_t *weights, float *totals) const {
         Floats sums[count] = {};
+        const int64_t size = LANES * queries.dim;
         for (int64_t tile = from; tile < to; tile++) {
+            if (tile + AHEAD < to)
+                for (int64_t byte = 0; byte < size; byte += 64)
+                    __builtin_prefetch(group.tiles.bytes + (tile + AHEAD) * size + byte);
             Floats scores[count];
             queries.scores(group.tiles, tile, scores);
             const bool whole = tile * LANES >= latest && (tile + 1) * LANES <= group.low;
@@ -60,6 +64,7 @@ template <int count> class Ballot {
     }
 
   private:
+    static constexpr int64_t AHEAD = 8; // tiles that are fetched from memory before they are needed
     static constexpr float HIGHEST = 80; // 2^80 times as many keys as there can be are still a float.
 
     const Group &group;
