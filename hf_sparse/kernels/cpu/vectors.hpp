@@ -59,9 +59,13 @@ inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 #endif
 
 inline float sum(Floats x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float out = 0;
     for (int i = 0; i < LANES; i++) out += x[i];
     return out;
+#endif
 }
 
 inline float highest(Floats x) {
