@@ -16,7 +16,11 @@ from hf_sparse.goals import QUALITY_GOALS, SPEED_GOALS, goals_table, judge
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUOTES = re.findall(r"<!-- table: (\S+) (\d+) -->\n\n((?:\|.*\n)+)", README)
-PERPLEXITIES = sorted(ROOT.glob("model_cards/*/perplexity/summary.json"))
+PERPLEXITIES = sorted(
+    path.with_name("summary.json")
+    for path in ROOT.glob("model_cards/**/rows.jsonl")
+    if not {"bench", "theory"} & set(path.parts)
+)
 
 
 def tables(path: str) -> list[str]:
@@ -32,7 +36,7 @@ def test_a_quoted_table_is_that_of_the_results(path: str, index: str, table: str
     assert table.strip() == tables(path)[int(index)]
 
 
-@pytest.mark.parametrize("path", PERPLEXITIES, ids=lambda path: path.parts[-3])
+@pytest.mark.parametrize("path", PERPLEXITIES, ids=lambda path: str(path.parent.relative_to(ROOT)))
 def test_a_summary_follows_from_its_rows(path: Path) -> None:
     summary = json.loads(path.read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (path.parent / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
