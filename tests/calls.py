@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -231,5 +231,4 @@ def random_selection(call: AttentionInputs, rows_per_group: int, per_head: bool,
 
 
 def _double(call: AttentionInputs) -> AttentionInputs:
-    fields: dict[str, Any] = vars(call) | {"query": call.query.double(), "key": call.key.double()}
-    return AttentionInputs(**fields)
+    return replace(call, query=call.query.double(), key=call.key.double())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -141,7 +141,8 @@ def test_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch
 def test_gradients_on_cuda(sinks: bool) -> None:
     call = calls.inputs(calls.causal_intervals(6, 11, left=(0, 4)), 11, dim=32, sinks=sinks)
     selection = calls.random_selection(call, 3, False)
-    moved = replace(call, **{name: x.cuda() for name, x in vars(call).items() if isinstance(x, torch.Tensor)})
+    states = {field.name: getattr(call, field.name) for field in fields(call)}
+    moved = replace(call, **{name: x.cuda() for name, x in states.items() if isinstance(x, torch.Tensor)})
     selection = replace(selection, columns=selection.columns.cuda(), allowed=selection.allowed.cuda())
     inputs = differentiable(moved)
     outs = [engine(moved, selection) for engine in (flex.attend, reference)]

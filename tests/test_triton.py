@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def moved(call: AttentionInputs) -> AttentionInputs:
-    tensors = {name: x.to(DEVICE) for name, x in vars(call).items() if isinstance(x, Tensor)}
+    states = {field.name: getattr(call, field.name) for field in fields(call)}
+    tensors = {name: x.to(DEVICE) for name, x in states.items() if isinstance(x, Tensor)}
     return replace(call, **tensors)
 
 
