@@ -47,6 +47,12 @@ class AttentionInputs:
         """Query heads that share one key head (GQA)."""
         return self.query.shape[1] // self.key.shape[1]
 
+    @property
+    def learns(self) -> bool:
+        """Whether a gradient is to flow back through this call: to queries, keys, values or attention sinks."""
+        states = (self.query, self.key, self.value, self.sinks)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in states)
+
     @cached_property
     def scaled_query(self) -> Tensor:
         """Queries times `scaling`, in float32 and contiguous, for kernels."""

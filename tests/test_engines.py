@@ -202,3 +202,15 @@ def test_unknown_engine() -> None:
     call = CALLS["plain"]()
     with pytest.raises(ValueError, match="fastest"):
         engines.attend("fastest", call, calls.random_selection(call, 1, True))
+
+
+@pytest.mark.skipif("native" not in NAMES, reason="there are no compiled kernels here")
+def test_a_gradient_to_the_attention_sinks_alone_is_not_lost() -> None:
+    call = CALLS["sinks"]()
+    assert call.sinks is not None
+    call.sinks.requires_grad_()
+    selection = calls.random_selection(call, 3, False)
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        engines.attend("native", call, selection)
+    with torch.no_grad():
+        engines.attend("native", call, selection)

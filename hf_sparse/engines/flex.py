@@ -42,7 +42,7 @@ def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
         ValueError: If weights are to be dropped, which FlexAttention cannot do.
         RuntimeError: If gradients are wanted on a CPU, or nothing is there to compile a kernel with.
     """
-    learns = _check(inputs)
+    _check(inputs)
     heads, rows = inputs.query.shape[1:3]
     kv_heads = inputs.key.shape[1]
     query = selection.members_of(inputs.query, kv_heads)
@@ -64,7 +64,7 @@ def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
     per_key = max(2, members) + (dim + inputs.value.shape[-1]) * query.element_size()
     step = max(1, _CHUNK_BYTES // (batch * kv_heads * width * per_key))
     parts = []
-    with torch.set_grad_enabled(learns):
+    with torch.set_grad_enabled(inputs.learns):
         for start in range(0, groups, step):
             part = slice(start, start + step)
             out = _attend_groups(
@@ -135,18 +135,15 @@ def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
     return tiles.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
-def _check(inputs: AttentionInputs) -> bool:
-    """Refuse what FlexAttention cannot do; whether gradients are wanted."""
-    tensors = [inputs.query, inputs.key, inputs.value] + ([] if inputs.sinks is None else [inputs.sinks])
-    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _check(inputs: AttentionInputs) -> None:
+    """Refuse what FlexAttention cannot do."""
     other = "use engine='gather'"
     if inputs.value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"engine 'flex' takes float32, bfloat16 and float16; got {inputs.value.dtype}: {other}")
     if inputs.dropout:
         raise ValueError(f"engine 'flex' cannot drop attention weights; got dropout={inputs.dropout}: {other}")
     if inputs.value.device.type == "cpu":
-        if learns:
+        if inputs.learns:
             raise RuntimeError(f"engine 'flex' has no gradients on a CPU: wrap the call in torch.no_grad(), or {other}")
         if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             raise RuntimeError(f"engine 'flex' needs a CPU with AVX2: {other}")
-    return learns

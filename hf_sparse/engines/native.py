@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,7 +11,7 @@ from hf_sparse.selection import AttentionInputs, Selection
 
 def refusal(inputs: AttentionInputs) -> str | None:
     """Why the kernels cannot attend in this call; `None` if they can."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.query, inputs.key, inputs.value)):
+    if inputs.learns:
         return "the compiled kernels have no backward pass"
     if inputs.dropout:
         return "the compiled kernels drop no weights"

@@ -51,7 +51,6 @@ def unsupported(inputs: AttentionInputs) -> str | None:
         return f"a head_dim of {max(inputs.query.shape[-1], inputs.value.shape[-1])} is more than {_WIDEST}"
     if inputs.dropout:
         return "it has no dropout"
-    learned = states if inputs.sinks is None else (*states, inputs.sinks)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in learned):
+    if inputs.learns:
         return "it computes no gradients"
     return None

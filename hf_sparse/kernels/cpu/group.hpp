@@ -77,8 +77,7 @@ class Group {
         look_at_certain();
     }
 
-    // Older keys in the pool, and whether they have to be voted on.
-    int64_t pool() const { return pool_size; }
+    // Whether the older keys in the pool have to be voted on.
     bool votes_wanted() const { return pool_size > 0 && pool_size < low - begin; }
     int64_t first_tile() const { return begin / LANES; }
     int64_t last_tile() const { return (low + LANES - 1) / LANES; }
