@@ -236,7 +236,7 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
         padded = replace(inputs, quantised=quantised_of(inputs.key))
         if rows > 1 and not want_weights and (start := _dense_rows(inputs, plan)):
             parts.append(dense.attend(inputs.rows(0, start).visible_part()))
-            kept.append(facts.visible[:, :start].sum().expand(heads))
+            kept.append(facts.visible[:, None, :start].expand(-1, heads, -1))
             padded, budgets, rows = padded.rows(start, rows), budgets[..., start:], rows - start
         if rows > 1:
             padded, budgets, shift = _align(padded, budgets)
@@ -248,7 +248,7 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
     for start in range(0, padded.query.shape[2], step):
         block = padded if rows == 1 else padded.rows(start, min(padded.query.shape[2], start + step))
         selection = selectors.select(state.config.selector, block, budgets[:, :, start : start + step], state.config)
-        kept.append(selection.kept(heads).sum((0, 2)))
+        kept.append(selection.kept(heads))
         if want_weights:
             weights = masked_weights(block, selection.mask(heads, inputs.key.shape[2]))
             weight_parts.append(weights)

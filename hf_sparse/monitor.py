@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+# Numbers of kept keys that may wait for being added up.
+_MOST_WAITING = 1 << 10
+
 
 @dataclass
 class LayerCounters:
@@ -30,9 +33,12 @@ class LayerCounters:
     dense_rows: Counter[str] = field(default_factory=Counter)
     uncompiled: Counter[str] = field(default_factory=Counter)
     # Keys that all heads kept alike, and on the layer's device those that each of them kept. Reading the latter
-    # would make a GPU wait, so that they are added up there and read for the report.
+    # would make a GPU wait, so that they are added up there and read for the report; and many together, for a sum of
+    # few numbers takes a decoded token as much time as one of many.
     _kept_by_all: int = 0
     _kept: Tensor | None = None
+    _parts: list[Tensor] = field(default_factory=list)
+    _waiting: int = 0
 
     def count(
         self, rows: int, visible: int, heads: int, dense_rows: dict[str, int], kept: list[Tensor] | None = None
@@ -44,7 +50,7 @@ class LayerCounters:
             visible: Visible keys, summed over the rows.
             heads: Query heads of the layer.
             dense_rows: Reason -> rows that ran dense for it.
-            kept: int64 `(heads,)`, kept keys summed over the rows, in parts; `None` if all visible keys were.
+            kept: int64 `(batch, heads, rows)`, kept keys, in parts; `None` if all visible keys were.
         """
         self.calls += 1
         self.rows += rows
@@ -53,15 +59,26 @@ class LayerCounters:
         if kept is None:
             self._kept_by_all += visible
         for part in kept or ():
-            self._kept = part if self._kept is None else self._kept.to(part.device) + part
+            self._parts.append(part)
+            self._waiting += part.numel()
+        if self._waiting > _MOST_WAITING:
+            self._add_up()
         for reason, number in dense_rows.items():
             if number:
                 self.dense_rows[reason] += number
 
     def kept(self) -> list[int]:
         """Attended keys, summed over the rows, for each query head."""
+        self._add_up()
         own = [0] * self.heads if self._kept is None else self._kept.tolist()
         return [number + self._kept_by_all for number in own]
+
+    def _add_up(self) -> None:
+        for part in self._parts:
+            own = part.sum((0, 2))
+            self._kept = own if self._kept is None else self._kept.to(own.device) + own
+        self._parts.clear()
+        self._waiting = 0
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,8 @@ class Selection:
     def rows_of(self, members: Tensor, heads: int) -> Tensor:
         """The inverse of `members_of`."""
         batch, kv_heads, groups, _, *rest = members.shape
+        if groups == 1:
+            return members.reshape(batch, heads, -1, *rest)
         share = heads // kv_heads
         size = self.rows_per_group
         if self.per_head:

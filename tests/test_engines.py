@@ -41,6 +41,9 @@ CALLS: dict[str, Callable[..., AttentionInputs]] = {
     "decode, sliding": lambda **kw: calls.inputs(calls.causal_intervals(1, 11, window=3), 11, **kw),
     "decode, static": lambda **kw: calls.inputs(calls.causal_intervals(1, 11, spare=4), 11, **kw),
 }
+MANY = calls.causal_intervals(1, 2000, left=(0, 300))
+"""Visible keys of a decoded row that are more than a thread attends to at a time."""
+
 LAYOUTS = [(1, True), (1, False), (3, False), (6, True)]
 
 
@@ -58,6 +61,21 @@ def test_engine_is_the_loops(name: str, kind: str, rows_per_group: int, per_head
     out = engines.attend(name, call, selection)
     assert out.dtype == call.value.dtype
     assert_close(out.double(), calls.attend(call, mask), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_decoded_row_of_many_keys(name: str, per_head: bool, threads: int) -> None:
+    call = calls.inputs(MANY, 2000, sinks=True)
+    selection = calls.random_selection(call, 1, per_head)
+    expected = engines.attend("reference", call, selection)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_close(engines.attend(name, call, selection), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -122,6 +122,37 @@ def test_threads_change_nothing(rows: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("places", ["one tile in sixteen", "all others"])
+def test_the_best_of_very_many_are_found_wherever_they_lie(places: str) -> None:
+    """Also where a sample of the votes says nothing about the rest of them."""
+    call = calls.inputs(calls.causal_intervals(1, 9000), 9000, heads=2, kv_heads=1, dim=16)
+    query = call.query[:, :1].expand(-1, 2, -1, -1).contiguous()
+    column = torch.arange(9000)
+    strong = (column // cpu.TILE % 16 == 1) == (places == "one tile in sixteen")
+    strong &= (column >= 16) & (column < 8900)
+    key = call.key.clone()
+    key[:, :, strong] += query[:, :1] * 100 / query[:, :1].square().sum(-1, keepdim=True)
+    budget = min(500, int(strong.sum())) + 16 + 64
+    config = SparseAttentionConfig(sink_keys=16, recent_keys=64)
+    call = replace(call, query=query, key=key)
+    mask = selectors.select("grouped", call, torch.full((2, 1, 1), budget), config).mask(2, 9000)
+    assert torch.equal(mask[..., 16:8936].sum(-1), (mask & strong).sum(-1))
+    assert (mask.sum(-1) == budget).all()
+
+
+@needs_kernels
+def test_equal_keys_of_very_many_are_kept_from_the_most_recent_on() -> None:
+    call = calls.inputs(calls.causal_intervals(1, 9000), 9000, dim=16)
+    call = replace(call, key=call.key[:, :, :1].expand(-1, -1, 9000, -1).contiguous())
+    mask = selectors.select("grouped", call, torch.full((2, 1, 1), 1000), SparseAttentionConfig(sink_keys=4)).mask(
+        4, 9000
+    )
+    assert mask[..., :4].all()
+    assert mask[..., -996:].all()
+    assert (mask.sum(-1) == 1000).all()
+
+
+@needs_kernels
 def test_decoding_quantises_each_key_once(monkeypatch: pytest.MonkeyPatch) -> None:
     spans: list[tuple[int, int]] = []
 

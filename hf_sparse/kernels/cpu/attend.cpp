@@ -24,6 +24,7 @@ struct Call {
 
 constexpr int64_t CHUNK = 256; // columns that are gathered at a time
 constexpr int64_t TOGETHER = 8; // members that share what is loaded
+constexpr int64_t PART = 512;   // columns that a thread takes at a time where all threads share one group
 constexpr float LOWEST = -1e38f; // below every score
 
 // One group's members: running maximum, sum of weights and weighted values of each.
@@ -38,16 +39,37 @@ class Attention {
           scores(call.scores ? call.scores + index * members * call.width : nullptr),
           padded(round_up(call.value.dim, LANES)) {}
 
-    void run() {
-        highest_of = scratch<float, 10>(members);
-        total_of = scratch<float, 11>(members);
-        sum_of = scratch<float, 12>(members * padded);
+    // Numbers that hold what was attended to so far: of each member the highest score, and relative to it the sum of
+    // weights and that of weighted values.
+    int64_t room() const { return members * (2 + padded); }
+
+    void start(float *state) {
+        highest_of = state;
+        total_of = highest_of + members;
+        sum_of = total_of + members;
+        std::fill(state, state + room(), 0.0f);
         std::fill(highest_of, highest_of + members, -INFINITY);
-        std::fill(total_of, total_of + members, 0.0f);
-        std::fill(sum_of, sum_of + members * padded, 0.0f);
-        find_used();
+    }
+
+    // Attend to the columns in [from, to) of the list.
+    void attend(int64_t from, int64_t to) {
+        find_used(from, to);
         const int64_t step = CHUNK / LANES;
-        for (int64_t from = 0; from < used_count; from += step) attend(from, std::min(step, used_count - from));
+        for (int64_t at = 0; at < used_count; at += step) attend_to_used(at, std::min(step, used_count - at));
+    }
+
+    // Add what another one attended to, of the same group.
+    void add(const Attention &other) {
+        for (int64_t m = 0; m < members; m++) {
+            if (other.highest_of[m] == -INFINITY) continue;
+            raise(m, other.highest_of[m]);
+            const float factor = std::exp(other.highest_of[m] - highest_of[m]);
+            total_of[m] += other.total_of[m] * factor;
+            for (int64_t i = 0; i < padded; i++) sum_of[m * padded + i] += other.sum_of[m * padded + i] * factor;
+        }
+    }
+
+    void finish() {
         for (int64_t m = 0; m < members; m++) finish(m);
     }
 
@@ -69,17 +91,17 @@ class Attention {
         return (first_head + m / call.size) * call.rows + group * call.size + m % call.size;
     }
 
-    void find_used() {
-        used = scratch<int64_t, 13>(call.width / LANES);
-        for (int64_t i = 0; i < call.width; i += LANES) {
+    void find_used(int64_t from, int64_t to) {
+        used = scratch<int64_t, 13>((to - from) / LANES);
+        used_count = 0;
+        for (int64_t i = from; i < to; i += LANES) {
             Bytes any{};
             for (int64_t m = 0; m < members; m++) any |= load_bytes(allowed + m * call.width + i);
-            if (sum(__builtin_convertvector(any, Ints)) != 0) used[used_count++] = i;
+            if (bits(__builtin_convertvector(any, Ints)) != 0) used[used_count++] = i;
         }
     }
 
-    // Attend to `count` of the used tiles of columns.
-    void attend(int64_t from, int64_t count) {
+    void attend_to_used(int64_t from, int64_t count) {
         const int64_t width = count * LANES, dim = call.key.dim;
         int64_t *own = scratch<int64_t, 15>(CHUNK);
         for (int64_t i = 0; i < width; i++) own[i] = columns[used[from + i / LANES] + i % LANES];
@@ -123,13 +145,7 @@ class Attention {
             store(weights + i * LANES, score);
             most = larger(most, score);
         }
-        const float chunk_highest = highest(most);
-        if (chunk_highest > highest_of[m]) {
-            const float change = std::exp(highest_of[m] - chunk_highest);
-            total_of[m] *= change;
-            for (int64_t i = 0; i < padded; i++) sum_of[m * padded + i] *= change;
-            highest_of[m] = chunk_highest;
-        }
+        raise(m, highest(most));
         const float base = highest_of[m] * LOG2_E;
         Floats total{};
         for (int64_t i = 0; i < count; i++) {
@@ -140,6 +156,15 @@ class Attention {
             total += weight;
         }
         total_of[m] += sum(total);
+    }
+
+    // Measure weights from `score` if it is higher than all so far.
+    void raise(int64_t m, float score) {
+        if (score <= highest_of[m]) return;
+        const float change = std::exp(highest_of[m] - score);
+        total_of[m] *= change;
+        for (int64_t i = 0; i < padded; i++) sum_of[m * padded + i] *= change;
+        highest_of[m] = score;
     }
 
     template <int parts>
@@ -171,9 +196,33 @@ class Attention {
     }
 };
 
+// Few groups of few rows, as in decoding: the threads share the columns of each group.
+void attend_to_few(const Call &call, int64_t groups) {
+    const int64_t pieces = std::max<int64_t>(1, (call.width + PART - 1) / PART);
+    std::vector<Attention> parts;
+    for (int64_t i = 0; i < groups * pieces; i++) parts.emplace_back(call, i / pieces);
+    const int64_t room = parts[0].room();
+    std::vector<float> states(parts.size() * room);
+    in_parallel(parts.size(), call.threads, [&](int64_t i) {
+        const int64_t from = i % pieces * PART;
+        parts[i].start(states.data() + i * room);
+        parts[i].attend(from, std::min(from + PART, call.width));
+    });
+    for (size_t i = 0; i < parts.size(); i += pieces) {
+        for (int64_t piece = 1; piece < pieces; piece++) parts[i].add(parts[i + piece]);
+        parts[i].finish();
+    }
+}
+
 } // namespace
 
 extern "C" void hfs_attend(const Call *call) {
-    const int64_t count = call->batches * (call->per_head ? call->heads : call->kv_heads) * (call->rows / call->size);
-    in_parallel(count, call->threads, [&](int64_t index) { Attention(*call, index).run(); });
+    const int64_t groups = call->batches * (call->per_head ? call->heads : call->kv_heads) * (call->rows / call->size);
+    if (call->rows == 1 && groups > 0) return attend_to_few(*call, groups);
+    in_parallel(groups, call->threads, [&](int64_t index) {
+        Attention attention(*call, index);
+        attention.start(scratch<float, 10>(attention.room()));
+        attention.attend(0, call->width);
+        attention.finish();
+    });
 }

@@ -156,7 +156,7 @@ def select(
     columns = torch.empty(*groups, width, dtype=torch.int64)
     allowed = torch.empty(*groups, members, width, dtype=torch.bool)
     kept = torch.empty(*groups, members, dtype=torch.int64)
-    scores = torch.zeros(*groups, members, width) if want_scores else None
+    scores = torch.empty(*groups, members, width) if want_scores else None
     call = _Selecting(
         _States(key),
         _Quantised(quantised),

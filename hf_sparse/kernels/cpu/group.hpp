@@ -74,6 +74,7 @@ class Group {
         find_spans();
         std::fill(columns, columns + call.width, 0);
         std::memset(allowed, 0, call.members() * call.width);
+        if (scores) std::fill(scores, scores + call.members() * call.width, 0.0f);
         look_at_certain();
     }
 
@@ -90,25 +91,32 @@ class Group {
             return;
         }
         const int64_t from = first_tile(), number = last_tile() - from;
-        int32_t *values = reinterpret_cast<int32_t *>(votes);
-        for (int64_t i = 0; i < number; i++) {
-            const Ints column = counting() + int32_t((from + i) * LANES);
-            const Ints value = in_order(load(votes + i * LANES));
-            store(values + i * LANES, (column >= int32_t(begin)) & (column < int32_t(low)) ? value : Ints{} + NEVER);
-        }
+        int32_t *values = reinterpret_cast<int32_t *>(votes); // in their order as well: none is negative
+        std::fill(values, values + begin % LANES, NEVER);
+        std::fill(values + low - from * LANES, values + number * LANES, NEVER);
         Bound bound = best(values, number, pool_size);
         for (int64_t i = 0; i < number; i++) {
-            const Ints chosen = among_best(load(values + i * LANES), bound);
-            if (sum(chosen) == 0) continue;
-            for (int j = 0; j < LANES; j++)
-                if (chosen[j]) *next++ = (from + i) * LANES + j;
+            uint32_t chosen = bits(among_best(load(values + i * LANES), bound));
+            for (; chosen; chosen &= chosen - 1) *next++ = (from + i) * LANES + __builtin_ctz(chosen);
         }
     }
 
     // Let each member keep its own best keys of the pool and the local ones.
     void pick() {
-        const int64_t width = certain + round_up(pool_size, LANES);
-        for_scores(0, certain + pool_size, [&](int64_t m, float *own) { pick_own(m, own, width); });
+        for_scores(0, offered(), [&](int64_t m, const float *own) { pick_own(m, own); });
+    }
+
+    // The same for one member whose scores were worked out before, by `score` of all parts of what is `offered`.
+    void pick(int64_t m) { pick_own(m, scores + m * call.width); }
+
+    // How much of the list of columns members pick from.
+    int64_t offered() const { return certain + pool_size; }
+
+    // Exact scores of all members, few of them, for the places in [from, to) of the list.
+    void score(int64_t from, int64_t to) {
+        const float *queries[TOGETHER];
+        for (size_t m = 0; m < members.size(); m++) queries[m] = members[m].query;
+        few_scores(call.key, batch, kv_head, queries, members.size(), columns, from, to, scores, call.width);
     }
 
   private:
@@ -185,9 +193,10 @@ class Group {
         }
     }
 
-    void pick_own(int64_t m, const float *own, int64_t width) {
+    void pick_own(int64_t m, const float *own) {
         const Member &member = members[m];
         if (member.rest <= 0) return;
+        const int64_t width = round_up(offered(), LANES);
         int32_t *values = scratch<int32_t, 2>(width);
         std::fill(values, values + width, NEVER);
         const int64_t local = sinks + std::max<int64_t>(0, member.start - low);
@@ -195,14 +204,14 @@ class Group {
         const int64_t *pool = columns + certain;
         const int64_t pool_start = std::lower_bound(pool, pool + pool_size, member.start) - columns;
         offer(own, local, local_end, values);
-        offer(own, pool_start, certain + pool_size, values);
-        const int64_t offered = std::max<int64_t>(0, local_end - local) + certain + pool_size - pool_start;
-        Bound bound = best(values, width / LANES, std::min(member.rest, offered));
+        offer(own, pool_start, offered(), values);
+        const int64_t number = std::max<int64_t>(0, local_end - local) + offered() - pool_start;
+        Bound bound = best(values, width / LANES, std::min(member.rest, number));
         uint8_t *to = allowed + m * call.width;
         const auto take = [&](int64_t i) { store_bytes(to + i, from_bytes(to + i) | among_best(load(values + i), bound)); };
         for (int64_t i = certain; i < width; i += LANES) take(i); // older than the local ones: left out before them
         for (int64_t i = 0; i < certain; i += LANES) take(i);
-        kept[m] += std::min(member.rest, offered);
+        kept[m] += std::min(member.rest, number);
     }
 
     // Call `use(member, scores)` with each member's exact scores for `number` columns of the list from `from` on.

@@ -1,7 +1,7 @@
 // The best of many numbers, by bisection: comparing and counting is what vectors do well.
 #pragma once
 
-#include "vectors.hpp"
+#include "states.hpp"
 
 #include <algorithm>
 
@@ -37,8 +37,8 @@ struct Bound {
     int64_t left_out;
 };
 
-inline Bound best(const int32_t *values, int64_t tiles, int64_t wanted) {
-    if (wanted <= 0) return {INT32_MAX, INT64_MAX};
+// By bisection over all values.
+inline Bound best_of_few(const int32_t *values, int64_t tiles, int64_t wanted) {
     Ints most = Ints{} + NEVER;
     Ints least = Ints{} + INT32_MAX;
     for (int64_t i = 0; i < tiles; i++) {
@@ -62,6 +62,35 @@ inline Bound best(const int32_t *values, int64_t tiles, int64_t wanted) {
             high = middle;
     }
     return {int32_t(low), from_low - wanted};
+}
+
+constexpr int64_t SAMPLED = 16; // one tile in so many
+
+// Of many values, a sample says roughly where the bound lies. Only those near it are looked at more than once; should
+// the sample be wrong, which the counts tell, all are.
+inline Bound best(const int32_t *values, int64_t tiles, int64_t wanted) {
+    if (wanted <= 0) return {INT32_MAX, INT64_MAX};
+    const int64_t sampled = tiles / SAMPLED;
+    const double share = double(wanted) / SAMPLED, margin = 4 * std::sqrt(share) + 8;
+    if (sampled < LANES || share + margin > sampled * LANES || share <= margin)
+        return best_of_few(values, tiles, wanted);
+    int32_t *sample = scratch<int32_t, 8>(sampled * LANES), *near = scratch<int32_t, 9>(tiles * LANES);
+    for (int64_t i = 0; i < sampled; i++) store(sample + i * LANES, load(values + i * SAMPLED * LANES));
+    const int32_t low = best_of_few(sample, sampled, int64_t(share + margin)).value;
+    const int32_t high = best_of_few(sample, sampled, int64_t(share - margin)).value;
+    Ints above{}, within{};
+    int64_t kept = 0;
+    for (int64_t i = 0; i < tiles; i++) {
+        const Ints x = load(values + i * LANES);
+        const Ints is_near = (x >= low) & (x < high);
+        above += x >= high;
+        within += is_near;
+        store(near + kept * LANES, is_near ? x : Ints{} + NEVER);
+        kept += bits(is_near) != 0;
+    }
+    const int64_t left = wanted + sum(above); // a lane that holds counts as -1
+    if (left <= 0 || left > -sum(within)) return best_of_few(values, tiles, wanted);
+    return best_of_few(near, kept, left);
 }
 
 // Whether each of 16 values is among the best; counts down what the bound leaves out.

@@ -9,8 +9,8 @@ using namespace hfs;
 
 namespace {
 
-// Keys that a thread weighs at a time where one group is shared by all threads.
-constexpr int64_t PART_TILES = 256;
+// What a thread takes at a time where one group is shared by all threads: keys to weigh, columns to score.
+constexpr int64_t PART_TILES = 256, PART_PLACES = 512;
 
 template <int count> void vote_alone(const Group &group, int64_t dim, float *votes) {
     const int64_t from = group.first_tile(), to = group.last_tile();
@@ -97,10 +97,15 @@ template <int count> void select_few(const Call &call) {
         ballots[part.group]->add(part.to - part.from, weights[part.group] + at * count * LANES,
                                  totals[part.group].data(), to);
     });
-    in_parallel(number, call.threads, [&](int64_t i) {
-        groups[i]->choose(votes[i]);
-        groups[i]->pick();
-    });
+    in_parallel(number, call.threads, [&](int64_t i) { groups[i]->choose(votes[i]); });
+    parts.clear();
+    for (int64_t i = 0; i < number; i++)
+        for (int64_t at = 0, end = groups[i]->offered(); at < end; at += PART_PLACES)
+            parts.push_back({i, at, std::min(end, at + PART_PLACES), {}});
+    in_parallel(parts.size(), call.threads,
+                [&](int64_t index) { groups[parts[index].group]->score(parts[index].from, parts[index].to); });
+    in_parallel(number * call.share(), call.threads,
+                [&](int64_t i) { groups[i / call.share()]->pick(i % call.share()); });
 }
 
 } // namespace
@@ -108,7 +113,7 @@ template <int count> void select_few(const Call &call) {
 // Fills `columns`, `allowed`, `kept` and, if wanted, `scores`.
 extern "C" void hfs_select(const Call *call) {
     const int64_t share = call->share();
-    if (call->rows > 1 || share > 16) return select_many(*call);
+    if (call->rows > 1 || share > 16 || !call->scores) return select_many(*call);
     switch (share) {
     case 1: return select_few<1>(*call);
     case 2: return select_few<2>(*call);

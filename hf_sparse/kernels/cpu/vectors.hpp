@@ -75,9 +75,24 @@ inline float highest(Floats x) {
 }
 
 inline int sum(Ints x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
     int out = 0;
     for (int i = 0; i < LANES; i++) out += x[i];
     return out;
+#endif
+}
+
+// Which lanes say yes: a bit for each.
+inline uint32_t bits(Ints yes) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)yes, (__m512i)yes);
+#else
+    uint32_t out = 0;
+    for (int i = 0; i < LANES; i++) out |= uint32_t(yes[i] & 1) << i;
+    return out;
+#endif
 }
 
 inline Ints counting() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
