@@ -27,7 +27,7 @@ from tests import small, tiny
 from tests.small import run_command
 
 CPU = torch.device("cpu")
-SHAPE = Shape(4, 2, 16, 64, 100)
+SHAPE = Shape(4, 2, 16, 64, 100, layers=2)
 SMALL = ["--shape", "4/2/16", "--new-tokens", "3", "--repeats", "2", "--seconds", "0", "--device", "cpu"]
 SMALL += ["--min-keys", "8", "--alpha", "2", "--recent-keys", "8", "--dense-below", "16"]
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
@@ -246,6 +246,8 @@ def test_a_cell_is_not_measured_twice(tmp_path: Path) -> None:
 def test_shapes_have_names_or_numbers() -> None:
     assert parse_shape("llama-8b") is SHAPES["llama-8b"]
     assert parse_shape("6/2/32").heads == 6
+    part = parse_shape("smollm2-135m").part(2)
+    assert (part.layers, part.vocab_size, part.heads) == (2, 49152 // 15, 9)
     for text in ("llama", "6/4/32", "6/2/33", "6/2", "6/0/32", "-6/2/32"):
         with pytest.raises(UserError, match="shape"):
             parse_shape(text)

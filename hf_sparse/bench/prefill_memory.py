@@ -35,17 +35,14 @@ METHODS = (BASELINE, "generate", SPARSE)
 _WARM_UP_TOKENS = 256
 
 
-def measure(
-    method: str, length: int, shape: Shape, layers: int, config: SparseAttentionConfig, seed: int
-) -> tuple[float, float]:
+def measure(method: str, length: int, shape: Shape, config: SparseAttentionConfig, seed: int) -> tuple[float, float]:
     """Peak bytes of a prefill of a float32 model on the CPU, and its density.
 
     Args:
         method: One of `METHODS`.
         length: Tokens of the prompt.
         shape: Of the model.
-        layers: Of the model, all of them sparse unless `config` names dense ones.
-        config: Of the patch.
+        config: Of the patch, in which all layers are sparse unless it names dense ones.
         seed: Of weights and prompt.
 
     Returns:
@@ -56,15 +53,15 @@ def measure(
     """
     # A fresh process: memory that an earlier call gave back to the allocator would hide what this one takes.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_here, (method, length, shape, layers, config, seed))
+        return pool.apply(_measure_here, (method, length, shape, config, seed))
 
 
 @torch.no_grad()
 def _measure_here(
-    method: str, length: int, shape: Shape, layers: int, config: SparseAttentionConfig, seed: int
+    method: str, length: int, shape: Shape, config: SparseAttentionConfig, seed: int
 ) -> tuple[float, float]:
     device = torch.device("cpu")
-    model = random_model(shape, layers, torch.float32, device, seed)
+    model = random_model(shape, torch.float32, device, seed)
     if method == SPARSE:
         hf_sparse.patch(model, config)
     ids = torch.randint(shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
@@ -72,7 +69,7 @@ def _measure_here(
     _, peak = with_peak(lambda: _prefill(model, method, ids), device)
     if peak is None:
         raise UserError("peak memory is read from /proc, which only Linux has")
-    cache = 2 * layers * shape.kv_heads * shape.head_dim * torch.float32.itemsize * length
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * torch.float32.itemsize * length
     return peak - cache, hf_sparse.report(model).density if method == SPARSE else 1.0
 
 
@@ -85,7 +82,7 @@ def _prefill(model: PreTrainedModel, method: str, ids: torch.Tensor) -> object:
 
 
 def evaluate(
-    lengths: Sequence[int], shape: Shape, layers: int, config: SparseAttentionConfig, repeats: int, seed: int
+    lengths: Sequence[int], shape: Shape, config: SparseAttentionConfig, repeats: int, seed: int
 ) -> list[dict[str, Any]]:
     """Measure every method at every length, `repeats` times in turn.
 
@@ -97,7 +94,7 @@ def evaluate(
     found = {}
     for task in tqdm(tasks, desc="prefill memory", unit="run"):
         length, _, method = task
-        found[task] = measure(method, length, shape, layers, config, seed)
+        found[task] = measure(method, length, shape, config, seed)
     rows = []
     for length in lengths:
         dense = [found[length, index, BASELINE][0] for index in range(repeats)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Shape:
         head_dim: Size of a head.
         intermediate_size: Width of the MLP.
         vocab_size: Tokens in the vocabulary.
+        layers: Layers of the whole model.
     """
 
     heads: int
@@ -30,6 +31,15 @@ class Shape:
     head_dim: int
     intermediate_size: int
     vocab_size: int
+    layers: int
+
+    def part(self, layers: int) -> Shape:
+        """`layers` of the layers, with their share of the vocabulary.
+
+        The product with the vocabulary takes as long as several layers: a few of them with all of it would be slow
+        for what they do not have.
+        """
+        return replace(self, layers=layers, vocab_size=self.vocab_size * layers // self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes as a dictionary."""
@@ -37,10 +47,10 @@ class Shape:
 
 
 SHAPES = {
-    "smollm2-135m": Shape(9, 3, 64, 1536, 49152),
-    "llama-1b": Shape(32, 8, 64, 8192, 128256),
-    "llama-8b": Shape(32, 8, 128, 14336, 128256),
-    "qwen3-4b": Shape(32, 8, 128, 9728, 151936),
+    "smollm2-135m": Shape(9, 3, 64, 1536, 49152, 30),
+    "llama-1b": Shape(32, 8, 64, 8192, 128256, 16),
+    "llama-8b": Shape(32, 8, 128, 14336, 128256, 32),
+    "qwen3-4b": Shape(32, 8, 128, 9728, 151936, 36),
 }
 """Published models whose shape can be asked for by name."""
 
@@ -48,7 +58,7 @@ SHAPES = {
 def parse_shape(text: str) -> Shape:
     """The shape that `text` names: one of `SHAPES`, or query heads, key heads and head size as in `9/3/64`.
 
-    A shape in numbers gets an MLP 8/3 as wide as its heads together and 32,768 tokens.
+    A shape in numbers gets an MLP 8/3 as wide as its heads together, 32,768 tokens and 32 layers.
 
     Raises:
         UserError: if it is neither.
@@ -61,16 +71,16 @@ def parse_shape(text: str) -> Shape:
     heads, kv_heads, head_dim = map(int, parts)
     if heads % kv_heads or head_dim % 2:
         raise UserError(f"shape needs heads that are a multiple of the kv-heads, and an even head size; got {text!r}")
-    return Shape(heads, kv_heads, head_dim, heads * head_dim * 8 // 3, 1 << 15)
+    return Shape(heads, kv_heads, head_dim, heads * head_dim * 8 // 3, 1 << 15, 32)
 
 
-def random_model(shape: Shape, layers: int, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
-    """A Llama of `layers` layers with random weights, which takes texts of any length that is measured here."""
+def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    """A Llama with random weights, which takes texts of any length that is measured here."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=shape.heads * shape.head_dim,
         intermediate_size=shape.intermediate_size,
-        num_hidden_layers=layers,
+        num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,

@@ -79,9 +79,7 @@ class Subject:
     prompts: dict[int, Tensor]
 
     @classmethod
-    def in_memory(
-        cls, plan: Plan, name: str, shape: Shape, layers: int, dtype: torch.dtype, device: torch.device
-    ) -> Subject:
+    def in_memory(cls, plan: Plan, name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Subject:
         """Random weights of a shape, called `name`.
 
         The model stands for the sparse layers of a deeper one: unless the configuration names dense layers, its first
@@ -92,10 +90,10 @@ class Subject:
         ids = torch.randint(shape.vocab_size, (max(plan.written, default=0),), generator=generator)
         if plan.written:
             sparse = plan.config if plan.config.dense_layers is not None else replace(plan.config, dense_layers=())
-            made = random_model(shape, layers, dtype, device, plan.seed)
+            made = random_model(shape, dtype, device, plan.seed)
             generation = Generation(made, sparse, plan.new_tokens, False, plan.left_out)
         return cls(
-            _about({"name": name, "layers": layers, **shape.to_dict()}, dtype, device, plan.seed),
+            _about({"name": name, **shape.to_dict()}, dtype, device, plan.seed),
             gaussian(shape, dtype, device, plan.seed) if plan.alone else None,
             generation,
             {length: ids[:length] for length in plan.written},

@@ -160,8 +160,8 @@ def memory(
     prompts = [] if prefill == "none" else parse_integers("--prefill", prefill)
     for given in (numbers, prompts) if prompts else (numbers,):
         check_lengths(given, 1, None)
-    shape = parse_shape(f"{heads}/{kv_heads}/{head_dim}")
-    outcome = run_memory(numbers, prompts, shape, layers, sparse.config(), limit, seed, output)
+    shape = parse_shape(f"{heads}/{kv_heads}/{head_dim}").part(layers)
+    outcome = run_memory(numbers, prompts, shape, sparse.config(), limit, seed, output)
     print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary, tables and plot: {output}")
 
 

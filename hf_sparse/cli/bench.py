@@ -156,14 +156,14 @@ def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: S
 
 
 def _in_memory(plan: Plan, bench: BenchOptions, dtype: str, device: str) -> Subject:
-    shape = parse_shape(bench.shape)
+    shape = parse_shape(bench.shape).part(bench.layers)
     try:
         place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used: {first_line(error)}") from error
     usual = torch.float32 if place.type == "cpu" else torch.bfloat16
     number = usual if dtype == "auto" else getattr(torch, dtype)
-    return Subject.in_memory(plan, bench.shape.replace("/", "-"), shape, bench.layers, number, place)
+    return Subject.in_memory(plan, bench.shape.replace("/", "-"), shape, number, place)
 
 
 def _save(summary: Summary, inputs: LayerInputs, config: SparseAttentionConfig) -> int:

@@ -24,7 +24,6 @@ def run_memory(
     lengths: Sequence[int],
     prefill: Sequence[int],
     shape: Shape,
-    layers: int,
     config: SparseAttentionConfig,
     limit: float,
     seed: int,
@@ -36,8 +35,7 @@ def run_memory(
         lengths: Rows and keys of the calls.
         prefill: Tokens of the prompts.
         shape: Of the layer and of the model.
-        layers: Of the model, all sparse unless `config` names dense ones.
-        config: For the sparse methods.
+        config: For the sparse methods; all layers of the model are sparse unless it names dense ones.
         limit: GiB that no single call may be expected to take.
         seed: Of the random inputs and weights.
         folder: Where results go.
@@ -48,11 +46,11 @@ def run_memory(
     heads = (shape.heads, shape.kv_heads, shape.head_dim)
     calls = memory.evaluate(lengths, memory.METHODS, heads, config, limit * 2**30, seed)
     sparse = config if config.dense_layers is not None else replace(config, dense_layers=())
-    rows = prefill_memory.evaluate(prefill, shape, layers, sparse, _REPEATS, seed)
+    rows = prefill_memory.evaluate(prefill, shape, sparse, _REPEATS, seed)
     summary = {
         **memory.summarise(calls),
         prefill_memory.KEY: rows,
-        "shape": {**shape.to_dict(), "layers": layers, "dtype": "float32"},
+        "shape": {**shape.to_dict(), "dtype": "float32"},
         "config": config.to_dict(),
         "seed": seed,
         "device": "cpu",

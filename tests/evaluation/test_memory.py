@@ -62,8 +62,8 @@ def test_the_command_leaves_out_what_would_not_fit(tmp_path: Path, capsys: pytes
 
 @linux
 def test_a_prefill_takes_what_it_must() -> None:
-    shape, length, layers = Shape(2, 2, 16, 4096, 64), 1024, 2
-    rows = {row["method"]: row for row in prefill_memory.evaluate([length], shape, layers, CONFIG, repeats=1, seed=0)}
+    shape, length = Shape(2, 2, 16, 4096, 64, layers=2), 1024
+    rows = {row["method"]: row for row in prefill_memory.evaluate([length], shape, CONFIG, repeats=1, seed=0)}
     assert list(rows) == list(prefill_memory.METHODS)
     # The MLP forms three tensors of this size, of which two are alive at a time.
     wide = length * shape.intermediate_size * 4 / 2**20
