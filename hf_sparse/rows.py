@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from hf_sparse.budget import Budget
@@ -48,14 +48,18 @@ class RowFacts:
         visible: int64 `(batch, rows)`: keys that a row sees, on the device of the call.
         rows: Rows that see a key.
         total: Visible keys, summed over the rows.
+        most_visible: Keys that the row with the most of them sees.
     """
 
     def __init__(self, intervals: Tensor) -> None:
         self.first, self.stop = (x.contiguous() for x in intervals[:, 0].cpu().long().unbind(-1))
         self._seen = self.stop - self.first
         self.visible = self._seen.to(intervals.device)
-        self.rows = int((self._seen > 0).sum())
-        self.total = int(self._seen.sum())
+        # NumPy takes a third of PyTorch's time for few numbers, and a decoded token has no time to spare.
+        seen = self._seen.numpy()
+        self.rows = int(np.count_nonzero(seen > 0))
+        self.total = int(seen.sum())
+        self.most_visible = int(seen.max())
         self._plans: dict[int, tuple[Budget, Plan]] = {}
         self._causal: dict[int, bool] = {}
 
@@ -64,17 +68,12 @@ class RowFacts:
         """Columns from this one on are seen by no row; at least 1."""
         return max(1, int(self.stop.max()))
 
-    @cached_property
-    def most_visible(self) -> int:
-        """Keys that the row with the most of them sees."""
-        return int(self._seen.max())
-
     def causal(self, kv_len: int) -> bool:
         """Whether every row sees exactly the keys up to its own, the last row being that of the last key."""
         if kv_len not in self._causal:
             rows = self.stop.shape[1]
-            own = torch.arange(kv_len - rows, kv_len)
-            self._causal[kv_len] = bool(((self.first == 0) & (self.stop == own + 1)).all())
+            stop = np.arange(kv_len - rows + 1, kv_len + 1)
+            self._causal[kv_len] = not self.first.numpy().any() and bool((self.stop.numpy() == stop).all())
         return self._causal[kv_len]
 
     def plan(self, law: Budget, table: Callable[[int], Tensor]) -> Plan:
@@ -88,20 +87,24 @@ class RowFacts:
         return known[1]
 
     def _make_plan(self, law: Budget, table: Tensor) -> Plan:
-        host = table[:, self._seen].transpose(0, 1)
         seen = self._seen
+        if self.most_visible < law.dense_below:
+            return Plan(self.visible[:, None], seen[:, None], dense=True, dense_rows=_short(law, self.rows))
+        host = table[:, seen].transpose(0, 1)
         whole = (host >= seen[:, None]).all(1) & (seen > 0)
         short = whole & (seen < law.dense_below)
-        reasons = {
-            f"fewer than {law.dense_below} visible keys": int(short.sum()),
-            "the budget covers all visible keys": int((whole & ~short).sum()),
-        }
+        covered = int((whole & ~short).sum())
         return Plan(
             budgets=host.to(self.visible.device),
             host=host,
             dense=int(whole.sum()) == self.rows,
-            dense_rows={reason: number for reason, number in reasons.items() if number},
+            dense_rows=_short(law, int(short.sum()))
+            | ({"the budget covers all visible keys": covered} if covered else {}),
         )
+
+
+def _short(law: Budget, rows: int) -> dict[str, int]:
+    return {f"fewer than {law.dense_below} visible keys": rows} if rows else {}
 
 
 def facts_of(intervals: Tensor) -> RowFacts:

@@ -78,6 +78,8 @@ def interval_mask(
 
     own = torch.arange(q_length, device=device) + q_offset - kv_offset
     real = None if attention_mask is None else _columns(attention_mask, kv_length, kv_offset)
+    if real is not None and bool(real.all()):
+        real = None  # A padding mask without padding is what `generate` hands on for every token of an unpadded text.
     known = not use_vmap and _is_interval_function(mask_function)
     if not known or (q_length > 1 and q_length * kv_length <= _SMALL_MASK):
         mask = whole_mask()
@@ -90,8 +92,7 @@ def interval_mask(
         else:
             first = _first_visible(mask_function, batch_size, own, kv_length, kv_offset)
         intervals = torch.stack([first, (own + 1).clamp(max=kv_length).expand_as(first)], dim=-1)
-        # A padding mask without padding is what `generate` hands on for every token of an unpadded text.
-        if real is not None and not bool(real.all()):
+        if real is not None:
             shrunk = _without_padding(intervals, real)
             if shrunk is None:
                 return whole_mask()
@@ -180,7 +181,8 @@ def _first_visible(function: MaskFunction, batch: int, own: Tensor, kv_length: i
 def _columns(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
     """The part of a 2-D padding mask that lies over the key columns: bool `(batch, kv_length)`."""
     columns = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    return torch.nn.functional.pad(columns, (0, kv_length - columns.shape[1]))
+    missing = kv_length - columns.shape[1]
+    return torch.nn.functional.pad(columns, (0, missing)) if missing else columns
 
 
 def _without_padding(intervals: Tensor, real: Tensor) -> Tensor | None:
