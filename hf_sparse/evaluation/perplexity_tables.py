@@ -25,9 +25,9 @@ def perplexity_cells(summary: Summary) -> Table:
             f"{row['ratio']:.4f}",
             "-" if row["method"] == DENSE else _interval(row),
             f"{row['density']:.3f}",
-            "-" if row["mean_keys"] is None else f"{row['mean_keys']:.0f}",
+            _known(row["mean_keys"], ".0f"),
         ]
-        + ([f"{row['sparse_density']:.3f}"] if hybrid else [])
+        + ([_known(row["sparse_density"], ".3f")] if hybrid else [])
         for row in summary["results"]
     ]
     return header, cells
@@ -79,3 +79,7 @@ def verdict_cells(summary: Summary) -> Table:
 
 def _interval(row: dict[str, Any]) -> str:
     return f"{row['low']:.4f} to {row['high']:.4f}"
+
+
+def _known(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -32,14 +32,14 @@ class Perplexity:
     calibrated: bool = True
 
     def read(self, run: Summary) -> Reading | None:
-        """The ratio and its density: with calibrated laws that of the layers that are sparse, else that of all."""
+        """The ratio, and the density of the layers without a sliding window."""
         if not _counts(run, self.model):
             return None
         config = run["configs"].get(self.method) or {}
         for row in run["results"]:
             if (row["method"], row["length"]) == (self.method, self.length):
-                density = row["sparse_density" if self.calibrated else "density"]
-                if density > self.most or (config.get("per_head") is not None) != self.calibrated:
+                density = row["sparse_density"]
+                if density is None or density > self.most or (config.get("per_head") is not None) != self.calibrated:
                     return None
                 interval = {"median": row["ratio"], "low": row["low"], "high": row["high"]}
                 return Reading({"perplexity ratio": interval}, density)
@@ -110,6 +110,12 @@ QUALITY_GOALS = (
     ),
     _ratio(
         "SmolLM2, prefill, 4,096 tokens, defaults", 1.005, 1.015, Perplexity(_SMOLLM2, "grouped", 4096, 0.20, False)
+    ),
+    _ratio(
+        "Gemma-3, prefill, 4,096 tokens, its full layers, defaults",
+        1.005,
+        1.015,
+        Perplexity(_GEMMA3, "grouped", 4096, 0.20, False),
     ),
     Goal(
         "SmolLM2, adaptive over fixed at equal cost, 4,096 and 8,192 tokens, calibrated",

@@ -353,6 +353,14 @@ def test_tables_have_a_row_for_each_answer(rows: list[Row]) -> None:
         assert {len(line) for line in lines} == {len(header)}
 
 
+def test_rows_of_an_earlier_release_lack_the_density_of_full_layers(rows: list[Row]) -> None:
+    old, new = rows[:-1], {**rows[-1], "sparse_density": 0.5 * rows[-1]["density"]}
+    header, lines = perplexity_cells(summarise([*({**row, "sparse_density": None} for row in old), new], seed=0))
+    shown = [line[header.index("density, full layers")] for line in lines]
+    assert sum(text != "-" for text in shown) <= 1
+    assert "-" in shown
+
+
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parts[-3])
 def test_committed_rows_are_found_again(path: Path) -> None:
     """A run with the policy beside these rows still looks for the keys under which they were stored."""
