@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 
 import hf_sparse
 from hf_sparse.card.measured import Results, results_beside
+from hf_sparse.config import DENSE_BELOW
 from hf_sparse.errors import OutOfReachError, UserError
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.plots import plot_attention_error, plot_perplexity
@@ -180,6 +181,9 @@ def _bundle(model: str, options: BundleOptions, *, weights: bool = False) -> Bun
     else:
         source = ModelSource.find(model)
         policy, origin = _checked(source, options.policy)
+    if policy.config.dense_below is None:
+        # As the commands that measure have it, lest it depend on the machine.
+        policy = replace(policy, config=replace(policy.config, dense_below=DENSE_BELOW))
     try:
         if options.base_model is not None:
             policy = replace(policy, base_model=options.base_model, revision=options.base_revision)
