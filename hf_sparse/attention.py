@@ -16,9 +16,7 @@ from hf_sparse import engines, selectors
 from hf_sparse.budget import Budget
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import dense
-from hf_sparse.engines.native import refusal as native_refusal
 from hf_sparse.engines.reference import masked_weights, weighted_values
-from hf_sparse.engines.triton import unsupported as triton_refusal
 from hf_sparse.monitor import LayerCounters
 from hf_sparse.quantised import quantised_of
 from hf_sparse.rows import Plan
@@ -288,8 +286,8 @@ def _engine(config: SparseAttentionConfig, inputs: AttentionInputs) -> str:
     if config.selector == "topk":
         return "reference"
     if inputs.key.is_cuda:
-        return "gather" if triton_refusal(inputs) else "triton"
-    return "gather" if native_refusal(inputs) else "native"
+        return "gather" if engines.refusal("triton", inputs) else "triton"
+    return "gather" if engines.refusal("native", inputs) else "native"
 
 
 def _block_rows(inputs: AttentionInputs, selector: str, most: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_sparse.budget import Budget
@@ -52,11 +53,11 @@ class RowFacts:
     """
 
     def __init__(self, intervals: Tensor) -> None:
-        self.first, self.stop = (x.contiguous() for x in intervals[:, 0].cpu().long().unbind(-1))
-        self._seen = self.stop - self.first
-        self.visible = self._seen.to(intervals.device)
         # NumPy takes a third of PyTorch's time for few numbers, and a decoded token has no time to spare.
-        seen = self._seen.numpy()
+        first, stop = intervals[:, 0].cpu().numpy().astype(np.int64).transpose(2, 0, 1).copy()
+        seen = stop - first
+        self.first, self.stop, self._seen = (torch.from_numpy(x) for x in (first, stop, seen))
+        self.visible = self._seen.to(intervals.device)
         self.rows = int(np.count_nonzero(seen > 0))
         self.total = int(seen.sum())
         self.most_visible = int(seen.max())

@@ -76,7 +76,11 @@ def interval_mask(
         assert mask is not None
         return mask
 
-    own = torch.arange(q_length, device=device) + q_offset - kv_offset
+    start = q_offset - kv_offset
+    if isinstance(start, Tensor):
+        own = torch.arange(q_length, device=device) + start
+    else:
+        own = torch.arange(start, start + q_length, device=device)
     real = None if attention_mask is None else _columns(attention_mask, kv_length, kv_offset)
     if real is not None and bool(real.all()):
         real = None  # A padding mask without padding is what `generate` hands on for every token of an unpadded text.
@@ -87,11 +91,10 @@ def interval_mask(
         if intervals is None:
             return mask
     else:
-        if mask_function is causal_mask_function:
-            first = torch.zeros(batch_size, q_length, dtype=torch.int64, device=device)
-        else:
-            first = _first_visible(mask_function, batch_size, own, kv_length, kv_offset)
-        intervals = torch.stack([first, (own + 1).clamp(max=kv_length).expand_as(first)], dim=-1)
+        intervals = torch.zeros(batch_size, q_length, 2, dtype=torch.int64, device=device)
+        if mask_function is not causal_mask_function:
+            intervals[..., 0] = _first_visible(mask_function, batch_size, own, kv_length, kv_offset)
+        intervals[..., 1] = (own + 1).clamp_(max=kv_length)
         if real is not None:
             shrunk = _without_padding(intervals, real)
             if shrunk is None:

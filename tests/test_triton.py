@@ -195,8 +195,8 @@ def grows(call: AttentionInputs) -> AttentionInputs:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (grows, "gradients"),
-        (lambda call: replace(call, dropout=0.1), "dropout"),
+        (grows, "no backward pass"),
+        (lambda call: replace(call, dropout=0.1), "drop no weights"),
         (lambda call: replace(call, query=call.query.double()), "torch.float32, torch.float64"),
         (lambda call: replace(call, value=torch.zeros(2, 2, 11, 512)), "512"),
     ],
@@ -205,7 +205,7 @@ def test_what_it_cannot_do_is_refused(change: Callable[[AttentionInputs], Attent
     call = CALLS["plain"]()
     selection = calls.random_selection(call, 3, False)
     with pytest.raises(UserError, match=reason):
-        engine.attend(moved(change(call)), selection)
+        engines.attend("triton", moved(change(call)), selection)
 
 
 def test_no_gradients_are_asked_of_it_without_grad() -> None:
@@ -218,7 +218,7 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
     call = CALLS["plain"]()
     monkeypatch.setattr(gpu, "interprets", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "is on cpu" in (engine.unsupported(call) or "")
+    assert "is on cpu" in (engine.refusal(call) or "")
     assert "is on mps" in (gpu.refusal(torch.device("mps")) or "")
     assert "no GPU" in (engines.why_not("triton") or "")
     with pytest.raises(ValueError, match="engine 'triton' cannot run here: there is no GPU"):
@@ -227,7 +227,7 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
         old_gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
         assert "7.5" in (gpu.refusal(torch.device("cuda")) or "")
     monkeypatch.setattr(gpu, "find_spec", lambda _: None)
-    for reason in (engine.unsupported(call), engines.why_not("triton")):
+    for reason in (engine.refusal(call), engines.why_not("triton")):
         assert "pip install triton" in (reason or "")
     monkeypatch.setenv("HF_SPARSE_KERNELS", "0")
     assert engines.why_not("triton") == "HF_SPARSE_KERNELS=0 is set"

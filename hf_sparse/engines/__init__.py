@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
+from hf_sparse.engines import native, triton
 from hf_sparse.engines.gather import attend as gather
-from hf_sparse.engines.native import attend as native
 from hf_sparse.engines.reference import attend as reference
-from hf_sparse.engines.triton import attend as triton
+from hf_sparse.errors import UserError
 from hf_sparse.kernels import cpu, gpu
 from hf_sparse.selection import AttentionInputs, Selection
 
-__all__ = ["attend", "gather", "native", "reference", "triton", "why_not"]
+__all__ = ["attend", "gather", "reference", "refusal", "why_not"]
 
 
 def why_not(name: str) -> str | None:
@@ -23,24 +23,44 @@ def why_not(name: str) -> str | None:
             return None
 
 
+def refusal(name: str, inputs: AttentionInputs) -> str | None:
+    """Why the engine called `name` cannot attend in this call; `None` if it can."""
+    match name:
+        case "native":
+            return native.refusal(inputs)
+        case "triton":
+            return triton.refusal(inputs)
+        case "flex":
+            # Imported where it is used: it brings the compiler with it.
+            from hf_sparse.engines import flex
+
+            return flex.refusal(inputs)
+        case _:
+            return None
+
+
 def attend(name: str, inputs: AttentionInputs, selection: Selection) -> Tensor:
     """Run the engine called `name`: `(batch, heads, rows, value_dim)` in the dtype of the values.
 
     A row without keys gives zeros.
+
+    Raises:
+        UserError: Where `refusal` has a reason.
     """
+    if reason := refusal(name, inputs):
+        raise UserError(f"engine {name!r} cannot attend here: {reason}; engine 'auto' takes one that can")
     match name:
         case "reference":
             return reference(inputs, selection)
         case "gather":
             return gather(inputs, selection)
         case "native":
-            return native(inputs, selection)
+            return native.attend(inputs, selection)
         case "triton":
-            return triton(inputs, selection)
+            return triton.attend(inputs, selection)
         case "flex":
-            # Imported where it is used: it brings the compiler with it.
-            from hf_sparse.engines.flex import attend as flex
+            from hf_sparse.engines import flex
 
-            return flex(inputs, selection)
+            return flex.attend(inputs, selection)
         case _:
             raise ValueError(f"unknown engine {name!r}")

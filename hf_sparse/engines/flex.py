@@ -32,17 +32,29 @@ _CHUNK_BYTES = 1 << 24
 _ALL = 0x0101010101010101
 
 
+def refusal(inputs: AttentionInputs) -> str | None:
+    """Why FlexAttention cannot take a call; `None` if it can."""
+    if inputs.value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"FlexAttention takes float32, bfloat16 and float16, not {inputs.value.dtype}"
+    if inputs.dropout:
+        return "FlexAttention drops no weights"
+    if inputs.value.device.type == "cpu":
+        if inputs.learns:
+            return "FlexAttention has no gradients on a CPU"
+        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            return "FlexAttention needs a CPU with AVX2"
+    return None
+
+
 def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
     """Attend through FlexAttention: `(batch, heads, rows, value_dim)`.
 
-    Memory grows with rows x kept keys, never with rows x kv_len; groups are taken a few at a time.
+    Memory grows with rows x kept keys, never with rows x kv_len; groups are taken a few at a time. Only where there is
+    no `refusal`.
 
     Raises:
-        TypeError: For a dtype other than float32, bfloat16 and float16.
-        ValueError: If weights are to be dropped, which FlexAttention cannot do.
-        RuntimeError: If gradients are wanted on a CPU, or nothing is there to compile a kernel with.
+        RuntimeError: If nothing is there to compile a kernel with.
     """
-    _check(inputs)
     heads, rows = inputs.query.shape[1:3]
     kv_heads = inputs.key.shape[1]
     query = selection.members_of(inputs.query, kv_heads)
@@ -133,17 +145,3 @@ def _tiles(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
     order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1, dtype=torch.int32), order.to(torch.int32)
-
-
-def _check(inputs: AttentionInputs) -> None:
-    """Refuse what FlexAttention cannot do."""
-    other = "use engine='gather'"
-    if inputs.value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"engine 'flex' takes float32, bfloat16 and float16; got {inputs.value.dtype}: {other}")
-    if inputs.dropout:
-        raise ValueError(f"engine 'flex' cannot drop attention weights; got dropout={inputs.dropout}: {other}")
-    if inputs.value.device.type == "cpu":
-        if inputs.learns:
-            raise RuntimeError(f"engine 'flex' has no gradients on a CPU: wrap the call in torch.no_grad(), or {other}")
-        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            raise RuntimeError(f"engine 'flex' needs a CPU with AVX2: {other}")

@@ -19,13 +19,7 @@ def refusal(inputs: AttentionInputs) -> str | None:
 
 
 def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
-    """Attend to the kept keys alone: `(batch, heads, rows, value_dim)`.
-
-    Raises:
-        RuntimeError: Where `refusal` has a reason.
-    """
-    if reason := refusal(inputs):
-        raise RuntimeError(f"the engine 'native' cannot attend here: {reason}")
+    """Attend to the kept keys alone: `(batch, heads, rows, value_dim)`. Only where there is no `refusal`."""
     missing = -selection.columns.shape[-1] % cpu.TILE
     columns, allowed, scores = (
         None if x is None else (F.pad(x, (0, missing)) if missing else x.contiguous())

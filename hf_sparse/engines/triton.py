@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_sparse.errors import UserError
 from hf_sparse.kernels import gpu
 from hf_sparse.selection import AttentionInputs, Selection
 
@@ -17,14 +16,9 @@ def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
     """Attend inside tiles of members x columns: `(batch, heads, rows, value_dim)`.
 
     Nothing is copied or formed in memory but the result, and a partial result for each part of the columns where few
-    members share many of them. `selection.scores` are not read: the tensor cores form them as fast.
-
-    Raises:
-        UserError: If `unsupported` has something against it.
+    members share many of them. `selection.scores` are not read: the tensor cores form them as fast. Only where there is
+    no `refusal`.
     """
-    reason = unsupported(inputs)
-    if reason is not None:
-        raise UserError(f"engine='triton' cannot run: {reason}")
     from hf_sparse.kernels.triton.attend import attend as attend_to_columns
 
     return attend_to_columns(
@@ -40,17 +34,18 @@ def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
     )
 
 
-def unsupported(inputs: AttentionInputs) -> str | None:
+def refusal(inputs: AttentionInputs) -> str | None:
     """Why this engine cannot take a call, or `None` if it can: another engine must take it, or the user be told."""
     states = (inputs.query, inputs.key, inputs.value)
     if (reason := gpu.refusal(inputs.query.device)) is not None:
         return reason
     if inputs.query.dtype not in _DTYPES or any(x.dtype != inputs.query.dtype for x in states):
-        return f"it takes float32, float16 or bfloat16, not {', '.join(sorted({str(x.dtype) for x in states}))}"
+        found = ", ".join(sorted({str(x.dtype) for x in states}))
+        return f"the Triton kernels take float32, float16 or bfloat16, the same for all, not {found}"
     if max(inputs.query.shape[-1], inputs.value.shape[-1]) > _WIDEST:
         return f"a head_dim of {max(inputs.query.shape[-1], inputs.value.shape[-1])} is more than {_WIDEST}"
     if inputs.dropout:
-        return "it has no dropout"
+        return "the Triton kernels drop no weights"
     if inputs.learns:
-        return "it computes no gradients"
+        return "the Triton kernels have no backward pass"
     return None
