@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,21 +14,55 @@ from hf_sparse.budget import Budget
 _ATTRIBUTE = "_hf_sparse_facts"
 
 
-@dataclass(frozen=True)
+# Up to this many rows are read as Python numbers: one operation on a tensor takes as long as a hundred of those, which
+# counts for a decoded token.
+_FEW = 64
+
+
 class Plan:
     """How many keys the rows of a call keep under one law.
 
+    Args:
+        facts: About the rows.
+        law: The law.
+        table: Its budgets, int64 `(heads or 1, at least facts.last_visible + 1)`.
+
     Attributes:
-        budgets: Kept keys, int64 `(batch, heads or 1, rows)`, on the device of the call.
-        host: The same on the CPU.
         dense: Whether every row keeps all the keys that it sees.
         dense_rows: Reason -> rows that keep all keys for it. Pad rows do not count.
     """
 
-    budgets: Tensor
-    host: Tensor
-    dense: bool
-    dense_rows: dict[str, int]
+    def __init__(self, facts: RowFacts, law: Budget, table: Tensor) -> None:
+        self._facts = facts
+        self._table = table
+        covered = 0
+        if facts.most_visible < law.dense_below:
+            short, self.dense = facts.rows, True
+        else:
+            least, seen = self.host.amin(1), facts.seen
+            if facts.few:
+                pairs = zip(least.flatten().tolist(), seen.flatten().tolist(), strict=True)
+                whole = [number for kept, number in pairs if 0 < number <= kept]
+            else:
+                whole = seen[(least >= seen) & (seen > 0)].tolist()
+            short = sum(number < law.dense_below for number in whole)
+            covered = len(whole) - short
+            self.dense = len(whole) == facts.rows
+        reasons = {
+            f"fewer than {law.dense_below} visible keys": short,
+            "the budget covers all visible keys": covered,
+        }
+        self.dense_rows = {reason: number for reason, number in reasons.items() if number}
+
+    @cached_property
+    def host(self) -> Tensor:
+        """Kept keys, int64 `(batch, heads or 1, rows)`, on the CPU."""
+        return self._table[:, self._facts.seen].transpose(0, 1)
+
+    @cached_property
+    def budgets(self) -> Tensor:
+        """The same on the device of the call."""
+        return self.host.to(self._facts.device)
 
     @cached_property
     def most(self) -> int:
@@ -44,37 +76,69 @@ class RowFacts:
     On a GPU, reading a tensor waits for all work before it: here that happens once for all layers.
 
     Attributes:
-        first: int64 `(batch, rows)`: the first key that a row sees.
-        stop: int64 `(batch, rows)`: the key after the last one that it sees.
-        visible: int64 `(batch, rows)`: keys that a row sees, on the device of the call.
+        device: Of the call.
         rows: Rows that see a key.
         total: Visible keys, summed over the rows.
+        few: Whether they are so few that Python's numbers are quicker than tensors.
         most_visible: Keys that the row with the most of them sees.
+        last_visible: Columns from this one on are seen by no row; at least 1.
     """
 
     def __init__(self, intervals: Tensor) -> None:
-        # NumPy takes a third of PyTorch's time for few numbers, and a decoded token has no time to spare.
-        first, stop = intervals[:, 0].cpu().numpy().astype(np.int64).transpose(2, 0, 1).copy()
-        seen = stop - first
-        self.first, self.stop, self._seen = (torch.from_numpy(x) for x in (first, stop, seen))
-        self.visible = self._seen.to(intervals.device)
-        self.rows = int(np.count_nonzero(seen > 0))
-        self.total = int(seen.sum())
-        self.most_visible = int(seen.max())
+        batch, _, rows, _ = intervals.shape
+        self.device = intervals.device
+        self._shape = batch, rows
+        self.few = batch * rows <= _FEW
+        if self.few:
+            self._spans = [span for sequence in intervals.tolist() for span in sequence[0]]
+            seen = [stop - first for first, stop in self._spans]
+            self.rows = sum(number > 0 for number in seen)
+            self.total = sum(seen)
+            self.most_visible = max(seen, default=0)
+            self.last_visible = max(1, *(stop for _, stop in self._spans))
+        else:
+            self._bounds = _bounds(intervals[:, 0].cpu())
+            self.rows = int((self.seen > 0).sum())
+            self.total = int(self.seen.sum())
+            self.most_visible = int(self.seen.max())
+            self.last_visible = max(1, int(self.stop.max()))
         self._plans: dict[int, tuple[Budget, Plan]] = {}
         self._causal: dict[int, bool] = {}
 
     @cached_property
-    def last_visible(self) -> int:
-        """Columns from this one on are seen by no row; at least 1."""
-        return max(1, int(self.stop.max()))
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        return _bounds(torch.tensor(self._spans).view(*self._shape, 2))
+
+    @property
+    def first(self) -> Tensor:
+        """The first key that a row sees: int64 `(batch, rows)`."""
+        return self._bounds[0]
+
+    @property
+    def stop(self) -> Tensor:
+        """The key after the last one that a row sees: int64 `(batch, rows)`."""
+        return self._bounds[1]
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Keys that a row sees: int64 `(batch, rows)`."""
+        return self.stop - self.first
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """The same on the device of the call."""
+        return self.seen.to(self.device)
 
     def causal(self, kv_len: int) -> bool:
         """Whether every row sees exactly the keys up to its own, the last row being that of the last key."""
         if kv_len not in self._causal:
-            rows = self.stop.shape[1]
-            stop = np.arange(kv_len - rows + 1, kv_len + 1)
-            self._causal[kv_len] = not self.first.numpy().any() and bool((self.stop.numpy() == stop).all())
+            rows = self._shape[1]
+            if self.few:
+                own = [[0, kv_len - rows + 1 + row] for row in range(rows)]
+                self._causal[kv_len] = self._spans == own * self._shape[0]
+            else:
+                stop = torch.arange(kv_len - rows, kv_len) + 1
+                self._causal[kv_len] = bool(((self.first == 0) & (self.stop == stop)).all())
         return self._causal[kv_len]
 
     def plan(self, law: Budget, table: Callable[[int], Tensor]) -> Plan:
@@ -84,28 +148,13 @@ class RowFacts:
         """
         known = self._plans.get(id(law))
         if known is None:
-            known = self._plans[id(law)] = (law, self._make_plan(law, table(self.last_visible)))
+            known = self._plans[id(law)] = (law, Plan(self, law, table(self.last_visible)))
         return known[1]
 
-    def _make_plan(self, law: Budget, table: Tensor) -> Plan:
-        seen = self._seen
-        if self.most_visible < law.dense_below:
-            return Plan(self.visible[:, None], seen[:, None], dense=True, dense_rows=_short(law, self.rows))
-        host = table[:, seen].transpose(0, 1)
-        whole = (host >= seen[:, None]).all(1) & (seen > 0)
-        short = whole & (seen < law.dense_below)
-        covered = int((whole & ~short).sum())
-        return Plan(
-            budgets=host.to(self.visible.device),
-            host=host,
-            dense=int(whole.sum()) == self.rows,
-            dense_rows=_short(law, int(short.sum()))
-            | ({"the budget covers all visible keys": covered} if covered else {}),
-        )
 
-
-def _short(law: Budget, rows: int) -> dict[str, int]:
-    return {f"fewer than {law.dense_below} visible keys": rows} if rows else {}
+def _bounds(intervals: Tensor) -> tuple[Tensor, Tensor]:
+    first, stop = (x.contiguous() for x in intervals.long().unbind(-1))
+    return first, stop
 
 
 def facts_of(intervals: Tensor) -> RowFacts:

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from hf_sparse import engines, selectors
 from hf_sparse.config import ENGINES, SparseAttentionConfig
 from hf_sparse.engines import dense
+from hf_sparse.errors import UserError
 from hf_sparse.selection import AttentionInputs
 from tests import calls
 
@@ -228,7 +229,7 @@ def test_a_gradient_to_the_attention_sinks_alone_is_not_lost() -> None:
     assert call.sinks is not None
     call.sinks.requires_grad_()
     selection = calls.random_selection(call, 3, False)
-    with pytest.raises(RuntimeError, match="no backward pass"):
+    with pytest.raises(UserError, match="no backward pass"):
         engines.attend("native", call, selection)
     with torch.no_grad():
         engines.attend("native", call, selection)

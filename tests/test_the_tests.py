@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_sparse import attention
-from hf_sparse.budget import Budget
-from hf_sparse.rows import Plan, RowFacts
+from hf_sparse.rows import Plan
 from hf_sparse.visibility import interval_mask
 from tests import tiny
 from tests.sparse import (
@@ -93,14 +91,12 @@ def test_an_ignored_argument_breaks_the_invariants(ignored: str, name: str, monk
 def test_a_budget_by_the_length_of_the_buffer_breaks_the_invariants(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap that the package exists to avoid: n taken from the shape of the keys."""
 
-    plan = RowFacts._make_plan
+    def by_shape(self: Plan) -> Tensor:
+        seen = self._facts.seen
+        k = self._table[:, torch.full_like(seen, self._facts.last_visible)].transpose(0, 1)
+        return torch.minimum(k, seen[:, None])
 
-    def by_shape(self: RowFacts, law: Budget, table: Tensor) -> Plan:
-        k = table[:, torch.full_like(self._seen, self.last_visible)].transpose(0, 1)
-        k = torch.minimum(k, self._seen[:, None])
-        return replace(plan(self, law, table), budgets=k, host=k)
-
-    monkeypatch.setattr(RowFacts, "_make_plan", by_shape)
+    monkeypatch.setattr(Plan, "host", property(by_shape))
     with pytest.raises(AssertionError):
         padding("llama", "topk", "left")
     with pytest.raises(AssertionError):
