@@ -80,13 +80,14 @@ def test_a_decoded_row_of_many_keys(name: str, per_head: bool, threads: int) -> 
 
 
 @pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("kind", CALLS)
-def test_bfloat16(name: str, kind: str) -> None:
-    call = CALLS[kind](dtype=torch.bfloat16, dim=32)
+def test_half_precision(name: str, kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    call = CALLS[kind](dtype=dtype, dim=32)
     selection = calls.random_selection(call, layout(call, 3), False)
     out = engines.attend(name, call, selection)
-    assert out.dtype == torch.bfloat16
-    assert_close(out, engines.reference(call, selection), atol=2e-2, rtol=2e-2)
+    assert out.dtype == dtype
+    assert_close(out, engines.reference(call, selection), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", NAMES)

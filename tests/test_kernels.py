@@ -33,7 +33,7 @@ def decoded(parts: tuple[Tensor, Tensor], length: int) -> Tensor:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantised_keys_are_off_by_half_a_step(dtype: torch.dtype) -> None:
     storage = torch.randn(2, 80, 3, 12).to(dtype).transpose(1, 2)
     key = storage[:, :, 5:78]
@@ -70,14 +70,17 @@ KINDS = {
 
 
 @needs_kernels
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("rows", "kv_len", "heads", "kv_heads"),
     [(1, 900, 3, 1), (1, 900, 10, 2), (1, 300, 18, 1), (1, 300, 2, 2), (7, 200, 4, 2), (2 * ROWS, 400, 3, 1)],
 )
-def test_the_kernels_keep_what_they_should(kind: str, rows: int, kv_len: int, heads: int, kv_heads: int) -> None:
+def test_the_kernels_keep_what_they_should(
+    kind: str, rows: int, kv_len: int, heads: int, kv_heads: int, softcap: float | None
+) -> None:
     """Votes are sums of weights with 8 significant bits: where two are nearly equal, another key may win."""
-    call = calls.inputs(KINDS[kind](rows, kv_len), kv_len, heads=heads, kv_heads=kv_heads, dim=16)
+    call = calls.inputs(KINDS[kind](rows, kv_len), kv_len, heads=heads, kv_heads=kv_heads, dim=16, softcap=softcap)
     config = SparseAttentionConfig(sink_keys=3, recent_keys=10)
     for shape in ((1, heads, 1), (1, 1, 1)):
         budgets = torch.minimum(call.visible[:, None], torch.randint(5, 70, shape)).expand(2, shape[1], -1)

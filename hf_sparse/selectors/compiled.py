@@ -13,8 +13,6 @@ from hf_sparse.selectors.spans import OVERSAMPLING
 
 def refusal(inputs: AttentionInputs) -> str | None:
     """Why the kernels cannot select for this call; `None` if they can."""
-    if inputs.softcap is not None:
-        return "the compiled kernels rank no scores with a soft cap"
     if inputs.key.shape[3] % 4:
         return f"the compiled kernels take heads of a multiple of 4 components, not {inputs.key.shape[3]}"
     return cpu.refusal(inputs.key)
@@ -42,6 +40,7 @@ def select_compiled(inputs: AttentionInputs, budgets: Tensor, config: SparseAtte
         sink_keys=config.sink_keys,
         recent_keys=config.recent_keys,
         oversampling=OVERSAMPLING,
+        softcap=inputs.softcap,
         want_scores=rows == 1,
     )
     return Selection(columns, allowed, size, per_head=False, scores=scores, number=kept)

@@ -139,8 +139,7 @@ class Attention {
         Floats most = all(-INFINITY);
         for (int64_t i = 0; i < count; i++) {
             Floats score = load(known ? known + places[i] : weights + i * LANES);
-            if (softcap > 0)
-                for (int j = 0; j < LANES; j++) score[j] = softcap * std::tanh(score[j] / softcap);
+            if (softcap > 0) score = capped(score, softcap);
             score = from_bytes(may + places[i]) ? score : all(-INFINITY);
             store(weights + i * LANES, score);
             most = larger(most, score);

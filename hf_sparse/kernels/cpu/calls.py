@@ -14,13 +14,13 @@ from hf_sparse.kernels.layout import Layout
 TILE = 16
 """Keys that are quantised side by side."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _States(ctypes.Structure):
     _fields_ = (
         ("data", c_void_p),
-        ("bfloat16", c_int64),
+        ("format", c_int64),
         ("batch_stride", c_int64),
         ("head_stride", c_int64),
         ("row_stride", c_int64),
@@ -28,7 +28,7 @@ class _States(ctypes.Structure):
     )
 
     def __init__(self, states: Tensor) -> None:
-        super().__init__(states.data_ptr(), _DTYPES[states.dtype], *states.stride()[:3], states.shape[3])
+        super().__init__(states.data_ptr(), _FORMATS[states.dtype], *states.stride()[:3], states.shape[3])
 
 
 class _Quantised(ctypes.Structure):
@@ -56,7 +56,9 @@ class _Selecting(ctypes.Structure):
         ("budget", c_void_p),
         *((name, c_int64) for name in ("budget_batch", "budget_head", "budget_row")),
         *((name, c_int64) for name in ("batches", "heads", "kv_heads", "rows", "size")),
-        *((name, c_int64) for name in ("sink_keys", "recent_keys", "oversampling", "width")),
+        *((name, c_int64) for name in ("sink_keys", "recent_keys", "oversampling")),
+        ("softcap", c_double),
+        ("width", c_int64),
         *((name, c_void_p) for name in ("columns", "allowed", "kept", "scores")),
         ("threads", c_int64),
     )
@@ -80,8 +82,8 @@ def refusal(*states: Tensor) -> str | None:
     for x in states:
         if x.device.type != "cpu":
             return f"the compiled kernels are for processors, not for {x.device.type}"
-        if x.dtype not in _DTYPES:
-            return f"the compiled kernels take float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+        if x.dtype not in _FORMATS:
+            return f"the compiled kernels take float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
     return why_not()
 
 
@@ -128,6 +130,7 @@ def select(
     sink_keys: int,
     recent_keys: int,
     oversampling: int,
+    softcap: float | None,
     want_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The keys that each member of each group keeps: see `group.hpp`.
@@ -143,11 +146,13 @@ def select(
         sink_keys: Of each row, as in the configuration.
         recent_keys: The same.
         oversampling: Columns in a group's pool for each that its members want at most.
+        softcap: Soft cap of the scores, or `None`.
         want_scores: Whether to give the scores of the columns.
 
     Returns:
         Columns int64 `(batch, kv_heads, groups, width)`, which each member keeps, bool `(batch, kv_heads, groups,
-        members, width)`, how many, int64 `(batch, kv_heads, groups, members)`, and float32 scores or `None`.
+        members, width)`, how many, int64 `(batch, kv_heads, groups, members)`, and float32 scores before any soft cap,
+        or `None`.
     """
     batch, heads, rows, _ = query.shape
     kv_heads = key.shape[1]
@@ -163,7 +168,7 @@ def select(
         *(x.data_ptr() for x in (query, *spans, budgets)),
         *budgets.stride(),
         *(batch, heads, kv_heads, rows, size),
-        *(sink_keys, recent_keys, oversampling, width),
+        *(sink_keys, recent_keys, oversampling, softcap or 0.0, width),
         *(x.data_ptr() for x in (columns, allowed, kept)),
         None if scores is None else scores.data_ptr(),
         torch.get_num_threads(),

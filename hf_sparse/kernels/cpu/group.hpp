@@ -22,6 +22,7 @@ struct Call {
     int64_t budget_batch, budget_head, budget_row; // strides
     int64_t batches, heads, kv_heads, rows, size;  // `size` rows in a group
     int64_t sink_keys, recent_keys, oversampling;
+    double softcap; // 0 for none
     int64_t width;    // columns that there is room for, a multiple of 16
     int64_t *columns; // (batch, kv_heads, groups, width)
     uint8_t *allowed; // (batch, kv_heads, groups, members, width)
@@ -77,6 +78,9 @@ class Group {
         if (scores) std::fill(scores, scores + call.members() * call.width, 0.0f);
         look_at_certain();
     }
+
+    // The soft cap of scores that are powers of two, as in votes; 0 for none.
+    float softcap() const { return float(call.softcap * LOG2_E); }
 
     // Whether the older keys in the pool have to be voted on.
     bool votes_wanted() const { return pool_size > 0 && pool_size < low - begin; }
@@ -163,6 +167,9 @@ class Group {
         const int64_t recent = std::min(member.budget, call.recent_keys);
         member.start = member.first + std::min(member.budget - recent, call.sink_keys);
         member.recent = member.stop - recent;
+        // A soft cap leaves the order of keys as it is, but not their weights.
+        const double cap = call.softcap;
+        const auto score = [&](int64_t i) { return cap > 0 ? float(cap * std::tanh(own[i] / cap)) : own[i]; };
         int64_t keeps = 0;
         float most = -INFINITY;
         for (int pass = 0; pass < 2; pass++)
@@ -171,12 +178,12 @@ class Group {
                 if (column < member.first || column >= member.stop) continue;
                 const bool counted = i >= sinks || column < begin;
                 if (pass == 0) {
-                    if (counted) most = std::max(most, own[i]);
+                    if (counted) most = std::max(most, score(i));
                     const bool keep = column < member.start || (i >= sinks && column >= member.recent);
                     allowed[m * call.width + i] = keep;
                     keeps += keep;
                 } else if (counted) {
-                    member.total += std::exp(own[i] - most);
+                    member.total += std::exp(score(i) - most);
                 }
             }
         if (member.alive()) member.total = (most + std::log(member.total)) * LOG2_E;

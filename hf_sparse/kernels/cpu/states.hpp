@@ -11,28 +11,30 @@
 
 namespace hfs {
 
-// (batch, kv_heads, length, dim) in float32 or bfloat16; strides in elements, that of the last dimension 1.
+enum Format : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+// (batch, kv_heads, length, dim); strides in elements, that of the last dimension 1.
 struct States {
     const void *data;
-    int64_t bfloat16;
+    Format format;
     int64_t batch_stride, head_stride, row_stride;
     int64_t dim;
 
     // Row `column` of a sequence and head as floats: in place, or copied to `buffer`.
     const float *row(int64_t batch, int64_t head, int64_t column, float *buffer) const {
         int64_t at = batch * batch_stride + head * head_stride + column * row_stride;
-        if (!bfloat16) return static_cast<const float *>(data) + at;
+        if (format == FLOAT32) return static_cast<const float *>(data) + at;
         const uint16_t *from = static_cast<const uint16_t *>(data) + at;
-        for (int64_t i = 0; i < dim; i++) {
-            uint32_t word = uint32_t(from[i]) << 16;
-            std::memcpy(buffer + i, &word, sizeof word);
-        }
+        if (format == BFLOAT16)
+            for (int64_t i = 0; i < dim; i++) buffer[i] = from_word(uint32_t(from[i]) << 16);
+        else
+            for (int64_t i = 0; i < dim; i++) buffer[i] = from_float16(from[i]);
         return buffer;
     }
 
     // Ask for row `column`, which is wanted soon.
     void prefetch(int64_t batch, int64_t head, int64_t column) const {
-        const int64_t item = bfloat16 ? 2 : 4;
+        const int64_t item = format == FLOAT32 ? 4 : 2;
         const char *at = static_cast<const char *>(data) +
                          (batch * batch_stride + head * head_stride + column * row_stride) * item;
         for (int64_t byte = 0; byte < dim * item; byte += 64) __builtin_prefetch(at + byte);

@@ -97,6 +97,19 @@ inline uint32_t bits(Ints yes) {
 
 inline Ints counting() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
+inline float from_word(uint32_t word) {
+    float out;
+    std::memcpy(&out, &word, sizeof out);
+    return out;
+}
+
+// A float16 has 5 bits of exponent where a float has 8: what is moved to a float's place lacks a factor of 2^112.
+inline float from_float16(uint16_t half) {
+    const float size = from_word(uint32_t(half & 0x7fff) << 13) * 0x1p112f;
+    const float out = (half & 0x7c00) == 0x7c00 ? from_word(0x7f800000u | uint32_t(half & 0x3ff) << 13) : size;
+    return half & 0x8000 ? -out : out;
+}
+
 // bfloat16 is the upper half of a float.
 inline Floats from_halves(const uint16_t *from) {
 #if defined(__AVX512F__)
@@ -138,6 +151,12 @@ template <bool rough> inline Floats exp2(Floats x) {
         power = power * part + 1.0f;
     }
     return (Floats)((Ints)power + ((Ints)shifted << 23));
+}
+
+// cap * tanh(x / cap), with tanh(y) = 1 - 2 / (exp(2 y) + 1).
+inline Floats capped(Floats x, float cap) {
+    const Floats power = exp2<false>(smaller(x * (2 * LOG2_E / cap), all(64.0f)));
+    return cap - 2 * cap / (power + 1.0f);
 }
 
 // Adds to each of 16 sums the product of 4 unsigned bytes of it and the 4 signed bytes of `right`.

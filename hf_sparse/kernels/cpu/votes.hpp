@@ -9,7 +9,7 @@ namespace hfs {
 template <int count> class Ballot {
   public:
     Ballot(const Group &group, int64_t set, int64_t dim)
-        : group(group), queries(dim, [&](int m) { return voter(set + m) ? query(set + m) : nullptr; }) {
+        : group(group), softcap(group.softcap()), queries(dim, [&](int m) { return voter(set + m) ? query(set + m) : nullptr; }) {
         for (int m = 0; m < count; m++) {
             const bool votes = voter(set + m);
             first[m] = votes ? std::max(group.begin, group.members[set + m].first) : group.low;
@@ -29,6 +29,8 @@ template <int count> class Ballot {
                     __builtin_prefetch(group.tiles.bytes + (tile + AHEAD) * size + byte);
             Floats scores[count];
             queries.scores(group.tiles, tile, scores);
+            if (softcap > 0)
+                for (int m = 0; m < count; m++) scores[m] = capped(scores[m], softcap);
             const bool whole = tile * LANES >= latest && (tile + 1) * LANES <= group.low;
             for (int m = 0; m < count; m++) {
                 Floats weight = exp2<true>(smaller(scores[m] - base[m], all(HIGHEST)));
@@ -68,6 +70,7 @@ template <int count> class Ballot {
     static constexpr float HIGHEST = 80; // 2^80 times as many keys as there can be are still a float.
 
     const Group &group;
+    const float softcap;
     QuantisedQueries<count> queries;
     int64_t first[count], latest = 0; // where the older keys begin that a member sees, or all members see
     float base[count], raised[count] = {};
