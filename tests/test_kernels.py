@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 import hf_sparse
-from hf_sparse import SparseAttentionConfig, selectors
+from hf_sparse import SparseAttentionConfig, engines, selectors
 from hf_sparse.cache import SparseCache
 from hf_sparse.kernels import cpu
 from hf_sparse.quantised import QuantisedKeys
@@ -131,7 +133,7 @@ def test_the_best_of_very_many_are_found_wherever_they_lie(places: str) -> None:
     call = calls.inputs(calls.causal_intervals(1, 9000), 9000, heads=2, kv_heads=1, dim=16)
     query = call.query[:, :1].expand(-1, 2, -1, -1).contiguous()
     column = torch.arange(9000)
-    strong = (column // cpu.TILE % 16 == 1) == (places == "one tile in sixteen")
+    strong = ((column - 16) // cpu.lanes() % 16 == 0) == (places == "one tile in sixteen")
     strong &= (column >= 16) & (column < 8900)
     key = call.key.clone()
     key[:, :, strong] += query[:, :1] * 100 / query[:, :1].square().sum(-1, keepdim=True)
@@ -174,6 +176,39 @@ def test_decoding_quantises_each_key_once(monkeypatch: pytest.MonkeyPatch) -> No
             model(tokens[:, start:stop], past_key_values=cache)
     layers = model.config.num_hidden_layers - 1
     assert spans == [span for span in ((0, 30), (30, 31), (31, 32), (32, 40)) for _ in range(layers)]
+
+
+NARROW = """
+import sys, torch
+from hf_sparse.kernels import cpu
+from tests import test_kernels
+assert cpu.why_not() is None, cpu.why_not()
+torch.save([cpu.lanes(), [test_kernels.attended(rows) for rows in (1, 128)]], sys.argv[1])
+"""
+
+
+def attended(rows: int) -> tuple[Tensor, Tensor]:
+    """What is kept by, and comes out of, a call of so many rows."""
+    call = calls.inputs(calls.causal_intervals(rows, 900), 900, heads=6, kv_heads=2, dim=20)
+    selection = selectors.select("grouped", call, torch.full((2, 1, rows), 90), SparseAttentionConfig())
+    return selection.mask(6, 900), engines.attend("native", call, selection)
+
+
+@needs_kernels
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86")
+@pytest.mark.parametrize(("flags", "lanes"), [("-mno-avx512f", {4, 8}), ("-mno-avx512f -mno-avx2", {4})])
+def test_processors_with_smaller_registers_do_the_same(flags: str, lanes: set[int], tmp_path: Path) -> None:
+    compiler = f"{os.environ.get('CXX') or 'c++'} {flags}"
+    environment = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path), "CXX": compiler}
+    subprocess.run([sys.executable, "-c", NARROW, tmp_path / "found"], env=environment, check=True, cwd=Path.cwd())
+    side_by_side, found = torch.load(tmp_path / "found")
+    assert side_by_side in lanes
+    for rows, (mask, out) in zip((1, 128), found, strict=True):
+        expected, expected_out = attended(rows)
+        assert torch.equal(mask.sum(-1), expected.sum(-1))
+        same = (mask == expected).all(-1)
+        assert same.float().mean() > 0.9
+        assert_close(out[same], expected_out[same])
 
 
 WITHOUT = """

@@ -23,7 +23,7 @@ struct Call {
 };
 
 constexpr int64_t CHUNK = 256; // columns that are gathered at a time
-constexpr int64_t TOGETHER = 8; // members that share what is loaded
+constexpr int64_t TOGETHER = SHARING > 8 ? 8 : SHARING; // members that share what is loaded
 constexpr int64_t PART = 512;   // columns that a thread takes at a time where all threads share one group
 constexpr float LOWEST = -1e38f; // below every score
 
@@ -81,9 +81,9 @@ class Attention {
     const int64_t *columns;
     const uint8_t *allowed;
     const float *scores;
-    const int64_t padded; // components of a value, a multiple of 16
+    const int64_t padded; // components of a value, a multiple of LANES
     float *highest_of, *total_of, *sum_of;
-    int64_t *used; // where in `columns` tiles of 16 begin of which some member is allowed some
+    int64_t *used; // where in `columns` tiles begin of which some member is allowed some
     int64_t used_count = 0;
 
     int64_t head_of(int64_t m) const { return first_head % call.heads + m / call.size; }

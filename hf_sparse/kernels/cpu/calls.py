@@ -12,7 +12,7 @@ from hf_sparse.kernels.cpu.build import library, why_not
 from hf_sparse.kernels.layout import Layout
 
 TILE = 16
-"""Keys that are quantised side by side."""
+"""Widths of lists of columns are multiples of this: as many numbers as the largest registers hold."""
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -87,13 +87,19 @@ def refusal(*states: Tensor) -> str | None:
     return why_not()
 
 
+def lanes() -> int:
+    """Keys that are quantised side by side: as many numbers as a register of this processor holds, 4, 8 or 16."""
+    return int(_library().hfs_lanes())
+
+
 def allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
     """Tiles of zeros for at least `room` keys: see `quantise`."""
     batch, heads, _, dim = key.shape
-    tiles = -(-room // TILE)
+    side_by_side = lanes()
+    tiles = -(-room // side_by_side)
     return (
-        torch.zeros(batch, heads, tiles, dim // 4, TILE, 4, dtype=torch.uint8),
-        torch.zeros(batch, heads, tiles * TILE),
+        torch.zeros(batch, heads, tiles, dim // 4, side_by_side, 4, dtype=torch.uint8),
+        torch.zeros(batch, heads, tiles * side_by_side),
     )
 
 
@@ -104,8 +110,8 @@ def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> 
         key: `(batch, kv_heads, kv_len, head_dim)`; `head_dim` a multiple of 4.
         start: First column.
         stop: Column after the last.
-        out: Codes, uint8 `(batch, kv_heads, tiles, head_dim / 4, TILE, 4)`: 128 + key / scale, rounded; and scales,
-            float32 `(batch, kv_heads, tiles * TILE)`: the largest component divided by 127.
+        out: Codes, uint8 `(batch, kv_heads, tiles, head_dim / 4, lanes, 4)`: 128 + key / scale, rounded; and scales,
+            float32 `(batch, kv_heads, tiles * lanes)`: the largest component divided by 127.
     """
     _library().hfs_quantise(
         ctypes.byref(_States(key)),
@@ -115,7 +121,7 @@ def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> 
 
 
 LAYOUT = Layout(allocate, quantise)
-"""Tiles of `TILE` keys, 4 components of each side by side."""
+"""Tiles of `lanes` keys, 4 components of each side by side."""
 
 
 def select(

@@ -23,7 +23,7 @@ struct Call {
     int64_t batches, heads, kv_heads, rows, size;  // `size` rows in a group
     int64_t sink_keys, recent_keys, oversampling;
     double softcap; // 0 for none
-    int64_t width;    // columns that there is room for, a multiple of 16
+    int64_t width;    // columns that there is room for, a multiple of LANES
     int64_t *columns; // (batch, kv_heads, groups, width)
     uint8_t *allowed; // (batch, kv_heads, groups, members, width)
     int64_t *kept;    // (batch, kv_heads, groups, members)
@@ -35,6 +35,9 @@ struct Call {
     int64_t members() const { return share() * size; }
 };
 
+// Members at most that may count as few.
+constexpr int64_t MOST = 16;
+
 struct Member {
     const float *query;
     int64_t first, stop, budget;
@@ -45,9 +48,6 @@ struct Member {
 
     bool alive() const { return stop > first; }
 };
-
-// Members whose scores are worked out together.
-constexpr int64_t TOGETHER = 16;
 
 class Group {
   public:
@@ -116,9 +116,9 @@ class Group {
     // How much of the list of columns members pick from.
     int64_t offered() const { return certain + pool_size; }
 
-    // Exact scores of all members, few of them, for the places in [from, to) of the list.
+    // Exact scores of all members, few of them (`MOST`), for the places in [from, to) of the list.
     void score(int64_t from, int64_t to) {
-        const float *queries[TOGETHER];
+        const float *queries[MOST];
         for (size_t m = 0; m < members.size(); m++) queries[m] = members[m].query;
         few_scores(call.key, batch, kv_head, queries, members.size(), columns, from, to, scores, call.width);
     }
@@ -128,7 +128,7 @@ class Group {
     int64_t batch, kv_head;
     int64_t oldest, sinks_stop, local_stop;
     int64_t sinks = 0;   // columns of sinks, the first of the list
-    int64_t certain = 0; // columns with sinks and local keys, a multiple of 16
+    int64_t certain = 0; // columns with sinks and local keys, a multiple of LANES
     int64_t pool_size = 0;
     int64_t *columns, *kept;
     uint8_t *allowed;
@@ -228,9 +228,10 @@ class Group {
             for (int64_t m = 0; m < count; m++) use(m, nullptr);
             return;
         }
-        float *out = scratch<float, 3>(TOGETHER * width);
-        const float *queries[TOGETHER];
-        const bool turns = count >= TOGETHER;
+        float *out = scratch<float, 3>(MOST * width);
+        const bool turns = count >= MOST;
+        const int64_t together = turns ? SHARING : count;
+        const float *queries[MOST];
         float *turned = nullptr;
         if (turns) {
             // What fills up the last tile is looked at, and not used.
@@ -238,13 +239,13 @@ class Group {
             turned = scratch<float, 4>(width * dim);
             turn_keys(call.key, batch, kv_head, columns + from, width, turned);
         }
-        for (int64_t set = 0; set < count; set += TOGETHER) {
-            for (int64_t m = 0; m < TOGETHER; m++) queries[m] = members[std::min(set + m, count - 1)].query;
+        for (int64_t set = 0; set < count; set += together) {
+            for (int64_t m = 0; m < together; m++) queries[m] = members[std::min(set + m, count - 1)].query;
             if (turns)
-                turned_scores<TOGETHER>(queries, turned, dim, width, out, width);
+                turned_scores<SHARING>(queries, turned, dim, width, out, width);
             else
                 few_scores(call.key, batch, kv_head, queries, count, columns + from, 0, number, out, width);
-            for (int64_t m = set; m < std::min(set + TOGETHER, count); m++) {
+            for (int64_t m = set; m < std::min(set + together, count); m++) {
                 float *own = out + (m - set) * width;
                 if (scores) std::memcpy(scores + m * call.width + from, own, number * sizeof *own);
                 use(m, own);

@@ -4,6 +4,8 @@
 
 using namespace hfs;
 
+extern "C" int64_t hfs_lanes() { return LANES; }
+
 // Quantise the keys from column `start` to `stop` - 1.
 extern "C" void hfs_quantise(const States *key, const QuantisedKeys *out, int64_t batches, int64_t heads,
                              int64_t start, int64_t stop, int64_t threads) {

@@ -10,12 +10,12 @@ namespace hfs {
 // Up to `count` queries, quantised; scores are wanted as powers of two, so that exp(score) is 2^(what is given here).
 template <int count> struct QuantisedQueries {
     int64_t dim;
-    std::vector<int32_t> words; // (dim / 4, count): 4 components in each
+    std::vector<Products::Part> parts; // (dim / 4, count, 4)
     float scales[count];
     int32_t offsets[count]; // what the 128 in each byte of a key adds to a product
 
     // `rows(i)`: query i, already scaled, or nullptr for none.
-    template <typename Rows> QuantisedQueries(int64_t dim, Rows rows) : dim(dim), words(dim / 4 * count) {
+    template <typename Rows> QuantisedQueries(int64_t dim, Rows rows) : dim(dim), parts(dim * count) {
         for (int m = 0; m < count; m++) {
             const float *row = rows(m);
             float most = 0;
@@ -24,29 +24,25 @@ template <int count> struct QuantisedQueries {
             scales[m] = most / 127.0f * LOG2_E;
             int32_t total = 0;
             for (int64_t i = 0; i < dim; i += 4) {
-                uint32_t word = 0;
                 for (int64_t j = 0; j < 4; j++) {
                     const int32_t part = row ? int32_t(std::nearbyint(row[i + j] * inverse)) : 0;
                     total += part;
-                    word |= uint32_t(uint8_t(part)) << (8 * j);
+                    parts[i * count + m * 4 + j] = Products::Part(part);
                 }
-                words[i / 4 * count + m] = int32_t(word);
             }
             offsets[m] = -128 * total;
         }
     }
 
-    // Scores of all queries for the 16 keys of a tile.
+    // Scores of all queries for the keys of a tile.
     void scores(const Tiles &tiles, int64_t tile, Floats *out) const {
-        Ints sums[count];
-        for (int m = 0; m < count; m++) sums[m] = Ints{} + offsets[m];
+        Products sums[count];
         const uint8_t *bytes = tiles.bytes + tile * LANES * dim;
-        const int32_t *word = words.data();
         for (int64_t i = 0; i < dim / 4; i++)
-            for (int m = 0; m < count; m++)
-                sums[m] = add_products(sums[m], bytes + i * LANES * 4, word[i * count + m]);
+            for (int m = 0; m < count; m++) sums[m].add(bytes + i * LANES * 4, parts.data() + (i * count + m) * 4);
         const Floats scale = load(tiles.scales + tile * LANES);
-        for (int m = 0; m < count; m++) out[m] = __builtin_convertvector(sums[m], Floats) * scale * scales[m];
+        for (int m = 0; m < count; m++)
+            out[m] = __builtin_convertvector(sums[m].total() + offsets[m], Floats) * scale * scales[m];
     }
 };
 

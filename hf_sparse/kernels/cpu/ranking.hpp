@@ -93,7 +93,7 @@ inline Bound best(const int32_t *values, int64_t tiles, int64_t wanted) {
     return best_of_few(near, kept, left);
 }
 
-// Whether each of 16 values is among the best; counts down what the bound leaves out.
+// Whether each of some values is among the best; counts down what the bound leaves out.
 inline Ints among_best(Ints values, Bound &bound) {
     Ints yes = values >= bound.value;
     if (bound.left_out > 0)

@@ -5,7 +5,8 @@
 
 namespace hfs {
 
-// Keys at `columns` (a multiple of 16 of them), turned so that 16 keys are side by side: (count / 16, dim, 16).
+// Keys at `columns` (a multiple of LANES of them), turned so that so many keys are side by side: (count / LANES,
+// dim, LANES).
 inline void turn_keys(const States &key, int64_t batch, int64_t head, const int64_t *columns, int64_t count, float *out) {
     const int64_t dim = key.dim;
     float *buffers = scratch<float, 1>(LANES * dim);

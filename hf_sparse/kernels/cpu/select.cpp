@@ -34,7 +34,7 @@ void select_many(const Call &call) {
         float *votes = nullptr;
         if (group.votes_wanted()) {
             votes = scratch<float, 7>((group.last_tile() - group.first_tile()) * LANES);
-            vote_alone<16>(group, call.key.dim, votes);
+            vote_alone<SHARING>(group, call.key.dim, votes);
         }
         group.choose(votes);
         group.pick();
@@ -113,7 +113,7 @@ template <int count> void select_few(const Call &call) {
 // Fills `columns`, `allowed`, `kept` and, if wanted, `scores`.
 extern "C" void hfs_select(const Call *call) {
     const int64_t share = call->share();
-    if (call->rows > 1 || share > 16 || !call->scores) return select_many(*call);
+    if (call->rows > 1 || share > MOST || !call->scores) return select_many(*call);
     switch (share) {
     case 1: return select_few<1>(*call);
     case 2: return select_few<2>(*call);

@@ -43,8 +43,8 @@ struct States {
 
 constexpr int64_t ROWS_AHEAD = 8; // rows that are asked for before they are read, where they do not lie in order
 
-// Keys of one sequence and head in 8 bits: 128 + key / scale. Sixteen neighbouring keys make a tile of dim / 4 rows,
-// each with 4 components of all of them: (tiles, dim / 4, 16, 4). Scales: (tiles, 16).
+// Keys of one sequence and head in 8 bits: 128 + key / scale. LANES neighbouring keys make a tile of dim / 4 rows,
+// each with 4 components of all of them: (tiles, dim / 4, LANES, 4). Scales: (tiles, LANES).
 struct Tiles {
     uint8_t *bytes;
     float *scales;

@@ -1,5 +1,5 @@
-// Sixteen numbers at a time, in the vector extensions that GCC and Clang share: the compiler maps them to what the
-// processor has. Only the product of bytes needs instructions by name.
+// As many numbers at a time as a register of the processor holds, in the vector extensions that GCC and Clang share.
+// (Of longer vectors, GCC works out each number by itself.) Few instructions are needed by name.
 #pragma once
 
 #include <cmath>
@@ -12,14 +12,23 @@
 
 namespace hfs {
 
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+constexpr int SHARING = 16; // members whose sums fit into the registers beside what they share
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+constexpr int SHARING = 6;
+#else
+constexpr int LANES = 4;
+constexpr int SHARING = 8;
+#endif
 constexpr float LOG2_E = 1.44269504f;
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 inline Floats load(const float *from) {
     Floats out;
@@ -95,7 +104,11 @@ inline uint32_t bits(Ints yes) {
 #endif
 }
 
-inline Ints counting() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+inline Ints counting() {
+    Ints out;
+    for (int i = 0; i < LANES; i++) out[i] = i;
+    return out;
+}
 
 inline float from_word(uint32_t word) {
     float out;
@@ -159,16 +172,57 @@ inline Floats capped(Floats x, float cap) {
     return cap - 2 * cap / (power + 1.0f);
 }
 
-// Adds to each of 16 sums the product of 4 unsigned bytes of it and the 4 signed bytes of `right`.
-inline Ints add_products(Ints sums, const uint8_t *left, int32_t right) {
+// For each key of a tile, the sum of products of its components, unsigned bytes, and those of a query, signed ones: four
+// components at a time, `left` (LANES, 4) and `right`, which holds numbers of the type `Part`.
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_loadu_si512(left), _mm512_set1_epi32(right));
+class Products {
+  public:
+    typedef int8_t Part;
+    void add(const uint8_t *left, const Part *right) {
+        int32_t word;
+        std::memcpy(&word, right, sizeof word);
+        sums = (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_loadu_si512(left), _mm512_set1_epi32(word));
+    }
+    Ints total() const { return sums; }
+
+  private:
+    Ints sums{};
+};
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+class Products {
+  public:
+    typedef int16_t Part;
+    void add(const uint8_t *left, const Part *right) {
+        int64_t word;
+        std::memcpy(&word, right, sizeof word);
+        const __m256i parts = _mm256_set1_epi64x(word);
+        low = _mm256_add_epi32(low, _mm256_madd_epi16(widened(left), parts));
+        high = _mm256_add_epi32(high, _mm256_madd_epi16(widened(left + 16), parts));
+    }
+    // Each key has two sums, next to each other; adding neighbours leaves keys in the order 0, 1, 4, 5, 2, 3, 6, 7.
+    Ints total() const { return (Ints)_mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0b11011000); }
+
+  private:
+    __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
+
+    static __m256i widened(const uint8_t *bytes) {
+        return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes)));
+    }
+};
 #else
-    Words bytes;
-    std::memcpy(&bytes, left, sizeof bytes);
-    for (int i = 0; i < 4; i++) sums += (Ints)((bytes >> (8 * i)) & 255u) * (int32_t)(int8_t)(right >> (8 * i));
-    return sums;
+class Products {
+  public:
+    typedef int8_t Part;
+    void add(const uint8_t *left, const Part *right) {
+        Words bytes;
+        std::memcpy(&bytes, left, sizeof bytes);
+        for (int i = 0; i < 4; i++) sums += (Ints)((bytes >> (8 * i)) & 255u) * int32_t(right[i]);
+    }
+    Ints total() const { return sums; }
+
+  private:
+    Ints sums{};
+};
 #endif
-}
 
 } // namespace hfs

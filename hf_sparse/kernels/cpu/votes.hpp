@@ -19,7 +19,7 @@ template <int count> class Ballot {
     }
 
     // Weights 2^(score - base) of all tiles in [from, to), and their sums, which are added to `totals` (count).
-    // Weights are kept as (to - from, count, 16).
+    // Weights are kept as (to - from, count, LANES).
     void weigh(int64_t from, int64_t to, uint16_t *weights, float *totals) const {
         Floats sums[count] = {};
         const int64_t size = LANES * queries.dim;
