@@ -318,7 +318,7 @@ def test_invariant_07_save_and_load(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "patched")
     written = (tmp_path / "patched" / "config.json").read_text()
     assert written == (tmp_path / "base" / "config.json").read_text()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched").eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched", **tiny.attention(name)).eval()
     assert torch.equal(tiny.logits(loaded, ids), dense)
     again = SparseAttentionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert torch.equal(tiny.logits(hf_sparse.patch(loaded, again), ids), sparse)
