@@ -246,3 +246,16 @@ def test_without_kernels_a_model_runs_and_says_so(variables: dict[str, str], rea
     assert reason in why
     assert refused == f"engine 'native' cannot run here: {why}; engine 'auto' does without False"
     assert any("attention calls looked for keys without compiled kernels" in line and reason in line for line in report)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_keys_that_are_no_numbers_do_not_hold_a_call_up(rows: int, number: float) -> None:
+    call = calls.inputs(calls.causal_intervals(rows, 500), 500, dim=16)
+    key = call.key.clone()
+    key[:, :, 100:103] = number
+    selection = selectors.select(
+        "grouped", replace(call, key=key), torch.full((2, 1, rows), 90), SparseAttentionConfig()
+    )
+    assert (selection.kept(4) == 90).all()

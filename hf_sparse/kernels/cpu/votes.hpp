@@ -33,7 +33,7 @@ template <int count> class Ballot {
                 for (int m = 0; m < count; m++) scores[m] = capped(scores[m], softcap);
             const bool whole = tile * LANES >= latest && (tile + 1) * LANES <= group.low;
             for (int m = 0; m < count; m++) {
-                Floats weight = exp2<true>(smaller(scores[m] - base[m], all(HIGHEST)));
+                Floats weight = exp2<true>(smaller(all(HIGHEST), scores[m] - base[m])); // NaN comes second: no weight
                 if (!whole) weight = within(weight, tile, first[m], group.low);
                 sums[m] += weight;
                 store_halves(weights + ((tile - from) * count + m) * LANES, weight);
@@ -46,7 +46,7 @@ template <int count> class Ballot {
     bool raise(const float *totals) {
         bool again = false;
         for (int m = 0; m < count; m++)
-            if (totals[m] >= std::ldexp(1.0f, int(HIGHEST))) {
+            if (totals[m] >= std::ldexp(1.0f, int(HIGHEST)) && raised[m] < MOST_RAISED) {
                 base[m] += HIGHEST;
                 raised[m] += HIGHEST;
                 again = true;
@@ -68,6 +68,7 @@ template <int count> class Ballot {
   private:
     static constexpr int64_t AHEAD = 8; // tiles that are fetched from memory before they are needed
     static constexpr float HIGHEST = 80; // 2^80 times as many keys as there can be are still a float.
+    static constexpr float MOST_RAISED = 8000; // More has to do with infinite keys, above which there is nothing.
 
     const Group &group;
     const float softcap;
