@@ -72,6 +72,13 @@ def inputs(
     )
 
 
+def turned(states: Tensor) -> Tensor:
+    """The same numbers, but those of a key are not next to each other, and behind them lies no number."""
+    storage = states.new_full((states.shape[-1] + 1, states.numel() // states.shape[-1]), torch.nan)
+    storage[:-1] = states.flatten(0, -2).T
+    return storage[:-1].T.view_as(states)
+
+
 def scores(call: AttentionInputs) -> Tensor:
     """Scaled products of queries and keys, `(batch, heads, rows, kv_len)`, before softcap."""
     key = call.key.repeat_interleave(call.group_size, dim=1)

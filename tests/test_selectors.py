@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -284,6 +285,20 @@ def test_budgets_are_spent_where_older_keys_weigh_nothing(selector: str) -> None
         mask = selectors.select(selector, call, budgets, config).mask(4, kv_len)
         assert torch.equal(mask.sum(-1), budgets.expand(2, 4, ROWS))
         assert not (mask & ~calls.visible_mask(call)).any()
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("change", [calls.turned, lambda key: key[..., :1].expand_as(key)], ids=["turned", "expanded"])
+def test_strides_do_not_matter(selector: str, change: Callable[[Tensor], Tensor], rows: int) -> None:
+    """Numbers of a key that lie far from each other, or that are one and the same."""
+    call = calls.inputs(calls.causal_intervals(rows, 800, left=(0, 30)), 800)
+    budgets, config = torch.full((2, 1, rows), 90), SparseAttentionConfig()
+    key = change(call.key)
+    assert key.stride(3) != 1
+    masks = [
+        selectors.select(selector, replace(call, key=x), budgets, config).mask(4, 800) for x in (key, key.contiguous())
+    ]
+    assert torch.equal(*masks)
 
 
 def test_a_row_keeps_what_it_keeps_whoever_its_neighbours_are(selector: str) -> None:

@@ -1,4 +1,4 @@
-"""How a package of kernels keeps keys in 8 bits."""
+"""How kernels want their numbers to lie, and how a package of them keeps keys in 8 bits."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ class Layout:
 
     allocate: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     quantise: Callable[[Tensor, int, int, tuple[Tensor, Tensor]], None]
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """`x` with the entries of its last dimension next to each other, copied only if they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.kernels.cpu.build import library, why_not
-from hf_sparse.kernels.layout import Layout
+from hf_sparse.kernels.layout import Layout, adjacent
 
 TILE = 16
 """Widths of lists of columns are multiples of this: as many numbers as the largest registers hold."""
@@ -113,6 +113,7 @@ def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> 
         out: Codes, uint8 `(batch, kv_heads, tiles, head_dim / 4, lanes, 4)`: 128 + key / scale, rounded; and scales,
             float32 `(batch, kv_heads, tiles * lanes)`: the largest component divided by 127.
     """
+    key = adjacent(key)
     _library().hfs_quantise(
         ctypes.byref(_States(key)),
         ctypes.byref(_Quantised(out)),
@@ -160,6 +161,7 @@ def select(
         members, width)`, how many, int64 `(batch, kv_heads, groups, members)`, and float32 scores before any soft cap,
         or `None`.
     """
+    key = adjacent(key)
     batch, heads, rows, _ = query.shape
     kv_heads = key.shape[1]
     groups = (batch, kv_heads, rows // size)
@@ -213,6 +215,7 @@ def attend(
     Returns:
         float32 `(batch, heads, rows, value_dim)`.
     """
+    key, value = adjacent(key), adjacent(value)
     batch, heads, rows, _ = query.shape
     out = query.new_empty(batch, heads, rows, value.shape[3])
     call = _Attending(

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, adjacent, fold, on_its_device, parts_for
+from hf_sparse.kernels.layout import adjacent
+from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, fold, on_its_device, parts_for
 
 # Parts into which the columns of a group are cut at most: the second kernel holds all parts of a member at once.
 _MOST_PARTS = 64

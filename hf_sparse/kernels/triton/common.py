@@ -35,11 +35,6 @@ def on_its_device(function: Callable[Concatenate[Tensor, Rest], Result]) -> Call
     return launch
 
 
-def adjacent(x: Tensor) -> Tensor:
-    """`x` with the entries of its last dimension next to each other, copied only if they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def parts_for(device: torch.device, programs: int, steps: int, *, most: int, programs_each: int) -> tuple[int, int]:
     """Into how many parts to cut the walk of a program, so that few programs fill the GPU.
 

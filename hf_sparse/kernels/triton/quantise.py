@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.kernels.triton.common import adjacent, on_its_device
+from hf_sparse.kernels.layout import adjacent
+from hf_sparse.kernels.triton.common import on_its_device
 
 _ROWS = 32
 

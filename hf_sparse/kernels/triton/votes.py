@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, adjacent, fold, log_of, on_its_device, parts_for, total_of
+from hf_sparse.kernels.layout import adjacent
+from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, fold, log_of, on_its_device, parts_for, total_of
 from hf_sparse.kernels.triton.quantise import quantise
 from hf_sparse.kernels.triton.votes_of_few import MOST_MEMBERS, votes_of_few
 
