@@ -256,15 +256,23 @@ def test_shapes_have_names_or_numbers() -> None:
 def test_the_command_measures_everything_writes_it_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = ["--decode", "64,256", "--prefill", "64,128", "--cached", "96", "--generate", "64,96"]
+    lengths = ["--decode", "64,256", "--prefill", "64,128", "--cached", "96", "--generate", "64,96", "--padded", "64"]
     options = [*SMALL, *lengths, "--leave-out", "flex", "--save-break-even", "--output", str(tmp_path)]
     assert _run(*options) == 0
     printed = capsys.readouterr().out
-    for part in ("decode, one layer", "prefill, one layer", "time to first token", "sdpa / hf_sparse", "break-even"):
+    for part in (
+        "decode, one layer",
+        "prefill, one layer",
+        "prompt of n: time to first token",
+        "padded prompt",
+        "sdpa / hf_sparse",
+        "break-even",
+    ):
         assert part in printed
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["kind"] for row in rows] == ["decode", "decode", "prefill", "prefill", "cached", "generate", "generate"]
+    kinds = ["decode", "decode", "prefill", "prefill", "cached", "generate", "generate", "padded"]
+    assert [row["kind"] for row in rows] == kinds
     assert all(row["device_name"] and row["threads"] and row["versions"]["torch"] for row in rows)
     assert list(rows[-1]["methods"]) == ["dynamic-cache", "static-cache", "hf_sparse"]
     ours = rows[-1]["methods"]["hf_sparse"]

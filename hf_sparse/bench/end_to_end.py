@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -11,27 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from torch.nn import functional
+from transformers import Cache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import hf_sparse
 from hf_sparse.bench import dense
+from hf_sparse.bench.full_caches import STATIC, cache_maker
 from hf_sparse.bench.layer import SPARSE
 from hf_sparse.bench.timing import alternate, synchronize, with_peak
-from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.observe import observed
-from hf_sparse.patching import base_model
 
 BASELINE = "dynamic-cache"
 """What a user has without doing anything: SDPA and the default cache."""
 
-STATIC = "static-cache"
-
 # Where nothing is compiled, so short a text loads all that a first call loads.
 _WARM_UP_TOKENS = 256
-# Tokens of text whose keys and values fill a real model's cache, repeated.
-_CAPTURED_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,32 @@ class Written:
     token: float
     tokens: list[int]
     density: float
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is to go on with.
+
+    Attributes:
+        tokens: int64 `(tokens,)`.
+        pads: Pad tokens before them, which are masked.
+    """
+
+    tokens: Tensor
+    pads: int = 0
+
+    def __len__(self) -> int:
+        return self.pads + len(self.tokens)
+
+    def start(self, length: int) -> Prompt:
+        """Its first `length` tokens, behind the same pad tokens."""
+        return Prompt(self.tokens[:length], self.pads)
+
+    def arguments(self, device: torch.device) -> dict[str, Tensor]:
+        """Ids, 0 for a pad token, and mask `(1, pads + tokens)`, as `generate` takes them."""
+        sides = (self.pads, 0)
+        ids, mask = functional.pad(self.tokens, sides), functional.pad(torch.ones_like(self.tokens), sides)
+        return {"input_ids": ids[None].to(device), "attention_mask": mask[None].to(device)}
 
 
 class _Clock(BaseStreamer):
@@ -92,15 +112,15 @@ class Generation:
 
     def from_prompt(self, prompt: Tensor, repeats: int, seconds: float) -> dict[str, dict[str, Any]]:
         """Measure everything from a prompt, int64 `(tokens,)`, to the last new token; see `_measure`."""
-        short = prompt[:_WARM_UP_TOKENS] if self.model.device.type == "cpu" else prompt
-        return self._measure(
-            {name: lambda: None for name in self.methods},
-            prompt,
-            short,
-            ("first_token", "token"),
-            repeats,
-            seconds,
-        )
+        return self._from_prompt(self.methods, Prompt(prompt), repeats, seconds)
+
+    def from_padded(self, prompt: Tensor, repeats: int, seconds: float) -> dict[str, dict[str, Any]]:
+        """The same with a pad token before the prompt, for which stock transformers form a mask of n x n.
+
+        Kernels that take no mask are left out.
+        """
+        methods = [name for name in self.methods if name not in dense.backends(self.model.device)]
+        return self._from_prompt(methods, Prompt(prompt, pads=1), repeats, seconds)
 
     def from_cache(self, prompt: Tensor, repeats: int, seconds: float) -> dict[str, dict[str, Any]]:
         """Measure tokens after caches that hold all of a prompt, int64 `(tokens,)`, but its last token.
@@ -108,14 +128,21 @@ class Generation:
         The caches are filled directly, not by a prefill: with Gaussian keys and values, or with those that the
         dense model has on the first tokens of the prompt, repeated (`real` models).
         """
-        make = _cache_maker(self.model, prompt, self.real, self.new_tokens)
-        return self._measure({name: make(name) for name in self.methods}, prompt, prompt, ("token",), repeats, seconds)
+        make, whole = cache_maker(self.model, prompt, self.real, self.new_tokens), Prompt(prompt)
+        return self._measure({name: make(name) for name in self.methods}, whole, whole, ("token",), repeats, seconds)
+
+    def _from_prompt(
+        self, methods: Sequence[str], prompt: Prompt, repeats: int, seconds: float
+    ) -> dict[str, dict[str, Any]]:
+        short = prompt.start(_WARM_UP_TOKENS) if self.model.device.type == "cpu" else prompt
+        caches = {name: lambda: None for name in methods}
+        return self._measure(caches, prompt, short, ("first_token", "token"), repeats, seconds)
 
     def _measure(
         self,
-        caches: dict[str, Callable[[], Cache | None]],
-        prompt: Tensor,
-        short: Tensor,
+        caches: Mapping[str, Callable[[], Cache | None]],
+        prompt: Prompt,
+        short: Prompt,
         quantities: tuple[str, ...],
         repeats: int,
         seconds: float,
@@ -148,23 +175,22 @@ class Generation:
         for name, samples in alternate({name: sampler(name) for name in caches}, repeats, seconds).items():
             found[name]["samples"] = samples
         for facts in found.values() if self.real else ():
-            facts["same_tokens"] = _agreement(facts["tokens"], found[self.methods[0]]["tokens"])
+            facts["same_tokens"] = _agreement(facts["tokens"], found[next(iter(caches))]["tokens"])
         return found
 
     @torch.no_grad()
-    def _write(self, name: str, prompt: Tensor, cache: Cache | None) -> Written:
+    def _write(self, name: str, prompt: Prompt, cache: Cache | None) -> Written:
         device = self.model.device
         clock = _Clock(device)
-        arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        arguments: dict[str, Any] = prompt.arguments(device)
+        if cache is not None:
+            arguments["past_key_values"] = cache
         if name == STATIC and cache is None:
             arguments["cache_implementation"] = "static"
-        ids = prompt[None].to(device)
         with self._as(name):
             synchronize(device)
             begin = perf_counter()
             out = self.model.generate(  # type: ignore[operator]
-                ids,
-                attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.new_tokens,
                 min_new_tokens=self.new_tokens,
                 do_sample=False,
@@ -190,43 +216,3 @@ class Generation:
 def _agreement(tokens: list[int], right: list[int]) -> int:
     pairs = zip(tokens, right, strict=True)
     return next((i for i, (one, other) in enumerate(pairs) if one != other), len(right))
-
-
-def _cache_maker(
-    model: PreTrainedModel, prompt: Tensor, real: bool, new_tokens: int
-) -> Callable[[str], Callable[[], Cache]]:
-    """Method -> what makes its cache, each time the same."""
-    length = len(prompt) - 1
-    states = list(_captured(model, prompt, length) if real else _random(model, length))
-
-    def make(name: str) -> Callable[[], Cache]:
-        config = model.config.get_text_config()
-        filled: Cache = SparseCache(config) if name == SPARSE else DynamicCache(config=config)
-        if name == STATIC:
-            filled = StaticCache(config=config, max_cache_len=length + 1 + new_tokens)
-        for layer, (key, value) in enumerate(states):
-            filled.update(key, value, layer)
-        return lambda: copy.deepcopy(filled)
-
-    return make
-
-
-def _random(model: PreTrainedModel, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    config = model.config
-    for _ in range(config.num_hidden_layers):
-        shape = (1, config.num_key_value_heads, length, config.head_dim)
-        key, value = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
-        yield key, value
-
-
-@torch.no_grad()
-def _captured(model: PreTrainedModel, prompt: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer on the first tokens of the prompt, repeated up to `length`."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    with observed(model, lambda layer, inputs: found.update({layer: (inputs.key, inputs.value)})):
-        ids = prompt[None, : min(_CAPTURED_TOKENS, length)].to(model.device)
-        base_model(model).base_model(input_ids=ids, use_cache=False)
-    for layer in sorted(found):
-        key, value = found[layer]
-        place = torch.arange(length, device=key.device) % key.shape[2]
-        yield key[:, :, place], value[:, :, place]

@@ -12,9 +12,9 @@ from hf_sparse.evaluation.results import ResultFile, Row, row_key
 
 COMMAND = "bench"
 
-KINDS = ("decode", "prefill", "cached", "generate")
-"""`decode` and `prefill` are one attention layer; `cached` and `generate` are a model that writes, after full caches or
-after a prompt."""
+KINDS = ("decode", "prefill", "cached", "generate", "padded")
+"""`decode` and `prefill` are one attention layer; `cached`, `generate` and `padded` are a model that writes: after full
+caches, after a prompt, or after one with a pad token before it, as in batches of unequal texts."""
 
 LAYER_KINDS = KINDS[:2]
 

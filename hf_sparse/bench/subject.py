@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ class Plan:
     @property
     def written(self) -> list[int]:
         """Tokens of all prompts: a cache holds all tokens of a prompt but the last."""
-        return sorted({*self.lengths["generate"], *(length + 1 for length in self.lengths["cached"])})
+        whole = (self.lengths[kind] for kind in ("generate", "padded"))
+        return sorted({*chain(*whole), *(length + 1 for length in self.lengths["cached"])})
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class Subject:
                 yield Cell("cached", n, facts, partial(self.generation.from_cache, self.prompts[n + 1], *often))
             for n in plan.lengths["generate"]:
                 yield Cell("generate", n, facts, partial(self.generation.from_prompt, self.prompts[n], *often))
+            for n in plan.lengths["padded"]:
+                yield Cell("padded", n, facts, partial(self.generation.from_padded, self.prompts[n], *often))
 
 
 def _about(model: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> Row:

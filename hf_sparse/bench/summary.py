@@ -21,6 +21,7 @@ BASELINES = {
     "prefill": layer.BASELINE,
     "cached": end_to_end.BASELINE,
     "generate": end_to_end.BASELINE,
+    "padded": end_to_end.BASELINE,
 }
 """The dense method of each kind that break-even is against."""
 

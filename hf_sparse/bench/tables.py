@@ -14,6 +14,8 @@ TITLES = {
     ("cached", "token"): "model, n tokens cached: time a token",
     ("generate", "first_token"): "model, prompt of n: time to first token",
     ("generate", "token"): "model, prompt of n: time a token",
+    ("padded", "first_token"): "model, padded prompt of n: time to first token",
+    ("padded", "token"): "model, padded prompt of n: time a token",
 }
 """What each quantity of each kind is."""
 

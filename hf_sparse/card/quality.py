@@ -12,6 +12,8 @@ _TIMES = {
     "cached-token": "a token of the whole model, n tokens cached",
     "generate-first_token": "the first token of the whole model, after a prompt of n",
     "generate-token": "a further token of the whole model, after a prompt of n",
+    "padded-first_token": "the first token of the whole model, after a padded prompt of n",
+    "padded-token": "a further token of the whole model, after a padded prompt of n",
 }
 
 

@@ -33,8 +33,15 @@ _FULL = {
     "prefill": [1024, 2048, 4096, 8192, 16384, 32768],
     "cached": [8192, 32768, 131072],
     "generate": [8192, 32768],
+    "padded": [],
 }
-_QUICK = {"decode": [1024, 4096, 16384], "prefill": [512, 1024, 2048], "cached": [4096, 16384], "generate": [1024]}
+_QUICK = {
+    "decode": [1024, 4096, 16384],
+    "prefill": [512, 1024, 2048],
+    "cached": [4096, 16384],
+    "generate": [1024],
+    "padded": [],
+}
 _OPTIONAL = ("masked-sdpa", "flex", "static-cache")
 _LENGTHS_HELP = "{}; none to leave it out."
 
@@ -60,6 +67,10 @@ class BenchOptions:
     generate: Annotated[
         str | None,
         typer.Option(help=_LENGTHS_HELP.format("Model: tokens of the prompt"), show_default="8192, 32768"),
+    ] = None
+    padded: Annotated[
+        str | None,
+        typer.Option(help=_LENGTHS_HELP.format("Model: the same, behind a pad token"), show_default="none"),
     ] = None
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens a model writes.")] = 16
     repeats: Annotated[int, typer.Option(min=1, help="Fewest rounds of a measurement.")] = 3
@@ -99,7 +110,7 @@ class BenchOptions:
                 check_lengths(lengths[kind], 1, None)
         if not any(lengths.values()):
             raise UserError(
-                "nothing is left to measure: give lengths to one of --decode, --prefill, --cached, --generate"
+                f"nothing is left to measure: give lengths to one of {', '.join(f'--{kind}' for kind in KINDS)}"
             )
         if self.save_break_even and not all(lengths[kind] for kind in LAYER_KINDS):
             raise UserError("--save-break-even needs lengths for --decode and --prefill")

@@ -52,6 +52,12 @@ SPEED_GOALS = (
         5,
         SpeedUp("generate", "first_token", 32768, _STOCK, _MODEL),
     ),
+    _times(
+        "time to first token, 32,768 behind a pad token, against stock generate, CPU",
+        12,
+        5,
+        SpeedUp("padded", "first_token", 32768, _STOCK, _MODEL),
+    ),
     Goal(
         "exponent of decode time in n, 16,384 to 262,144, CPU",
         Bound("exponent - C", 0.1),
