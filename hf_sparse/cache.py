@@ -44,16 +44,25 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of the cache whose keys and values grow in place.
 
     `keys` and `values` are views `(batch, kv_heads, length, head_dim)` into storage that may be longer. What was
-    handed out before a `crop` shows what is written after it. Where gradients flow through keys or values, they are
-    concatenated as in `DynamicLayer`, for writing in place would break the backward pass.
+    handed out before a `crop` shows what is written after it. Outside `torch.no_grad`, they are concatenated as in
+    `DynamicLayer`: a backward pass may want what was handed out, for queries that learn if for nothing else.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self.quantised = QuantisedKeys()
         self._storage: tuple[Tensor, Tensor] | None = None
-        # `keys` as last put there by this class, to notice when somebody else does so.
+        # `keys` as last put there by this class, and how often they had been written to, to notice others who do so.
         self._shown: Tensor | None = None
+        self._version: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._notice_changes()
+        return vars(self).copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._remember()  # PyTorch counts anew how often copies are written to.
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -62,9 +71,10 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         self._notice_changes()
         length = self.get_seq_length()
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (key_states, value_states, *self._states())):
+        if torch.is_grad_enabled():
             super().update(key_states, value_states, *args, **kwargs)
-            self._storage, self._shown = None, self.keys
+            self._storage = None
+            self._remember()
         else:
             total = length + key_states.shape[-2]
             storage = self._with_room(key_states, value_states, length, total)
@@ -84,7 +94,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Remove the last tokens: `-tokens_to_remove` of them. The storage stays."""
         self._notice_changes()
         super().crop(tokens_to_remove)
-        self._shown = self.keys
+        self._remember()
         self.quantised.crop(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -108,12 +118,16 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._change_storage(lambda x: x.to(self.device, non_blocking=True))
 
     def _start_anew(self) -> None:
-        self._storage, self._shown = None, self.keys
+        self._storage = None
         self.quantised = QuantisedKeys()
+        self._remember()
 
     def _notice_changes(self) -> None:
-        if self._shown is not self.keys:
+        if self._shown is not self.keys or self._version != _version_of(self.keys):
             self._start_anew()
+
+    def _remember(self) -> None:
+        self._shown, self._version = self.keys, _version_of(self.keys)
 
     def _states(self) -> tuple[Tensor, Tensor]:
         assert self.keys is not None
@@ -123,7 +137,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def _show(self, storage: tuple[Tensor, Tensor], length: int) -> None:
         self._storage = storage
         self.keys, self.values = storage[0].narrow(2, 0, length), storage[1].narrow(2, 0, length)
-        self._shown = self.keys
+        self._remember()
 
     def _with_room(self, key: Tensor, value: Tensor, length: int, total: int) -> tuple[Tensor, Tensor]:
         """Storage for `total` tokens that holds the first `length`."""
@@ -138,6 +152,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if (
             storage is not None
             and total <= storage[0].shape[2]
+            and storage[0].shape[:2] == key.shape[:2]
             and storage[0].device == key.device
             and (not storage[0].is_inference() or torch.is_inference_mode_enabled())
         ):
@@ -160,6 +175,11 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._notice_changes()
         storage = self._states() if self._storage is None else self._storage
         self._show((change(storage[0]), change(storage[1])), length)
+
+
+def _version_of(keys: Tensor | None) -> int | None:
+    """How often a tensor, or what it is a view of, was written to; `None` where PyTorch does not count that."""
+    return None if keys is None or keys.is_inference() else keys._version
 
 
 def grow_in_place(cache: Cache) -> None:

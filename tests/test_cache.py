@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,13 @@ from tests import tiny
 from tests.sparse import SPARSE, generated, sparse_model
 
 HEADS, DIM = 2, 8
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    """As `generate` runs: where gradients are recorded, nothing is written in place."""
+    with torch.no_grad():
+        yield
 
 
 def states(length: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -70,6 +77,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "select by mask": lambda layer: layer.batch_select_indices(torch.tensor([False, True])),
     "offload": lambda layer: (layer.offload(), layer.prefetch()),
     "reset": lambda layer: layer.reset(),
+    "write": lambda layer: (layer.keys[:, :, 3:9].mul_(3), layer.values.add_(1)),
     "assign": lambda layer: (setattr(layer, "keys", layer.keys * 2), setattr(layer, "values", layer.values + 1)),
 }
 
@@ -132,14 +140,14 @@ def test_running_keys_in_8_bits_are_those_of_the_keys(change: str | None) -> Non
 
 
 def test_keys_are_not_quantised_twice() -> None:
+    spans: list[tuple[int, int]] = []
     layer = SparseLayer()
+    layout = replace(PLAIN, quantise=lambda key, start, stop, out: spans.append((start, stop)))
     keys, _ = layer.update(*states(100))
-    in_8_bits(layer.quantised, keys)
-    keys[:] = torch.nan
     for seed in range(12):
+        layer.quantised.up_to(keys, keys.shape[2], layout)
         keys, _ = layer.update(*states(1, seed=seed))
-        _, scales = in_8_bits(layer.quantised, keys)
-    assert scales.isfinite().all()
+    assert spans == [(0, 100), *((length, length + 1) for length in range(100, 111))]
 
 
 def test_keys_are_quantised_anew_for_other_kernels() -> None:
@@ -157,6 +165,18 @@ def test_a_batch_of_another_size_is_refused() -> None:
         layer.update(*states(1, batch=1))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_empty_cache_takes_a_batch_of_another_size(batch: int) -> None:
+    layer = SparseLayer()
+    layer.update(*states(5, batch=2))
+    layer.crop(-5)
+    new = states(4, batch=batch)
+    keys, values = layer.update(*new)
+    assert torch.equal(keys, new[0])
+    assert torch.equal(values, new[1])
+
+
+@torch.enable_grad()
 def test_gradients_flow_through_what_is_cached() -> None:
     ours, stock = SparseLayer(), DynamicLayer()
     grads = []
@@ -170,6 +190,27 @@ def test_gradients_flow_through_what_is_cached() -> None:
     assert_same(ours, stock)
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("cache", [SparseCache, DynamicCache])
+def test_queries_alone_may_learn(cache: Callable[..., Any]) -> None:
+    """As with adapters of queries alone: no key has a gradient, and the backward pass wants the keys all the same."""
+    model = hf_sparse.patch(tiny.model("llama"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    ids = tiny.tokens(2, 60)
+    grads = []
+    for past in (cache(config=model.config), None):
+        with torch.no_grad():
+            past = past or model(ids[:, :20]).past_key_values
+            if past.get_seq_length() == 0:
+                model(ids[:, :20], past_key_values=past)
+        (sum(model(part, past_key_values=past).logits.square().sum() for part in ids[:, 20:].split(20, 1))).backward()
+        grads.append([x.grad.clone() for x in model.parameters() if x.grad is not None])
+        model.zero_grad()
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_what_was_made_in_inference_mode_can_be_continued_outside() -> None:
@@ -206,7 +247,6 @@ def test_full_attention_grows_in_place_and_the_rest_is_stock() -> None:
     assert [keys.shape[2] for keys, *_ in cache] == [tiny.WINDOW - 1, 30]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "gpt2"])
 def test_a_patched_model_uses_it_by_itself(name: str) -> None:
     model = sparse_model(name, "grouped")
@@ -226,7 +266,6 @@ def test_a_patched_model_uses_it_by_itself(name: str) -> None:
         assert not any(isinstance(layer, SparseLayer) for layer in cache.layers)
 
 
-@torch.no_grad()
 def test_another_cache_is_used_where_asked_for() -> None:
     model = sparse_model("llama", "grouped")
     ids = tiny.tokens(1, 20)
@@ -244,7 +283,6 @@ def test_another_cache_is_used_where_asked_for() -> None:
     assert isinstance(out.past_key_values, StaticCache)
 
 
-@torch.no_grad()
 def test_what_other_caches_cost_is_counted() -> None:
     model = sparse_model("llama", "grouped")
     past = DynamicCache(config=model.config)
@@ -287,7 +325,6 @@ def test_assisted_decoding_gives_the_same_tokens(name: str) -> None:
     assert generated(model, batch=1, assistant_model=sparse_model(name, "window", alpha=1.0)) == expected
 
 
-@torch.no_grad()
 def test_a_conversation_goes_on_with_the_cache_of_its_beginning() -> None:
     model = sparse_model("llama", "topk")
     ids = tiny.tokens(1, 40)
@@ -298,13 +335,13 @@ def test_a_conversation_goes_on_with_the_cache_of_its_beginning() -> None:
         assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False), expected)
 
 
+@torch.enable_grad()
 def test_training_is_as_with_the_stock_cache() -> None:
     model = sparse_model("llama", "topk").train()
     out: Any = model(tiny.tokens(1, 20), use_cache=True)
     assert {type(layer) for layer in out.past_key_values.layers} == {DynamicLayer}
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("left", [0, 37])
 def test_decoding_selects_alike_with_any_cache(left: int) -> None:
     """One row with keys in 8 bits that the cache keeps, and with such as are made anew: the same output."""

@@ -27,6 +27,7 @@ def cache_maker(
     length = len(prompt) - 1
     states = list(_captured(model, prompt, length) if real else _random(model, length))
 
+    @torch.no_grad()
     def make(name: str) -> Callable[[], Cache]:
         config = model.config.get_text_config()
         filled: Cache = SparseCache(config) if name == SPARSE else DynamicCache(config=config)

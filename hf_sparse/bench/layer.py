@@ -82,6 +82,7 @@ class SparseCall:
         return attend(self._state, replace(self._inputs, key=key, value=value))[0]
 
 
+@torch.no_grad()
 def decode_cell(inputs: LayerInputs, length: int, config: SparseAttentionConfig, repeats: int, seconds: float) -> Any:
     """Measure a decode step that sees `length` keys; see `_measure` for what is returned."""
     different = max(1, min(_MOST_SETS, _SETS_BYTES // (inputs.kv_bytes * length)))
