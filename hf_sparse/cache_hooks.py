@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import MethodType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -84,15 +85,30 @@ class _BeforeForward:
 
 
 class _BeforeGeneration:
-    """Stands in for the method of `model` by which `generate` makes a cache."""
+    """Stands in for the method of `model` by which `generate` makes a cache.
+
+    It hangs on the model and does not hold it, so that a model nobody needs any more is freed at once.
+    """
 
     def __init__(self, model: PreTrainedModel, inner: Any) -> None:
-        self.model = model
-        self.inner = inner
+        self._model = ref(model)
+        self._inner = inner
+
+    def __getstate__(self) -> tuple[PreTrainedModel, Any]:
+        return self._held(), self._inner
+
+    def __setstate__(self, state: tuple[PreTrainedModel, Any]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def _held(self) -> PreTrainedModel:
+        model = self._model()
+        assert model is not None, "the model that this hangs on is gone"
+        return model
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         chosen = model_kwargs.get(_CACHE) is not None or generation_config.cache_implementation is not None
-        method = self.inner or MethodType(getattr(type(self.model), _METHOD), self.model)
+        model = self._held()
+        method = self._inner or MethodType(getattr(type(model), _METHOD), model)
         out = method(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(_CACHE)
         if not chosen and isinstance(cache, Cache):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_sparse import break_even, engines
 from hf_sparse.attention import NAME, STATE, LayerState, register
@@ -20,11 +19,12 @@ from hf_sparse.budget import warn_if_too_slow
 from hf_sparse.cache_hooks import CacheHooks, install, remove
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.monitor import SparsityReport, make_report
+from hf_sparse.own_configs import OwnConfigs, asked_for
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import origin_of
 from hf_sparse.policy.suitability import check_calibration, warn_of_another_base
-from hf_sparse.support import LayerSupport, SupportReport, attention_modules, inspect
+from hf_sparse.support import LayerSupport, SupportReport, inspect
 
 register()
 
@@ -42,12 +42,12 @@ class _Patch:
     """What `unpatch` puts back, and the policy that the model was patched with.
 
     Attributes:
-        configs: `(module, attribute, original configuration, the copy it was replaced by)`.
+        configs: The model's configuration objects.
         policy: The configuration of all layers, with what came with it if it was read from somewhere.
         hooks: What makes the model's own caches ours.
     """
 
-    configs: list[tuple[nn.Module, str, PreTrainedConfig, PreTrainedConfig]]
+    configs: OwnConfigs
     policy: Policy
     hooks: CacheHooks
 
@@ -56,9 +56,9 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
     """Make a causal language model attend sparsely, in place.
 
     Weights are not touched, and `unpatch` restores the model bit for bit. Patching a patched model replaces its
-    configuration and starts its counters anew; with the configuration it has already, nothing happens. While it is
-    patched, the model works on copies of its configuration objects, so that other models which share them stay
-    dense; changes made to a patched model's configuration are gone after `unpatch`.
+    configuration and starts its counters anew; with the configuration it has already, nothing happens, unless
+    `set_attn_implementation` made it something else meanwhile. While it is patched, the model works on copies of its
+    configuration objects, so that other models which share them stay dense.
 
     Args:
         model: A causal language model whose attention goes through transformers' `AttentionInterface`, or a PEFT
@@ -79,20 +79,23 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
     policy = _policy(base, config, fields)
     config = policy.config
     if is_patched(base) and policy_of(base).config == config:
-        getattr(base, _HANDLE).policy = policy
+        _hold(base, policy)
         return model
     support = inspect(base)
     if not support.supported:
         raise ValueError(str(support))
+    if not is_patched(base) and states(base):
+        raise ValueError(
+            f"parts of this {type(base).__name__} are patched as those of another model, inside or around it: unpatch "
+            "that one first"
+        )
     reasons = _dense_reasons(support, config)
     if reason := engines.why_not(config.engine):
         raise ValueError(f"engine {config.engine!r} cannot run here: {reason}; engine 'auto' does without")
     if config.calibration is not None:
         check_calibration(config.calibration, support, base.config)
     warn_if_too_slow(config.budget())
-    if not is_patched(base):
-        setattr(base, _HANDLE, _Patch(_rebind(base), policy, install(base)))
-    getattr(base, _HANDLE).policy = policy
+    _hold(base, policy)
     sparse = [layer.layer for layer in support.layers if layer.layer not in reasons]
     for layer in support.layers:
         module = base.get_submodule(layer.name)
@@ -106,14 +109,15 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
 
 
 def unpatch(model: ModelT) -> ModelT:
-    """Undo `patch`: the same configuration objects and bit-identical logits as before. Returns `model`."""
+    """Undo `patch`: the same configuration objects and bit-identical logits as before. Returns `model`.
+
+    What was changed in the configuration of the patched model, as by `resize_token_embeddings`, stays changed.
+    """
     base = base_model(model)
     handle: _Patch | None = getattr(base, _HANDLE, None)
     if handle is None:
         return model
-    for module, name, original, ours in handle.configs:
-        if getattr(module, name, None) is ours:
-            setattr(module, name, original)
+    handle.configs.put_back(base)
     for module in states(base):
         delattr(module, STATE)
     remove(base, handle.hooks)
@@ -130,9 +134,7 @@ def patched(model: ModelT, config: ConfigLike = None, **fields: Any) -> Iterator
         yield patch(model, config, **fields)
     finally:
         if policy is not None:
-            if not is_patched(base):
-                setattr(base, _HANDLE, _Patch(_rebind(base), policy, install(base)))
-            getattr(base, _HANDLE).policy = policy
+            _hold(base, policy)
             for module, state in before.items():
                 setattr(module, STATE, state)
         else:
@@ -156,7 +158,8 @@ def report(model: nn.Module) -> SparsityReport:
     handle: _Patch = getattr(base, _HANDLE)
     found = sorted(states(base).values(), key=lambda state: state.layer)
     audits = [state.observer.report() for state in found if isinstance(state.observer, LayerAudit)]
-    counted = make_report({state.layer: state.counters for state in found}, handle.hooks.forward.notes())
+    notes = (*handle.hooks.forward.notes(), *_notes_of_others(base))
+    counted = make_report({state.layer: state.counters for state in found}, notes)
     return replace(counted, audit=[row for rows in audits for row in rows])
 
 
@@ -186,6 +189,24 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 def states(model: nn.Module) -> dict[nn.Module, LayerState]:
     """The attention modules of a patched model, and what they know; empty if it is not patched."""
     return {module: vars(module)[STATE] for module in model.modules() if STATE in vars(module)}
+
+
+def _hold(model: PreTrainedModel, policy: Policy) -> None:
+    """Make `model` ask for our attention and our caches, and remember the policy."""
+    if is_patched(model):
+        handle: _Patch = getattr(model, _HANDLE)
+        handle.policy = policy
+        handle.configs.name_us(model)
+    else:
+        setattr(model, _HANDLE, _Patch(OwnConfigs(model), policy, install(model)))
+
+
+def _notes_of_others(model: PreTrainedModel) -> Iterator[str]:
+    for name in sorted(asked_for(model) - {NAME}):
+        yield (
+            f"the attention implementation was set to {name!r} after patching, which is dense and not counted, until "
+            "the model is patched again"
+        )
 
 
 def _policy(model: PreTrainedModel, config: ConfigLike, fields: Mapping[str, Any]) -> Policy:
@@ -246,23 +267,3 @@ def _dense_reasons(support: SupportReport, config: SparseAttentionConfig) -> dic
     if support.hybrid:
         reasons |= {layer.layer: "sliding window" for layer in support.layers if layer.sliding_window is not None}
     return reasons
-
-
-def _rebind(model: PreTrainedModel) -> list[tuple[nn.Module, str, PreTrainedConfig, PreTrainedConfig]]:
-    """Give the model configuration objects of its own, which name our attention implementation; see `_Patch`."""
-    bound = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, PreTrainedConfig)
-    ]
-    # One memo for all: a configuration inside another stays the very object that modules hold themselves.
-    memo: dict[int, Any] = {}
-    copies = [(module, name, value, copy.deepcopy(value, memo)) for module, name, value in bound]
-    for module, name, _, ours in copies:
-        setattr(module, name, ours)
-    for _, module in attention_modules(model):
-        # The internal attribute: the property's setter would also change sub-configurations (vision towers).
-        config: Any = module.config
-        config._attn_implementation_internal = NAME
-    return copies

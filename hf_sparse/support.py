@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from hf_sparse.attention import HARMLESS, HONOURED
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+# Its fifth argument is the mask: after the module, queries, keys and values.
+_MASK = 4
 _MASKS = ("create_causal_mask", "create_masks_for_generate", "create_sliding_window_causal_mask")
 
 
@@ -113,7 +115,7 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of `model` that call transformers' attention interface, with their names."""
     for name, module in model.named_modules():
         kind: Any = type(module)
-        if _interface_arguments(kind) is not None:
+        if _interface_call(kind) is not None:
             yield name, module
 
 
@@ -139,9 +141,14 @@ def _inspect_model(model: PreTrainedModel) -> SupportReport:
     if not reasons:
         kinds: dict[Any, None] = dict.fromkeys(type(module) for _, module in found)
         for kind in kinds:
-            unknown = sorted((_interface_arguments(kind) or frozenset()) - HONOURED - HARMLESS)
+            call = _interface_call(kind)
+            unknown = sorted(call.arguments - HONOURED - HARMLESS) if call else []
             if unknown:
                 reasons.append(f"{kind.__name__} passes {', '.join(unknown)} to its attention, which is not understood")
+            elif call and call.changes_mask:
+                reasons.append(
+                    f"{kind.__name__} changes the mask that it is given, as sparse attention of its own does"
+                )
     layers = [] if reasons else [_layer(name, module, i) for i, (name, module) in enumerate(found)]
     if len({layer.layer for layer in layers}) < len(layers):
         layers, reasons = [], ["several of its attention modules share a layer index"]
@@ -159,7 +166,10 @@ def _layer(name: str, module: nn.Module, position: int) -> LayerSupport:
         window = None
     if isinstance(window, bool) or not isinstance(window, int):
         window = None
-    return LayerSupport(layer, name, heads, getattr(config, "num_key_value_heads", None) or heads, window)
+    # Layers may differ in their key heads, which the configuration then does not say for all of them.
+    groups = getattr(module, "num_key_value_groups", None)
+    kv_heads = heads // groups if groups else getattr(config, "num_key_value_heads", None) or heads
+    return LayerSupport(layer, name, heads, kv_heads, window)
 
 
 def _is_causal(module: nn.Module) -> bool:
@@ -188,22 +198,27 @@ def _source(module: str) -> str:
         return ""
 
 
+@dataclass(frozen=True)
+class _InterfaceCall:
+    """How a `forward` calls the attention interface.
+
+    Attributes:
+        arguments: Keyword arguments that it passes.
+        changes_mask: Whether it makes another mask of the mask that it was given, and passes that.
+    """
+
+    arguments: frozenset[str]
+    changes_mask: bool
+
+
 @functools.cache
-def _interface_arguments(kind: Any) -> frozenset[str] | None:
-    """Keyword arguments that `kind.forward` passes to the attention interface; `None` if it does not call it."""
+def _interface_call(kind: Any) -> _InterfaceCall | None:
+    """How `kind.forward` calls the attention interface; `None` if it does not call it."""
     try:
         tree = ast.parse(textwrap.dedent(python_inspect.getsource(kind.forward)))
     except (OSError, TypeError, SyntaxError):
         return None
-    functions = {
-        target.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-        and node.value is not None
-        and _INTERFACE in ast.dump(node.value)
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        if isinstance(target, ast.Name)
-    }
+    functions = {name for name, value in _assignments(tree) if _INTERFACE in ast.dump(value)}
     calls = [
         node
         for node in ast.walk(tree)
@@ -211,4 +226,20 @@ def _interface_arguments(kind: Any) -> frozenset[str] | None:
     ]
     if not calls:
         return None
-    return frozenset(keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None)
+    masks = set().union(*(_names(argument) for call in calls for argument in call.args[_MASK : _MASK + 1]))
+    changed = any(name in masks and name in _names(value) for name, value in _assignments(tree))
+    arguments = frozenset(keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None)
+    return _InterfaceCall(arguments, changed)
+
+
+def _assignments(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """Each name that a value is given to, with the value."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    yield target.id, node.value
+
+
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

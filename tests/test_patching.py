@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import pickle
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,55 @@ def test_patching_twice_is_patching_once() -> None:
     hf_sparse.unpatch(model)
     assert not hf_sparse.is_patched(model)
     assert not is_sparse(model)
+
+
+@pytest.mark.parametrize("again", [SPARSE, replace(SPARSE, alpha=3.0)], ids=["the same", "another"])
+def test_patching_again_after_another_implementation_was_set(again: SparseAttentionConfig) -> None:
+    model = hf_sparse.patch(tiny.model("llama"), SPARSE)
+    model.set_attn_implementation("sdpa")
+    assert not is_sparse(model)
+    assert "set to 'sdpa' after patching" in str(hf_sparse.report(model))
+    hf_sparse.patch(model, again)
+    assert is_sparse(model)
+    assert "after patching" not in str(hf_sparse.report(model))
+
+
+def test_a_model_inside_another_is_patched_with_it_or_alone() -> None:
+    model = tiny.model("llama")
+    for first, second in ((model.model, model), (model, model.model)):
+        hf_sparse.patch(first, SPARSE)
+        with pytest.raises(ValueError, match="unpatch that one first"):
+            hf_sparse.patch(second, SPARSE)
+        hf_sparse.unpatch(second)
+        assert is_sparse(model)
+        hf_sparse.unpatch(first)
+        assert not is_sparse(model)
+
+
+def test_what_changes_while_a_model_is_patched_stays_changed(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    config = model.config
+    with hf_sparse.patched(model, SPARSE):
+        model.resize_token_embeddings(tiny.VOCAB + 23)
+    assert model.config is config
+    assert config.vocab_size == tiny.VOCAB + 23
+    assert config._attn_implementation == "sdpa"
+    assert model(IDS, labels=IDS).loss.isfinite()
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).vocab_size == tiny.VOCAB + 23
+
+
+def test_a_patched_model_is_freed_at_once() -> None:
+    """And not when Python next looks for cycles: on a GPU that would be too late."""
+    model = hf_sparse.patch(tiny.model("llama"), SPARSE)
+    weight = weakref.ref(model.model.embed_tokens.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_patching_with_another_configuration_replaces_it() -> None:
@@ -234,6 +286,25 @@ def test_inspect_finds_the_layers(name: str, tmp_path: Path) -> None:
     assert hf_sparse.inspect(str(tmp_path)) == support
 
 
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this version of transformers has no Gemma-4")
+def test_inspect_finds_layers_with_key_heads_of_their_own() -> None:
+    sizes = {"vocab_size": 97, "vocab_size_per_layer_input": 97, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_global_key_value_heads": 1, "head_dim": 16}
+    config = transformers.Gemma4TextConfig(
+        **sizes,
+        **heads,
+        num_hidden_layers=2,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=8,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=12,
+        attention_k_eq_v=True,
+        pad_token_id=0,
+    )
+    support = hf_sparse.inspect(config)
+    assert [(layer.kv_heads, layer.sliding_window) for layer in support.layers] == [(2, 12), (1, None)]
+
+
 def test_inspect_refuses_what_is_no_model() -> None:
     with pytest.raises(TypeError, match="Linear"):
         hf_sparse.inspect(nn.Linear(2, 2))
@@ -306,6 +377,24 @@ def test_an_argument_that_turns_up_at_run_time_is_refused(argument: str) -> None
     model = hf_sparse.patch(tiny.model("llama"), SPARSE)
     with pytest.raises(ValueError, match=argument):
         model(IDS, **{argument: torch.zeros(4)})
+
+
+class MaskChangingAttention(transformers.models.llama.modeling_llama.LlamaAttention):
+    """Leaves out keys by a mask of its own, as models with sparse attention do."""
+
+    def forward(self, hidden_states: Any, position_embeddings: Any, attention_mask: Any = None, **_: Any) -> Any:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        attention_mask = attention_mask.masked_fill(attention_mask < 0, -1.0)
+        return attend(self, hidden_states, hidden_states, hidden_states, attention_mask, scaling=self.scaling)
+
+
+def test_attention_that_makes_a_mask_of_its_own_is_refused() -> None:
+    model = tiny.model("llama")
+    model.model.layers[1].self_attn.__class__ = MaskChangingAttention
+    with pytest.raises(ValueError, match="MaskChangingAttention changes the mask"):
+        hf_sparse.patch(model, SPARSE)
 
 
 def test_our_implementation_without_a_patch_says_what_to_do() -> None:
