@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -159,6 +160,11 @@ def sparse_attention_forward(
             f"{NAME!r} is no longer registered"
         )
     intervals = _intervals(attention_mask, query, key)
+    if intervals is None and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+        raise ValueError(
+            f"attention_mask of 4 dimensions must be bool (True where visible) or floating point (added to scores); "
+            f"got {str(attention_mask.dtype).removeprefix('torch.')}"
+        )
     inputs = AttentionInputs(
         query,
         key,
@@ -215,6 +221,11 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
     """
     heads, rows = inputs.query.shape[1:3]
     facts = inputs.facts
+    if facts.last_visible > inputs.key.shape[2]:
+        raise ValueError(
+            f"the mask lets rows see {facts.last_visible} keys, but layer {state.layer} has {inputs.key.shape[2]}: a "
+            "cache whose layers differ in length is not supported"
+        )
     state.warn_beyond_fit(facts.most_visible)
     plan = None if state.dense is not None else facts.plan(state.law, state.table)
     if plan is None or plan.dense:
@@ -245,20 +256,29 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
     step = _block_rows(padded, state.config.selector, plan.most)
     for start in range(0, padded.query.shape[2], step):
         block = padded if rows == 1 else padded.rows(start, min(padded.query.shape[2], start + step))
-        selection = selectors.select(state.config.selector, block, budgets[:, :, start : start + step], state.config)
-        kept.append(selection.kept(heads))
-        if want_weights:
-            weights = masked_weights(block, selection.mask(heads, inputs.key.shape[2]))
-            weight_parts.append(weights)
-            sparse_parts.append(weighted_values(block, weights))
-        else:
-            sparse_parts.append(engines.attend(_engine(state.config, block), block, selection))
+        with _as_given(inputs):
+            selection = selectors.select(
+                state.config.selector, block, budgets[:, :, start : start + step], state.config
+            )
+            kept.append(selection.kept(heads))
+            if want_weights:
+                weights = masked_weights(block, selection.mask(heads, inputs.key.shape[2]))
+                weight_parts.append(weights)
+                sparse_parts.append(weighted_values(block, weights))
+            else:
+                sparse_parts.append(engines.attend(_engine(state.config, block), block, selection))
     state.counters.count(facts.rows, facts.total, heads, plan.dense_rows, kept)
     outs = [_joined(x) for x in (sparse_parts, weight_parts)]
     if shift is not None:
         outs = [None if x is None else _unalign(x, shift, rows) for x in outs]
     assert outs[0] is not None
     return torch.cat([*parts, outs[0]], dim=2) if parts else outs[0], outs[1]
+
+
+def _as_given(inputs: AttentionInputs) -> AbstractContextManager[Any]:
+    """Selectors and engines take numbers as they are and say themselves how exactly they calculate: no autocast."""
+    kind = inputs.query.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:

@@ -105,3 +105,24 @@ def test_output_attentions_are_the_weights_that_were_used(name: str, selector: s
     for layer, weights in enumerate(out.attentions):
         assert torch.equal(weights, used[layer][0])
     assert_same(out.logits[mask.bool()], tiny.logits(model, ids, mask)[mask.bool()])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_a_mask_of_whole_numbers_is_refused(dtype: torch.dtype) -> None:
+    """Added to scores, zeros and ones would let every row see everything; PyTorch's SDPA refuses them as well."""
+    mask = torch.ones(40, 40, dtype=dtype).tril()[None, None]
+    model = hf_sparse.patch(tiny.model("llama"), SPARSE)
+    with pytest.raises(ValueError, match=rf"attention_mask .* bool .* floating point .*; got {str(dtype)[6:]}"):
+        tiny.logits(model, tiny.tokens(1, 40), mask)
+
+
+def test_a_mask_longer_than_the_keys_is_refused() -> None:
+    """As where layers of a cache were cut to lengths of their own: the mask has the length of one of them."""
+    model = hf_sparse.patch(tiny.model("llama"), SPARSE)
+    cache = hf_sparse.SparseCache(model.config)
+    ids = tiny.tokens(1, 40)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.layers[1].crop(-15)
+        with pytest.raises(ValueError, match="see 41 keys, but layer 1 has 26"):
+            model(ids[:, :1], past_key_values=cache)
