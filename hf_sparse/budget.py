@@ -53,8 +53,8 @@ class Budget:
         """
         n = visible.detach().cpu().to(torch.float64)
         per_head = isinstance(self.alpha, tuple) or isinstance(self.exponent, tuple)
-        alpha = torch.tensor(self.alpha, dtype=torch.float64)
-        exponent = torch.tensor(self.exponent, dtype=torch.float64)
+        alpha = torch.tensor(self.alpha, dtype=torch.float64, device="cpu")
+        exponent = torch.tensor(self.exponent, dtype=torch.float64, device="cpu")
         if per_head:
             heads = max(alpha.numel(), exponent.numel())
             alpha, exponent = (x.expand(heads).view(heads, *[1] * n.dim()) for x in (alpha, exponent))
@@ -73,7 +73,7 @@ class Budget:
 
     def table(self, longest: int) -> Tensor:
         """k(0), k(1), ..., k(longest): int64 `(longest + 1,)`, or `(heads, longest + 1)` for per-head laws."""
-        return self(torch.arange(longest + 1))
+        return self(torch.arange(longest + 1, device="cpu"))
 
 
 def total_cost(budget: Budget, lengths: Iterable[int]) -> int:

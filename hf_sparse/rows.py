@@ -107,7 +107,7 @@ class RowFacts:
 
     @cached_property
     def _bounds(self) -> tuple[Tensor, Tensor]:
-        return _bounds(torch.tensor(self._spans).view(*self._shape, 2))
+        return _bounds(torch.tensor(self._spans, device="cpu").view(*self._shape, 2))
 
     @property
     def first(self) -> Tensor:
@@ -137,7 +137,7 @@ class RowFacts:
                 own = [[0, kv_len - rows + 1 + row] for row in range(rows)]
                 self._causal[kv_len] = self._spans == own * self._shape[0]
             else:
-                stop = torch.arange(kv_len - rows, kv_len) + 1
+                stop = torch.arange(kv_len - rows, kv_len, device="cpu") + 1
                 self._causal[kv_len] = bool(((self.first == 0) & (self.stop == stop)).all())
         return self._causal[kv_len]
 

@@ -18,6 +18,7 @@ import hf_sparse
 from hf_sparse import SparseAttentionConfig, engines, selectors
 from hf_sparse.cache import SparseCache
 from hf_sparse.kernels import cpu
+from hf_sparse.kernels.cpu import build
 from hf_sparse.quantised import QuantisedKeys
 from hf_sparse.selectors import compiled
 from hf_sparse.selectors.grouped import ROWS
@@ -181,6 +182,7 @@ def test_decoding_quantises_each_key_once(monkeypatch: pytest.MonkeyPatch) -> No
 NARROW = """
 import sys, torch
 from hf_sparse.kernels import cpu
+from hf_sparse.kernels.cpu import build
 from tests import test_kernels
 assert cpu.why_not() is None, cpu.why_not()
 torch.save([cpu.lanes(), [test_kernels.attended(rows) for rows in (1, 128)]], sys.argv[1])
@@ -214,6 +216,7 @@ def test_processors_with_smaller_registers_do_the_same(flags: str, lanes: set[in
 WITHOUT = """
 import torch, hf_sparse
 from hf_sparse.kernels import cpu
+from hf_sparse.kernels.cpu import build
 from tests import tiny
 model = tiny.model("llama")
 print(cpu.why_not())
@@ -259,3 +262,46 @@ def test_keys_that_are_no_numbers_do_not_hold_a_call_up(rows: int, number: float
         "grouped", replace(call, key=key), torch.full((2, 1, rows), 90), SparseAttentionConfig()
     )
     assert (selection.kept(4) == 90).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+def test_defaults_of_pytorch_do_not_matter(default: torch.dtype | torch.device, rows: int) -> None:
+    """What the kernels write to has the type and the place that they know."""
+    call = calls.inputs(calls.causal_intervals(rows, 600), 600, dim=16)
+    budgets, config = torch.full((2, 1, rows), 90), SparseAttentionConfig()
+
+    def attended() -> Tensor:
+        fresh = replace(call, intervals=call.intervals.clone())
+        return engines.attend("native", fresh, selectors.select("grouped", fresh, budgets, config))
+
+    expected, before = attended(), torch.get_default_dtype()
+    if isinstance(default, torch.device):
+        with default:
+            assert torch.equal(attended(), expected)
+        return
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(attended(), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("name", ["sink_keys", "recent_keys"])
+def test_lists_are_no_longer_than_the_text(name: str, rows: int) -> None:
+    call = calls.inputs(calls.causal_intervals(rows, 600), 600, dim=16)
+    config = SparseAttentionConfig(**{name: 1_000_000})
+    selection = selectors.select("grouped", call, torch.full((2, 1, rows), 90), config)
+    assert selection.columns.shape[-1] <= 608 + 192
+    assert (selection.kept(4) == 90).all()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="leaves out an instruction of x86-64")
+@needs_kernels
+def test_processors_with_other_instructions_have_other_kernels() -> None:
+    compiler = build._compiler()
+    assert build._native(compiler) == build._native(compiler)
+    assert build._native(compiler) != build._native((*compiler, "-mno-sse4.2"))

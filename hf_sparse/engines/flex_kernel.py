@@ -57,7 +57,7 @@ def tile_attention(
         torch._dynamo.mark_static(tensor)
     # Numbers that change from call to call are in tensors: as numbers, each would have a kernel of its own.
     sizes = torch.tensor([*query.shape[1:3], key.shape[2]], device=key.device)
-    factors = torch.tensor([scaling, softcap or 1.0], device=key.device)
+    factors = torch.tensor([scaling, softcap or 1.0], dtype=torch.float32, device=key.device)
     kernel = _compiled(key.device.type)
     with torch._dynamo.config.patch(recompile_limit=_KERNELS):
         out: Tensor = kernel(query, key, value, tiles, table, sinks, sizes, factors, softcap is not None)

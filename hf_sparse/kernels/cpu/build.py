@@ -14,10 +14,7 @@ from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 
-import torch
 from huggingface_hub import constants
-
-from hf_sparse.machine import device_name
 
 SWITCH = "HF_SPARSE_KERNELS"
 """The environment variable that, set to `0`, leaves the kernels alone: everything is done by PyTorch then."""
@@ -59,8 +56,8 @@ def _compiled() -> Path:
     with as_file(files(__package__)) as folder:
         sources = sorted(folder.glob("*.cpp"))
         content = b"".join(path.read_bytes() for path in sorted((*sources, *folder.glob("*.hpp"))))
-        machine = (device_name(torch.device("cpu")), platform.machine(), platform.platform())
-        digest = hashlib.sha256(content + repr((compiler, _FLAGS, machine, _version(compiler))).encode()).hexdigest()
+        machine = (platform.machine(), platform.platform(), _native(compiler))
+        digest = hashlib.sha256(content + repr((compiler, _FLAGS, machine)).encode()).hexdigest()
         target = Path(constants.HF_ASSETS_CACHE) / "hf_sparse" / "kernels" / f"{digest[:16]}.so"
         if not target.is_file():
             _compile(compiler, sources, target)
@@ -78,9 +75,14 @@ def _compiler() -> tuple[str, ...]:
     )
 
 
-def _version(compiler: tuple[str, ...]) -> str:
+def _native(compiler: tuple[str, ...]) -> str:
+    """What the compiler predefines here: its version, and the instructions that this very processor has.
+
+    Processors with different instructions may share a name, and a home directory.
+    """
+    command = [*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull]
     try:
-        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} does not run ({error})") from None
 

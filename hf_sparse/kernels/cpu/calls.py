@@ -98,8 +98,8 @@ def allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
     side_by_side = lanes()
     tiles = -(-room // side_by_side)
     return (
-        torch.zeros(batch, heads, tiles, dim // 4, side_by_side, 4, dtype=torch.uint8),
-        torch.zeros(batch, heads, tiles * side_by_side),
+        key.new_zeros(batch, heads, tiles, dim // 4, side_by_side, 4, dtype=torch.uint8),
+        key.new_zeros(batch, heads, tiles * side_by_side, dtype=torch.float32),
     )
 
 
@@ -166,10 +166,10 @@ def select(
     kv_heads = key.shape[1]
     groups = (batch, kv_heads, rows // size)
     members = heads // kv_heads * size
-    columns = torch.empty(*groups, width, dtype=torch.int64)
-    allowed = torch.empty(*groups, members, width, dtype=torch.bool)
-    kept = torch.empty(*groups, members, dtype=torch.int64)
-    scores = torch.empty(*groups, members, width) if want_scores else None
+    columns = key.new_empty(*groups, width, dtype=torch.int64)
+    allowed = key.new_empty(*groups, members, width, dtype=torch.bool)
+    kept = key.new_empty(*groups, members, dtype=torch.int64)
+    scores = key.new_empty(*groups, members, width, dtype=torch.float32) if want_scores else None
     call = _Selecting(
         _States(key),
         _Quantised(quantised),
