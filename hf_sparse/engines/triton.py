@@ -9,7 +9,6 @@ from hf_sparse.kernels import gpu
 from hf_sparse.selection import AttentionInputs, Selection
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_WIDEST = 256
 
 
 def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
@@ -42,8 +41,8 @@ def refusal(inputs: AttentionInputs) -> str | None:
     if inputs.query.dtype not in _DTYPES or any(x.dtype != inputs.query.dtype for x in states):
         found = ", ".join(sorted({str(x.dtype) for x in states}))
         return f"the Triton kernels take float32, float16 or bfloat16, the same for all, not {found}"
-    if max(inputs.query.shape[-1], inputs.value.shape[-1]) > _WIDEST:
-        return f"a head_dim of {max(inputs.query.shape[-1], inputs.value.shape[-1])} is more than {_WIDEST}"
+    if max(inputs.query.shape[-1], inputs.value.shape[-1]) > gpu.WIDEST:
+        return f"a head_dim of {max(inputs.query.shape[-1], inputs.value.shape[-1])} is more than {gpu.WIDEST}"
     if inputs.dropout:
         return "the Triton kernels drop no weights"
     if inputs.learns:

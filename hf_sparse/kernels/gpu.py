@@ -9,6 +9,9 @@ import torch
 
 from hf_sparse.kernels.cpu import SWITCH
 
+WIDEST = 256
+"""Components of a query, key or value at most: more do not fit into the shared memory of all GPUs."""
+
 _OLDEST = (8, 0)
 
 

@@ -32,6 +32,8 @@ def refusal(inputs: AttentionInputs) -> str | None:
     """Why Triton's kernels cannot find the votes of this call; `None` if they can."""
     if inputs.softcap is not None:
         return "the Triton kernels rank no scores with a soft cap"
+    if inputs.key.shape[3] > gpu.WIDEST:
+        return f"a head_dim of {inputs.key.shape[3]} is more than {gpu.WIDEST}"
     return gpu.refusal(inputs.key.device)
 
 

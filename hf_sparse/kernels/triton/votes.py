@@ -68,7 +68,8 @@ def votes(
         first = adjacent(first).expand(-1, kv_heads, -1, -1)
     rounded, scales = quantise(members.flatten(2, 3))
     length = keys.shape[2]
-    shape = {"DIM": dim, "PADDED_DIM": max(32, triton.next_power_of_2(dim))}
+    padded = max(32, triton.next_power_of_2(dim))
+    shape = {"DIM": dim, "PADDED_DIM": padded}
     strides = (keys.stride()[:3], key_scales.stride()[:2], None if first is None else first.stride()[:3])
 
     tile, step = 128, 64
@@ -80,7 +81,7 @@ def votes(
     _totals[tiles * parts, batch * kv_heads, groups](
         logs, *call, **shape, MEMBERS=tile, KEYS=step, num_warps=8, num_stages=3
     )
-    tile, step = 256, 64
+    tile, step = 256 if padded <= 128 else 128, 64
     out = torch.empty(batch, kv_heads, groups, length, dtype=torch.float32, device=keys.device)
     _votes[triton.cdiv(length, tile), batch * kv_heads, groups](
         out,

@@ -29,6 +29,7 @@ def votes_of_few(
 ) -> Tensor:
     """`hf_sparse.kernels.triton.votes.votes` for one group of at most `MOST_MEMBERS` members that see the same keys."""
     batch, kv_heads, _, size, dim = members.shape
+    padded = max(32, triton.next_power_of_2(dim))
     length = keys.shape[2]
     tile = 128
     parts, _ = parts_for(keys.device, batch * kv_heads, triton.cdiv(length, tile), most=_MOST_PARTS, programs_each=3)
@@ -48,11 +49,12 @@ def votes_of_few(
         size,
         length,
         DIM=dim,
-        PADDED_DIM=max(32, triton.next_power_of_2(dim)),
+        PADDED_DIM=padded,
         MEMBERS=MOST_MEMBERS,
         KEYS=tile,
         num_warps=4,
-        num_stages=4,
+        # As many tiles of keys as the shared memory of any GPU holds.
+        num_stages=4 if padded <= 128 else 2,
     )
     out = scores.new_empty(batch, kv_heads, 1, length)
     tile = 256
