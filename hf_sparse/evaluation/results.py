@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse.errors import UserError, first_line
 from hf_sparse.evaluation.models import ModelInfo
+from hf_sparse.files import write_whole
 
 Row = dict[str, Any]
 
@@ -79,12 +82,11 @@ class ResultFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._appended: set[str] = set()
 
     def repair(self) -> None:
         """Cut off a last line that a killed run left unfinished. Only while nobody else writes."""
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
+        data = self._read()
         if data and not data.endswith(b"\n"):
             with self.path.open("r+b") as file:
                 file.truncate(data.rfind(b"\n") + 1)
@@ -101,20 +103,54 @@ class ResultFile:
                 raise OSError(f"{self.path.name}: the disk took a part of a row only; is it full?")
         finally:
             os.close(file)
+        self._appended.add(row["key"])
 
     def rows(self) -> dict[str, Row]:
-        """The rows by their key, the first of each; empty if there is no file."""
+        """The rows by their key, the first of each; empty if there is no file. An unfinished last line is none.
+
+        Raises:
+            UserError: naming the file and the line that is not a row.
+        """
         out: dict[str, Row] = {}
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                out.setdefault(row["key"], row)
+        for number, line in enumerate(self._read().split(b"\n")[:-1], start=1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+                if not (isinstance(row, dict) and isinstance(row.get("key"), str)):
+                    raise ValueError("it must be a JSON object with a key")
+            except (ValueError, RecursionError) as error:
+                raise self._broken(f"line {number} is not a row: {first_line(error)}") from error
+            out.setdefault(row["key"], row)
         return out
+
+    @contextmanager
+    def summed_up(self) -> Iterator[None]:
+        """While rows are made use of: what those of an earlier run lack, or hold in its place, as one line.
+
+        Raises:
+            UserError: naming the file.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            # Rows that this run has made are not to blame: then the error is ours.
+            if self.rows().keys() <= self._appended:
+                raise
+            raise self._broken(f"its rows cannot be summed up: {type(error).__name__}: {first_line(error)}") from error
+
+    def _broken(self, why: str) -> UserError:
+        return UserError(f"{self.path}: {why}; delete the file, or take another folder")
+
+    def _read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise self._broken(f"it cannot be read: {error.strerror or first_line(error)}") from error
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write `data` as readable JSON, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())

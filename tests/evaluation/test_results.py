@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_sparse.errors import UserError
 from hf_sparse.evaluation.models import ModelInfo
 from hf_sparse.evaluation.results import (
     ResultFile,
@@ -48,6 +49,52 @@ def test_a_file_of_one_torn_line_becomes_empty(tmp_path: Path) -> None:
     results.path.write_text('{"key')
     results.repair()
     assert results.rows() == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"", "Expecting value"),
+        (b"garbage", "Expecting value"),
+        (b'{"key": "b", "nl', "Unterminated string"),
+        (b"[" * 100_000, "maximum recursion depth"),
+        (b"7", "it must be a JSON object with a key"),
+        (b'{"nll": 1.0}', "it must be a JSON object with a key"),
+        (b'{"key": ["b"]}', "it must be a JSON object with a key"),
+        (b'{"key": "\xe9"}', "'utf-8' codec can't decode"),
+    ],
+)
+def test_a_line_in_the_middle_that_is_no_row_is_named(tmp_path: Path, line: bytes, why: str) -> None:
+    results = ResultFile(tmp_path / "rows.jsonl")
+    results.path.write_bytes(b'{"key": "a"}\n' + line + b'\n{"key": "c"}\n')
+    results.repair()
+    with pytest.raises(UserError, match=rf"rows\.jsonl: line 2 is not a row: {why}.*; delete the file, or take"):
+        results.rows()
+
+
+def test_an_unfinished_last_line_is_no_row(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path / "rows.jsonl")
+    results.path.write_text('{"key": "a"}\n{"key": "b"')
+    assert list(results.rows()) == ["a"]
+
+
+def test_rows_that_are_a_folder_are_refused(tmp_path: Path) -> None:
+    for use in (ResultFile.rows, ResultFile.repair):
+        with pytest.raises(UserError, match="it cannot be read: Is a directory; delete the file"):
+            use(ResultFile(tmp_path))
+
+
+def test_what_stored_rows_lack_is_said_and_errors_with_new_ones_are_ours(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path / "rows.jsonl")
+    results.append({"key": "a"})
+    with pytest.raises(KeyError, match="nll"), results.summed_up():
+        results.rows()["a"]["nll"]
+    stored = ResultFile(results.path)
+    with (
+        pytest.raises(UserError, match=r"rows\.jsonl: its rows cannot be summed up: KeyError: 'nll'; delete"),
+        stored.summed_up(),
+    ):
+        stored.rows()["a"]["nll"]
 
 
 def _write_many(path: Path, name: str) -> None:
