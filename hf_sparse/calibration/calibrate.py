@@ -21,6 +21,7 @@ from hf_sparse.calibration.texts import longest_input, most_tokens, split
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import Document
+from hf_sparse.evaluation.folders import CALIBRATE, CALIBRATION, check_folder
 from hf_sparse.evaluation.models import ModelInfo
 from hf_sparse.evaluation.perplexity_summary import Summary
 from hf_sparse.evaluation.results import Row, provenance, write_json
@@ -139,8 +140,8 @@ def run_calibration(
 
     Raises:
         UserError: (a `ValueError`) if the model cannot be patched or is patched, there are too few texts, one is too
-            short, `config` limits what laws can be, or the target lies beyond the fitted length and `extrapolate` is
-            not set.
+            short, `config` limits what laws can be, the target lies beyond the fitted length and `extrapolate` is
+            not set, or `folder` cannot be written to or holds something else.
     """
     target = Target.parse(target) if isinstance(target, str) else target
     config = SparseAttentionConfig() if config is None else config
@@ -165,6 +166,8 @@ def run_calibration(
     if target.metric == "perplexity_ratio":
         trials = cut_windows(fitted[: len(checked)], tokenizer, [at], min(CHECKED_TOKENS, at // 2))
     about = provenance(info or _info(base), base, seed)
+    if folder is not None:
+        check_folder(folder, CALIBRATE, about["model"])
     with tempfile.TemporaryDirectory() as temporary, _evaluating(base):
         run = Run(base, support, config, folder or Path(temporary), about)
         curves = run.curves(windows)
@@ -199,7 +202,7 @@ def run_calibration(
         check=check,
     )
     if folder is not None:
-        write_json(folder / "calibration.json", result.to_dict())
+        write_json(folder / CALIBRATION, result.to_dict())
         origin = origin_of(base)
         name, commit = (None, None) if origin.is_local else (origin.name, origin.revision)
         policy = Policy(result.config, name, commit, versions=about["versions"])

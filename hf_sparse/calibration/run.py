@@ -73,7 +73,8 @@ class Run:
                 row = {"document": window.document, "text_sha256": window.text_sha256, **self.about}
                 results.append({"key": key, **row, "curves": [curve.to_dict() for curve in curves]})
                 done = results.rows()
-            out[window.document] = [ErrorCurve.from_dict(curve) for curve in done[key]["curves"]]
+            with results.summed_up():
+                out[window.document] = [ErrorCurve.from_dict(curve) for curve in done[key]["curves"]]
         return out
 
     def sensitivity(self, windows: Sequence[Window], curves: Mapping[str, Sequence[ErrorCurve]]) -> dict[int, float]:
@@ -97,27 +98,27 @@ class Run:
                     results.append({"key": keys[layer], **row})
                     progress.update()
                 done = results.rows()
-                for layer, key in keys.items():
-                    total[layer] += done[key]["nats"] / len(windows)
+                with results.summed_up():
+                    for layer, key in keys.items():
+                        total[layer] += done[key]["nats"] / len(windows)
         probed = [curve for window in windows for curve in curves[window.document]]
         return layer_sensitivity(probed, total, (windows[0].length - rows, windows[0].length))
 
     def ratio(self, config: SparseAttentionConfig, windows: Sequence[Window]) -> float:
         """Perplexity under `config` over that of the dense model."""
-        rows = self._perplexities(windows, {"dense": None, "calibrated": config})
-        ratio: float = calibrated(summarise(rows, self.about["seed"]))["ratio"]
+        ratio: float = calibrated(self._perplexities(windows, {"dense": None, "calibrated": config}))["ratio"]
         return ratio
 
     def check(self, config: SparseAttentionConfig, windows: Sequence[Window]) -> Summary:
         """Perplexities: dense, under `config` ("calibrated"), and under one law for all heads at equal cost."""
         uniform = matched(config, self.support, [windows[0].length], "power")
-        rows = self._perplexities(windows, {"dense": None, "calibrated": config, "uniform": uniform})
-        return summarise(rows, self.about["seed"])
+        return self._perplexities(windows, {"dense": None, "calibrated": config, "uniform": uniform})
 
-    def _perplexities(
-        self, windows: Sequence[Window], methods: Mapping[str, SparseAttentionConfig | None]
-    ) -> list[Row]:
-        return evaluate(self.model, windows, methods, ResultFile(self.folder / "check.jsonl"), self.about)
+    def _perplexities(self, windows: Sequence[Window], methods: Mapping[str, SparseAttentionConfig | None]) -> Summary:
+        results = ResultFile(self.folder / "check.jsonl")
+        rows = evaluate(self.model, windows, methods, results, self.about)
+        with results.summed_up():
+            return summarise(rows, self.about["seed"])
 
 
 def calibrated(check: Summary) -> Summary:

@@ -32,7 +32,7 @@ from hf_sparse.cli.options import (
     share_options,
 )
 from hf_sparse.cli.publish import BundleOptions, Target, run_card, run_publish
-from hf_sparse.cli.runs import Outcome, Ready, is_main_process, prepare, run_attention_error, run_perplexity
+from hf_sparse.cli.runs import Outcome, Ready, check, is_main_process, run_attention_error, run_perplexity
 from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.attention_error import ROWS_PER_LENGTH
@@ -103,7 +103,7 @@ def perplexity(
     source = ModelSource.find(model, run.revision)
     config = sparse.config(read_policy(policy, source.policy))
     compared = make_methods(methods.split(","), config, lengths, source.support)
-    ready = prepare(source, "perplexity", data, run, lengths, targets)
+    ready = check(source, "perplexity", data, run, lengths, targets).load()
     _print(run_perplexity(ready, compared), ready, run)
 
 
@@ -123,7 +123,7 @@ def attention_error(
     source = ModelSource.find(model, run.revision)
     config = sparse.config(read_policy(policy, source.policy))
     compared = make_error_methods(config, lengths, source.support)
-    ready = prepare(source, "attention-error", data, run, lengths, targets=1)
+    ready = check(source, "attention-error", data, run, lengths, targets=1).load()
     _print(run_attention_error(ready, lengths, compared, rows), ready, run)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -22,11 +22,13 @@ from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integ
 from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SELECTORS, SparseAttentionConfig
 from hf_sparse.errors import UserError, first_line
+from hf_sparse.evaluation.folders import check_folder
 from hf_sparse.evaluation.models import DTYPES, ModelSource
 from hf_sparse.evaluation.processes import process_state
 from hf_sparse.evaluation.results import ResultFile
 from hf_sparse.evaluation.windows import check_lengths
 from hf_sparse.goals import SPEED_GOALS, goals_table, judge
+from hf_sparse.outputs import ROWS
 
 _FULL = {
     "decode": [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144],
@@ -146,6 +148,7 @@ def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: S
         if bench.policy is not None:
             raise UserError("--policy needs a MODEL: its laws are those of a model's heads")
         plan = bench.plan(run, sparse.config(), None)
+        folder = _folder(run, {"name": bench.shape.replace("/", "-")})
         subject = _in_memory(plan, bench, run.dtype, device)
     else:
         source = ModelSource.find(model, run.revision)
@@ -154,9 +157,12 @@ def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: S
             raise UserError(str(support))
         config = sparse.config(read_policy(bench.policy, source.policy))
         plan = bench.plan(run, config, source.info().max_positions)
+        folder = _folder(run, source.info().to_dict())
         subject = Subject.loaded(plan, source, bench.text, run.dtype, device)
-    folder = run.output or Path("results") / f"{subject.about['model']['name'].removesuffix('.gguf')}-{COMMAND}"
-    summary = summarise(evaluate(list(subject.cells(plan)), ResultFile(folder / "rows.jsonl"), subject.about))
+    results = ResultFile(folder / ROWS)
+    rows = evaluate(list(subject.cells(plan)), results, subject.about)
+    with results.summed_up():
+        summary = summarise(rows)
     if bench.save_break_even and subject.inputs is not None:
         summary["saved_dense_below"] = _save(summary, subject.inputs, plan.config)
     goals = [row for row in judge({folder.name: summary}, SPEED_GOALS) if row["reason"] is None]
@@ -164,6 +170,13 @@ def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: S
     outcome = Outcome(summary, [*bench_tables(summary), *([goals_table(goals)] if goals else [])])
     write_outcome(outcome, folder, "bench.png", plot_bench)
     return outcome
+
+
+def _folder(run: RunOptions, model: dict[str, Any]) -> Path:
+    """Where results go, checked."""
+    folder = run.output or Path("results") / f"{model['name'].removesuffix('.gguf')}-{COMMAND}"
+    check_folder(folder, COMMAND, model)
+    return folder
 
 
 def _in_memory(plan: Plan, bench: BenchOptions, dtype: str, device: str) -> Subject:

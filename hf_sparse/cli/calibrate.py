@@ -18,10 +18,12 @@ from hf_sparse.cli.runs import Outcome
 from hf_sparse.config import SelectorName, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import load_documents
-from hf_sparse.evaluation.models import ModelSource
+from hf_sparse.evaluation.folders import CALIBRATE, check_folder
+from hf_sparse.evaluation.models import ModelSource, check_loading
 from hf_sparse.evaluation.perplexity_tables import perplexity_cells
 from hf_sparse.evaluation.processes import process_state
 from hf_sparse.evaluation.tables import Table, markdown_table
+from hf_sparse.outputs import TABLES
 
 # Enough rows of a data set are joined for a text of so many characters a token.
 _CHARS_PER_TOKEN = 8
@@ -108,6 +110,9 @@ def run_calibrate(name: str, options: CalibrationOptions, run: RunOptions) -> tu
     info = source.info()
     if not source.support.supported:
         raise UserError(str(source.support))
+    folder = run.output or Path("results") / f"{info.name.rpartition('/')[2].removesuffix('.gguf')}-{CALIBRATE}"
+    check_folder(folder, CALIBRATE, info.to_dict())
+    check_loading(run.dtype, device := run.device or str(process_state().device))
     characters = _CHARS_PER_TOKEN * (1 + max(options.length or LONGEST, target.length or 0))
     texts, held_out = (
         load_documents(names, count=options.documents, column=options.column, min_chars=characters)
@@ -117,8 +122,7 @@ def run_calibrate(name: str, options: CalibrationOptions, run: RunOptions) -> tu
     )
     split(texts or [], held_out)
     tokenizer = source.tokenizer()
-    model = source.model(dtype=run.dtype, device_map=run.device or str(process_state().device))
-    folder = run.output or Path("results") / f"{info.name.rpartition('/')[2].removesuffix('.gguf')}-calibrate"
+    model = source.model(dtype=run.dtype, device_map=device)
     result = run_calibration(
         model,
         tokenizer,
@@ -135,7 +139,7 @@ def run_calibrate(name: str, options: CalibrationOptions, run: RunOptions) -> tu
     tables = [target_cells(result), perplexity_cells(result.check), family_cells(result), law_cells(result)]
     outcome = Outcome(result.to_dict(), [table for table in tables if table[1]])
     markdown = "\n\n".join(markdown_table(*table) for table in outcome.tables)
-    (folder / "tables.md").write_text(markdown + "\n", encoding="utf-8")
+    (folder / TABLES).write_text(markdown + "\n", encoding="utf-8")
     return result, outcome, folder
 
 

@@ -10,7 +10,7 @@ import torch
 
 import hf_sparse
 from hf_sparse.cli.options import DataOptions, RunOptions
-from hf_sparse.cli.runs import Ready, is_main_process, prepare, run_attention_error, run_perplexity
+from hf_sparse.cli.runs import Ready, check, is_main_process, run_attention_error, run_perplexity
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
 from hf_sparse.evaluation.models import ModelSource
@@ -27,6 +27,9 @@ _METHODS = ("topk", "grouped")
 _ROWS_PER_LENGTH = 64
 _NEW_TOKENS = 24
 
+# The commands that it runs, and the folders of their results.
+_PERPLEXITY, _ATTENTION_ERROR = "perplexity", "attention-error"
+
 
 def run_demo(name: str, run: RunOptions) -> None:
     """Patch, generate, report, and measure perplexity and attention error; print all of it.
@@ -39,7 +42,8 @@ def run_demo(name: str, run: RunOptions) -> None:
         UserError: if the model cannot be found, reached, read or patched, or takes less than 4,096 tokens.
     """
     source = ModelSource.find(name, run.revision)
-    ready = prepare(source, "demo", DataOptions(documents=_DOCUMENTS), run, _LENGTHS, _TARGETS)
+    data = DataOptions(documents=_DOCUMENTS)
+    ready = check(source, "demo", data, run, _LENGTHS, _TARGETS, (_PERPLEXITY, _ATTENTION_ERROR)).load()
     say = _Speaker(silent=run.as_json or not is_main_process())
     say(f"model: {ready.about['model']['name']}, {ready.about['dtype']} on {ready.about['device']}")
     say("\n>>> model = hf_sparse.patch(model)")
@@ -49,10 +53,10 @@ def run_demo(name: str, run: RunOptions) -> None:
     config = SparseAttentionConfig()
     methods = make_methods(_METHODS, config, _LENGTHS)
     say(f"\nperplexity of the same {_TARGETS} tokens of {_DOCUMENTS} documents, after more and more context:\n")
-    perplexity = run_perplexity(_in(ready, "perplexity"), methods)
+    perplexity = run_perplexity(_in(ready, _PERPLEXITY), methods)
     say(f"{text_table(*perplexity.tables[0])}\n\nattention error against dense, every law at equal cost:\n")
     compared = make_error_methods(config, _LENGTHS)
-    error = run_attention_error(_in(ready, "attention-error"), _LENGTHS, compared, _ROWS_PER_LENGTH)
+    error = run_attention_error(_in(ready, _ATTENTION_ERROR), _LENGTHS, compared, _ROWS_PER_LENGTH)
     say(f"{text_table(*error.tables[0])}\n\nrows, summaries, tables and plots: {ready.folder}")
     if run.as_json and is_main_process():
         everything = {"report": asdict(report), "perplexity": perplexity.summary, "attention_error": error.summary}

@@ -18,12 +18,14 @@ from hf_sparse.errors import UserError
 from hf_sparse.evaluation import attention_error, attention_summary, perplexity, perplexity_summary, plots
 from hf_sparse.evaluation.attention_tables import comparison_cells, error_cells, layer_cells, shape_cells, slope_cells
 from hf_sparse.evaluation.data import load_documents
-from hf_sparse.evaluation.models import ModelSource
+from hf_sparse.evaluation.folders import check_folder
+from hf_sparse.evaluation.models import ModelInfo, ModelSource, check_loading
 from hf_sparse.evaluation.perplexity_tables import method_cells, overview_cells, perplexity_cells, verdict_cells
 from hf_sparse.evaluation.processes import process_state
 from hf_sparse.evaluation.results import ResultFile, Row, provenance, write_json
 from hf_sparse.evaluation.tables import Table, markdown_table, text_table
 from hf_sparse.evaluation.windows import Window, check_lengths, cut_windows
+from hf_sparse.outputs import ROWS, SUMMARY, TABLES
 
 # Enough rows of a data set are joined for a text of so many characters a token; what falls short is refused.
 _CHARS_PER_TOKEN = 8
@@ -49,6 +51,36 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """An evaluation in which everything that a user can get wrong was checked, but what only loading shows.
+
+    Attributes:
+        source: The model.
+        info: What identifies it.
+        tokenizer: Its tokenizer.
+        windows: The windows of every document.
+        run: How to run.
+        folder: Where results go.
+    """
+
+    source: ModelSource
+    info: ModelInfo
+    tokenizer: PreTrainedTokenizerBase
+    windows: list[Window]
+    run: RunOptions
+    folder: Path
+
+    def load(self) -> Ready:
+        """Load the model.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        model = self.source.model(dtype=self.run.dtype, device_map=_device(self.run))
+        return Ready(model, self.tokenizer, self.windows, provenance(self.info, model, self.run.seed), self.folder)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What an evaluation found: a summary for machines and its tables for people."""
 
@@ -59,10 +91,16 @@ class Outcome:
         return "\n\n".join(text_table(*table) for table in self.tables)
 
 
-def prepare(
-    source: ModelSource, command: str, data: DataOptions, run: RunOptions, lengths: Sequence[int], targets: int
-) -> Ready:
-    """Check everything that a user can get wrong, the cheap first, and load the model last.
+def check(
+    source: ModelSource,
+    command: str,
+    data: DataOptions,
+    run: RunOptions,
+    lengths: Sequence[int],
+    targets: int,
+    parts: Sequence[str] = (),
+) -> Checked:
+    """Check everything that a user can get wrong, the cheap first; the model is not loaded.
 
     Args:
         source: The model.
@@ -71,24 +109,30 @@ def prepare(
         run: How to run.
         lengths: Input tokens of the windows.
         targets: Predicted tokens of the windows.
+        parts: Commands whose results go into folders of their names in the folder; `command` itself, into the folder,
+            if there are none.
 
     Raises:
         UserError: for whatever is wrong.
     """
     if run.threads is not None:
         torch.set_num_threads(run.threads)
+    check_loading(run.dtype, _device(run))
     info = source.info()
     check_lengths(lengths, targets, info.max_positions)
     if not source.support.supported:
         raise UserError(str(source.support))
+    stem = info.name.rpartition("/")[2].removesuffix(".gguf")
+    folder = run.output or Path("results") / f"{stem}-{command}"
+    for place, part in [(folder / part, part) for part in parts] or [(folder, command)]:
+        # Processes that try the same folder at once would be in each other's way.
+        if is_main_process():
+            check_folder(place, part, info.to_dict())
     characters = _CHARS_PER_TOKEN * (data.offset + lengths[-1] + 1)
     documents = load_documents(data.text or [], count=data.documents, column=data.column, min_chars=characters)
     tokenizer = source.tokenizer()
     windows = cut_windows(documents, tokenizer, lengths, targets, data.offset)
-    model = source.model(dtype=run.dtype, device_map=run.device or str(process_state().device))
-    stem = info.name.rpartition("/")[2].removesuffix(".gguf")
-    folder = run.output or Path("results") / f"{stem}-{command}"
-    return Ready(model, tokenizer, windows, provenance(info, model, run.seed), folder)
+    return Checked(source, info, tokenizer, windows, run, folder)
 
 
 def run_perplexity(ready: Ready, methods: perplexity.Methods) -> Outcome:
@@ -103,9 +147,11 @@ def run_perplexity(ready: Ready, methods: perplexity.Methods) -> Outcome:
                 pass
         except ValueError as error:
             raise UserError(str(error)) from error
-    rows = perplexity.evaluate(ready.model, ready.windows, methods, _rows(ready), ready.about)
-    summary = perplexity_summary.summarise(rows, ready.about["seed"])
-    tables = [cells(summary) for cells in (perplexity_cells, method_cells, verdict_cells, overview_cells)]
+    results = ResultFile(ready.folder / ROWS)
+    rows = perplexity.evaluate(ready.model, ready.windows, methods, results, ready.about)
+    with results.summed_up():
+        summary = perplexity_summary.summarise(rows, ready.about["seed"])
+        tables = [cells(summary) for cells in (perplexity_cells, method_cells, verdict_cells, overview_cells)]
     outcome = Outcome(summary, [table for table in tables if table[1]])
     write_outcome(outcome, ready.folder, "perplexity.png", plots.plot_perplexity)
     return outcome
@@ -116,11 +162,14 @@ def run_attention_error(
 ) -> Outcome:
     """Measure attention errors and write the results; see `evaluation.attention_error`."""
     windows = [window for window in ready.windows if window.length == lengths[-1]]
-    rows = attention_error.evaluate(ready.model, windows, lengths, methods, _rows(ready), ready.about, rows_per_length)
-    summary = attention_summary.summarise(rows, ready.about["seed"])
-    tables = [cells(summary) for cells in (error_cells, shape_cells, slope_cells, comparison_cells)]
+    results = ResultFile(ready.folder / ROWS)
+    rows = attention_error.evaluate(ready.model, windows, lengths, methods, results, ready.about, rows_per_length)
     shown = attention_error.CALIBRATED if attention_error.CALIBRATED in methods else SparseAttentionConfig.selector
-    outcome = Outcome(summary, [*tables, layer_cells(summary, shown)])
+    with results.summed_up():
+        summary = attention_summary.summarise(rows, ready.about["seed"])
+        tables = [cells(summary) for cells in (error_cells, shape_cells, slope_cells, comparison_cells)]
+        tables.append(layer_cells(summary, shown))
+    outcome = Outcome(summary, tables)
     write_outcome(outcome, ready.folder, "attention_error.png", plots.plot_attention_error)
     return outcome
 
@@ -130,17 +179,17 @@ def is_main_process() -> bool:
     return bool(process_state().is_main_process)
 
 
-def _rows(ready: Ready) -> ResultFile:
-    return ResultFile(ready.folder / "rows.jsonl")
+def _device(run: RunOptions) -> str:
+    return run.device or str(process_state().device)
 
 
 def write_outcome(outcome: Outcome, folder: Path, plot: str, draw: Any) -> None:
     """Write `summary.json`, `tables.md` and, if matplotlib is there, the plot, from the main process."""
     if not is_main_process():
         return
-    write_json(folder / "summary.json", outcome.summary)
+    write_json(folder / SUMMARY, outcome.summary)
     markdown = "\n\n".join(markdown_table(*table) for table in outcome.tables)
-    (folder / "tables.md").write_text(markdown + "\n", encoding="utf-8")
+    (folder / TABLES).write_text(markdown + "\n", encoding="utf-8")
     if find_spec("matplotlib") is None:
         print('no plot is drawn without matplotlib: pip install "hf_sparse[plots]"', file=sys.stderr)
     else:

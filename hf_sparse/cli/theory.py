@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,17 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_sparse.cli.options import DataOptions, RunOptions, parse_integers
-from hf_sparse.cli.runs import prepare
+from hf_sparse.cli.runs import Checked, check
 from hf_sparse.errors import UserError
+from hf_sparse.evaluation.folders import check_folder
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.windows import check_lengths
 
 if TYPE_CHECKING:
     from hf_sparse.theory.experiment import Subject
 
-SYNTHETIC = "synthetic"
+SYNTHETIC, TINY = "synthetic", "random-tiny-model"
 _LENGTHS = {"small": "256,512", "full": "512,1024,2048,4096"}
 _MOST_TARGETS = 512
+# Below, rows see too few keys for what the experiments on models fit to them.
+_LEAST = 64
 _PAGE = 110
 
 
@@ -90,18 +94,21 @@ def run_theory(options: TheoryOptions, run: RunOptions) -> tuple[dict[str, Any],
     without_model = not options.model and options.scale == "full"
     if without_model and options.experiment and on_models:
         raise UserError(f"experiment {on_models[0].name!r} needs --model at full scale")
-    check_lengths(options.lengths_at_scale(), 1, None)
-    for name in options.model or []:
-        ModelSource.find(name, run.revision)
+    lengths = options.lengths_at_scale()
+    check_lengths(lengths, 1, None)
+    if on_models and lengths[0] < _LEAST:
+        raise UserError(f"the experiments on models need lengths of {_LEAST} tokens or more; got {lengths[0]}")
     folder = run.output or Path("results/theory")
+    if synthetic:
+        check_folder(folder / SYNTHETIC, "theory")
+    subjects = _subjects(options, run, folder) if on_models and not without_model else {}
     summaries = {}
     if synthetic:
         setting = Setting(options.scale, run.seed)  # type: ignore[arg-type]
         summaries[SYNTHETIC] = lab.run(synthetic, setting, folder / SYNTHETIC)
-    if on_models and not without_model:
-        for name, subject in _subjects(options, run):
-            setting = Setting(options.scale, run.seed, subject)  # type: ignore[arg-type]
-            summaries[name] = lab.run(on_models, setting, folder / name)
+    for name, load in subjects.items():
+        setting = Setting(options.scale, run.seed, load())  # type: ignore[arg-type]
+        summaries[name] = lab.run(on_models, setting, folder / name)
     return summaries, folder
 
 
@@ -117,22 +124,34 @@ def print_theory(summaries: dict[str, Any], folder: Path) -> None:
     print(f"rows, summaries, tables and plots: {folder}")
 
 
-def _subjects(options: TheoryOptions, run: RunOptions) -> Iterator[tuple[str, Subject]]:
-    """The models with their texts, one loaded at a time, each with the name of its folder."""
-    from hf_sparse.theory.experiment import Subject
-    from hf_sparse.theory.subject import tiny_subject
+def _subjects(options: TheoryOptions, run: RunOptions, folder: Path) -> dict[str, Callable[[], Subject]]:
+    """The models with their texts, checked and not loaded yet, by the name of their folder in `folder`."""
+    from hf_sparse.theory.subject import check_layers, tiny_subject
 
     lengths = options.lengths_at_scale()
     if not options.model:
         print("no --model: the experiments on models try a random tiny one", file=sys.stderr)
-        yield "random-tiny-model", tiny_subject(run.seed, lengths)
-        return
+        check_folder(folder / TINY, "theory")
+        return {TINY: partial(tiny_subject, run.seed, lengths)}
     data = DataOptions(text=options.text, documents=options.documents)
-    for name in options.model:
-        source = ModelSource.find(name, run.revision)
-        ready = prepare(source, "theory", data, run, lengths, min(_MOST_TARGETS, lengths[0]))
-        folder = ready.about["model"]["name"].rpartition("/")[2].removesuffix(".gguf")
-        yield folder, Subject(ready.model, ready.windows, ready.about)
+    found: dict[str, Callable[[], Subject]] = {}
+    for model in options.model:
+        source = ModelSource.find(model, run.revision)
+        name = source.name.rpartition("/")[2].removesuffix(".gguf")
+        if name in (SYNTHETIC, *found):
+            raise UserError(f"results of {model} would go into the folder {name}, which another part has: run it alone")
+        own = replace(run, output=folder / name)
+        checked = check(source, "theory", data, own, lengths, min(_MOST_TARGETS, lengths[0]))
+        check_layers(source.config)
+        found[name] = partial(_load, checked)
+    return found
+
+
+def _load(checked: Checked) -> Subject:
+    from hf_sparse.theory.experiment import Subject
+
+    ready = checked.load()
+    return Subject(ready.model, ready.windows, ready.about)
 
 
 def _wrapped(text: str, indent: str) -> str:

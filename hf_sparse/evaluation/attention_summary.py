@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_sparse.errors import UserError
 from hf_sparse.evaluation.attention_error import ADAPTIVE, CALIBRATED
 from hf_sparse.evaluation.layer_errors import DENSE
 from hf_sparse.evaluation.results import Row
@@ -60,7 +61,7 @@ def summarise(rows: Sequence[Row], seed: int) -> Summary:
         - `methods`, `lengths`, `documents`, `resampled`, `seed`, `samples`, `confidence`, `configs`, `about`.
 
     Raises:
-        ValueError: if a sliding window hides keys in every layer.
+        UserError: (a `ValueError`) if a sliding window hides keys in every layer.
     """
     cells = _Cells.of(rows, seed)
     methods = [method for method in cells.methods if method != DENSE]
@@ -125,7 +126,7 @@ class _Cells:
         columns = {(row["method"], row["length"], row["text_sha256"]): _columns(row) for row in rows}
         growing = ~next(iter(columns.values()))["windowed"].astype(bool)
         if not growing.any():
-            raise ValueError("a sliding window hides keys in every layer: there is no error against n to sum up")
+            raise UserError("a sliding window hides keys in every layer: there is no error against n to sum up")
         values = {}
         for method in methods:
             for name in columns[method, lengths[0], documents[0]]:

@@ -152,9 +152,7 @@ class ModelSource:
 
     def model(self, *, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
         """The model in evaluation mode; see `load_model` for the arguments."""
-        if dtype not in DTYPES:
-            raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-        _check_device(device_map)
+        check_loading(dtype, device_map)
         arguments = self._arguments()
         if self.gguf_file is not None:
             arguments["quantization_config"] = GgufConfig(dequantize=True)
@@ -207,7 +205,14 @@ def load_model(
     return source.model(dtype=dtype, device_map=device_map), source.tokenizer(), source.info()
 
 
-def _check_device(device_map: str | None) -> None:
+def check_loading(dtype: str, device_map: str | None) -> None:
+    """Refuse a type of numbers or a device that no model can be loaded with; see `load_model`.
+
+    Raises:
+        UserError: naming it.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if device_map in (None, "auto"):
         return
     try:

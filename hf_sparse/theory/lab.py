@@ -14,6 +14,7 @@ from tqdm import tqdm
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.results import ResultFile, Row, row_key, software, write_json
 from hf_sparse.evaluation.tables import Table, markdown_table
+from hf_sparse.outputs import ROWS, SUMMARY, TABLES
 from hf_sparse.theory import assumptions, phases, windows, workloads
 from hf_sparse.theory.experiment import Cell, Experiment, Findings, Setting, Verdict
 from hf_sparse.theory.pages import draw_page
@@ -66,15 +67,17 @@ def run(experiments: Sequence[Experiment], setting: Setting, folder: Path) -> di
     Returns:
         The summary.
     """
-    results = ResultFile(folder / "rows.jsonl")
+    results = ResultFile(folder / ROWS)
     results.repair()
-    found = {
-        experiment.name: experiment.conclude(_measured(experiment, setting, results)) for experiment in experiments
-    }
+    found = {}
+    for experiment in experiments:
+        rows = _measured(experiment, setting, results)
+        with results.summed_up():
+            found[experiment.name] = experiment.conclude(rows)
     summary = summarise(experiments, found) | {"about": _about(setting)}
-    write_json(folder / "summary.json", summary)
+    write_json(folder / SUMMARY, summary)
     markdown = "\n\n".join(markdown_table(*table) for table in all_tables(summary, found))
-    (folder / "tables.md").write_text(markdown + "\n", encoding="utf-8")
+    (folder / TABLES).write_text(markdown + "\n", encoding="utf-8")
     if find_spec("matplotlib") is None:
         print('no plots are drawn without matplotlib: pip install "hf_sparse[plots]"', file=sys.stderr)
     else:

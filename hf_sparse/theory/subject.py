@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.models import ModelInfo
@@ -20,6 +20,7 @@ from hf_sparse.theory.experiment import Setting, Subject
 
 _ROWS_OF_LOGITS = 32
 _VOCABULARY = 97
+_LEAST_LAYERS = 3
 _SHARPNESS = 2.0
 """Standard deviation of the logits of `random_model`, about."""
 
@@ -59,6 +60,18 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
         attention: Any = module
         layers.append(Layer(attention.layer_idx, module, model.get_submodule(name.rpartition(".")[0])))
     return sorted(layers, key=lambda layer: layer.index)
+
+
+def check_layers(config: PreTrainedConfig) -> None:
+    """Refuse a model whose layers cannot be looked at, before it is loaded.
+
+    Raises:
+        UserError: as `layers_of`, or if there are too few for errors to travel through.
+    """
+    with torch.device("meta"):
+        layers = layers_of(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+    if len(layers) < _LEAST_LAYERS:
+        raise UserError(f"the theory experiments need a model of {_LEAST_LAYERS} layers or more; it has {len(layers)}")
 
 
 def token_axis(x: Tensor, heads: int) -> int:
