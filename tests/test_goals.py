@@ -11,6 +11,7 @@ import pytest
 
 from hf_sparse.goals import QUALITY_GOALS, judge
 from hf_sparse.goals.quality import AgainstFixed, Perplexity
+from tests.small import run_command
 
 RUN = Path(__file__).parents[1] / "model_cards/SmolLM2-135M-Instruct-calibrated/perplexity/summary.json"
 
@@ -57,3 +58,30 @@ def test_adaptive_against_fixed_is_the_mean_over_the_lengths(run: dict[str, Any]
     assert reading.measured["adaptive / fixed"]["median"] == 0.99
     verdicts = {row["target"]: row["verdict"] for row in judge({"run": run}, QUALITY_GOALS)}
     assert verdicts["SmolLM2, adaptive over fixed at equal cost, 4,096 and 8,192 tokens, calibrated"] == "goal met"
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["{}/a", "{}/b"], ["a", "b"]),
+        (["{}/a/perplexity", "{}/b/perplexity"], ["a/perplexity", "b/perplexity"]),
+        (["{}/a/perplexity", "{}/b/a/perplexity", "{}/c"], ["{0.name}/a/perplexity", "b/a/perplexity", "c"]),
+        (["a/perplexity", "b/perplexity", "./c"], ["a/perplexity", "b/perplexity", "c"]),
+        (["perplexity", "{}/a/perplexity", "{}/a/perplexity"], ["perplexity", "a/perplexity"]),
+    ],
+)
+def test_no_run_is_lost_to_another_of_the_same_name(
+    folders: list[str],
+    names: list[str],
+    run: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [folder.format(tmp_path) for folder in folders]
+    for folder in given:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "summary.json").write_text(json.dumps(run))
+    assert run_command("goals", *given, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["runs"] == [name.format(tmp_path) for name in names]

@@ -9,9 +9,11 @@ from typing import Any
 
 from hf_sparse.cli.runs import Outcome
 from hf_sparse.errors import UserError
+from hf_sparse.evaluation.folders import check_folder
 from hf_sparse.evaluation.results import write_json
 from hf_sparse.evaluation.tables import markdown_table
 from hf_sparse.goals import QUALITY_GOALS, SPEED_GOALS, goals_table, judge
+from hf_sparse.outputs import SUMMARY, TABLES
 
 
 def run_goals(folders: Sequence[Path], output: Path) -> Outcome:
@@ -24,22 +26,30 @@ def run_goals(folders: Sequence[Path], output: Path) -> Outcome:
     Raises:
         UserError: if a folder holds no such run.
     """
-    runs = {_name(folder): _read(folder) for folder in folders}
+    check_folder(output, "goals")
+    runs = {_name(folder, folders): _read(folder) for folder in folders}
     judged = {"speed": judge(runs, SPEED_GOALS), "quality": judge(runs, QUALITY_GOALS)}
     outcome = Outcome({"runs": list(runs), **judged}, [goals_table(rows) for rows in judged.values()])
-    write_json(output / "summary.json", outcome.summary)
+    write_json(output / SUMMARY, outcome.summary)
     tables = "\n\n".join(markdown_table(*table) for table in outcome.tables)
-    (output / "tables.md").write_text(tables + "\n", encoding="utf-8")
+    (output / TABLES).write_text(tables + "\n", encoding="utf-8")
     return outcome
 
 
-def _name(folder: Path) -> str:
-    """What results call a run: its folder as it was given, but never a path of the machine."""
-    return folder.name if folder.is_absolute() else folder.as_posix()
+def _name(folder: Path, folders: Sequence[Path]) -> str:
+    """What results call a run: its folder as it was given, but of a path of the machine no more than tells runs apart.
+
+    That is the fewest last parts of an absolute path with which no other of `folders` ends.
+    """
+    if not folder.is_absolute():
+        return folder.as_posix()
+    others = [other.parts for other in folders if other != folder]
+    tails = (folder.parts[-count:] for count in range(1, len(folder.parts) + 1))
+    return Path(*next(tail for tail in tails if all(other[-len(tail) :] != tail for other in others))).as_posix()
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
