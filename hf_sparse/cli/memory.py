@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_sparse import engines
 from hf_sparse.bench import prefill_memory
 from hf_sparse.bench.shapes import Shape
 from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.errors import UserError
 from hf_sparse.evaluation import memory, plot_memory
+from hf_sparse.evaluation.folders import check_folder
 from hf_sparse.evaluation.results import software
 from hf_sparse.evaluation.tables import Table
 
@@ -41,8 +44,11 @@ def run_memory(
         folder: Where results go.
 
     Raises:
-        UserError: where peak memory cannot be read.
+        UserError: where peak memory cannot be read, the engine cannot run, or results cannot go into the folder.
     """
+    if reason := engines.why_not(config.engine):
+        raise UserError(f"engine {config.engine!r} cannot run here: {reason}; engine 'auto' does without")
+    check_folder(folder, "memory")
     heads = (shape.heads, shape.kv_heads, shape.head_dim)
     calls = memory.evaluate(lengths, memory.METHODS, heads, config, limit * 2**30, seed)
     sparse = config if config.dense_layers is not None else replace(config, dense_layers=())

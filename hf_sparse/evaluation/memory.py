@@ -135,13 +135,15 @@ def evaluate(
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The rows, and for each method the exponent of length with which its peak grows: a least-squares line on logs.
 
-    The same exponent is given for the mean kept keys, which is what a gathered row needs.
+    The same exponent is given for the mean kept keys, which is what a gathered row needs. A peak of 0, of calls so
+    short that the operating system sees nothing, has no logarithm: its method gets no exponent.
     """
     exponents = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         if len(own) > 1:
-            exponents[method] = _slope(own, "peak_mib")
+            if all(row["peak_mib"] > 0 for row in own):
+                exponents[method] = _slope(own, "peak_mib")
             if own[0]["mean_keys"] is not None:
                 exponents["mean kept keys"] = _slope(own, "mean_keys")
     return {"results": list(rows), "exponents": exponents}

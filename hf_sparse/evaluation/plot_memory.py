@@ -19,7 +19,7 @@ _STYLES = {
 
 
 def plot_memory(summary: dict[str, Any], path: Path) -> None:
-    """Draw peak memory against context length on log axes, with the fitted exponents.
+    """Draw peak memory against context length on log axes (linear if no peak is above 0), with the fitted exponents.
 
     Args:
         summary: From `evaluation.memory.summarise`.
@@ -39,8 +39,9 @@ def plot_memory(summary: dict[str, Any], path: Path) -> None:
         axes.plot(lengths, peaks, color=color, marker=marker, linestyle=line, label=label)
     length_axis(axes, sorted({row["length"] for row in summary["results"]}), "context length n, tokens")
     shape = summary["shape"]
+    seen = any(row["peak_mib"] > 0 for row in summary["results"])
     axes.set(
-        yscale="log",
+        yscale="log" if seen else "linear",
         ylabel="peak memory above the inputs, MiB",
         title=f"One attention call, {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, "
         f"{shape['dtype']}, CPU",

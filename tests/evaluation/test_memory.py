@@ -11,6 +11,7 @@ from hf_sparse.cli import main
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.evaluation import memory
 from hf_sparse.evaluation.tables import markdown_table
+from tests.small import run_command
 
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 
@@ -32,6 +33,33 @@ def test_exponents_are_those_of_the_rows() -> None:
     rows = [{"method": "eager", "length": n, "peak_mib": 3e-6 * n**2, "mean_keys": None} for n in (512, 1024, 2048)]
     rows += [{"method": "window", "length": n, "peak_mib": n**0.75, "mean_keys": 2 * n**0.5} for n in (512, 1024)]
     assert memory.summarise(rows)["exponents"] == {"eager": 2.0, "window": 0.75, "mean kept keys": 0.5}
+
+
+def test_a_peak_of_nothing_has_no_exponent() -> None:
+    rows = [{"method": "sdpa", "length": n, "peak_mib": float(n > 64), "mean_keys": 2.0 * n} for n in (64, 128)]
+    assert memory.summarise(rows)["exponents"] == {"mean kept keys": 1.0}
+
+
+@linux
+def test_the_command_writes_what_it_found_of_calls_too_short_to_be_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "measure", lambda *_: 0.0)
+    assert run_command("memory", "--lengths", "64,128", "--prefill", "none", "--output", str(tmp_path)) == 0
+    assert "sdpa" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["exponents"]) == {"mean kept keys"}
+    assert (tmp_path / "memory.png").is_file()
+
+
+def test_an_engine_that_cannot_run_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_sparse.engines.why_not", lambda name: f"no {name} here")
+    monkeypatch.setattr(memory, "evaluate", None)
+    assert run_command("memory", "--engine", "triton", "--output", str(tmp_path / "out")) == 2
+    assert "engine 'triton' cannot run here: no triton here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @linux
