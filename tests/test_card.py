@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,22 @@ def test_a_card_that_cannot_be_read_is_refused() -> None:
         make_card(MEASURED, "me/x", existing="---\nlicense: [mit\n---\n")
     with pytest.raises(UserError, match="the metadata of the model card cannot be read"):
         make_card(MEASURED, "me/x", existing="---\n- a list\n---\n")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace(END, ""),
+        lambda text: text.replace(BEGIN, ""),
+        lambda text: text + BEGIN,
+        lambda text: text.replace(END, "") + text[text.index(BEGIN) :],
+        lambda text: text.replace(BEGIN, "?!").replace(END, BEGIN).replace("?!", END),
+    ],
+)
+def test_a_card_whose_section_has_lost_an_end_is_refused(damage: Callable[[str], str]) -> None:
+    card = make_card(MEASURED, "me/x")
+    with pytest.raises(UserError, match=f"README.md of me/x must hold '{BEGIN}' and then '{END}', each once"):
+        make_card(MEASURED, "me/x", existing=damage(card))
 
 
 def test_a_path_of_this_machine_is_in_no_card() -> None:

@@ -92,6 +92,53 @@ def test_one_command_makes_a_published_folder_anew(name: str, tmp_path: Path) ->
     assert replace(read(tmp_path / name / NAME), versions={}) == replace(read(CARDS / name / NAME), versions={})
 
 
+def _readme_is_a_folder(folder: Path) -> None:
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+
+
+def _section_has_no_end(folder: Path) -> None:
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(text.replace("<!-- hf-sparse: end -->", ""))
+
+
+def _results_are_a_file(folder: Path) -> None:
+    shutil.rmtree(folder / "perplexity")
+    (folder / "perplexity").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (_readme_is_a_folder, [], "README.md: it is a folder; remove it"),
+        (_section_has_no_end, [], "card must hold '<!-- hf-sparse: begin -->' and then '<!-- hf-sparse: end -->'"),
+        (
+            lambda folder: (folder / "perplexity" / "summary.json").unlink(),
+            [],
+            "perplexity holds rows.jsonl without summary.json: make it with hf-sparse perplexity --output",
+        ),
+        (
+            lambda folder: (folder / "attention-error" / "summary.json").rename(folder / "attention-error/rows.jsonl"),
+            ["--results", CARDS / "SmolLM2-135M-Instruct" / "perplexity"],
+            "attention-error holds rows.jsonl without summary.json",
+        ),
+        (_results_are_a_file, ["--results", CARDS / "SmolLM2-135M-Instruct" / "perplexity"], "perplexity is a file"),
+    ],
+)
+def test_a_folder_that_no_card_can_be_made_in_is_left_as_it_was(
+    damage: Any, options: list[Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "card"
+    shutil.copytree(CARDS / "SmolLM2-135M-Instruct", folder)
+    damage(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert run("card", folder, *options) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", "gemma-3-270m"])
 def test_a_dry_run_shows_files_and_card(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("publish", CARDS / name, "someone/tried", "--dry-run") == 0

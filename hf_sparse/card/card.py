@@ -30,12 +30,12 @@ def make_card(
         license: Licence of the base model; an existing card's own goes before it.
 
     Raises:
-        UserError: if the metadata of the existing card cannot be read.
+        UserError: if the metadata of the existing card cannot be read, or our section in it has no beginning or end.
     """
     card = _parse(existing if existing is not None else f"\n# {name.rpartition('/')[2]}\n")
     data = card.data
     data["license"] = license = data.get("license") or license
-    card.text = _merge(card.text, section(policy, name, plots, license))
+    card.text = _merge(card.text, section(policy, name, plots, license), name)
     if policy.base_model is not None and not policy.base_is_local:
         data["base_model"] = policy.base_model
     data["library_name"] = data.get("library_name") or _LIBRARY
@@ -69,12 +69,17 @@ def _parse(text: str) -> ModelCard:
         raise UserError(f"the metadata of the model card cannot be read: {first}; correct its first lines") from error
 
 
-def _merge(text: str, ours: str) -> str:
-    before, found, rest = text.partition(BEGIN)
+def _merge(text: str, ours: str, name: str) -> str:
+    if BEGIN not in text and END not in text:
+        return text.rstrip("\n") + "\n\n" + ours
+    before, _, rest = text.partition(BEGIN)
     _, ended, after = rest.partition(END)
-    if found and ended:
-        return before + ours.rstrip("\n") + after
-    return text.rstrip("\n") + "\n\n" + ours
+    if not ended or text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(
+            f"README.md of {name} must hold {BEGIN!r} and then {END!r}, each once, around the section that is written "
+            f"anew, or neither of them; it holds them {text.count(BEGIN)} and {text.count(END)} times"
+        )
+    return before + ours.rstrip("\n") + after
 
 
 def _eval_results(policy: Policy) -> list[EvalResult]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,17 @@ from typing import Any
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.files import inside, write_whole
+from hf_sparse.outputs import ROWS, SUMMARY, TABLES, command_of
 from hf_sparse.policy.quality import QualityRow
 
 DENSE = "dense"
 OURS = "hf_sparse"  # as `bench` calls it
-SUMMARY = "summary.json"
 
-# What tells the summary of one command from that of another.
-_KINDS = {"adaptive_vs_fixed": "perplexity", "slopes": "attention-error", "break_even": "bench"}
+_KINDS = ("perplexity", "attention-error", "bench")
 _LAYER_ALONE = ("decode", "prefill")
 _ERRORS = ("lost_mass", "output_error")
 # What a folder of results may hold that is worth keeping beside the policy.
-_KEPT = (SUMMARY, "rows.jsonl", "tables.md", "*.png")
+_KEPT = (SUMMARY, ROWS, TABLES, "*.png")
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,10 @@ class Results:
         path = inside(Path(folder) / SUMMARY, Path(folder))
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
-            kind = next(kind for key, kind in _KINDS.items() if key in summary)
-        except (OSError, ValueError, TypeError, StopIteration) as error:
+            kind = command_of(summary)
+            if kind not in _KINDS:
+                raise ValueError(f"it is of {kind}")
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{folder} holds no results: pass a folder that hf-sparse perplexity, attention-error or bench wrote"
             ) from error
@@ -85,19 +86,41 @@ class Results:
                 return str(method)
         return None
 
+    def files(self) -> Iterator[Path]:
+        """Rows, summary, tables and plots."""
+        for pattern in _KEPT:
+            yield from self.folder.glob(pattern)
+
     def copy_to(self, folder: Path) -> None:
         """Copy rows, summary, tables and plots into a folder named after the command in `folder`."""
         target = folder / self.kind
         if target.resolve() == self.folder.resolve():
             return
-        for pattern in _KEPT:
-            for path in self.folder.glob(pattern):
-                write_whole(target / path.name, inside(path, self.folder).read_bytes())
+        for path in self.files():
+            write_whole(target / path.name, inside(path, self.folder).read_bytes())
 
 
-def results_beside(folder: Path) -> list[Results]:
-    """The results that lie in a folder of a policy, in subfolders named after the commands."""
-    found = [folder / kind for kind in _KINDS.values() if (folder / kind / SUMMARY).is_file()]
+def results_beside(folder: Path, without: Collection[str] = ()) -> list[Results]:
+    """The results that lie in a folder of a policy, in subfolders named after the commands.
+
+    Args:
+        folder: The folder.
+        without: Commands whose results are not looked at.
+
+    Raises:
+        UserError: if one holds rows without their summary, or a summary that cannot be read.
+    """
+    found = []
+    for kind in _KINDS:
+        if kind in without:
+            continue
+        if (folder / kind / SUMMARY).is_file():
+            found.append(folder / kind)
+        elif (folder / kind / ROWS).exists():
+            raise UserError(
+                f"{folder / kind} holds {ROWS} without {SUMMARY}: make it with hf-sparse {kind} --output "
+                f"{folder / kind} and the options of the rows, or delete the folder"
+            )
     return [Results.read(inside(path, folder)) for path in found]
 
 

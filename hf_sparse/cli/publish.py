@@ -88,13 +88,16 @@ def run_card(model: str, options: BundleOptions, output: Path | None, as_json: b
         raise UserError(f"{model} is not a folder with a {policy_files.NAME}: pass --output")
     folder = given if output is None else output
     bundle = _bundle(model, options)
+    name, text = folder.resolve().name, card_in(folder)
+    bundle.check(folder, name, text)
+    results_beside(folder, without={result.kind for result in bundle.results})
     for result in bundle.results:
         result.copy_to(folder)
     results = results_beside(folder) if bundle.results else []
     for result in results:
         _draw(result)
     bundle = replace(bundle, results=results)
-    bundle.write(folder, folder.resolve().name, card_in(folder))
+    bundle.write(folder, name, text)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     print(json.dumps({"folder": str(folder), "files": files}) if as_json else "\n".join([f"{folder}:", *files]))
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_sparse.card import license_in, make_card
 from hf_sparse.card.measured import Results, plots, quality
 from hf_sparse.errors import OutOfReachError, UserError, first_line
-from hf_sparse.files import inside, leads_out, write_whole
+from hf_sparse.files import check_writable, inside, leads_out, write_whole
 from hf_sparse.hub_errors import hub_errors
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
@@ -56,8 +56,9 @@ class Bundle:
             card: A card to edit, or `None` for a new one.
 
         Raises:
-            UserError: if the metadata of `card` cannot be read.
+            UserError: see `check`. Nothing has been written then.
         """
+        self.check(folder, name, card)
         text = make_card(self.policy, name, existing=card, plots=plots(self.results), license=self.license)
         folder.mkdir(parents=True, exist_ok=True)
         self._write_weights(folder)
@@ -65,6 +66,18 @@ class Bundle:
             results.copy_to(folder)
         write_whole(folder / CARD, text.encode())
         policy_files.write(self.policy, folder / policy_files.NAME)
+
+    def check(self, folder: Path, name: str, card: str | None) -> None:
+        """Refuse what `write` cannot do; the arguments are the same.
+
+        Raises:
+            UserError: if `card` cannot be edited, `folder` cannot be made or written to, or something in it is in the
+                way.
+        """
+        make_card(self.policy, name, existing=card)
+        check_writable(folder, (CARD, CONFIG, policy_files.NAME))
+        for results in self.results:
+            check_writable(folder / results.kind, (path.name for path in results.files()))
 
     def _write_weights(self, folder: Path) -> None:
         if self.model is not None:
