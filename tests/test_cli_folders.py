@@ -96,6 +96,19 @@ def test_a_file_in_the_way_is_refused_before_anything_is_measured(
 
 
 @pytest.mark.usefixtures("_unmeasured")
+@pytest.mark.parametrize("part", ["", "perplexity", "attention-error"])
+def test_the_demo_checks_the_folders_of_its_parts(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_sparse.cli.demo._LENGTHS", [64, 128, 192, 240])
+    monkeypatch.setattr("hf_sparse.cli.demo._TARGETS", 32)
+    (tmp_path / "out" / part).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / part).write_text("mine")
+    said = refusal(capsys, "demo", "tiny-llama", "--device", "cpu", "--output", str(tmp_path / "out"))
+    assert f"{tmp_path / 'out' / part} is a file" in said
+
+
+@pytest.mark.usefixtures("_unmeasured")
 @pytest.mark.parametrize("command", COMMANDS[:-1])
 def test_results_of_another_command_are_refused_before_anything_is_measured(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

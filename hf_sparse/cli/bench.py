@@ -156,8 +156,9 @@ def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: S
         if not support.supported:
             raise UserError(str(support))
         config = sparse.config(read_policy(bench.policy, source.policy))
-        plan = bench.plan(run, config, source.info().max_positions)
-        folder = _folder(run, source.info().to_dict())
+        info = source.info()
+        plan = bench.plan(run, config, info.max_positions)
+        folder = _folder(run, info.to_dict())
         subject = Subject.loaded(plan, source, bench.text, run.dtype, device)
     results = ResultFile(folder / ROWS)
     rows = evaluate(list(subject.cells(plan)), results, subject.about)
