@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +72,22 @@ def test_figures_of_a_published_card_are_those_of_the_summary(folder: Path) -> N
     summary = json.loads((folder / "perplexity" / "summary.json").read_text(encoding="utf-8"))
     policy = json.loads((folder / NAME).read_text(encoding="utf-8"))
     decisive = set(policy) & set(next(filter(None, summary["configs"].values()))) - {"engine", "calibration"}
-    # Decoding is measured under the same policy: the card quotes the pass over the whole text, which comes first.
-    method = next(
+    method, *decode = [
         name
         for name, config in summary["configs"].items()
         if config is not None and all(config[field] == policy[field] for field in decisive)
-    )
+    ]
+    assert decode in ([], ["decode"])
     found = {(result["method"], result["length"]): result for result in summary["results"]}
     lines = re.findall(r"\| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \| ([\d.]+) \|", text)
-    assert len(lines) == len(summary["lengths"])
-    for length, dense, sparse, ratio, low, high, density in lines:
+    quoted = [name for name in (method, *decode) for _ in summary["lengths"]]
+    for name, (length, dense, sparse, ratio, low, high, density) in zip(quoted, lines, strict=True):
         n = int(length.replace(",", ""))
-        ours = found[method, n]
+        ours = found[name, n]
         assert float(dense) == pytest.approx(found["dense", n]["perplexity"], abs=0.005)
         assert float(sparse) == pytest.approx(ours["perplexity"], abs=0.005)
-        for shown, name in ((ratio, "ratio"), (low, "low"), (high, "high")):
-            assert float(shown) == pytest.approx(ours[name], abs=5.1e-5)
+        for shown, field in ((ratio, "ratio"), (low, "low"), (high, "high")):
+            assert float(shown) == pytest.approx(ours[field], abs=5.1e-5)
         assert float(density) == pytest.approx(ours["density"], abs=5.1e-4)
     results = ModelCard(text).data.eval_results
     assert results is not None
@@ -136,7 +137,7 @@ def test_the_table_shows_dense_and_sparse_side_by_side() -> None:
     text = make_card(MEASURED, "name")
     assert "| 512 | 20.00 | 20.25 | 1.0123 | 1.0010 to 1.0200 | 0.250 |" in text
     assert "| 4,096 | - | - | 0.9987 | 0.9900 to 1.0100 | 0.250 |" in text
-    assert "Weights `m.gguf`, dequantised, float32 on cpu; texts: a.txt and b.txt." in text
+    assert "Perplexity: weights `m.gguf`, dequantised, float32 on cpu; texts: a.txt and b.txt." in text
 
 
 def test_where_it_loses_is_said() -> None:
@@ -144,7 +145,24 @@ def test_where_it_loses_is_said() -> None:
     assert said[0] == "Perplexity against dense is worst at 512 tokens, with a ratio of 1.0123 (1.0010 to 1.0200)."
     assert said[1] == "Dense is better, beyond what resampling explains, at 512 tokens."
     assert "up to 4,096 tokens" in said[2]
-    assert said[3:] == ["Attention error was not measured.", "Speed was not measured."]
+    assert said[3:] == [
+        "Perplexity in decoding was not measured.",
+        "Attention error was not measured.",
+        "Speed was not measured.",
+    ]
+
+
+def test_decoding_has_a_table_and_losses_of_its_own() -> None:
+    decoded = (
+        QualityRow(metric="decoded_perplexity", method="dense", length=512, value=20.0),
+        QualityRow(metric="decoded_perplexity", method="grouped", length=512, value=20.1),
+        row(512, 1.005, 1.002, 1.01, metric="decoded_perplexity_ratio"),
+    )
+    text = make_card(replace(MEASURED, quality=MEASURED.quality + decoded), "name")
+    assert "**Perplexity in decoding**" in text
+    assert "| 512 | 20.00 | 20.10 | 1.0050 | 1.0020 to 1.0100 | 0.250 |" in text
+    assert "Dense is better in decoding, beyond what resampling explains, at 512 tokens." in text
+    assert "in decoding" not in "".join(line for line in make_card(MEASURED, "name").splitlines() if "|" in line)
 
 
 def test_no_loss_is_said_too() -> None:

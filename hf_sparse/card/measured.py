@@ -17,6 +17,9 @@ from hf_sparse.policy.quality import QualityRow
 
 DENSE = "dense"
 OURS = "hf_sparse"  # as `bench` calls it
+_DECODE = "decode"  # as `perplexity` calls the policy itself, its targets read one at a time
+DECODED = "decoded_"
+"""Before the name of a metric: of tokens that were read one at a time after their context."""
 
 _KINDS = ("perplexity", "attention-error", "bench")
 _LAYER_ALONE = ("decode", "prefill")
@@ -68,9 +71,8 @@ class Results:
             if self.kind == "bench":
                 rows = list(_bench_rows(self.summary, config))
             else:
-                method = self._method(config)
                 made = _perplexity_rows if self.kind == "perplexity" else _error_rows
-                rows = [] if method is None else list(made(self.summary, method, config.selector))
+                rows = [row for method in self._methods(config) for row in made(self.summary, method, config.selector)]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.folder / SUMMARY} was not written by this release: it lacks {error}") from error
         if not rows:
@@ -80,11 +82,10 @@ class Results:
             )
         return rows
 
-    def _method(self, config: SparseAttentionConfig) -> str | None:
-        for method, found in self.summary["configs"].items():
-            if found is not None and _same(found, config):
-                return str(method)
-        return None
+    def _methods(self, config: SparseAttentionConfig) -> list[str]:
+        """The methods that are `config`: one for whole texts, and one for decoding."""
+        own = [name for name, found in self.summary["configs"].items() if found is not None and _same(found, config)]
+        return [name for name in own if name != _DECODE][:1] + [name for name in own if name == _DECODE]
 
     def files(self) -> Iterator[Path]:
         """Rows, summary, tables and plots."""
@@ -152,12 +153,13 @@ def _about(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def _perplexity_rows(summary: Mapping[str, Any], method: str, name: str) -> Iterator[QualityRow]:
     about = _about(summary)
+    before = DECODED if method == _DECODE else ""
     for result in _of(summary["results"], (DENSE, method)):
-        own = about | {"length": result["length"], "tokens": result["tokens"]}
+        own = about | {"length": result["length"], "density": result["density"], "tokens": result["tokens"]}
         own["method"] = DENSE if result["method"] == DENSE else name
-        yield QualityRow(metric="perplexity", value=result["perplexity"], density=result["density"], **own)
+        yield QualityRow(metric=f"{before}perplexity", value=result["perplexity"], **own)
         if result["method"] == method:
-            yield QualityRow(metric="perplexity_ratio", density=result["density"], **_interval(result, "ratio"), **own)
+            yield QualityRow(metric=f"{before}perplexity_ratio", **_interval(result, "ratio"), **own)
     for verdict in summary["adaptive_vs_fixed"]:
         if verdict["adaptive"] == method:
             for row in verdict["by_length"]:

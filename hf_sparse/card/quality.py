@@ -6,6 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from hf_sparse.policy.quality import QualityRow
 
+_PERPLEXITIES = {
+    "perplexity": "**Perplexity** of the same tokens, dense and sparse, after contexts of each length; the ratio is "
+    "sparse / dense with its 95 % bootstrap interval, density is kept / visible keys over all layers.",
+    "decoded_perplexity": "**Perplexity in decoding**: the same, with the context read in one pass and the predicted "
+    "tokens one at a time; density is that of these rows, all of which see the whole context.",
+}
 _TIMES = {
     "decode-seconds": "decode of one layer, n cached keys",
     "prefill-seconds": "prefill of one layer, n rows",
@@ -28,11 +34,15 @@ def measured(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
     if not rows:
         yield "Nothing was measured with this configuration yet."
         return
-    for model, dtype, device, documents in dict.fromkeys(
-        (row.model, row.dtype, row.device, row.documents) for row in rows if row.documents
-    ):
+    where: dict[tuple[str, str, str, tuple[str, ...]], dict[str, None]] = {}
+    for row in rows:
+        if row.documents:
+            what = "attention error" if row.metric in ("lost_mass", "output_error") else "perplexity"
+            where.setdefault((row.model, row.dtype, row.device, row.documents), {})[what] = None
+    for (model, dtype, device, documents), measures in where.items():
         stored = ", dequantised" if model.endswith(".gguf") else ""
-        yield f"Weights `{model}`{stored}, {dtype} on {device}; texts: {names(documents)}."
+        what = names(list(measures)).capitalize()
+        yield f"{what}: weights `{model}`{stored}, {dtype} on {device}; texts: {names(documents)}."
     yield from _perplexity(rows, plots)
     yield from _attention_error(rows, plots)
     yield from _speed(rows, plots)
@@ -41,16 +51,19 @@ def measured(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
 
 
 def _perplexity(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
-    ratios = [row for row in rows if row.metric == "perplexity_ratio"]
-    if not ratios:
-        return
-    dense = {row.length: row.value for row in rows if row.metric == "perplexity" and row.method == "dense"}
-    own = {row.length: row.value for row in rows if row.metric == "perplexity" and row.method != "dense"}
-    yield (
-        "**Perplexity** of the same tokens, dense and sparse, after contexts of each length; the ratio is sparse / "
-        "dense with its 95 % bootstrap interval, density is kept / visible keys over all layers."
-    )
-    yield _table(
+    found = {metric: [row for row in rows if row.metric == f"{metric}_ratio"] for metric in _PERPLEXITIES}
+    for metric, ratios in found.items():
+        if ratios:
+            yield _PERPLEXITIES[metric]
+            yield _perplexity_table(rows, metric, ratios)
+    if any(found.values()):
+        yield from _images(plots, "perplexity/", "Perplexity ratio, perplexity and density against context length")
+
+
+def _perplexity_table(rows: Sequence[QualityRow], metric: str, ratios: Sequence[QualityRow]) -> str:
+    dense = {row.length: row.value for row in rows if row.metric == metric and row.method == "dense"}
+    own = {row.length: row.value for row in rows if row.metric == metric and row.method != "dense"}
+    return _table(
         ["context length", "dense", "sparse", "ratio", "95 % interval", "density"],
         [
             [
@@ -64,7 +77,6 @@ def _perplexity(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[st
             for row in ratios
         ],
     )
-    yield from _images(plots, "perplexity/", "Perplexity ratio, perplexity and density against context length")
 
 
 def _attention_error(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
@@ -111,18 +123,8 @@ def _speed(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
 
 def losses(rows: Sequence[QualityRow]) -> Iterator[str]:
     """Where dense attention, or a fixed budget, was measured to be better, and what was not measured: one line each."""
-    ratios = [row for row in rows if row.metric == "perplexity_ratio"]
-    if ratios:
-        worst = max(ratios, key=lambda row: row.value)
-        yield (
-            f"Perplexity against dense is worst at {worst.length:,} tokens, with a ratio of {worst.value:.4f} "
-            f"({_interval(worst, '{:.4f}')})."
-        )
-        yield _lengths("Dense is better, beyond what resampling explains,", ratios, lambda row: (row.low or 0) > 1)
-        longest = max(row.length for row in ratios)
-        yield f"Perplexity was measured up to {longest:,} tokens; what happens beyond is not known."
-    else:
-        yield "Perplexity was not measured."
+    for metric in _PERPLEXITIES:
+        yield from _perplexity_losses(metric, [row for row in rows if row.metric == f"{metric}_ratio"])
     fixed = [row for row in rows if row.metric == "ratio_to_fixed"]
     if fixed:
         yield _lengths(
@@ -139,6 +141,22 @@ def losses(rows: Sequence[QualityRow]) -> Iterator[str]:
         yield _lengths(f"Slower than dense ({_TIMES.get(what, what)})", slower, lambda row: row.value < 1)
     if not speedups:
         yield "Speed was not measured."
+
+
+def _perplexity_losses(metric: str, ratios: Sequence[QualityRow]) -> Iterator[str]:
+    decoding = " in decoding" if metric != "perplexity" else ""
+    if not ratios:
+        yield f"Perplexity{decoding} was not measured."
+        return
+    worst = max(ratios, key=lambda row: row.value)
+    yield (
+        f"Perplexity{decoding} against dense is worst at {worst.length:,} tokens, with a ratio of {worst.value:.4f} "
+        f"({_interval(worst, '{:.4f}')})."
+    )
+    what = f"Dense is better{decoding}, beyond what resampling explains,"
+    yield _lengths(what, ratios, lambda row: (row.low or 0) > 1)
+    longest = max(row.length for row in ratios)
+    yield f"Perplexity{decoding} was measured up to {longest:,} tokens; what happens beyond is not known."
 
 
 def _lengths(what: str, rows: Sequence[QualityRow], holds: Callable[[QualityRow], bool]) -> str:

@@ -20,8 +20,9 @@ class QualityRow:
 
     Args:
         metric: What `value` is, such as `"perplexity"`, `"perplexity_ratio"` (sparse / dense on the same tokens),
-            `"ratio_to_fixed"` (sparse / a fixed number of keys at equal cost), `"lost_mass"`, `"output_error"`, or
-            a time such as `"generate-token"` in seconds with its `"generate-token-speedup"` (dense / sparse).
+            either of these after `"decoded_"` (the targets read one at a time), `"ratio_to_fixed"` (sparse / a fixed
+            number of keys at equal cost), `"lost_mass"`, `"output_error"`, or a time such as `"generate-token"` in
+            seconds with its `"generate-token-speedup"` (dense / sparse).
         method: `"dense"`, or the selector of the policy.
         statistic: What is shown of the rows: `"mean"`, or `"worst"` (mean of the worst 1 %).
         length: Context length in tokens.
