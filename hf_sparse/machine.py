@@ -1,4 +1,4 @@
-"""What this machine is called."""
+"""What this machine is called, and the devices it has."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from hf_sparse.errors import UserError, first_line
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -22,3 +24,23 @@ def device_name(device: torch.device) -> str:
             if name.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`, such as `cpu` or `cuda:0`.
+
+    Raises:
+        UserError: if this machine has none of that name, or it holds no numbers; says which there are.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    there = ["cpu"]
+    if accelerator is not None:
+        there += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type in {place.partition(":")[0] for place in there}:
+            return device
+        why = f"this is no machine for {device.type}"
+    except (RuntimeError, AssertionError) as error:
+        why = first_line(error)
+    raise UserError(f"device {name!r} cannot be used: {why}; there is {', '.join(there)}")

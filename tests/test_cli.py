@@ -59,7 +59,7 @@ def test_perplexity_prints_tables_and_writes_what_it_says(
 
 
 def test_json_is_all_that_stdout_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["perplexity", "tiny-llama", "--text", "texts", *SHORT, "--methods", "window", "--json"]
+    arguments = ["perplexity", "tiny-llama", "--text", "texts", *SHORT, "--methods", " window , dense", "--json"]
     assert run_command(*arguments, "--output", str(tmp_path)) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
@@ -143,10 +143,26 @@ def test_inspect_says_yes_and_no(capsys: pytest.CaptureFixture[str]) -> None:
         ("perplexity tiny-llama --exponent 2", "exponent must be"),
         ("perplexity tiny-llama --law sqrt", "law must be one of"),
         ("perplexity tiny-llama --dense-layers first", "--dense-layers takes whole numbers"),
-        ("perplexity tiny-llama --methods topk,magic", "got 'magic'"),
+        ("perplexity tiny-llama --lengths 48 --targets 8 --methods topk,magic", "got 'magic'"),
         ("perplexity tiny-llama --text texts --lengths 48 --targets 8 --dense-layers 7", "dense_layers names layers"),
         ("perplexity tiny-llama --text texts --lengths 48 --targets 8 --dtype int4", "dtype must be one of"),
-        ("perplexity tiny-llama --text texts --lengths 48 --targets 8 --device warp", "device 'warp'"),
+        ("perplexity tiny-llama --device warp", "device 'warp' cannot be used: "),
+        (
+            "perplexity tiny-llama --device meta",
+            "device 'meta' cannot be used: this is no machine for meta; there is cpu",
+        ),
+        ("perplexity tiny-llama --device=", "device '' cannot be used: Device string must not be empty; there is cpu"),
+        ("perplexity tiny-llama --threads 100000", "processors here; got 100000"),
+        ("theory --threads 100000000", "threads must be at most"),
+        ("perplexity tiny-llama --seed 99999999999999999999", "--seed"),
+        ("memory --seed 99999999999999999999", "--seed"),
+        (
+            "perplexity tiny-llama --lengths 99999999999999999999 --targets 8",
+            "--lengths takes whole numbers separated by",
+        ),
+        ("perplexity tiny-llama --lengths 16000000 --targets 8", "above the model's maximum of 256"),
+        ("attention-error tiny-llama --lengths 16000000", "above the model's maximum of 256"),
+        ("perplexity tiny-llama --lengths 48 --targets 8 --dense-layers ,", "--dense-layers takes whole numbers"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(

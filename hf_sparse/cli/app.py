@@ -26,6 +26,7 @@ from hf_sparse.cli.options import (
     Policy,
     Revision,
     RunOptions,
+    Seed,
     SparseOptions,
     parse_integers,
     read_policy,
@@ -99,10 +100,11 @@ def perplexity(
 ) -> None:
     """Perplexity of the same tokens across context lengths: dense, adaptive, and fixed at equal cost."""
     lengths = data.parsed_lengths()
-    check_lengths(lengths, targets, None)
     source = ModelSource.find(model, run.revision)
     config = sparse.config(read_policy(policy, source.policy))
-    compared = make_methods(methods.split(","), config, lengths, source.support)
+    # Methods are matched in cost over the rows of every length.
+    check_lengths(lengths, targets, source.max_positions)
+    compared = make_methods([name.strip() for name in methods.split(",")], config, lengths, source.support)
     ready = check(source, "perplexity", data, run, lengths, targets).load()
     _print(run_perplexity(ready, compared), ready, run)
 
@@ -119,9 +121,9 @@ def attention_error(
 ) -> None:
     """How far sparse attention is from dense attention across context lengths, every law at equal cost."""
     lengths = data.parsed_lengths()
-    check_lengths(lengths, 1, None)
     source = ModelSource.find(model, run.revision)
     config = sparse.config(read_policy(policy, source.policy))
+    check_lengths(lengths, 1, source.max_positions)
     compared = make_error_methods(config, lengths, source.support)
     ready = check(source, "attention-error", data, run, lengths, targets=1).load()
     _print(run_attention_error(ready, lengths, compared, rows), ready, run)
@@ -151,7 +153,7 @@ def memory(
     head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2,
     limit: Annotated[float, typer.Option(min=0, help="GiB that no single call may be expected to take.")] = 10.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
+    seed: Seed = 0,
     output: Annotated[Path, typer.Option(help="Folder for summary and plot.")] = Path("results/memory"),
     as_json: Json = False,
 ) -> None:

@@ -21,13 +21,14 @@ from hf_sparse.bench.tables import bench_tables
 from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integers, read_policy
 from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SELECTORS, SparseAttentionConfig
-from hf_sparse.errors import UserError, first_line
+from hf_sparse.errors import UserError
 from hf_sparse.evaluation.folders import check_folder
 from hf_sparse.evaluation.models import DTYPES, ModelSource
 from hf_sparse.evaluation.processes import process_state
 from hf_sparse.evaluation.results import ResultFile
 from hf_sparse.evaluation.windows import check_lengths
 from hf_sparse.goals import SPEED_GOALS, goals_table, judge
+from hf_sparse.machine import find_device
 from hf_sparse.outputs import ROWS
 
 _FULL = {
@@ -182,10 +183,7 @@ def _folder(run: RunOptions, model: dict[str, Any]) -> Path:
 
 def _in_memory(plan: Plan, bench: BenchOptions, dtype: str, device: str) -> Subject:
     shape = parse_shape(bench.shape).part(bench.layers)
-    try:
-        place = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} cannot be used: {first_line(error)}") from error
+    place = find_device(device)
     usual = torch.float32 if place.type == "cpu" else torch.bfloat16
     number = usual if dtype == "auto" else getattr(torch, dtype)
     return Subject.in_memory(plan, bench.shape.replace("/", "-"), shape, number, place)

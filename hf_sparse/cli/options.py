@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
@@ -11,8 +12,10 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from hf_sparse.checks import shown
 from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
 from hf_sparse.errors import UserError
+from hf_sparse.evaluation.models import check_device
 from hf_sparse.policy import Policy as ReadPolicy
 from hf_sparse.policy import files as policy_files
 
@@ -21,6 +24,8 @@ Model = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Commit, branch or tag on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
 
 Policy = Annotated[
     str | None,
@@ -34,10 +39,19 @@ DenseBelow = Annotated[
     int | None, typer.Option(help="Rows that see fewer keys stay dense.", show_default=str(DENSE_BELOW))
 ]
 
+# The largest number in a list: more tokens than any model reads at once.
+_MOST = 1 << 24
+# More threads than this for each processor only wait for one another, and far more of them end the process.
+_THREADS_PER_PROCESSOR = 4
+
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a command runs."""
+    """How a command runs.
+
+    Raises:
+        UserError: for a device that is not there, or more threads than are of use here.
+    """
 
     revision: Revision = None
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = "auto"
@@ -46,12 +60,21 @@ class RunOptions:
         typer.Option("--device", "--device-map", help="cpu, cuda:0, ...; auto spreads the model.", show_default="best"),
     ] = None
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's")] = None
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0
+    seed: Seed = 0
     output: Annotated[
         Path | None,
         typer.Option(help="Folder for rows, summary and plots.", show_default="results/MODEL-COMMAND; results/theory"),
     ] = None
     as_json: Json = False
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        processors = os.cpu_count() or 1
+        if self.threads is not None and self.threads > _THREADS_PER_PROCESSOR * processors:
+            raise UserError(
+                f"threads must be at most {_THREADS_PER_PROCESSOR * processors}, {_THREADS_PER_PROCESSOR} for each of "
+                f"the {processors} processors here; got {self.threads}"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,8 +131,8 @@ class SparseOptions:
         """
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.dense_layers is not None:
-            layers = "" if self.dense_layers == "none" else self.dense_layers
-            values["dense_layers"] = parse_integers("--dense-layers", layers)
+            none = self.dense_layers == "none"
+            values["dense_layers"] = [] if none else parse_integers("--dense-layers", self.dense_layers)
         defaults = SparseAttentionConfig()
         changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
         try:
@@ -165,8 +188,15 @@ def share_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def parse_integers(option: str, text: str) -> list[int]:
-    """The whole numbers in `text`, separated by commas; `option` is named where there are others."""
+    """The whole numbers in `text`, separated by commas.
+
+    Raises:
+        UserError: naming `option`, if there is none, or something else.
+    """
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UserError(f"{option} takes whole numbers separated by commas; got {text!r}") from None
+        numbers = []
+    if not numbers or max(numbers) > _MOST:
+        raise UserError(f"{option} takes whole numbers separated by commas, up to {_MOST:,}; got {shown(text)}")
+    return numbers

@@ -24,6 +24,7 @@ from transformers import (
 
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.hub_errors import UNREADABLE
+from hf_sparse.machine import find_device
 from hf_sparse.policy import Policy, is_hub_id
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import cached_commit
@@ -127,12 +128,18 @@ class ModelSource:
         """Whether the model can be patched, and its attention layers."""
         return inspect(self.config)
 
+    @property
+    def max_positions(self) -> int | None:
+        """Longest input in tokens that the model was made for; `None` if it does not say."""
+        longest: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return longest
+
     def info(self) -> ModelInfo:
         """What identifies the model; reads the configuration, and local weights for their hash."""
         return ModelInfo(
             self.name,
             self._fingerprint() or self.commit or "unknown",
-            getattr(self.config.get_text_config(), "max_position_embeddings", None),
+            self.max_positions,
             self.config.model_type,
         )
 
@@ -209,16 +216,21 @@ def check_loading(dtype: str, device_map: str | None) -> None:
     """Refuse a type of numbers or a device that no model can be loaded with; see `load_model`.
 
     Raises:
-        UserError: naming it.
+        UserError: naming it, and what there is.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    if device_map in (None, "auto"):
-        return
-    try:
-        torch.empty(0, device=device_map)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device_map!r} cannot be used: {first_line(error)}") from error
+    check_device(device_map)
+
+
+def check_device(device_map: str | None) -> None:
+    """Refuse a `device_map` that `load_model` does not take.
+
+    Raises:
+        UserError: naming the devices that there are.
+    """
+    if device_map not in (None, "auto"):
+        find_device(device_map)
 
 
 @contextmanager
