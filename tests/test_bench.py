@@ -394,7 +394,7 @@ def test_a_real_model_is_measured_on_its_own_keys(tmp_path: Path, capsys: pytest
     small.save_model(tmp_path / "tiny-llama")
     [text] = small.save_texts(tmp_path / "texts", count=1, tokens=400).iterdir()
     lengths = ["--decode", "300", "--prefill", "none", "--cached", "100", "--generate", "120"]
-    options = [*SMALL, *lengths, "--text", str(text), "--output", str(tmp_path), "--alpha", "1000", "--json"]
+    options = [*SMALL[2:], *lengths, "--text", str(text), "--output", str(tmp_path), "--alpha", "1000", "--json"]
     assert _run(str(tmp_path / "tiny-llama"), *options) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["about"]["model"]["name"] == "tiny-llama"
@@ -438,20 +438,48 @@ def test_a_policy_decides_what_each_layer_keeps(tmp_path: Path, capsys: pytest.C
         ("--device warp", "device 'warp'"),
         ("--new-tokens 1", "--new-tokens"),
         ("--policy somewhere", "--policy needs a MODEL"),
+        ("--text somewhere", "--text needs a MODEL"),
+        ("--revision main", "--revision needs a MODEL"),
+        ("somewhere --shape 4/2/16", "--shape makes a model: leave it out with somewhere"),
+        ("somewhere --layers 2", "--layers makes a model"),
+        ("--shape 99999999999/1/16", "shape takes at most 1,024 heads"),
+        ("--shape 4/2/16 --layers 99999999999", "layers must be at most 1,024; got 99999999999"),
+        ("--shape 4/2/16 --cached 300 --dense-layers 7", "dense_layers names layers [7]"),
+        ("--shape 4/2/16 --generate none --cached none --dense-layers 7", "dense_layers names layers [7]"),
+        ("--decode 99999999999", "--decode takes whole numbers"),
         ("missing.gguf", "no such file"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
-    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert _run(*arguments.split()) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert message in printed.err
     assert len(printed.err.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_weights_that_do_not_fit_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_sparse.bench.shapes.available_bytes", lambda _: 1000.0)
+    assert _run("--shape", "4/2/16", "--device", "cpu", "--cached", "64", "--output", str(tmp_path / "out")) == 2
+    assert "GiB, and 0.0 GiB of cpu are free" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    # A layer alone needs no weights.
+    layer_alone = ["--decode", "64", "--prefill", "none", "--cached", "none", "--generate", "none"]
+    assert _run(*SMALL, *layer_alone, "--output", str(tmp_path / "out")) == 0
 
 
 def test_lengths_beyond_a_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small.save_model(tmp_path / "tiny-llama")
-    assert _run(str(tmp_path / "tiny-llama"), "--generate", "250", "--cached", "none", "--new-tokens", "10") == 2
-    assert "above the model's maximum of 246 tokens" in capsys.readouterr().err
+    folder = str(small.save_model(tmp_path / "tiny-llama"))
+    for arguments, message in (
+        ("--generate 250 --cached none", "--generate 250 and the 10 tokens that follow are above"),
+        ("--padded 250 --cached none", "--padded 250 and the 10 tokens that follow are above"),
+        ("--cached 246", "--cached 246 and the 11 tokens that follow are above"),
+    ):
+        assert _run(folder, *arguments.split(), "--new-tokens", "10") == 2
+        assert f"{message} the model's maximum of 256 tokens" in capsys.readouterr().err

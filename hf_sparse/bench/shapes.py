@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+import hf_sparse
+from hf_sparse.bench.timing import available_bytes
+from hf_sparse.checks import shown
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 
 _LONGEST = 1 << 20
+# Above any published model.
+_MOST_HEADS = _MOST_DIM = _MOST_LAYERS = 1024
+_WIDEST = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,12 @@ class Shape:
 
         The product with the vocabulary takes as long as several layers: a few of them with all of it would be slow
         for what they do not have.
+
+        Raises:
+            UserError: for more layers than a model has.
         """
+        if layers > _MOST_LAYERS:
+            raise UserError(f"layers must be at most {_MOST_LAYERS:,}; got {layers}")
         return replace(self, layers=layers, vocab_size=self.vocab_size * layers // self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +81,11 @@ def parse_shape(text: str) -> Shape:
     if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
         raise UserError(f"shape must be one of {', '.join(SHAPES)}, or heads/kv-heads/head-dim; got {text!r}")
     heads, kv_heads, head_dim = map(int, parts)
+    if heads > _MOST_HEADS or head_dim > _MOST_DIM or heads * head_dim > _WIDEST:
+        raise UserError(
+            f"shape takes at most {_MOST_HEADS:,} heads of size {_MOST_DIM:,}, and {_WIDEST:,} as their product; got "
+            f"{shown(text)}"
+        )
     if heads % kv_heads or head_dim % 2:
         raise UserError(f"shape needs heads that are a multiple of the kv-heads, and an even head size; got {text!r}")
     return Shape(heads, kv_heads, head_dim, heads * head_dim * 8 // 3, 1 << 15, 32)
@@ -97,3 +114,41 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: i
         )
     model.train(False)
     return model
+
+
+def check_shape(
+    shape: Shape, config: SparseAttentionConfig, dtype: torch.dtype, device: torch.device, *, weights: bool
+) -> None:
+    """Refuse what would fail when a model of `shape` is made and patched, before anything is measured.
+
+    Args:
+        shape: Of the model.
+        config: Of the patch.
+        dtype: Of the weights.
+        device: Where they would lie.
+        weights: Whether there will be any.
+
+    Raises:
+        UserError: if the configuration does not suit the model, or its weights do not fit into memory.
+    """
+    model = random_model(shape, dtype, torch.device("meta"), seed=0)
+    check_config(model, config)
+    needed, free = sum(weight.nbytes for weight in model.parameters()), available_bytes(device)
+    if weights and needed > free:
+        raise UserError(
+            f"a model of this shape takes {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of {device} are free: "
+            "choose a smaller shape, or fewer layers"
+        )
+
+
+def check_config(model: PreTrainedModel, config: SparseAttentionConfig) -> None:
+    """Refuse a configuration that a model cannot be patched with.
+
+    Raises:
+        UserError: with the reason.
+    """
+    try:
+        with hf_sparse.patched(model, config):
+            pass
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import hf_sparse
 from hf_sparse.bench import layer
 from hf_sparse.bench.end_to_end import Generation
 from hf_sparse.bench.inputs import LayerInputs, capture, describe, gaussian
 from hf_sparse.bench.run import LAYER_KINDS, Cell
-from hf_sparse.bench.shapes import Shape, random_model
+from hf_sparse.bench.shapes import Shape, check_config, check_shape, random_model
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import load_documents
 from hf_sparse.evaluation.models import ModelSource
 from hf_sparse.evaluation.results import Row, software
-from hf_sparse.evaluation.windows import check_lengths, cut_windows
+from hf_sparse.evaluation.windows import cut_windows
 from hf_sparse.machine import device_name
 
 # Tokens of text on which a real layer's inputs are captured, at most; beyond that length they are repeated.
@@ -86,7 +84,11 @@ class Subject:
 
         The model stands for the sparse layers of a deeper one: unless the configuration names dense layers, its first
         layer is as sparse as the others.
+
+        Raises:
+            UserError: for a configuration that cannot be used, or a shape that does not fit into memory.
         """
+        check_shape(shape, plan.config, dtype, device, weights=bool(plan.written))
         generation = None
         generator = torch.Generator().manual_seed(plan.seed)
         ids = torch.randint(shape.vocab_size, (max(plan.written, default=0),), generator=generator)
@@ -106,23 +108,18 @@ class Subject:
         """A real model, with what a layer of it gets and with prompts from a text.
 
         Raises:
-            UserError: for lengths, a text, a model or a configuration that cannot be used.
+            UserError: for a text, a model or a configuration that cannot be used.
         """
         info = source.info()
         captured = min(_CAPTURED, info.max_positions or _CAPTURED)
         lengths = sorted({*plan.written, *([captured] if plan.alone else [])})
-        if plan.written:
-            most = None if info.max_positions is None else info.max_positions - plan.new_tokens
-            check_lengths(plan.written, 1, most)
-        documents = load_documents([text] if text else [], count=1, min_chars=_CHARS_PER_TOKEN * (lengths[-1] + 1))
+        documents = load_documents(
+            [] if text is None else [text], count=1, min_chars=_CHARS_PER_TOKEN * (lengths[-1] + 1)
+        )
         windows = cut_windows(documents[:1], source.tokenizer(), lengths, targets=1)
         prompts = {window.length: window.input_ids for window in windows}
         made = source.model(dtype=dtype, device_map=device)
-        try:
-            with hf_sparse.patched(made, plan.config):
-                pass
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_config(made, plan.config)
         return cls(
             _about({**info.to_dict(), "text_sha256": documents[0].sha256}, made.dtype, made.device, plan.seed),
             capture(made, prompts[captured], plan.seed) if plan.alone else None,

@@ -14,7 +14,7 @@ from hf_sparse import break_even
 from hf_sparse.bench.inputs import LayerInputs
 from hf_sparse.bench.plot import plot_bench
 from hf_sparse.bench.run import COMMAND, KINDS, LAYER_KINDS, evaluate
-from hf_sparse.bench.shapes import SHAPES, parse_shape
+from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
 from hf_sparse.bench.subject import Plan, Subject
 from hf_sparse.bench.summary import Summary, summarise
 from hf_sparse.bench.tables import bench_tables
@@ -46,6 +46,7 @@ _QUICK = {
     "padded": [],
 }
 _OPTIONAL = ("masked-sdpa", "flex", "static-cache")
+_DEFAULT_SHAPE, _DEFAULT_LAYERS = "smollm2-135m", 2
 _LENGTHS_HELP = "{}; none to leave it out."
 
 
@@ -53,10 +54,16 @@ _LENGTHS_HELP = "{}; none to leave it out."
 class BenchOptions:
     """What is measured, and how often."""
 
-    shape: Annotated[str, typer.Option(help=f"Without a MODEL: {', '.join(SHAPES)}, or heads/kv-heads/head-dim.")] = (
-        "smollm2-135m"
-    )
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the model in memory, without a MODEL.")] = 2
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Without a MODEL: {', '.join(SHAPES)}, or heads/kv-heads/head-dim.", show_default=_DEFAULT_SHAPE
+        ),
+    ] = None
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layers of the model in memory, without a MODEL.", show_default=str(_DEFAULT_LAYERS)),
+    ] = None
     decode: Annotated[
         str | None, typer.Option(help=_LENGTHS_HELP.format("One layer: cached keys"), show_default="1024 to 262144")
     ] = None
@@ -96,21 +103,12 @@ class BenchOptions:
         Args:
             run: How to run.
             config: Of the patch, but for a selector that is given.
-            max_positions: Tokens that the model takes, above which no default length lies; `None` for no limit.
+            max_positions: Tokens that the model takes, above which no length lies; `None` for no limit.
 
         Raises:
             UserError: naming the option and what is allowed.
         """
-        lengths: dict[str, list[int]] = {}
-        for kind in KINDS:
-            given = getattr(self, kind)
-            lengths[kind] = list((_QUICK if self.quick else _FULL)[kind])
-            if given is not None:
-                lengths[kind] = [] if given == "none" else parse_integers(f"--{kind}", given)
-            elif kind not in LAYER_KINDS and max_positions is not None:
-                lengths[kind] = [n for n in lengths[kind] if n + 1 + self.new_tokens <= max_positions]
-            if given not in (None, "none"):
-                check_lengths(lengths[kind], 1, None)
+        lengths = {kind: self._lengths(kind, max_positions) for kind in KINDS}
         if not any(lengths.values()):
             raise UserError(
                 f"nothing is left to measure: give lengths to one of {', '.join(f'--{kind}' for kind in KINDS)}"
@@ -126,6 +124,26 @@ class BenchOptions:
             config = replace(config, selector=self.selector)  # type: ignore[arg-type]
         left_out = names | {"flex"} if self.quick else names
         return Plan(lengths, config, self.new_tokens, left_out, self.repeats, self.seconds, run.seed)
+
+    def _lengths(self, kind: str, max_positions: int | None) -> list[int]:
+        """The lengths of a kind that were given, or the default ones that the model takes."""
+        given = getattr(self, kind)
+        if given == "none":
+            return []
+        # A cache holds all tokens of a prompt but the last.
+        after = self.new_tokens + (kind == "cached")
+        most = max_positions if kind not in LAYER_KINDS else None
+        if given is None:
+            lengths = (_QUICK if self.quick else _FULL)[kind]
+            return [n for n in lengths if most is None or n + after <= most]
+        lengths = parse_integers(f"--{kind}", given)
+        check_lengths(lengths, 1, None)
+        if most is not None and lengths[-1] + after > most:
+            raise UserError(
+                f"--{kind} {lengths[-1]} and the {after} tokens that follow are above the model's maximum of {most} "
+                "tokens"
+            )
+        return lengths
 
 
 def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: SparseOptions) -> Outcome:
@@ -144,13 +162,15 @@ def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: S
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {run.dtype!r}")
     if run.threads is not None:
         torch.set_num_threads(run.threads)
+    _check_goes_together(model, bench, run)
     device = run.device or str(process_state().device)
     if model is None:
-        if bench.policy is not None:
-            raise UserError("--policy needs a MODEL: its laws are those of a model's heads")
         plan = bench.plan(run, sparse.config(), None)
-        folder = _folder(run, {"name": bench.shape.replace("/", "-")})
-        subject = _in_memory(plan, bench, run.dtype, device)
+        shape = bench.shape or _DEFAULT_SHAPE
+        name = shape.replace("/", "-")
+        folder = _folder(run, {"name": name})
+        part = parse_shape(shape).part(bench.layers or _DEFAULT_LAYERS)
+        subject = _in_memory(plan, name, part, run.dtype, device)
     else:
         source = ModelSource.find(model, run.revision)
         support = hf_sparse.inspect(source.config)
@@ -181,12 +201,21 @@ def _folder(run: RunOptions, model: dict[str, Any]) -> Path:
     return folder
 
 
-def _in_memory(plan: Plan, bench: BenchOptions, dtype: str, device: str) -> Subject:
-    shape = parse_shape(bench.shape).part(bench.layers)
+def _check_goes_together(model: str | None, bench: BenchOptions, run: RunOptions) -> None:
+    """Refuse options that would change nothing."""
+    of_a_model = {"policy": bench.policy, "text": bench.text, "revision": run.revision}
+    of_a_shape = {"shape": bench.shape, "layers": bench.layers}
+    rule = "needs a MODEL" if model is None else f"makes a model: leave it out with {model}"
+    for name, value in (of_a_model if model is None else of_a_shape).items():
+        if value is not None:
+            raise UserError(f"--{name} {rule}")
+
+
+def _in_memory(plan: Plan, name: str, shape: Shape, dtype: str, device: str) -> Subject:
     place = find_device(device)
     usual = torch.float32 if place.type == "cpu" else torch.bfloat16
     number = usual if dtype == "auto" else getattr(torch, dtype)
-    return Subject.in_memory(plan, bench.shape.replace("/", "-"), shape, number, place)
+    return Subject.in_memory(plan, name, shape, number, place)
 
 
 def _save(summary: Summary, inputs: LayerInputs, config: SparseAttentionConfig) -> int:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_sparse import engines
 from hf_sparse.bench import prefill_memory
-from hf_sparse.bench.shapes import Shape
+from hf_sparse.bench.shapes import Shape, check_shape
 from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
@@ -44,14 +46,16 @@ def run_memory(
         folder: Where results go.
 
     Raises:
-        UserError: where peak memory cannot be read, the engine cannot run, or results cannot go into the folder.
+        UserError: where peak memory cannot be read, for a shape, configuration or engine that cannot be used, or if
+            results cannot go into the folder.
     """
     if reason := engines.why_not(config.engine):
         raise UserError(f"engine {config.engine!r} cannot run here: {reason}; engine 'auto' does without")
     check_folder(folder, "memory")
     heads = (shape.heads, shape.kv_heads, shape.head_dim)
-    calls = memory.evaluate(lengths, memory.METHODS, heads, config, limit * 2**30, seed)
     sparse = config if config.dense_layers is not None else replace(config, dense_layers=())
+    check_shape(shape, sparse, torch.float32, torch.device("cpu"), weights=bool(prefill))
+    calls = memory.evaluate(lengths, memory.METHODS, heads, config, limit * 2**30, seed)
     rows = prefill_memory.evaluate(prefill, shape, sparse, _REPEATS, seed)
     summary = {
         **memory.summarise(calls),

@@ -102,8 +102,20 @@ def test_a_prefill_takes_what_it_must() -> None:
     assert "hf_sparse / sdpa" in markdown_table(*prefill_memory.prefill_table(list(rows.values())))
 
 
-def test_heads_that_do_not_divide_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--heads 9 --kv-heads 2", "heads that are a multiple of the kv-heads"),
+        ("--heads 99999999999 --kv-heads 1", "shape takes at most 1,024 heads"),
+        ("--layers 99999999999", "layers must be at most 1,024"),
+        ("--dense-layers 7", "dense_layers names layers [7]"),
+    ],
+)
+def test_what_no_model_can_be_is_refused(
+    options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as done:
-        main(["memory", "--heads", "9", "--kv-heads", "2"])
+        main(["memory", *options.split(), "--output", str(tmp_path / "out")])
     assert done.value.code == 2
-    assert "heads that are a multiple of the kv-heads" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
