@@ -31,11 +31,16 @@ class SparseCache(DynamicCache):
         config: The model's configuration.
         offloading: Keep layers on the CPU and bring each to its device in time, as `DynamicCache` does.
         offload_only_non_sliding: Leave layers with a sliding window where they are.
+
+    Raises:
+        TypeError: if `config` is something else.
     """
 
     def __init__(
         self, config: PreTrainedConfig, *, offloading: bool = False, offload_only_non_sliding: bool = False
     ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config must be the model's configuration, model.config; got {type(config).__name__}")
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         grow_in_place(self)
 

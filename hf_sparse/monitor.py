@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,8 @@ class SparsityReport:
     audit: list[dict[str, Any]] = field(default_factory=list)
 
     def __str__(self) -> str:
+        if math.isnan(self.density):
+            return "\n".join(["nothing was attended to yet: there is no density", *self.notes])
         header = ("layer", "heads", "calls", "rows", "mean visible", "mean keys", "density", "dense rows")
         lines = [header]
         for layer in dict.fromkeys(row["layer"] for row in self.rows):

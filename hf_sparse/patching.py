@@ -226,6 +226,9 @@ def _policy(model: PreTrainedModel, config: ConfigLike, fields: Mapping[str, Any
         raise TypeError(
             f"config must be a SparseAttentionConfig, the name of a published one, or None; got {type(config).__name__}"
         )
+    known = SparseAttentionConfig.__dataclass_fields__
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise TypeError(f"{unknown[0]!r} is not a field of SparseAttentionConfig, which are {', '.join(known)}")
     changed = replace(policy.config, **fields)
     if changed == policy.config:
         return policy

@@ -9,12 +9,11 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.attention import HARMLESS, HONOURED
 
@@ -90,16 +89,13 @@ def inspect(model: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
         model: A model, a configuration, or the name of one: a Hub id, a folder, or a `.gguf` file.
 
     Raises:
-        OSError: If `model` is a name under which no configuration can be found.
+        UserError: (a `ValueError`) If `model` is a name under which no configuration can be found.
         TypeError: If `model` is none of these.
     """
     if isinstance(model, str):
-        path = Path(model)
-        model = (
-            AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-            if path.suffix == ".gguf"
-            else AutoConfig.from_pretrained(model)
-        )
+        from hf_sparse.evaluation.models import ModelSource  # which needs this module
+
+        model = ModelSource.find(model).config
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
             try:

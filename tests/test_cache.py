@@ -82,6 +82,12 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 }
 
 
+@pytest.mark.parametrize("config", [None, "x", tiny.model("llama")], ids=["nothing", "a name", "a model"])
+def test_a_cache_is_made_for_a_configuration(config: Any) -> None:
+    with pytest.raises(TypeError, match=rf"config must be .* model\.config; got {type(config).__name__}"):
+        SparseCache(config)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_layer_changes_as_the_stock_layer_does(change: str) -> None:
     ours, stock = filled([37, 1, 60])

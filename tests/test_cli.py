@@ -126,6 +126,11 @@ def test_inspect_says_yes_and_no(capsys: pytest.CaptureFixture[str]) -> None:
         ("perplexity missing.gguf", "missing.gguf: no such file"),
         ("perplexity texts", "there is no config.json"),
         ("inspect ./missing", "is not a model"),
+        ("inspect ", "'' is not a model: pass a Hub id"),
+        ("inspect tiny-llama --revision x", "tiny-llama is here, not on the Hub: it has no revision 'x'"),
+        ("perplexity tiny-llama --revision x", "tiny-llama is here, not on the Hub: it has no revision 'x'"),
+        ("perplexity tiny-llama --text= --lengths 48 --targets 8", "'' is not a text: pass a file"),
+        ("bench tiny-llama --text= --generate 48 --new-tokens 8 --cached none", "'' is not a text: pass a file"),
         ("perplexity bloom --text texts --lengths 48 --targets 8", "BloomForCausalLM cannot be patched"),
         ("perplexity tiny-llama --text missing.txt --lengths 48 --targets 8", "missing.txt: no such file"),
         ("perplexity tiny-llama --text latin.txt --lengths 48 --targets 8", "latin.txt cannot be read"),
@@ -168,7 +173,7 @@ def test_inspect_says_yes_and_no(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_users_mistake_is_one_line_and_exit_code_2(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = run_command(*arguments.split())
+    code = run_command(*(arguments.split(" ") if arguments else []))
     printed = capsys.readouterr()
     assert code == 2
     assert printed.out == ""

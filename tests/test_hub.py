@@ -139,6 +139,28 @@ def test_only_a_patched_model_is_saved(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_only_a_patched_model_is_published(base: Path) -> None:
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not patched"):
+        hf_sparse.push_to_hub(_load(base), "me/x")
+
+
+def test_names_are_checked_first(
+    model: PreTrainedModel, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    nothing: Any = None
+    with pytest.raises(UserError, match=r"folder must be a path, '\.' for the current folder; got ''"):
+        hf_sparse.save_pretrained(model, "")
+    with pytest.raises(TypeError, match="repo_id must be user/name, or name; got None"):
+        hf_sparse.push_to_hub(model, nothing)
+    with pytest.raises(TypeError, match="a policy is named by a Hub id, a folder or a file; got None"):
+        hf_sparse.from_pretrained(nothing)
+    assert list(tmp_path.iterdir()) == []
+    hf_sparse.save_pretrained(model, tmp_path / "new")
+    with pytest.raises(UserError, match="new is here, not on the Hub: it has no revision 'main'"):
+        hf_sparse.from_pretrained(tmp_path / "new", revision="main")
+
+
 def test_a_file_is_no_folder(model: PreTrainedModel, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is not a folder"):

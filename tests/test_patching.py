@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig
+from hf_sparse.errors import UserError
 from tests import tiny
 
 SPARSE = SparseAttentionConfig(
@@ -308,8 +309,9 @@ def test_inspect_finds_layers_with_key_heads_of_their_own() -> None:
 def test_inspect_refuses_what_is_no_model() -> None:
     with pytest.raises(TypeError, match="Linear"):
         hf_sparse.inspect(nn.Linear(2, 2))
-    with pytest.raises(OSError, match="nowhere"):
-        hf_sparse.inspect("./nowhere")
+    for name in ("./nowhere", ""):
+        with pytest.raises(UserError, match=f"{name or repr(name)} is not a model: pass a Hub id, a folder"):
+            hf_sparse.inspect(name)
 
 
 def test_patch_refuses_what_it_does_not_know() -> None:
@@ -317,7 +319,7 @@ def test_patch_refuses_what_it_does_not_know() -> None:
     hung = attributes(model)
     with pytest.raises(TypeError, match="Linear"):
         hf_sparse.patch(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="beta"):
+    with pytest.raises(TypeError, match="'beta' is not a field of SparseAttentionConfig, which are alpha, exponent,"):
         hf_sparse.patch(model, beta=3)
     with pytest.raises(TypeError, match="dict"):
         hf_sparse.patch(model, {"alpha": 3.0})

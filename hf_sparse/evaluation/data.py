@@ -77,6 +77,8 @@ def embedded_documents(count: int) -> list[Document]:
 
 
 def _load(source: str, count: int, column: str, min_chars: int) -> Iterable[Document]:
+    if not source.strip():
+        raise UserError(f"{source!r} is not a text: pass a file, a folder or a Hub data set (id[:config][@split])")
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in TEXT_SUFFIXES and file.is_file())

@@ -32,6 +32,7 @@ from hf_sparse.support import SupportReport, inspect
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+_WHAT = "a Hub id, a folder that holds a config.json or a .gguf file"
 _WEIGHTS = (".safetensors", ".bin")
 # What is read of each end of a weight file to tell two models in folders of the same name apart.
 _SAMPLE_BYTES = 1 << 20
@@ -84,9 +85,14 @@ class ModelSource:
         Where there is a policy, the source is the model that it names.
 
         Raises:
-            UserError: if `name` is a path and nothing usable is there, or a policy is wrong.
+            UserError: if `name` is a path and nothing usable is there, or a `revision` is asked of it, or a policy is
+                wrong.
         """
+        if not name.strip():
+            raise UserError(f"{name!r} is not a model: pass {_WHAT}")
         path = Path(name).expanduser()
+        if revision is not None and path.exists():
+            raise UserError(f"{name} is here, not on the Hub: it has no revision {revision!r}")
         if path.is_dir():
             if (path / policy_files.NAME).is_file():
                 return cls._of_policy(policy_files.load(path))
@@ -100,7 +106,7 @@ class ModelSource:
                 raise UserError(f'reading {path.name} needs the package gguf: pip install "hf_sparse[gguf]"')
             return cls(str(path.parent), path.name, gguf_file=path.name)
         if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise UserError(f"{name} is not a model: pass a Hub id, a folder that holds a config.json or a .gguf file")
+            raise UserError(f"{name} is not a model: pass {_WHAT}")
         if is_hub_id(name):
             try:
                 return cls._of_policy(policy_files.load(name, revision=revision))

@@ -16,6 +16,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse.checks import shown
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.hub.bundle import Bundle, card_in, make_bundle
 from hf_sparse.hub.remote import Remote
@@ -68,9 +69,12 @@ def save_pretrained(
 
     Raises:
         ValueError: if the model is not patched, or a folder of results does not hold any.
+        TypeError: if `folder` is not a path.
     """
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path; got {type(folder).__name__}")
+    if not os.fspath(folder):
+        raise UserError("folder must be a path, '.' for the current folder; got ''")
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise UserError(f"{folder} is not a folder")
@@ -96,6 +100,7 @@ def from_pretrained(name_or_path: PathLike, **kwargs: Any) -> PreTrainedModel:
     Raises:
         UserError: (a `ValueError`) if the policy or its base cannot be found, reached or read, is wrong, or was
             calibrated for another architecture, number of layers or number of heads.
+        TypeError: if `name_or_path` is not a name.
     """
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     loaded = policy_files.load(name_or_path, revision=kwargs.pop("revision", None), **shared)
@@ -165,7 +170,11 @@ def push_to_hub(
         ValueError: if the model is not patched.
         UserError: (a `ValueError`) without a token or the right to write, if the repository exists and holds
             something else, or the Hub is out of reach. Nothing has been committed then.
+        TypeError: if `repo_id` is not a string.
     """
+    if not isinstance(repo_id, str):
+        raise TypeError(f"repo_id must be user/name, or name; got {shown(repo_id)}")
+    policy_of(model)  # refused before the Hub is asked for anything
     remote = Remote.look(repo_id, token=token, revision=revision, create_pr=create_pr, private=private)
     named = Origin(base_model, base_revision)
     bundle = _bundle(model, named, weights=weights, tokenizer=tokenizer, results=results)

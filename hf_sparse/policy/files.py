@@ -103,12 +103,18 @@ def load(
         local_files_only: As in `huggingface_hub`.
 
     Raises:
-        UserError: (a `ValueError`) if there is none, it is out of reach, or something in it is wrong.
+        UserError: (a `ValueError`) if there is none, it is out of reach, something in it is wrong, or a `revision` is
+            asked of a file.
+        TypeError: if `name_or_path` is not a name.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"a policy is named by a Hub id, a folder or a file; got {shown(name_or_path)}")
     name = os.fspath(name_or_path)
     if not name:
         raise UserError("'' is not a policy: pass a Hub id, a folder or a file")
     path = Path(name).expanduser()
+    if revision is not None and path.exists():
+        raise UserError(f"{name} is here, not on the Hub: it has no revision {revision!r}")
     if path.is_dir():
         path = path / NAME
         if not path.is_file():
