@@ -22,6 +22,7 @@ from hf_sparse.calibration.curves import ErrorCurve, budget_grid, error_curves, 
 from hf_sparse.calibration.laws import FAMILIES, LawFit
 from hf_sparse.calibration.projection import output_weights
 from hf_sparse.calibration.target import Target
+from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import Document
 from hf_sparse.policy import files as policy_files
 from hf_sparse.selectors.grouped import ROWS
@@ -335,7 +336,16 @@ def test_beyond_the_fitted_length_only_on_request() -> None:
     [
         ({"length": 512}, "at least 1024 tokens; got 512"),
         ({"length": 1200}, "is too short: it has 1104 tokens"),
-        ({"length": 4096}, "up to 2048 tokens; got 4096"),
+        ({"length": 4096}, "length 4096 is above the maximum of this model, 2048 tokens"),
+        (
+            {"target": "density=0.3@4096", "extrapolate": True},
+            "the target density=0.3@4096 is above the maximum of this model, 2048 tokens",
+        ),
+        (
+            {"length": None, "held_out": [Document("empty.txt", "")]},
+            "empty.txt is too short: it has 0 tokens, and 1025",
+        ),
+        ({"config": replace(CONFIG, dense_layers=(9,))}, r"dense_layers names layers \[9\]"),
         ({"held_out": [DOCUMENTS[0]]}, "d0 and d0 are the same text"),
         ({"held_out": [Document("d1", "other")]}, "two texts have the name d1"),
         ({"held_out": []}, "two texts to fit laws to and one more"),
@@ -357,7 +367,23 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_measured(
         calibration(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"texts": "a string"}, "texts must be a list of texts; got 'a string'"),
+        ({"texts": None}, "texts must be a list of texts; got None"),
+        ({"texts": [3, 4, 5]}, "each text must be a str or a Document; got 3"),
+        ({"held_out": "a string"}, "held-out texts must be a list of texts; got 'a string'"),
+    ],
+)
+def test_texts_are_lists_of_texts(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        calibration(**options)
+
+
 def test_a_patched_model_and_one_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match="laws are fitted to 1024 tokens or more, above the maximum of this model, 256"):
+        run_calibration(tiny.model("llama"), small.tokenizer(), DOCUMENTS)
     with pytest.raises(ValueError, match="LlamaForCausalLM is patched"):
         run_calibration(hf_sparse.patch(long_model()), small.tokenizer(), DOCUMENTS)
     with pytest.raises(ValueError, match="BloomForCausalLM cannot be patched"):

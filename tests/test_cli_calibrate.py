@@ -25,6 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small.save_texts(folder / "texts", count=3, tokens=1100)
     (folder / "other.txt").write_text(small.words(1100, seed=8))
     (folder / "empty").mkdir()
+    (folder / "empty.txt").touch()
     (folder / "broken.json").write_text('{"alpha": -1}')
     tiny.unsupported("bloom").config.save_pretrained(folder / "bloom")
     return folder
@@ -102,7 +103,12 @@ def test_a_target_that_is_not_met_is_a_negative_answer(policy: Path, capsys: pyt
         ("calibrate tiny-llama --text empty", "empty holds no"),
         ("calibrate tiny-llama --text other.txt", "two texts to fit laws to"),
         ("calibrate tiny-llama --text texts --held-out texts", "are the same text"),
-        ("calibrate tiny-llama --text texts --length 5000", "up to 2048 tokens; got 5000"),
+        ("calibrate tiny-llama --text texts --length 5000", "length 5000 is above the maximum of this model, 2048"),
+        ("calibrate tiny-llama --text texts --target density=.3@4096 --extrapolate", "@4096 is above the maximum"),
+        ("calibrate tiny-llama --text texts --held-out empty.txt", "empty.txt is too short: it has 0 tokens"),
+        ("calibrate tiny-llama --text texts --dense-layers 9", "dense_layers names layers [9]"),
+        ("calibrate tiny-llama --text texts --dense-layers ,", "--dense-layers takes whole numbers"),
+        ("calibrate tiny-llama --text texts --revision x", "tiny-llama is here, not on the Hub"),
         ("calibrate tiny-llama --text texts --length 1090 --target density=.3@1099", "or ask for extrapolation"),
         ("calibrate tiny-llama --text texts --length 1500", "text0.txt is too short"),
         ("calibrate bloom --text texts", "BloomForCausalLM cannot be patched"),

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-import hf_sparse
 from hf_sparse.bench.timing import available_bytes
 from hf_sparse.checks import shown
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
+from hf_sparse.evaluation.models import check_config
 
 _LONGEST = 1 << 20
 # Above any published model.
@@ -139,16 +139,3 @@ def check_shape(
             f"a model of this shape takes {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of {device} are free: "
             "choose a smaller shape, or fewer layers"
         )
-
-
-def check_config(model: PreTrainedModel, config: SparseAttentionConfig) -> None:
-    """Refuse a configuration that a model cannot be patched with.
-
-    Raises:
-        UserError: with the reason.
-    """
-    try:
-        with hf_sparse.patched(model, config):
-            pass
-    except ValueError as error:
-        raise UserError(str(error)) from error

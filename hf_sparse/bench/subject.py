@@ -15,10 +15,10 @@ from hf_sparse.bench import layer
 from hf_sparse.bench.end_to_end import Generation
 from hf_sparse.bench.inputs import LayerInputs, capture, describe, gaussian
 from hf_sparse.bench.run import LAYER_KINDS, Cell
-from hf_sparse.bench.shapes import Shape, check_config, check_shape, random_model
+from hf_sparse.bench.shapes import Shape, check_shape, random_model
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.evaluation.data import load_documents
-from hf_sparse.evaluation.models import ModelSource
+from hf_sparse.evaluation.models import ModelSource, check_config
 from hf_sparse.evaluation.results import Row, software
 from hf_sparse.evaluation.windows import cut_windows
 from hf_sparse.machine import device_name

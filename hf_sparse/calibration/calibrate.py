@@ -22,7 +22,7 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import Document
 from hf_sparse.evaluation.folders import CALIBRATE, CALIBRATION, check_folder
-from hf_sparse.evaluation.models import ModelInfo
+from hf_sparse.evaluation.models import ModelInfo, check_config
 from hf_sparse.evaluation.perplexity_summary import Summary
 from hf_sparse.evaluation.results import Row, provenance, write_json
 from hf_sparse.evaluation.windows import cut_windows
@@ -140,8 +140,9 @@ def run_calibration(
 
     Raises:
         UserError: (a `ValueError`) if the model cannot be patched or is patched, there are too few texts, one is too
-            short, `config` limits what laws can be, the target lies beyond the fitted length and `extrapolate` is
-            not set, or `folder` cannot be written to or holds something else.
+            short, `config` limits what laws can be or does not suit the model, the target lies beyond the fitted
+            length and `extrapolate` is not set, or `folder` cannot be written to or holds something else.
+        TypeError: if `texts` or `held_out` is not a list of texts.
     """
     target = Target.parse(target) if isinstance(target, str) else target
     config = SparseAttentionConfig() if config is None else config
@@ -154,8 +155,12 @@ def run_calibration(
     if not support.supported:
         raise UserError(str(support))
     fitted, checked = split(texts, held_out)
-    most = most_tokens(base, support)
-    length = longest_input([*fitted, *checked], tokenizer, base, support) if length is None else length
+    check_config(base, config)
+    most, least = most_tokens(base, support), 2 * SHORTEST
+    if most < least:
+        raise UserError(f"laws are fitted to {least} tokens or more, above the maximum of this model, {most}")
+    if length is None:
+        length = longest_input([*fitted, *checked], tokenizer, base, support, least)
     at = target.length or length
     _check_lengths(target, length, at, most, extrapolate=extrapolate)
     # All windows first: a text that is too short is found before anything is measured.
@@ -212,9 +217,13 @@ def run_calibration(
 
 def _check_lengths(target: Target, length: int, at: int, most: int, *, extrapolate: bool) -> None:
     if length < 2 * SHORTEST:
-        raise UserError(f"laws are fitted to texts of at least {2 * SHORTEST} tokens; got {length}")
-    if max(length, at) > most:
-        raise UserError(f"inputs of this model see more and more keys up to {most} tokens; got {max(length, at)}")
+        raise UserError(f"length: laws are fitted to at least {2 * SHORTEST} tokens; got {length}")
+    for what, tokens in ((f"length {length}", length), (f"the target {target}", at)):
+        if tokens > most:
+            raise UserError(
+                f"{what} is above the maximum of this model, {most} tokens: no row sees more keys than are in its "
+                "longest input, or its sliding window"
+            )
     if at > length and not extrapolate:
         raise UserError(
             f"the target {target} lies at {at / length:.3g} times the {length} tokens that laws are fitted to: give "

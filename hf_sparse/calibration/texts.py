@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse.checks import shown
 from hf_sparse.errors import UserError
 from hf_sparse.evaluation.data import Document
 from hf_sparse.support import SupportReport
@@ -21,13 +22,14 @@ def split(
 
     Raises:
         UserError: (a `ValueError`) if there are too few, or some are the same or share a name.
+        TypeError: if these are not lists of texts.
     """
-    documents = [_document(text, "text", i) for i, text in enumerate(texts)]
+    documents = _documents(texts, "text")
     if held_out is None:
         count = max(1, len(documents) // 4)
         documents, checked = documents[:-count], documents[-count:]
     else:
-        checked = [_document(text, "held-out text", i) for i, text in enumerate(held_out)]
+        checked = _documents(held_out, "held-out text")
     if len(documents) < 2 or not checked:
         raise UserError(
             f"calibration takes two texts to fit laws to and one more to check them on; got {len(documents)} and "
@@ -43,16 +45,37 @@ def split(
     return documents, checked
 
 
-def _document(text: str | Document, kind: str, index: int) -> Document:
-    return text if isinstance(text, Document) else Document(f"{kind} {index + 1}", text)
+def _documents(texts: Sequence[str | Document], kind: str) -> list[Document]:
+    # The characters of a text would do for texts.
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise TypeError(f"{kind}s must be a list of texts; got {shown(texts)}")
+    out = []
+    for i, text in enumerate(texts):
+        if not isinstance(text, str | Document):
+            raise TypeError(f"each {kind} must be a str or a Document; got {shown(text)}")
+        out.append(Document(f"{kind} {i + 1}", text) if isinstance(text, str) else text)
+    return out
 
 
 def longest_input(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, support: SupportReport
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    support: SupportReport,
+    least: int,
 ) -> int:
-    """The longest input, in tokens, that all texts and the model have, up to `LONGEST`."""
-    tokens = (len(tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"]) for d in documents)
-    return min(LONGEST, most_tokens(model, support), min(tokens) - 1)
+    """The longest input, in tokens, that all texts and the model have, up to `LONGEST`.
+
+    Raises:
+        UserError: naming a text that has less than `least`, and one token to predict.
+    """
+    tokens = [len(tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"]) for d in documents]
+    fewest = min(tokens)
+    if fewest <= least:
+        raise UserError(
+            f"{documents[tokens.index(fewest)].name} is too short: it has {fewest} tokens, and {least + 1} are needed"
+        )
+    return min(LONGEST, most_tokens(model, support), fewest - 1)
 
 
 def most_tokens(model: PreTrainedModel, support: SupportReport) -> int:

@@ -22,9 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.hub_errors import UNREADABLE
 from hf_sparse.machine import find_device
+from hf_sparse.patching import patched
 from hf_sparse.policy import Policy, is_hub_id
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import cached_commit
@@ -237,6 +239,19 @@ def check_device(device_map: str | None) -> None:
     """
     if device_map not in (None, "auto"):
         find_device(device_map)
+
+
+def check_config(model: PreTrainedModel, config: SparseAttentionConfig) -> None:
+    """Refuse a configuration that a model cannot be patched with.
+
+    Raises:
+        UserError: with the reason.
+    """
+    try:
+        with patched(model, config):
+            pass
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @contextmanager
