@@ -254,9 +254,9 @@ def test_a_card_without_metadata_gets_some() -> None:
 
 
 def test_a_card_that_cannot_be_read_is_refused() -> None:
-    with pytest.raises(UserError, match="the metadata of the model card cannot be read"):
+    with pytest.raises(UserError, match=r"the metadata of the model card, README\.md of me/x, cannot be read"):
         make_card(MEASURED, "me/x", existing="---\nlicense: [mit\n---\n")
-    with pytest.raises(UserError, match="the metadata of the model card cannot be read"):
+    with pytest.raises(UserError, match=r"the metadata of the model card, README\.md of me/x, cannot be read"):
         make_card(MEASURED, "me/x", existing="---\n- a list\n---\n")
 
 

@@ -207,17 +207,24 @@ def _model() -> Any:
         (["card", "tiny-llama"], "tiny-llama is not a folder with a sparse_config.json: pass --output"),
         (["card", "tiny-llama", "--policy", "wrong", "--output", "new"], "alpha must be a finite number above 0"),
         (["card", "tiny-llama", "--policy", "other", "--output", "new"], "calibrated for 30 attention layers"),
+        (["card", "torn"], "the metadata of the model card, README.md of torn, cannot be read"),
+        (["card", ""], "'' is not a folder with a sparse_config.json"),
+        (["card", "", "--output", "new"], "'' is not a model"),
+        (["publish", "", "me/x"], "'' is not a model"),
         (["perplexity", "wrong"], "alpha must be a finite number above 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
     arguments: list[str], message: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("wrong", "other"):
+    for name in ("wrong", "other", "torn"):
         (home / name).mkdir(exist_ok=True)
     (home / "wrong" / NAME).write_text('{"alpha": -1}')
     other = SparseAttentionConfig(calibration=CalibrationRecord(layers=30))
     write(Policy(other), home / "other" / NAME)
+    write(Policy(), home / "torn" / NAME)
+    (home / "torn" / "README.md").write_text("---\nlicense: [mit\n---\n")
+    write(Policy(), home / NAME)
     before = sorted(home.rglob("*"))
     assert run(*arguments) == 2
     printed = capsys.readouterr()

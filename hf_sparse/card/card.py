@@ -32,7 +32,7 @@ def make_card(
     Raises:
         UserError: if the metadata of the existing card cannot be read, or our section in it has no beginning or end.
     """
-    card = _parse(existing if existing is not None else f"\n# {name.rpartition('/')[2]}\n")
+    card = _parse(existing if existing is not None else f"\n# {name.rpartition('/')[2]}\n", name)
     data = card.data
     data["license"] = license = data.get("license") or license
     card.text = _merge(card.text, section(policy, name, plots, license), name)
@@ -54,19 +54,21 @@ def make_card(
 def license_in(card: str) -> str | None:
     """The licence that a card names, or `None`."""
     try:
-        value = _parse(card).data.get("license")
+        value = _parse(card, "the base model").data.get("license")
     except UserError:
         return None
     return value if isinstance(value, str) else None
 
 
-def _parse(text: str) -> ModelCard:
+def _parse(text: str, name: str) -> ModelCard:
     try:
         # Without a block of metadata, an empty one: huggingface_hub would complain on stderr.
         return ModelCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
     except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         first = str(error).partition("\n")[0]
-        raise UserError(f"the metadata of the model card cannot be read: {first}; correct its first lines") from error
+        raise UserError(
+            f"the metadata of the model card, README.md of {name}, cannot be read: {first}; correct its first lines"
+        ) from error
 
 
 def _merge(text: str, ours: str, name: str) -> str:

@@ -84,8 +84,8 @@ def run_card(model: str, options: BundleOptions, output: Path | None, as_json: b
         UserError: for whatever is wrong.
     """
     given = Path(model)
-    if output is None and not (given / policy_files.NAME).is_file():
-        raise UserError(f"{model} is not a folder with a {policy_files.NAME}: pass --output")
+    if output is None and not _is_policy_folder(model):
+        raise UserError(f"{model or repr(model)} is not a folder with a {policy_files.NAME}: pass --output")
     folder = given if output is None else output
     bundle = _bundle(model, options)
     name, text = folder.resolve().name, card_in(folder)
@@ -168,7 +168,8 @@ def _show(remote: Remote, files: list[dict[str, Any]], card: str, *, as_json: bo
 
 
 def _is_policy_folder(model: str) -> bool:
-    return (Path(model) / policy_files.NAME).is_file()
+    # '' would be the current folder.
+    return bool(model) and (Path(model) / policy_files.NAME).is_file()
 
 
 def _results(model: str, options: BundleOptions) -> list[Results]:
