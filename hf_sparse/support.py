@@ -9,13 +9,15 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.attention import HARMLESS, HONOURED
+from hf_sparse.errors import UserError, first_line
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # Its fifth argument is the mask: after the module, queries, keys and values.
@@ -93,9 +95,7 @@ def inspect(model: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
         TypeError: If `model` is none of these.
     """
     if isinstance(model, str):
-        from hf_sparse.evaluation.models import ModelSource  # which needs this module
-
-        model = ModelSource.find(model).config
+        model = _config_of(model)
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
             try:
@@ -105,6 +105,21 @@ def inspect(model: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers model, a configuration or a name; got {type(model).__name__}")
     return _inspect_model(model)
+
+
+def _config_of(name: str) -> PreTrainedConfig:
+    path = Path(name)
+    try:
+        if path.suffix == ".gguf":
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        else:
+            config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name!r} is not a model: pass a Hub id, a folder that holds a config.json or a .gguf file "
+            f"({first_line(error)})"
+        ) from error
+    return config
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

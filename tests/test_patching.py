@@ -310,7 +310,7 @@ def test_inspect_refuses_what_is_no_model() -> None:
     with pytest.raises(TypeError, match="Linear"):
         hf_sparse.inspect(nn.Linear(2, 2))
     for name in ("./nowhere", ""):
-        with pytest.raises(UserError, match=f"{name or repr(name)} is not a model: pass a Hub id, a folder"):
+        with pytest.raises(UserError, match=f"{name!r} is not a model: pass a Hub id, a folder"):
             hf_sparse.inspect(name)
 
 

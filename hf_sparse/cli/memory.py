@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from hf_sparse import engines
 from hf_sparse.bench import prefill_memory
 from hf_sparse.bench.shapes import Shape, check_shape
 from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.errors import UserError
 from hf_sparse.evaluation import memory, plot_memory
 from hf_sparse.evaluation.folders import check_folder
 from hf_sparse.evaluation.results import software
@@ -49,8 +47,6 @@ def run_memory(
         UserError: where peak memory cannot be read, for a shape, configuration or engine that cannot be used, or if
             results cannot go into the folder.
     """
-    if reason := engines.why_not(config.engine):
-        raise UserError(f"engine {config.engine!r} cannot run here: {reason}; engine 'auto' does without")
     check_folder(folder, "memory")
     heads = (shape.heads, shape.kv_heads, shape.head_dim)
     sparse = config if config.dense_layers is not None else replace(config, dense_layers=())
