@@ -1,4 +1,4 @@
-"""`patch` and its inverse: the only place that touches a model's modules."""
+"""`patch` and its inverse: with `own_configs` and `cache_hooks`, the only place that touches a model's modules."""
 
 from __future__ import annotations
 
