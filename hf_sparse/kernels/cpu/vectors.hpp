@@ -174,21 +174,7 @@ inline Floats capped(Floats x, float cap) {
 
 // For each key of a tile, the sum of products of its components, unsigned bytes, and those of a query, signed ones: four
 // components at a time, `left` (LANES, 4) and `right`, which holds numbers of the type `Part`.
-#if defined(__AVX512VNNI__) && defined(__AVX512F__)
-class Products {
-  public:
-    typedef int8_t Part;
-    void add(const uint8_t *left, const Part *right) {
-        int32_t word;
-        std::memcpy(&word, right, sizeof word);
-        sums = (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_loadu_si512(left), _mm512_set1_epi32(word));
-    }
-    Ints total() const { return sums; }
-
-  private:
-    Ints sums{};
-};
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 class Products {
   public:
     typedef int16_t Part;
@@ -214,9 +200,15 @@ class Products {
   public:
     typedef int8_t Part;
     void add(const uint8_t *left, const Part *right) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+        int32_t word;
+        std::memcpy(&word, right, sizeof word);
+        sums = (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_loadu_si512(left), _mm512_set1_epi32(word));
+#else
         Words bytes;
         std::memcpy(&bytes, left, sizeof bytes);
         for (int i = 0; i < 4; i++) sums += (Ints)((bytes >> (8 * i)) & 255u) * int32_t(right[i]);
+#endif
     }
     Ints total() const { return sums; }
 
