@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.hub import from_pretrained, push_to_hub, save_pretrained
 from hf_sparse.monitor import SparsityReport
 from hf_sparse.observe import audit, observed
 from hf_sparse.patching import is_patched, patch, patched, report, unpatch
 from hf_sparse.record import CalibrationRecord
+from hf_sparse.share import from_pretrained, push_to_hub, save_pretrained
 from hf_sparse.support import SupportReport, inspect
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_sparse import engines, selectors
-from hf_sparse.budget import Budget
+from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import dense
 from hf_sparse.engines.reference import masked_weights, weighted_values
+from hf_sparse.kernels.quantised import quantised_of
+from hf_sparse.laws import Budget
 from hf_sparse.monitor import LayerCounters
-from hf_sparse.quantised import quantised_of
 from hf_sparse.rows import Plan
-from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors.grouped import ROWS, uncompiled
 from hf_sparse.selectors.spans import OVERSAMPLING
 from hf_sparse.visibility import as_bool, interval_mask, interval_to_mask, intervals_of, is_intervals
@@ -55,7 +55,7 @@ REFUSED = frozenset({"position_bias", "indices", "block_indices", "sinks", "alib
 _BLOCK_ELEMENTS = 1 << 23
 _MOST_ROWS = 1024
 
-Observer = Callable[[int, AttentionInputs], None]
+Observer = Callable[[int, AttentionCall], None]
 
 
 @dataclass
@@ -165,7 +165,7 @@ def sparse_attention_forward(
             f"attention_mask of 4 dimensions must be bool (True where visible) or floating point (added to scores); "
             f"got {str(attention_mask.dtype).removeprefix('torch.')}"
         )
-    inputs = AttentionInputs(
+    inputs = AttentionCall(
         query,
         key,
         value,
@@ -194,7 +194,7 @@ def _intervals(mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
 
 
 def _attend_masked(
-    state: LayerState, inputs: AttentionInputs, mask: Tensor, *, want_weights: bool
+    state: LayerState, inputs: AttentionCall, mask: Tensor, *, want_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Dense attention under a mask that intervals cannot express, counted as such."""
     visible = as_bool(mask)
@@ -208,7 +208,7 @@ def _attend_masked(
     return dense.attend_masked(inputs, mask), weights
 
 
-def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+def attend(state: LayerState, inputs: AttentionCall, *, want_weights: bool = False) -> tuple[Tensor, Tensor | None]:
     """One attention call of one layer, a block of rows at a time, counted.
 
     Args:
@@ -275,7 +275,7 @@ def attend(state: LayerState, inputs: AttentionInputs, *, want_weights: bool = F
     return torch.cat([*parts, outs[0]], dim=2) if parts else outs[0], outs[1]
 
 
-def _as_given(inputs: AttentionInputs) -> AbstractContextManager[Any]:
+def _as_given(inputs: AttentionCall) -> AbstractContextManager[Any]:
     """Selectors and engines take numbers as they are and say themselves how exactly they calculate: no autocast."""
     kind = inputs.query.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -287,7 +287,7 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
     return torch.cat(parts, dim=2)
 
 
-def _dense_rows(inputs: AttentionInputs, plan: Plan) -> int:
+def _dense_rows(inputs: AttentionCall, plan: Plan) -> int:
     """Rows at the start of a call that keep all that they see, in whole groups: dense attention is faster for them."""
     facts = inputs.facts
     if (facts.first != facts.first[:1]).any() or (facts.stop != facts.stop[:1]).any():
@@ -298,7 +298,7 @@ def _dense_rows(inputs: AttentionInputs, plan: Plan) -> int:
     return max(0, (position + count) // ROWS * ROWS - position)
 
 
-def _engine(config: SparseAttentionConfig, inputs: AttentionInputs) -> str:
+def _engine(config: SparseAttentionConfig, inputs: AttentionCall) -> str:
     if config.engine != "auto":
         return config.engine
     # The exact selector has formed all scores already, and its rows share no keys: masking costs less than copying
@@ -307,10 +307,10 @@ def _engine(config: SparseAttentionConfig, inputs: AttentionInputs) -> str:
         return "reference"
     if inputs.key.is_cuda:
         return "gather" if engines.refusal("triton", inputs) else "triton"
-    return "gather" if engines.refusal("native", inputs) else "native"
+    return "gather" if engines.refusal("cpu", inputs) else "cpu"
 
 
-def _block_rows(inputs: AttentionInputs, selector: str, most: int) -> int:
+def _block_rows(inputs: AttentionCall, selector: str, most: int) -> int:
     """Rows of a block if no row keeps more than `most` keys."""
     batch, heads = inputs.query.shape[:2]
     kv_len = inputs.key.shape[2]
@@ -320,7 +320,7 @@ def _block_rows(inputs: AttentionInputs, selector: str, most: int) -> int:
     return min(_MOST_ROWS, max(1, _BLOCK_ELEMENTS // (batch * heads * columns) // ROWS) * ROWS)
 
 
-def _align(inputs: AttentionInputs, budgets: Tensor) -> tuple[AttentionInputs, Tensor, Tensor | None]:
+def _align(inputs: AttentionCall, budgets: Tensor) -> tuple[AttentionCall, Tensor, Tensor | None]:
     """Shift each sequence so that its groups start at its own first token, wherever padding or a cache put it.
 
     A group is then the same rows whether a text is alone, padded, in a batch or split over calls.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse.attention import LayerState, attend
+from hf_sparse.call import AttentionCall
 from hf_sparse.monitor import LayerCounters
 from hf_sparse.row_errors import DenseRows, row_errors
-from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors.grouped import ROWS
 
 
@@ -33,7 +33,7 @@ class LayerAudit:
         self._measured: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def __call__(self, layer: int, inputs: AttentionInputs) -> None:
+    def __call__(self, layer: int, inputs: AttentionCall) -> None:
         """Measure some rows of a call."""
         length = inputs.query.shape[2]
         start = int(torch.randint(max(1, length - self._rows + 1), (), generator=self._generator))

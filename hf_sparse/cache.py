@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hf_sparse.quantised import QuantisedKeys, attach
+from hf_sparse.kernels.quantised import QuantisedKeys, attach
 
 # Storage grows to the length it needs and this share on top, at least `_LEAST_SPARE` tokens.
 _SPARE = 1 / 8

@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from hf_sparse.budget import LAWS, Budget, LawName
 from hf_sparse.checks import check_choice, check_extra, check_integer, check_number, shown, split_unknown
+from hf_sparse.laws import LAWS, Budget, LawName
 from hf_sparse.record import CalibrationRecord
 
 SelectorName = Literal["grouped", "topk", "window"]
-EngineName = Literal["auto", "reference", "gather", "native", "triton", "flex"]
+EngineName = Literal["auto", "reference", "gather", "cpu", "triton"]
 SELECTORS: tuple[str, ...] = get_args(SelectorName)
 ENGINES: tuple[str, ...] = get_args(EngineName)
 
 SCHEMA_VERSION = 1
 
 DENSE_BELOW = 256
-"""Visible keys below which a row stays dense, on a machine where nothing was measured."""
+"""The default of `dense_below`."""
 
 HeadLaw = tuple[float, float]
 
@@ -40,13 +40,13 @@ class SparseAttentionConfig:
             smaller than `sink_keys + recent_keys`, the recent keys go first.
         selector: `"grouped"` (rows of a group share their keys), `"topk"` (exact, per row) or `"window"` (sinks
             and the most recent keys).
-        engine: `"auto"` (the fastest that can take a call), `"native"` (compiled kernels for processors), `"triton"`
-            (kernels for GPUs), `"flex"` (FlexAttention, for the window selector), `"gather"` (any device) or
-            `"reference"` (dense, masked: the specification).
+        engine: `"auto"` (the fastest that can take a call), `"cpu"` (compiled kernels; `"native"` in
+            releases before 0.2), `"triton"` (kernels for GPUs), `"gather"` (any device) or `"reference"` (dense,
+            masked: the specification).
         dense_layers: Indices of layers left dense. `None` means the first layer, where sparsity costs most, and
             every sliding-window layer, whose cost is bounded already.
-        dense_below: A row that sees fewer keys than this keeps them all. `None` means `DENSE_BELOW`, or where
-            `hf-sparse bench --save-break-even` has measured it, the length from which sparse attention is faster.
+        dense_below: A row that sees fewer keys than this keeps them all; `hf-sparse bench` prints the length from
+            which sparse attention is faster on a machine.
         per_head: Calibrated laws: layer index -> one `(alpha, exponent)` for each query head; `None` for one law
             for all. Layers without an entry follow `alpha` and `exponent`. Only with `law="power"`.
         calibration: What `per_head` was fitted on; it changes no result.
@@ -68,12 +68,17 @@ class SparseAttentionConfig:
     selector: SelectorName = "grouped"
     engine: EngineName = "auto"
     dense_layers: tuple[int, ...] | None = None
-    dense_below: int | None = None
+    dense_below: int = DENSE_BELOW
     per_head: Mapping[int, tuple[HeadLaw, ...]] | None = field(default=None, hash=False)
     calibration: CalibrationRecord | None = field(default=None, hash=False)
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        # Spellings of earlier releases, which published files have.
+        if self.engine == "native":  # type: ignore[comparison-overlap]
+            object.__setattr__(self, "engine", "cpu")
+        if self.dense_below is None:
+            object.__setattr__(self, "dense_below", DENSE_BELOW)
         for name, allowed in (("law", LAWS), ("selector", SELECTORS), ("engine", ENGINES)):
             check_choice(name, getattr(self, name), allowed)
         check_number("alpha", self.alpha, above=0.0)
@@ -82,8 +87,7 @@ class SparseAttentionConfig:
             if name == "min_keys" or getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=1)
         for name in ("sink_keys", "recent_keys", "dense_below"):
-            if name != "dense_below" or self.dense_below is not None:
-                check_integer(name, getattr(self, name), least=0)
+            check_integer(name, getattr(self, name), least=0)
         if self.max_keys is not None and self.max_keys < self.min_keys:
             raise ValueError(f"max_keys must be at least min_keys ({self.min_keys}); got {self.max_keys}")
         if self.fraction is not None:
@@ -119,7 +123,7 @@ class SparseAttentionConfig:
             fraction=self.fraction or 1.0,
             min_keys=self.min_keys,
             max_keys=self.max_keys,
-            dense_below=DENSE_BELOW if self.dense_below is None else self.dense_below,
+            dense_below=self.dense_below,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def observed(model: ModelT, observer: Observer) -> Iterator[ModelT]:
 
     Args:
         model: As for `patch`.
-        observer: Called as `observer(layer, inputs)` with the layer's index and its `AttentionInputs`.
+        observer: Called as `observer(layer, inputs)` with the layer's index and its `AttentionCall`.
     """
     with patched(model):
         for module, state in states(base_model(model)).items():

@@ -11,20 +11,19 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_sparse import break_even, engines
+from hf_sparse import engines
 from hf_sparse.attention import NAME, STATE, LayerState, register
 from hf_sparse.audit import LayerAudit
-from hf_sparse.break_even import Machine
-from hf_sparse.budget import warn_if_too_slow
 from hf_sparse.cache_hooks import CacheHooks, install, remove
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.laws import warn_if_too_slow
 from hf_sparse.monitor import SparsityReport, make_report
 from hf_sparse.own_configs import OwnConfigs, asked_for
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import origin_of
 from hf_sparse.policy.suitability import check_calibration, warn_of_another_base
-from hf_sparse.support import LayerSupport, SupportReport, inspect
+from hf_sparse.support import SupportReport, inspect
 
 register()
 
@@ -99,7 +98,7 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
     sparse = [layer.layer for layer in support.layers if layer.layer not in reasons]
     for layer in support.layers:
         module = base.get_submodule(layer.name)
-        state = LayerState(layer.layer, _on_this_machine(config, layer, module, base), reasons.get(layer.layer))
+        state = LayerState(layer.layer, config, reasons.get(layer.layer))
         # One layer sees what all see: it alone warns of rows longer than those that the laws were fitted on.
         if config.calibration is not None and layer.layer == min(sparse, default=None):
             state.fitted_to = config.calibration.fitted_to or None
@@ -235,17 +234,6 @@ def _policy(model: PreTrainedModel, config: ConfigLike, fields: Mapping[str, Any
     if fields.keys() & _LAW and "calibration" not in fields:
         changed = replace(changed, calibration=None)
     return replace(policy, config=changed, quality=())
-
-
-def _on_this_machine(
-    config: SparseAttentionConfig, layer: LayerSupport, module: nn.Module, model: PreTrainedModel
-) -> SparseAttentionConfig:
-    """`config` with the length below which this machine is faster dense, where nothing was said and it was measured."""
-    head_dim = getattr(module, "head_dim", None)
-    if config.dense_below is not None or not isinstance(head_dim, int):
-        return config
-    shape = (layer.heads, layer.kv_heads, head_dim)
-    return replace(config, dense_below=break_even.load(Machine.here(model.device, model.dtype, shape, config)))
 
 
 def _dense_reasons(support: SupportReport, config: SparseAttentionConfig) -> dict[int, str]:

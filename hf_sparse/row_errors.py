@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_sparse.call import AttentionCall
 from hf_sparse.engines.reference import weighted_values
 from hf_sparse.engines.softmax import attention_weights
-from hf_sparse.selection import AttentionInputs
 from hf_sparse.visibility import interval_to_mask
 
 MASSES = (0.90, 0.95, 0.99)
@@ -40,12 +40,12 @@ class DenseRows:
         weights: `(batch, heads, rows, kv_len)`: p, 0 on keys that a row does not see.
     """
 
-    inputs: AttentionInputs
+    inputs: AttentionCall
     scores: Tensor
     weights: Tensor
 
     @classmethod
-    def of(cls, inputs: AttentionInputs) -> DenseRows:
+    def of(cls, inputs: AttentionCall) -> DenseRows:
         """The weights that the model computes for `inputs`: scaling, softcap, interval and sink honoured."""
         batch, heads, rows, dim = inputs.query.shape
         kv_heads, kv_len = inputs.key.shape[1:3]
@@ -121,7 +121,7 @@ def row_shape(dense: DenseRows) -> dict[str, Tensor]:
     return {name: dense.blank_padding(value) for name, value in shape.items()}
 
 
-def _weights(inputs: AttentionInputs, scores: Tensor, keep: Tensor) -> Tensor:
+def _weights(inputs: AttentionCall, scores: Tensor, keep: Tensor) -> Tensor:
     sinks = None if inputs.sinks is None else inputs.sinks.view(1, -1, 1, 1)
     return attention_weights(scores, keep, sinks, inputs)
 

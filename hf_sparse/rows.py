@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_sparse.budget import Budget
+from hf_sparse.laws import Budget
 
 # The attribute of a tensor of intervals that holds its facts.
 _ATTRIBUTE = "_hf_sparse_facts"

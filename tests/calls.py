@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hf_sparse.selection import AttentionInputs, Selection
+from hf_sparse.call import AttentionCall, Selection
 
 
 def causal_intervals(
@@ -47,7 +47,7 @@ def inputs(
     softcap: float | None = None,
     sinks: bool = False,
     dropout: float = 0.0,
-) -> AttentionInputs:
+) -> AttentionCall:
     """A call with random queries, keys and values: scores have a standard deviation of about 2.
 
     With `whole_numbers`, all scores are small multiples of 1/2, without rounding, and ties are everywhere.
@@ -60,7 +60,7 @@ def inputs(
             return torch.randint(-1, 2, shape, generator=generator).to(dtype)
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return AttentionInputs(
+    return AttentionCall(
         states(batch, heads, rows, dim),
         states(batch, kv_heads, kv_len, dim),
         states(batch, kv_heads, kv_len, value_dim or dim),
@@ -79,13 +79,13 @@ def turned(states: Tensor) -> Tensor:
     return storage[:-1].T.view_as(states)
 
 
-def scores(call: AttentionInputs) -> Tensor:
+def scores(call: AttentionCall) -> Tensor:
     """Scaled products of queries and keys, `(batch, heads, rows, kv_len)`, before softcap."""
     key = call.key.repeat_interleave(call.group_size, dim=1)
     return (call.query @ key.transpose(-1, -2)) * call.scaling
 
 
-def visible_mask(call: AttentionInputs) -> Tensor:
+def visible_mask(call: AttentionCall) -> Tensor:
     """bool `(batch, heads, rows, kv_len)` by loops."""
     batch, heads, rows, _ = call.query.shape
     out = torch.zeros(batch, heads, rows, call.key.shape[2], dtype=torch.bool)
@@ -96,7 +96,7 @@ def visible_mask(call: AttentionInputs) -> Tensor:
     return out
 
 
-def attend(call: AttentionInputs, mask: Tensor) -> Tensor:
+def attend(call: AttentionCall, mask: Tensor) -> Tensor:
     """Attention under a bool mask `(batch, heads, rows, kv_len)`, row by row, in float64."""
     all_scores = scores(_double(call))
     values = call.value.double().repeat_interleave(call.group_size, dim=1)
@@ -114,7 +114,7 @@ def attend(call: AttentionInputs, mask: Tensor) -> Tensor:
     return out
 
 
-def select_topk(call: AttentionInputs, budgets: Tensor, sink_keys: int, recent_keys: int) -> Tensor:
+def select_topk(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_keys: int) -> Tensor:
     """The specification of the exact selector, by sorting: bool `(batch, heads, rows, kv_len)`."""
     all_scores = scores(call)
     budgets = budgets.expand(call.query.shape[:3])
@@ -128,7 +128,7 @@ def select_topk(call: AttentionInputs, budgets: Tensor, sink_keys: int, recent_k
     return out
 
 
-def select_window(call: AttentionInputs, budgets: Tensor, sink_keys: int, recent_keys: int) -> Tensor:
+def select_window(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_keys: int) -> Tensor:
     """The specification of the window selector: bool `(batch, heads, rows, kv_len)`."""
     budgets = budgets.expand(call.query.shape[:3])
     out = torch.zeros(*call.query.shape[:3], call.key.shape[2], dtype=torch.bool)
@@ -141,7 +141,7 @@ def select_window(call: AttentionInputs, budgets: Tensor, sink_keys: int, recent
 
 
 def select_grouped(
-    call: AttentionInputs, budgets: Tensor, sink_keys: int, recent_keys: int, size: int, *, rough: bool = False
+    call: AttentionCall, budgets: Tensor, sink_keys: int, recent_keys: int, size: int, *, rough: bool = False
 ) -> Tensor:
     """The specification of the grouped selector: bool `(batch, heads, rows, kv_len)`.
 
@@ -165,7 +165,7 @@ def select_grouped(
 
 
 def _keep(
-    call: AttentionInputs,
+    call: AttentionCall,
     budgets: Tensor,
     sink_keys: int,
     recent_keys: int,
@@ -220,7 +220,7 @@ def quantised(states: Tensor) -> Tensor:
     return (states / scale).round() * scale
 
 
-def random_selection(call: AttentionInputs, rows_per_group: int, per_head: bool, seed: int = 0) -> Selection:
+def random_selection(call: AttentionCall, rows_per_group: int, per_head: bool, seed: int = 0) -> Selection:
     """A selection of visible keys without rhyme or reason: shuffled candidates, each allowed to some members."""
     generator = torch.Generator().manual_seed(seed)
     batch, rows = call.query.shape[0], call.query.shape[2]
@@ -237,5 +237,5 @@ def random_selection(call: AttentionInputs, rows_per_group: int, per_head: bool,
     return Selection(columns, visible & wanted, rows_per_group, per_head)
 
 
-def _double(call: AttentionInputs) -> AttentionInputs:
+def _double(call: AttentionCall) -> AttentionCall:
     return replace(call, query=call.query.double(), key=call.key.double())

@@ -11,13 +11,13 @@ from torch import Tensor
 import hf_sparse
 from hf_sparse.attention import LayerState, attend
 from hf_sparse.audit import LayerAudit
+from hf_sparse.call import AttentionCall
 from hf_sparse.row_errors import DenseRows, row_errors
-from hf_sparse.selection import AttentionInputs
 from tests import tiny
 from tests.sparse import SPARSE, every_selector, generated, sparse_model
 
 LENGTH = 200
-Calls = list[tuple[int, AttentionInputs]]
+Calls = list[tuple[int, AttentionCall]]
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     seen: Calls = []
     real = LayerAudit.__call__
 
-    def spy(self: LayerAudit, layer: int, inputs: AttentionInputs) -> None:
+    def spy(self: LayerAudit, layer: int, inputs: AttentionCall) -> None:
         seen.append((layer, inputs))
         real(self, layer, inputs)
 
@@ -34,7 +34,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return seen
 
 
-def true_errors(inputs: AttentionInputs, layer: int, **fields: Any) -> dict[str, Tensor]:
+def true_errors(inputs: AttentionCall, layer: int, **fields: Any) -> dict[str, Tensor]:
     """Errors of all rows of a call: `(batch, heads, rows)` by name."""
     config = hf_sparse.SparseAttentionConfig(**{**vars(SPARSE), **fields})
     _, weights = attend(LayerState(layer, config), inputs, want_weights=True)

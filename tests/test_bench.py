@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hf_sparse
-from hf_sparse import SparseAttentionConfig, break_even
+from hf_sparse import SparseAttentionConfig
 from hf_sparse.bench import dense, layer
 from hf_sparse.bench.inputs import capture, gaussian
 from hf_sparse.bench.run import Cell, evaluate
@@ -18,10 +18,7 @@ from hf_sparse.bench.summary import break_even as crossing
 from hf_sparse.bench.summary import exponent, median_interval, summarise
 from hf_sparse.bench.timing import alternate, with_peak
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.results import ResultFile
-from hf_sparse.goals import SPEED_GOALS, goals_table, judge
-from hf_sparse.goals.judge import MEASURES, MISSED, Bound, Goal
-from hf_sparse.goals.speed_readings import Growth, Memory, Overhead, SpeedUp
+from hf_sparse.results import ResultFile
 from hf_sparse.visibility import interval_to_mask
 from tests import small, tiny
 from tests.small import run_command
@@ -36,7 +33,6 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="p
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    monkeypatch.delenv(break_even.SWITCH, raising=False)
 
 
 def _run(*arguments: str) -> int:
@@ -257,7 +253,7 @@ def test_the_command_measures_everything_writes_it_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = ["--decode", "64,256", "--prefill", "64,128", "--cached", "96", "--generate", "64,96", "--padded", "64"]
-    options = [*SMALL, *lengths, "--leave-out", "flex", "--save-break-even", "--output", str(tmp_path)]
+    options = [*SMALL, *lengths, "--leave-out", "flex", "--output", str(tmp_path)]
     assert _run(*options) == 0
     printed = capsys.readouterr().out
     for part in (
@@ -282,112 +278,12 @@ def test_the_command_measures_everything_writes_it_and_resumes(
     assert set(ours["samples"]) == {"first_token", "token"}
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "summary.json").read_text())
-    config = SparseAttentionConfig(min_keys=8, alpha=2.0, recent_keys=8)
-    machine = break_even.Machine.here(CPU, torch.float32, (4, 2, 16), config)
-    assert break_even.load(machine) == summary["saved_dense_below"] > 0
 
     monkeypatch.setattr(layer, "_measure", None)
     monkeypatch.setattr("hf_sparse.bench.end_to_end.alternate", None)
     assert _run(*options, "--json") == 0
     assert json.loads(capsys.readouterr().out) == summary
     assert (tmp_path / "rows.jsonl").read_text().splitlines() == lines
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> dict[str, Any]:
-    """A sparse run, and one in which all rows are dense."""
-    lengths = {
-        "sparse": "--decode 64,256 --prefill 128 --cached none --generate 96",
-        "dense": "--decode none --prefill none --cached 64,96 --generate none --dense-below 1000",
-    }
-    options = [*SMALL, "--leave-out", "flex"]
-    for name, given in lengths.items():
-        assert _run(*options, *given.split(), "--output", str(tmp_path / name)) == 0
-    return {name: json.loads((tmp_path / name / "summary.json").read_text()) for name in lengths}
-
-
-def test_goals_are_read_from_runs(runs: dict[str, Any]) -> None:
-    cpu = {"device": "cpu", "layers": 2}
-    found = {
-        (row["kind"], row["quantity"], row["length"], row["method"]): row
-        for run in runs.values()
-        for row in run["results"]
-    }
-
-    def judged(reader: Any, measure: str, goal: float, least: float) -> dict[str, Any]:
-        [row] = judge(runs, [Goal("x", Bound(measure, goal), Bound(measure, least), reader)])
-        return row
-
-    def against(name: str, *place: Any) -> Any:
-        return found[*place, name]["ratio"]
-
-    place = ("decode", "seconds", 256)
-    ratio, density = against("sdpa", *place), found[*place, "hf_sparse"]["density"]
-    row = judged(SpeedUp(*place, "sdpa", cpu), "speed-up", ratio["median"] * 0.9, ratio["median"] * 0.8)
-    assert (row["measured"]["speed-up"], row["density"], row["run"]) == (ratio, density, "sparse")
-    assert row["measured"]["share of 1/density"]["high"] == ratio["high"] * density
-    assert row["verdict"] == "goal met"
-
-    place = ("prefill", "seconds", 128)
-    least = min(against("sdpa", *place)["median"], against("masked-sdpa", *place)["median"])
-    row = judged(SpeedUp(*place, None, cpu), "speed-up", least * 1.1, least * 0.9)
-    assert (row["measured"]["speed-up"]["median"], row["verdict"]) == (least, "least met")
-    assert goals_table([row])[1][0][5] == "least met"
-
-    [fit] = [fit for fit in runs["sparse"]["exponents"] if (fit["kind"], fit["method"]) == ("decode", "hf_sparse")]
-    row = judged(Growth(64, 256, cpu), "exponent - C", fit["exponent"] - 0.6, fit["exponent"] - 0.6)
-    assert row["measured"]["exponent"] == {"median": fit["exponent"], "low": fit["low"], "high": fit["high"]}
-    assert row["measured"]["exponent - C"]["median"] == pytest.approx(fit["exponent"] - 0.5)
-    assert row["verdict"] == MISSED
-
-    worst = min(against("dynamic-cache", "cached", "token", n)["median"] for n in (64, 96))
-    row = judged(Overhead("cached", "token", (64, 96), cpu), "overhead", 100 / worst - 99, 1e6)
-    assert row["measured"]["overhead"]["median"] == pytest.approx(100 / worst - 100)
-    assert row["measured"]["overhead"]["low"] <= row["measured"]["overhead"]["high"]
-    assert (row["verdict"], row["run"]) == ("goal met", "dense")
-
-    for reader in (
-        SpeedUp("cached", "token", 96, "dynamic-cache", cpu),  # which ran dense
-        SpeedUp("decode", "seconds", 256, "sdpa", {"device": "cuda"}),
-        SpeedUp("decode", "seconds", 128, "sdpa", cpu),
-        Growth(64, 512, cpu),
-        Overhead("generate", "first_token", (96,), cpu),  # which ran sparse
-        Memory(1024),
-    ):
-        row = judged(reader, "speed-up", 1, 1)
-        assert (row["verdict"], row["measured"]) == ("not measured", {})
-        assert "no run of" in goals_table([row])[1][0][5]
-
-
-def test_the_goals_command_writes_what_runs_say(
-    runs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ratio = {"median": 1.6, "low": 1.5, "high": 1.7}
-    peaks = [{"method": "hf_sparse", "length": 32768, "ratio": ratio, "density": 0.1}]
-    memory = {"results": [], "exponents": {}, "prefill": peaks}
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "summary.json").write_text(json.dumps(memory))
-    capsys.readouterr()
-    folders = [str(tmp_path / name) for name in runs]
-    assert run_command("goals", *folders, "--output", str(tmp_path / "goals"), "--json") == 0
-    rows = json.loads(capsys.readouterr().out)["speed"]
-    assert {row["verdict"] for row in rows} == {"not measured"}
-    assert run_command("goals", *folders, str(tmp_path / "memory"), "--output", str(tmp_path / "goals")) == 1
-    [line] = [line for line in (tmp_path / "goals" / "tables.md").read_text().splitlines() if "1.6x" in line]
-    assert line.endswith("| 1.2x | 1.5x | 1.6x (1.5x to 1.7x) | 0.100 | missed | memory |")
-    assert "1.6x (1.5x to 1.7x)" in capsys.readouterr().out
-    assert run_command("goals", str(tmp_path)) == 2
-    assert "holds no run" in capsys.readouterr().err
-
-
-def test_every_goal_is_at_least_its_least() -> None:
-    assert len({goal.name for goal in SPEED_GOALS}) == len(SPEED_GOALS)
-    for goal in SPEED_GOALS:
-        if goal.goal.measure == goal.least.measure:
-            value = {goal.goal.measure: {"median": goal.goal.value}}
-            assert goal.least.met_by(value)
-            assert not goal.goal.met_by({goal.goal.measure: {"median": goal.least.value}})
-    assert {goal.goal.measure for goal in SPEED_GOALS} <= set(MEASURES)
 
 
 def test_a_real_model_is_measured_on_its_own_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

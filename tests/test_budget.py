@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse.budget import LAWS, Budget, match_cost, total_cost, warn_if_too_slow
+from hf_sparse.laws import LAWS, Budget, match_cost, total_cost, warn_if_too_slow
 
 ALPHA = st.floats(1e-3, 1e3)
 EXPONENT = st.floats(0.0, 1.0)

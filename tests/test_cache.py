@@ -16,9 +16,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import hf_sparse
 from hf_sparse.cache import SparseCache, SparseLayer
+from hf_sparse.call import AttentionCall
 from hf_sparse.kernels.layout import Layout
-from hf_sparse.quantised import QuantisedKeys, quantised_of
-from hf_sparse.selection import AttentionInputs
+from hf_sparse.kernels.quantised import QuantisedKeys, quantised_of
 from tests import tiny
 from tests.sparse import SPARSE, generated, sparse_model
 
@@ -363,7 +363,7 @@ def test_decoding_selects_alike_with_any_cache(left: int) -> None:
         queries = torch.cat(states(1, seed=seed + 50), dim=1)
         intervals = torch.tensor([[[[left, keys.shape[2]]]], [[[0, keys.shape[2]]]]], dtype=torch.int32)
         kept, anew = (
-            hf_sparse.attention.attend(state, AttentionInputs(queries, *pair, intervals, 1.0))[0]
+            hf_sparse.attention.attend(state, AttentionCall(queries, *pair, intervals, 1.0))[0]
             for pair in ((keys, values), (keys.clone(), values.clone()))
         )
         assert quantised_of(keys) is layer.quantised

@@ -23,7 +23,7 @@ from hf_sparse.calibration.laws import FAMILIES, LawFit
 from hf_sparse.calibration.projection import output_weights
 from hf_sparse.calibration.target import Target
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.data import Document
+from hf_sparse.measure.data import Document
 from hf_sparse.policy import files as policy_files
 from hf_sparse.selectors.grouped import ROWS
 from tests import small, tiny

@@ -13,14 +13,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
-from hf_sparse.card.card import TAGS, license_in, make_card
-from hf_sparse.card.measured import Results, plots, quality, results_beside
-from hf_sparse.card.quality import losses
-from hf_sparse.card.text import BEGIN, END
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy
 from hf_sparse.policy.files import NAME, read
 from hf_sparse.policy.quality import QualityRow
+from hf_sparse.share.card import TAGS, license_in, make_card
+from hf_sparse.share.card_tables import losses
+from hf_sparse.share.card_text import BEGIN, END
+from hf_sparse.share.measured import Results, plots, quality, results_beside
 
 PUBLISHED = sorted(path.parent for path in (Path(__file__).parents[1] / "model_cards").glob(f"*/{NAME}"))
 HERE = pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)

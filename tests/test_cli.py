@@ -85,7 +85,7 @@ def test_attention_error_compares_every_law_and_resumes(
     assert "slope, worst 1 % of rows" in printed
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert {json.loads(line)["method"] for line in lines} >= {"dense", "topk", "fixed", "grouped", "window"}
-    monkeypatch.setattr("hf_sparse.evaluation.attention_error.measure", None)
+    monkeypatch.setattr("hf_sparse.measure.attention_error.measure", None)
     assert run_command("attention-error", "tiny-llama", "--text", "texts", *options, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "summary.json").read_text())
     assert (tmp_path / "rows.jsonl").read_text().splitlines() == lines

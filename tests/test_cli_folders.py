@@ -11,7 +11,7 @@ import pytest
 
 import hf_sparse
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.models import ModelSource
+from hf_sparse.share.source import ModelSource
 from tests import small, tiny
 from tests.small import run_command
 
@@ -28,16 +28,14 @@ COMMANDS = [
     "theory --experiment norms",
     "theory --experiment norms --model deep-llama --text texts --lengths 64 --device cpu",
     "memory --lengths 64,128 --prefill none",
-    f"goals {CARDS / 'memory'}",
     "card tiny-llama",
 ]
 NEVER = (
-    "hf_sparse.evaluation.models.ModelSource.model",
+    "hf_sparse.share.source.ModelSource.model",
     "hf_sparse.bench.subject.random_model",
     "hf_sparse.cli.bench.evaluate",
-    "hf_sparse.theory.lab.run",
-    "hf_sparse.evaluation.memory.evaluate",
-    "hf_sparse.cli.goals.write_json",
+    "hf_sparse.lab.lab.run",
+    "hf_sparse.measure.memory.evaluate",
 )
 
 

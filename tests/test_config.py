@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
-from hf_sparse.budget import LAWS
 from hf_sparse.config import ENGINES, SELECTORS
+from hf_sparse.laws import LAWS
 
 # Every field that a release may never lose: published files carry them.
 FIELDS = {

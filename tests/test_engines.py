@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hf_sparse import engines, selectors
+from hf_sparse.call import AttentionCall
 from hf_sparse.config import ENGINES, SparseAttentionConfig
 from hf_sparse.engines import dense
 from hf_sparse.errors import UserError
-from hf_sparse.selection import AttentionInputs
 from tests import calls
 
 # Triton has tests of its own: it computes no gradients, and takes long where it is interpreted.
-NAMES = [name for name in ENGINES if name not in ("auto", "triton", "flex") and engines.why_not(name) is None]
+NAMES = [name for name in ENGINES if name not in ("auto", "triton") and engines.why_not(name) is None]
 FAST = [name for name in NAMES if name != "reference"]
-WITH_GRADIENTS = [name for name in NAMES if name != "native"]
+WITH_GRADIENTS = [name for name in NAMES if name != "cpu"]
 
-CALLS: dict[str, Callable[..., AttentionInputs]] = {
+CALLS: dict[str, Callable[..., AttentionCall]] = {
     "plain": lambda **kw: calls.inputs(calls.causal_intervals(6, 11), 11, **kw),
     "decode": lambda **kw: calls.inputs(calls.causal_intervals(1, 11), 11, **kw),
     "padded": lambda **kw: calls.inputs(calls.causal_intervals(6, 11, left=(0, 8), right=(2, 0)), 11, **kw),
@@ -48,7 +48,7 @@ MANY = calls.causal_intervals(1, 2000, left=(0, 300))
 LAYOUTS = [(1, True), (1, False), (3, False), (6, True)]
 
 
-def layout(call: AttentionInputs, rows_per_group: int) -> int:
+def layout(call: AttentionCall, rows_per_group: int) -> int:
     return min(rows_per_group, call.query.shape[2])
 
 
@@ -130,7 +130,7 @@ def test_strides_do_not_matter(name: str) -> None:
     assert_close(engines.attend(name, turned, selection), expected)
 
 
-def differentiable(call: AttentionInputs) -> list[Tensor]:
+def differentiable(call: AttentionCall) -> list[Tensor]:
     tensors = [call.query, call.key, call.value] + ([] if call.sinks is None else [call.sinks])
     return [tensor.requires_grad_() for tensor in tensors]
 
@@ -227,13 +227,13 @@ def test_unknown_engine() -> None:
         engines.attend("fastest", call, calls.random_selection(call, 1, True))
 
 
-@pytest.mark.skipif("native" not in NAMES, reason="there are no compiled kernels here")
+@pytest.mark.skipif("cpu" not in NAMES, reason="there are no compiled kernels here")
 def test_a_gradient_to_the_attention_sinks_alone_is_not_lost() -> None:
     call = CALLS["sinks"]()
     assert call.sinks is not None
     call.sinks.requires_grad_()
     selection = calls.random_selection(call, 3, False)
     with pytest.raises(UserError, match="no backward pass"):
-        engines.attend("native", call, selection)
+        engines.attend("cpu", call, selection)
     with torch.no_grad():
-        engines.attend("native", call, selection)
+        engines.attend("cpu", call, selection)

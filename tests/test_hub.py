@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import hf_sparse
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.hub.pretrained import check_publishable
 from hf_sparse.patching import policy_of
 from hf_sparse.policy import Policy
 from hf_sparse.policy.files import NAME, read, write
 from hf_sparse.policy.origin import Origin, origin_of
 from hf_sparse.policy.quality import QualityRow
 from hf_sparse.policy.suitability import warn_of_another_base
+from hf_sparse.share.publish import check_publishable
 from tests import small, tiny
 
 IDS = tiny.tokens(1, 80)

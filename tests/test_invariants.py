@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig, attention, engines, selectors
+from hf_sparse.call import AttentionCall
 from hf_sparse.config import ENGINES, SELECTORS
 from hf_sparse.engines.reference import masked_weights
-from hf_sparse.selection import AttentionInputs
 from tests import tiny
 from tests.sparse import (
     SPARSE,
@@ -41,9 +41,7 @@ from tests.sparse import (
 )
 
 # Triton takes long where it is interpreted, and has a model of its own in test_triton.py.
-ENGINE_NAMES = tuple(
-    name for name in ENGINES if name not in ("auto", "triton", "flex") and engines.why_not(name) is None
-)
+ENGINE_NAMES = tuple(name for name in ENGINES if name not in ("auto", "triton") and engines.why_not(name) is None)
 
 # 1. With a budget that covers everything, a patched model is the model.
 
@@ -327,12 +325,12 @@ def test_invariant_07_save_and_load(name: str, tmp_path: Path) -> None:
 # 8. More budget never hurts.
 
 
-def retained_mass(inputs: AttentionInputs, mask: Tensor) -> Tensor:
+def retained_mass(inputs: AttentionCall, mask: Tensor) -> Tensor:
     """Mass of dense attention on the keys of `mask`: `(batch, heads, rows)`."""
     return (masked_weights(inputs, _visible(inputs)) * mask).sum(-1)
 
 
-def _visible(inputs: AttentionInputs) -> Tensor:
+def _visible(inputs: AttentionCall) -> Tensor:
     columns = torch.arange(inputs.key.shape[2])
     return (columns >= inputs.intervals[..., :1]) & (columns < inputs.intervals[..., 1:])
 
@@ -340,7 +338,7 @@ def _visible(inputs: AttentionInputs) -> Tensor:
 @every_selector
 @every_architecture
 def test_invariant_08_more_budget_never_lowers_retained_mass(name: str, selector: str) -> None:
-    calls: list[AttentionInputs] = []
+    calls: list[AttentionCall] = []
     model = tiny.model(name)
     with hf_sparse.observed(model, lambda layer, inputs: calls.append(inputs)):
         tiny.logits(model, tiny.tokens(2, 64))
@@ -384,7 +382,7 @@ def test_invariant_08_on_a_real_model(real_model: tuple[PreTrainedModel, Tensor]
     model, ids = real_model
     masses: dict[float, list[float]] = {0.2: [], 0.1: [], 0.05: []}
 
-    def observe(layer: int, inputs: AttentionInputs) -> None:
+    def observe(layer: int, inputs: AttentionCall) -> None:
         if layer % 10:
             return
         late = inputs.rows(512, LONG)
@@ -499,7 +497,7 @@ def test_invariant_10_attention_is_the_models_own(name: str, selector: str) -> N
 def test_invariant_10_sinks_keep_their_mass_when_keys_are_dropped() -> None:
     ids = tiny.tokens(2, 40)
     model = sparse_model("gpt_oss", "topk")
-    calls: list[AttentionInputs] = []
+    calls: list[AttentionCall] = []
     with hf_sparse.observed(model, lambda layer, inputs: calls.append(inputs)):
         tiny.logits(model, ids)
     with captured_weights() as used:

@@ -19,7 +19,7 @@ from hf_sparse import SparseAttentionConfig, engines, selectors
 from hf_sparse.cache import SparseCache
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.cpu import build
-from hf_sparse.quantised import QuantisedKeys
+from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.selectors import compiled
 from hf_sparse.selectors.grouped import ROWS
 from tests import calls, tiny
@@ -193,7 +193,7 @@ def attended(rows: int) -> tuple[Tensor, Tensor]:
     """What is kept by, and comes out of, a call of so many rows."""
     call = calls.inputs(calls.causal_intervals(rows, 900), 900, heads=6, kv_heads=2, dim=20)
     selection = selectors.select("grouped", call, torch.full((2, 1, rows), 90), SparseAttentionConfig())
-    return selection.mask(6, 900), engines.attend("native", call, selection)
+    return selection.mask(6, 900), engines.attend("cpu", call, selection)
 
 
 @needs_kernels
@@ -221,7 +221,7 @@ from tests import tiny
 model = tiny.model("llama")
 print(cpu.why_not())
 try:
-    hf_sparse.patch(model, engine="native")
+    hf_sparse.patch(model, engine="cpu")
 except ValueError as error:
     print(error, hf_sparse.is_patched(model))
 hf_sparse.patch(model, alpha=2.0, min_keys=8, recent_keys=4, dense_below=0)
@@ -247,7 +247,7 @@ def test_without_kernels_a_model_runs_and_says_so(variables: dict[str, str], rea
     )
     why, refused, *report = done.stdout.splitlines()
     assert reason in why
-    assert refused == f"engine 'native' cannot run here: {why}; engine 'auto' does without False"
+    assert refused == f"engine 'cpu' cannot run here: {why}; engine 'auto' does without False"
     assert any("attention calls looked for keys without compiled kernels" in line and reason in line for line in report)
 
 
@@ -274,7 +274,7 @@ def test_defaults_of_pytorch_do_not_matter(default: torch.dtype | torch.device, 
 
     def attended() -> Tensor:
         fresh = replace(call, intervals=call.intervals.clone())
-        return engines.attend("native", fresh, selectors.select("grouped", fresh, budgets, config))
+        return engines.attend("cpu", fresh, selectors.select("grouped", fresh, budgets, config))
 
     expected, before = attended(), torch.get_default_dtype()
     if isinstance(default, torch.device):

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_sparse.evaluation import memory, perplexity_summary
-from hf_sparse.evaluation.perplexity_tables import method_cells, overview_cells, perplexity_cells, verdict_cells
-from hf_sparse.evaluation.tables import markdown_table
-from hf_sparse.goals import QUALITY_GOALS, SPEED_GOALS, goals_table, judge
+from hf_sparse.measure import memory, perplexity_summary
+from hf_sparse.measure.perplexity_tables import method_cells, overview_cells, perplexity_cells, verdict_cells
+from hf_sparse.measure.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,15 +52,6 @@ def test_a_summary_follows_from_its_rows(path: Path) -> None:
 def test_the_memory_exponents_follow_from_their_rows() -> None:
     summary = json.loads((ROOT / "model_cards/memory/summary.json").read_text(encoding="utf-8"))
     assert memory.summarise(summary["results"])["exponents"] == summary["exponents"]
-
-
-def test_the_goals_follow_from_their_runs() -> None:
-    folder = ROOT / "model_cards/goals"
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    runs = {name: json.loads((ROOT / name / "summary.json").read_text(encoding="utf-8")) for name in summary["runs"]}
-    for i, (kind, goals) in enumerate({"speed": SPEED_GOALS, "quality": QUALITY_GOALS}.items()):
-        assert judge(runs, goals) == summary[kind]
-        assert markdown_table(*goals_table(summary[kind])) == tables("model_cards/goals/tables.md")[i]
 
 
 def test_linked_files_exist() -> None:

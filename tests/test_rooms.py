@@ -38,7 +38,7 @@ def arrows() -> dict[str, set[str]]:
 
 def test_no_room_imports_what_imports_it() -> None:
     order = list(TopologicalSorter(arrows()).static_order())
-    assert order.index("config") < order.index("policy") < order.index("patching") < order.index("hub")
+    assert order.index("config") < order.index("policy") < order.index("patching") < order.index("share")
 
 
 def test_patching_needs_nothing_that_sits_on_top() -> None:
@@ -48,4 +48,4 @@ def test_patching_needs_nothing_that_sits_on_top() -> None:
         needed |= new
         waiting += new
     assert {"config", "policy", "attention", "engines", "selectors"} <= needed
-    assert needed.isdisjoint({"calibration", "evaluation", "theory", "bench", "card", "hub", "cli"})
+    assert needed.isdisjoint({"calibration", "measure", "lab", "bench", "share", "cli"})

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_sparse import SparseAttentionConfig
+from hf_sparse.call import AttentionCall
 from hf_sparse.row_errors import MASSES, DenseRows, row_errors, row_shape
-from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors import select
 from hf_sparse.visibility import interval_to_mask
 from tests.calls import causal_intervals
@@ -36,7 +36,7 @@ CALLS = {
 ZERO = SparseAttentionConfig(selector="topk", min_keys=1, sink_keys=0, recent_keys=0, dense_below=0)
 
 
-def random_keep(call: AttentionInputs, seed: int = 0) -> Tensor:
+def random_keep(call: AttentionCall, seed: int = 0) -> Tensor:
     """A random selection of visible keys, the row's own key always among them."""
     generator = torch.Generator().manual_seed(seed)
     batch, heads, rows, _ = call.query.shape
@@ -47,7 +47,7 @@ def random_keep(call: AttentionInputs, seed: int = 0) -> Tensor:
     return keep | (own & visible)
 
 
-def one_row(call: AttentionInputs, batch: int, head: int, row: int) -> tuple[np.ndarray, np.ndarray, int]:
+def one_row(call: AttentionCall, batch: int, head: int, row: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Dense weights of a row's visible keys, their values, and the first key; a sink is one more entry, value 0."""
     first, stop = call.intervals[batch, 0, row].tolist()
     kv_head = head // call.group_size
@@ -147,7 +147,7 @@ def test_padding_rows_have_no_errors() -> None:
 def test_errors_do_not_depend_on_padding() -> None:
     padded = make_inputs(causal_intervals(10, 10, left=(3,), right=(0,)), 10)
     query, key, value = (states[:, :, 3:] for states in (padded.query, padded.key, padded.value))
-    alone = AttentionInputs(query, key, value, causal_intervals(7, 7, left=(0,), right=(0,)), padded.scaling)
+    alone = AttentionCall(query, key, value, causal_intervals(7, 7, left=(0,), right=(0,)), padded.scaling)
     keep = random_keep(alone)
     wide = torch.zeros(1, padded.query.shape[1], 10, 10, dtype=torch.bool)
     wide[:, :, 3:, 3:] = keep
@@ -198,7 +198,7 @@ def test_more_budget_never_lowers_the_retained_mass(name: str) -> None:
 @given(st.integers(1, 200))
 def test_a_flat_row_needs_its_share_of_keys(n: int) -> None:
     call = make_inputs(torch.tensor([[[[0, n]]]], dtype=torch.int32), n)
-    flat = AttentionInputs(torch.zeros_like(call.query), call.key, call.value, call.intervals, call.scaling)
+    flat = AttentionCall(torch.zeros_like(call.query), call.key, call.value, call.intervals, call.scaling)
     shape = row_shape(DenseRows.of(flat))
     torch.testing.assert_close(shape["entropy"], torch.full((1, 4, 1), math.log(n)), rtol=1e-4, atol=1e-5)
     for mass in MASSES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_sparse.selection import AttentionInputs, Selection
+from hf_sparse.call import AttentionCall, Selection
 from tests import calls
 
 LAYOUTS = [(1, True), (1, False), (3, False), (3, True), (6, False), (6, True)]
@@ -80,5 +80,5 @@ def test_rows_of_a_call() -> None:
 def test_visible_counts_keys() -> None:
     intervals = calls.causal_intervals(4, 10, window=5, left=(0, 8), right=(1, 0))
     query = torch.zeros(2, 1, 4, 1)
-    call = AttentionInputs(query, query, query, intervals, 1.0)
+    call = AttentionCall(query, query, query, intervals, 1.0)
     assert call.visible.tolist() == [[5, 5, 5, 0], [0, 0, 1, 2]]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_sparse import SparseAttentionConfig, selectors
+from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.config import SELECTORS
-from hf_sparse.quantised import QuantisedKeys
-from hf_sparse.selection import AttentionInputs, Selection
+from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.selectors import compiled, voting
 from hf_sparse.selectors.grouped import ROWS
 from tests import calls
@@ -54,7 +54,7 @@ with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixtu
 
 
 @st.composite
-def problems(draw: st.DrawFn, selector: str) -> tuple[AttentionInputs, Tensor, SparseAttentionConfig]:
+def problems(draw: st.DrawFn, selector: str) -> tuple[AttentionCall, Tensor, SparseAttentionConfig]:
     """A call, its budgets (any numbers up to what each row sees), and a configuration."""
     rows = draw(ROWS_OF[selector])
     kv_len = rows + (draw(st.integers(0, 40)) if selector != "grouped" else draw(st.sampled_from([0, 20, 500])))
@@ -84,7 +84,7 @@ def problems(draw: st.DrawFn, selector: str) -> tuple[AttentionInputs, Tensor, S
     return call, budgets, config
 
 
-def select(problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig]) -> Selection:
+def select(problem: tuple[AttentionCall, Tensor, SparseAttentionConfig]) -> Selection:
     call, budgets, config = problem
     return selectors.select(config.selector, call, budgets, config)
 
@@ -125,14 +125,14 @@ def test_budgets_of_every_kind(selector: str, kind: str, kv_len: int, rows: int)
 
 
 @given(problems("topk"))
-def test_topk_is_the_sort(problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig]) -> None:
+def test_topk_is_the_sort(problem: tuple[AttentionCall, Tensor, SparseAttentionConfig]) -> None:
     call, budgets, config = problem
     mask = select(problem).mask(call.query.shape[1], call.key.shape[2])
     assert torch.equal(mask, calls.select_topk(call, budgets, config.sink_keys, config.recent_keys))
 
 
 @given(problems("window"))
-def test_window_is_sinks_and_the_most_recent(problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig]) -> None:
+def test_window_is_sinks_and_the_most_recent(problem: tuple[AttentionCall, Tensor, SparseAttentionConfig]) -> None:
     call, budgets, config = problem
     mask = select(problem).mask(call.query.shape[1], call.key.shape[2])
     assert torch.equal(mask, calls.select_window(call, budgets, config.sink_keys, config.recent_keys))
@@ -159,7 +159,7 @@ def test_of_equal_scores_the_most_recent_key_wins(selector: str, dtype: torch.dt
 @given(problems("grouped"))
 def test_grouped_keeps_the_recent_keys_of_every_row(
     selector: str,
-    problem: tuple[AttentionInputs, Tensor, SparseAttentionConfig],
+    problem: tuple[AttentionCall, Tensor, SparseAttentionConfig],
 ) -> None:
     call, budgets, config = problem
     mask = select(problem).mask(call.query.shape[1], call.key.shape[2])

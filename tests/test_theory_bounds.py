@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hf_sparse.theory import bounds, certificates
-from hf_sparse.theory.bounds import FloatArray
+from hf_sparse.lab import bounds, certificates
+from hf_sparse.lab.bounds import FloatArray
 
 SEEDS = st.integers(0, 10_000)
 CLOSE = 1 + 1e-9

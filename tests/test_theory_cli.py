@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from hf_sparse.evaluation.tables import markdown_table
-from hf_sparse.theory import lab
-from hf_sparse.theory.experiment import Experiment, Findings
-from hf_sparse.theory.inputs import Input
-from hf_sparse.theory.model_experiments import EXPERIMENTS
+from hf_sparse.lab import lab
+from hf_sparse.lab.experiment import Experiment, Findings
+from hf_sparse.lab.inputs import Input
+from hf_sparse.lab.model_experiments import EXPERIMENTS
+from hf_sparse.measure.tables import markdown_table
 from tests.small import run_command
 from tests.test_theory_synthetic import SIMULATED_EXPONENTS, SIMULATED_SLOPES
 

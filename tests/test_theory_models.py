@@ -11,14 +11,14 @@ import torch
 
 import hf_sparse
 from hf_sparse.errors import UserError
-from hf_sparse.theory import allocation, alpha, collapse, depth, norms, rope_bases
-from hf_sparse.theory.curves import certified, error_curves
-from hf_sparse.theory.detectors import detect, kind_of, log_n_scaling, log_scaled, mixing
-from hf_sparse.theory.experiment import Setting, Subject
-from hf_sparse.theory.model_norms import head_forms, is_normed, logit_spread, watched_inputs, weight_scales
-from hf_sparse.theory.rope import frequencies_of, rope_base, with_base
-from hf_sparse.theory.sampling import LayerRows, visit_rows
-from hf_sparse.theory.subject import (
+from hf_sparse.lab import allocation, alpha, collapse, depth, norms, rope_bases
+from hf_sparse.lab.curves import certified, error_curves
+from hf_sparse.lab.detectors import detect, kind_of, log_n_scaling, log_scaled, mixing
+from hf_sparse.lab.experiment import Setting, Subject
+from hf_sparse.lab.model_norms import head_forms, is_normed, logit_spread, watched_inputs, weight_scales
+from hf_sparse.lab.rope import frequencies_of, rope_base, with_base
+from hf_sparse.lab.sampling import LayerRows, visit_rows
+from hf_sparse.lab.subject import (
     layers_of,
     longest_windows,
     mean_nll,

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hf_sparse.budget import total_cost
-from hf_sparse.theory import assumptions, phases, windows, workloads
-from hf_sparse.theory.certificates import top_k_error
-from hf_sparse.theory.experiment import Experiment, Setting, answer_from
-from hf_sparse.theory.fits import Interval, freezing_norm, normal_keys, random_energy_exponent, slope, trend
-from hf_sparse.theory.inputs import TOKEN_DIM, Input, draw_rows
-from hf_sparse.theory.lab import SYNTHETIC
-from hf_sparse.theory.rows import NORMS, row_errors, row_shape
+from hf_sparse.lab import assumptions, phases, windows, workloads
+from hf_sparse.lab.certificates import top_k_error
+from hf_sparse.lab.experiment import Experiment, Setting, answer_from
+from hf_sparse.lab.fits import Interval, freezing_norm, normal_keys, random_energy_exponent, slope, trend
+from hf_sparse.lab.inputs import TOKEN_DIM, Input, draw_rows
+from hf_sparse.lab.lab import SYNTHETIC
+from hf_sparse.lab.rows import NORMS, row_errors, row_shape
+from hf_sparse.laws import total_cost
 
 SMALL = Setting("small", 0)
 KINDS = [Input("logits", 1), Input("student-logits", 1, shape=5), Input("signs", 1), Input("normal", 1)]

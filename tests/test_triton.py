@@ -20,10 +20,10 @@ from torch.testing import assert_close
 import hf_sparse
 from hf_sparse import engines, kernels, selectors
 from hf_sparse.cache import SparseCache
+from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.kernels import gpu
-from hf_sparse.selection import AttentionInputs, Selection
 from hf_sparse.selectors import grouped
 from hf_sparse.selectors.grouped import ROWS
 from tests import calls, tiny
@@ -60,7 +60,7 @@ def many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "_processors", lambda _: 1 << 20)
 
 
-def moved(call: AttentionInputs) -> AttentionInputs:
+def moved(call: AttentionCall) -> AttentionCall:
     states = {field.name: getattr(call, field.name) for field in fields(call)}
     tensors = {name: x.to(DEVICE) for name, x in states.items() if isinstance(x, Tensor)}
     return replace(call, **tensors)
@@ -70,7 +70,7 @@ def placed(selection: Selection) -> Selection:
     return replace(selection, columns=selection.columns.to(DEVICE), allowed=selection.allowed.to(DEVICE))
 
 
-def check(call: AttentionInputs, selection: Selection) -> None:
+def check(call: AttentionCall, selection: Selection) -> None:
     """The engine gives what the reference gives."""
     call, selection = moved(call), placed(selection)
     out = engine.attend(call, selection)
@@ -188,7 +188,7 @@ def test_selections_of_the_selectors(selector: str) -> None:
     check(call, selectors.select(selector, call, budgets, config))
 
 
-def grows(call: AttentionInputs) -> AttentionInputs:
+def grows(call: AttentionCall) -> AttentionCall:
     return replace(call, key=call.key.requires_grad_())
 
 
@@ -201,7 +201,7 @@ def grows(call: AttentionInputs) -> AttentionInputs:
         (lambda call: replace(call, value=torch.zeros(2, 2, 11, 512)), "512"),
     ],
 )
-def test_what_it_cannot_do_is_refused(change: Callable[[AttentionInputs], AttentionInputs], reason: str) -> None:
+def test_what_it_cannot_do_is_refused(change: Callable[[AttentionCall], AttentionCall], reason: str) -> None:
     call = CALLS["plain"]()
     selection = calls.random_selection(call, 3, False)
     with pytest.raises(UserError, match=reason):

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_sparse.selection import AttentionInputs
+from hf_sparse.call import AttentionCall
 from hf_sparse.visibility import interval_to_mask
 
 _BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -32,7 +32,7 @@ def pinned(backend: str | None) -> Any:
     return nullcontext() if backend is None else sdpa_kernel(_BACKENDS[backend])
 
 
-def sdpa(inputs: AttentionInputs, backend: str | None = None) -> Tensor:
+def sdpa(inputs: AttentionCall, backend: str | None = None) -> Tensor:
     """SDPA called directly, causal where there are several rows."""
     with pinned(backend):
         return F.scaled_dot_product_attention(
@@ -52,7 +52,7 @@ class CachedCall:
         inputs: One row, whose own key is the last.
     """
 
-    def __init__(self, inputs: AttentionInputs) -> None:
+    def __init__(self, inputs: AttentionCall) -> None:
         self._inputs = inputs
         self._module = _module(inputs)
 
@@ -76,13 +76,13 @@ class MaskedCall:
     def __init__(self) -> None:
         self._mask: Tensor | None = None
 
-    def prepare(self, inputs: AttentionInputs) -> AttentionInputs:
+    def prepare(self, inputs: AttentionCall) -> AttentionCall:
         """Make the mask, the first time."""
         if self._mask is None:
             self._mask = interval_to_mask(inputs.intervals, inputs.key.shape[2])
         return inputs
 
-    def attend(self, inputs: AttentionInputs) -> Tensor:
+    def attend(self, inputs: AttentionCall) -> Tensor:
         """Attend under the mask: `(1, heads, rows, head_dim)`."""
         module = _module(inputs)
         out, _ = sdpa_attention_forward(
@@ -108,7 +108,7 @@ def causal_blocks(length: int, device: torch.device) -> BlockMask:
     )
 
 
-def flex(inputs: AttentionInputs, mask: BlockMask) -> Tensor:
+def flex(inputs: AttentionCall, mask: BlockMask) -> Tensor:
     """FlexAttention under a block mask, compiled once for all lengths."""
     out = _compiled_flex()(
         inputs.query,
@@ -131,6 +131,6 @@ def _causal(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
     return row >= column
 
 
-def _module(inputs: AttentionInputs) -> Any:
+def _module(inputs: AttentionCall) -> Any:
     """What transformers' attention function reads of an attention module."""
     return SimpleNamespace(num_key_value_groups=inputs.group_size, is_causal=True)

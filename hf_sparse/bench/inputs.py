@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 import hf_sparse
 from hf_sparse.bench.shapes import Shape
+from hf_sparse.call import AttentionCall
 from hf_sparse.errors import UserError
 from hf_sparse.observe import observed
 from hf_sparse.patching import base_model
-from hf_sparse.selection import AttentionInputs
 
 SCORE_STD = 2.5
 """Standard deviation of the scores of Gaussian inputs: about that of a row in the middle layers of SmolLM2-135M, whose
@@ -40,7 +40,7 @@ class LayerInputs:
     dtype: torch.dtype
     device: torch.device
     seed: int
-    captured: AttentionInputs | None = None
+    captured: AttentionCall | None = None
     layer: int = 0
 
     @property
@@ -48,17 +48,17 @@ class LayerInputs:
         """Bytes of one key and its value, over all key heads."""
         return 2 * self.shape[1] * self.shape[2] * self.dtype.itemsize
 
-    def prefill(self, length: int) -> AttentionInputs:
+    def prefill(self, length: int) -> AttentionCall:
         """Causal attention of `length` rows to as many keys."""
         stop = torch.arange(1, length + 1, dtype=torch.int32, device=self.device)
         return self._make(length, stop, offset=0)
 
-    def decode(self, length: int, index: int) -> AttentionInputs:
+    def decode(self, length: int, index: int) -> AttentionCall:
         """One row that sees `length` keys, its own last. Another `index`: other numbers."""
         stop = torch.full((1,), length, dtype=torch.int32, device=self.device)
         return self._make(length, stop, offset=index)
 
-    def _make(self, length: int, stop: Tensor, offset: int) -> AttentionInputs:
+    def _make(self, length: int, stop: Tensor, offset: int) -> AttentionCall:
         intervals = torch.stack([torch.zeros_like(stop), stop], dim=-1)[None, None]
         rows = len(stop)
         if self.captured is None:
@@ -68,7 +68,7 @@ class LayerInputs:
                 torch.randn(1, h, n, dim, generator=generator, device=self.device, dtype=self.dtype)
                 for h, n in ((heads, rows), (kv_heads, length), (kv_heads, length))
             )
-            return AttentionInputs(query * SCORE_STD, key, value, intervals, dim**-0.5)
+            return AttentionCall(query * SCORE_STD, key, value, intervals, dim**-0.5)
         known = self.captured.key.shape[2]
         # The last row sees the last key: repeats are laid so that both end with the end of what was captured.
         place = (torch.arange(-length, 0, device=self.device) - offset) % known
@@ -109,9 +109,9 @@ def capture(model: PreTrainedModel, input_ids: Tensor, seed: int) -> LayerInputs
     """
     layers = [layer.layer for layer in hf_sparse.inspect(model).layers if layer.sliding_window is None]
     wanted = layers[len(layers) // 2]
-    found: list[AttentionInputs] = []
+    found: list[AttentionCall] = []
 
-    def observer(layer: int, inputs: AttentionInputs) -> None:
+    def observer(layer: int, inputs: AttentionCall) -> None:
         if layer == wanted:
             found.append(inputs)
 

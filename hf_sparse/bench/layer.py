@@ -17,10 +17,10 @@ from hf_sparse.bench import dense
 from hf_sparse.bench.inputs import LayerInputs
 from hf_sparse.bench.timing import alternate, available_bytes, synchronize, timed, with_peak
 from hf_sparse.cache import SparseLayer
+from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import first_line
 from hf_sparse.monitor import make_report
-from hf_sparse.selection import AttentionInputs
 
 SPARSE = "hf_sparse"
 """The method that is ours: append, select and attend."""
@@ -65,7 +65,7 @@ class SparseCall:
         state: The layer's configuration and counters.
     """
 
-    def __init__(self, inputs: AttentionInputs, state: LayerState) -> None:
+    def __init__(self, inputs: AttentionCall, state: LayerState) -> None:
         self._inputs = inputs
         self._state = state
         self._cache = SparseLayer()
@@ -108,7 +108,7 @@ def prefill_cell(
     """Measure causal attention of `length` rows to as many keys; see `_measure` for what is returned."""
     call = inputs.prefill(length)
 
-    def given(number: int) -> AttentionInputs:
+    def given(number: int) -> AttentionCall:
         return call
 
     methods = {BASELINE: Method(given, dense.sdpa)}

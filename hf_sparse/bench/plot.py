@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_sparse.bench.layer import SPARSE
 from hf_sparse.bench.summary import BASELINES, Summary
 from hf_sparse.bench.tables import TITLES
-from hf_sparse.evaluation.plots import figure, length_axis
+from hf_sparse.measure.plots import figure, length_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

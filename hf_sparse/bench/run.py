@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hf_sparse.evaluation.results import ResultFile, Row, row_key
+from hf_sparse.results import ResultFile, Row, row_key
 
 COMMAND = "bench"
 

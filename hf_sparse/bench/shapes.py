@@ -12,7 +12,7 @@ from hf_sparse.bench.timing import available_bytes
 from hf_sparse.checks import shown
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.models import check_config
+from hf_sparse.share.source import check_config
 
 _LONGEST = 1 << 20
 # Above any published model.

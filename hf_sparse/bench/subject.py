@@ -17,11 +17,11 @@ from hf_sparse.bench.inputs import LayerInputs, capture, describe, gaussian
 from hf_sparse.bench.run import LAYER_KINDS, Cell
 from hf_sparse.bench.shapes import Shape, check_shape, random_model
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.evaluation.data import load_documents
-from hf_sparse.evaluation.models import ModelSource, check_config
-from hf_sparse.evaluation.results import Row, software
-from hf_sparse.evaluation.windows import cut_windows
 from hf_sparse.machine import device_name
+from hf_sparse.measure.data import load_documents
+from hf_sparse.measure.windows import cut_windows
+from hf_sparse.results import Row, software
+from hf_sparse.share.source import ModelSource, check_config
 
 # Tokens of text on which a real layer's inputs are captured, at most; beyond that length they are repeated.
 _CAPTURED = 8192

@@ -12,7 +12,7 @@ import numpy as np
 from hf_sparse.bench import end_to_end, layer
 from hf_sparse.bench.layer import SPARSE
 from hf_sparse.bench.run import LAYER_KINDS
-from hf_sparse.evaluation.results import Row
+from hf_sparse.results import Row
 
 Summary = dict[str, Any]
 

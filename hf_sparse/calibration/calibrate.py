@@ -20,17 +20,16 @@ from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import longest_input, most_tokens, split
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.data import Document
-from hf_sparse.evaluation.folders import CALIBRATE, CALIBRATION, check_folder
-from hf_sparse.evaluation.models import ModelInfo, check_config
-from hf_sparse.evaluation.perplexity_summary import Summary
-from hf_sparse.evaluation.results import Row, provenance, write_json
-from hf_sparse.evaluation.windows import cut_windows
+from hf_sparse.measure.data import Document
+from hf_sparse.measure.perplexity_summary import Summary
+from hf_sparse.measure.windows import cut_windows
 from hf_sparse.patching import base_model, is_patched
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import origin_of
 from hf_sparse.record import CalibrationRecord, Interval
+from hf_sparse.results import CALIBRATE, CALIBRATION, Row, check_folder, provenance, write_json
+from hf_sparse.share.source import ModelInfo, check_config
 from hf_sparse.support import SupportReport, inspect
 
 PROBE_TOKENS = 2048
@@ -170,7 +169,7 @@ def run_calibration(
     trials = []
     if target.metric == "perplexity_ratio":
         trials = cut_windows(fitted[: len(checked)], tokenizer, [at], min(CHECKED_TOKENS, at // 2))
-    about = provenance(info or _info(base), base, seed)
+    about = provenance((info or _info(base)).to_dict(), base, seed)
     if folder is not None:
         check_folder(folder, CALIBRATE, about["model"])
     with tempfile.TemporaryDirectory() as temporary, _evaluating(base):

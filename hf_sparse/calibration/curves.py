@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from hf_sparse import engines
 from hf_sparse.calibration.projection import output_weights
+from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines.reference import masked_weights, weighted_values
 from hf_sparse.observe import observed
-from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors import select
 from hf_sparse.selectors.grouped import ROWS
 from hf_sparse.visibility import interval_to_mask
@@ -88,7 +88,7 @@ def error_curves(
     """
     found: list[ErrorCurve] = []
 
-    def observer(layer: int, inputs: AttentionInputs) -> None:
+    def observer(layer: int, inputs: AttentionCall) -> None:
         if layer in modules:
             weights = output_weights(modules[layer], inputs.query.shape[1], inputs.value.shape[-1])
             found.extend(_curve(layer, inputs.rows(n - ROWS, n), n, weights, config) for n in visible)
@@ -99,7 +99,7 @@ def error_curves(
 
 
 def _curve(
-    layer: int, block: AttentionInputs, visible: int, weights: Tensor, config: SparseAttentionConfig
+    layer: int, block: AttentionCall, visible: int, weights: Tensor, config: SparseAttentionConfig
 ) -> ErrorCurve:
     block = replace(block, key=block.key[:, :, :visible], value=block.value[:, :, :visible])
     block = replace(block, query=block.query.float(), key=block.key.float(), value=block.value.float(), dropout=0.0)

@@ -13,11 +13,11 @@ from hf_sparse.calibration.curves import ErrorCurve, error_curves, visible_grid
 from hf_sparse.calibration.sensitivity import divergences, layer_sensitivity
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.equal_cost import matched
-from hf_sparse.evaluation.perplexity import evaluate
-from hf_sparse.evaluation.perplexity_summary import Summary, summarise
-from hf_sparse.evaluation.results import ResultFile, Row, row_key
-from hf_sparse.evaluation.windows import Window
+from hf_sparse.measure.equal_cost import matched
+from hf_sparse.measure.perplexity import evaluate
+from hf_sparse.measure.perplexity_summary import Summary, summarise
+from hf_sparse.measure.windows import Window
+from hf_sparse.results import ResultFile, Row, row_key
 from hf_sparse.support import SupportReport
 
 SHORTEST = 512

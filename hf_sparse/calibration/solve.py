@@ -8,7 +8,7 @@ from dataclasses import replace
 from hf_sparse.calibration.laws import LawFit
 from hf_sparse.calibration.target import Target
 from hf_sparse.config import HeadLaw, SparseAttentionConfig
-from hf_sparse.evaluation.equal_cost import density, last_true
+from hf_sparse.measure.equal_cost import density, last_true
 from hf_sparse.support import LayerSupport
 
 PRICES = (1e-12, 1e-1)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse.checks import shown
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.data import Document
+from hf_sparse.measure.data import Document
 from hf_sparse.support import SupportReport
 
 LONGEST = 8192

@@ -17,7 +17,6 @@ from hf_sparse.bench.shapes import parse_shape
 from hf_sparse.cli.bench import BenchOptions, run_bench
 from hf_sparse.cli.calibrate import CalibrationOptions, run_calibrate
 from hf_sparse.cli.demo import DEMO_MODEL, run_demo
-from hf_sparse.cli.goals import run_goals
 from hf_sparse.cli.memory import run_memory
 from hf_sparse.cli.options import (
     DataOptions,
@@ -36,13 +35,12 @@ from hf_sparse.cli.publish import BundleOptions, Target, run_card, run_publish
 from hf_sparse.cli.runs import Outcome, Ready, check, is_main_process, run_attention_error, run_perplexity
 from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.attention_error import ROWS_PER_LENGTH
-from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
-from hf_sparse.evaluation.models import ModelSource
-from hf_sparse.evaluation.perplexity import METHODS, MORE_METHODS, make_methods
-from hf_sparse.evaluation.windows import check_lengths
-from hf_sparse.goals import MISSED
-from hf_sparse.hub.pretrained import MESSAGE
+from hf_sparse.measure.attention_error import ROWS_PER_LENGTH
+from hf_sparse.measure.attention_error import make_methods as make_error_methods
+from hf_sparse.measure.perplexity import METHODS, MORE_METHODS, make_methods
+from hf_sparse.measure.windows import check_lengths
+from hf_sparse.share.publish import MESSAGE
+from hf_sparse.share.source import ModelSource
 
 app = typer.Typer(
     name="hf-sparse",
@@ -181,20 +179,6 @@ def bench(
     """Time ours beside dense attention: one layer, and a model that writes; and from which length ours is faster."""
     outcome = run_bench(model, bench, run, sparse)
     print(json.dumps(outcome.summary) if run.as_json else outcome)
-
-
-@app.command()
-def goals(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of bench, memory and perplexity.", show_default=False)],
-    output: Annotated[Path, typer.Option(help="Folder for summary and table.")] = Path("results/goals"),
-    as_json: Json = False,
-) -> None:
-    """Say which goals of speed, memory and quality runs met; exit code 1 if one is missed."""
-    outcome = run_goals(runs, output)
-    print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary and table: {output}")
-    raise typer.Exit(
-        int(any(row["verdict"] == MISSED for kind in ("speed", "quality") for row in outcome.summary[kind]))
-    )
 
 
 @app.command()

@@ -10,26 +10,21 @@ import torch
 import typer
 
 import hf_sparse
-from hf_sparse import break_even
-from hf_sparse.bench.inputs import LayerInputs
 from hf_sparse.bench.plot import plot_bench
 from hf_sparse.bench.run import COMMAND, KINDS, LAYER_KINDS, evaluate
 from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
 from hf_sparse.bench.subject import Plan, Subject
-from hf_sparse.bench.summary import Summary, summarise
+from hf_sparse.bench.summary import summarise
 from hf_sparse.bench.tables import bench_tables
 from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integers, read_policy
 from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SELECTORS, SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.folders import check_folder
-from hf_sparse.evaluation.models import DTYPES, ModelSource
-from hf_sparse.evaluation.processes import process_state
-from hf_sparse.evaluation.results import ResultFile
-from hf_sparse.evaluation.windows import check_lengths
-from hf_sparse.goals import SPEED_GOALS, goals_table, judge
 from hf_sparse.machine import find_device
-from hf_sparse.outputs import ROWS
+from hf_sparse.measure.processes import process_state
+from hf_sparse.measure.windows import check_lengths
+from hf_sparse.results import ROWS, ResultFile, check_folder
+from hf_sparse.share.source import DTYPES, ModelSource
 
 _FULL = {
     "decode": [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144],
@@ -93,9 +88,6 @@ class BenchOptions:
     ] = None
     policy: Policy = None
     quick: Annotated[bool, typer.Option("--quick", help="Short lengths, nothing compiled: under two minutes.")] = False
-    save_break_even: Annotated[
-        bool, typer.Option("--save-break-even", help="Keep the break-even as this machine's default of dense_below.")
-    ] = False
 
     def plan(self, run: RunOptions, config: SparseAttentionConfig, max_positions: int | None) -> Plan:
         """What to measure.
@@ -113,8 +105,6 @@ class BenchOptions:
             raise UserError(
                 f"nothing is left to measure: give lengths to one of {', '.join(f'--{kind}' for kind in KINDS)}"
             )
-        if self.save_break_even and not all(lengths[kind] for kind in LAYER_KINDS):
-            raise UserError("--save-break-even needs lengths for --decode and --prefill")
         names = frozenset(name.strip() for name in self.leave_out.split(",") if name.strip())
         if unknown := sorted(names - set(_OPTIONAL)):
             raise UserError(f"leave-out takes some of {', '.join(_OPTIONAL)}; got {unknown[0]!r}")
@@ -185,11 +175,7 @@ def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: S
     rows = evaluate(list(subject.cells(plan)), results, subject.about)
     with results.summed_up():
         summary = summarise(rows)
-    if bench.save_break_even and subject.inputs is not None:
-        summary["saved_dense_below"] = _save(summary, subject.inputs, plan.config)
-    goals = [row for row in judge({folder.name: summary}, SPEED_GOALS) if row["reason"] is None]
-    summary["goals"] = goals
-    outcome = Outcome(summary, [*bench_tables(summary), *([goals_table(goals)] if goals else [])])
+    outcome = Outcome(summary, [*bench_tables(summary)])
     write_outcome(outcome, folder, "bench.png", plot_bench)
     return outcome
 
@@ -216,12 +202,3 @@ def _in_memory(plan: Plan, name: str, shape: Shape, dtype: str, device: str) -> 
     usual = torch.float32 if place.type == "cpu" else torch.bfloat16
     number = usual if dtype == "auto" else getattr(torch, dtype)
     return Subject.in_memory(plan, name, shape, number, place)
-
-
-def _save(summary: Summary, inputs: LayerInputs, config: SparseAttentionConfig) -> int:
-    """Keep the length from which neither decode nor prefill is slower; the longest measured one if either always is."""
-    found = {kind: summary["break_even"][kind] for kind in LAYER_KINDS}
-    dense_below = max(each["measured"][1] if each["length"] is None else each["length"] for each in found.values())
-    machine = break_even.Machine.here(inputs.device, inputs.dtype, inputs.shape, config)
-    break_even.save(machine, dense_below, {"break_even": found, "inputs": inputs.name, **summary["about"]})
-    return int(dense_below)

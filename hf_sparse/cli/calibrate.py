@@ -17,13 +17,12 @@ from hf_sparse.cli.options import DenseBelow, MinKeys, RecentKeys, RunOptions, S
 from hf_sparse.cli.runs import Outcome
 from hf_sparse.config import SelectorName, SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.data import load_documents
-from hf_sparse.evaluation.folders import CALIBRATE, check_folder
-from hf_sparse.evaluation.models import ModelSource, check_loading
-from hf_sparse.evaluation.perplexity_tables import perplexity_cells
-from hf_sparse.evaluation.processes import process_state
-from hf_sparse.evaluation.tables import Table, markdown_table
-from hf_sparse.outputs import TABLES
+from hf_sparse.measure.data import load_documents
+from hf_sparse.measure.perplexity_tables import perplexity_cells
+from hf_sparse.measure.processes import process_state
+from hf_sparse.measure.tables import Table, markdown_table
+from hf_sparse.results import CALIBRATE, TABLES, check_folder
+from hf_sparse.share.source import ModelSource, check_loading
 
 # Enough rows of a data set are joined for a text of so many characters a token.
 _CHARS_PER_TOKEN = 8

@@ -12,10 +12,10 @@ import hf_sparse
 from hf_sparse.cli.options import DataOptions, RunOptions
 from hf_sparse.cli.runs import Ready, check, is_main_process, run_attention_error, run_perplexity
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.evaluation.attention_error import make_methods as make_error_methods
-from hf_sparse.evaluation.models import ModelSource
-from hf_sparse.evaluation.perplexity import make_methods
-from hf_sparse.evaluation.tables import text_table
+from hf_sparse.measure.attention_error import make_methods as make_error_methods
+from hf_sparse.measure.perplexity import make_methods
+from hf_sparse.measure.tables import text_table
+from hf_sparse.share.source import ModelSource
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

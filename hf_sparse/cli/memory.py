@@ -14,10 +14,9 @@ from hf_sparse.bench import prefill_memory
 from hf_sparse.bench.shapes import Shape, check_shape
 from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.evaluation import memory, plot_memory
-from hf_sparse.evaluation.folders import check_folder
-from hf_sparse.evaluation.results import software
-from hf_sparse.evaluation.tables import Table
+from hf_sparse.measure import memory, plot_memory
+from hf_sparse.measure.tables import Table
+from hf_sparse.results import check_folder, software
 
 # Processes in which each prefill is measured.
 _REPEATS = 3

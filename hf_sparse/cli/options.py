@@ -15,9 +15,9 @@ import typer
 from hf_sparse.checks import shown
 from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.models import check_device
 from hf_sparse.policy import Policy as ReadPolicy
 from hf_sparse.policy import files as policy_files
+from hf_sparse.share.source import check_device
 
 Model = Annotated[
     str, typer.Argument(help="Hub id, folder or .gguf file, of a model or a sparse_config.json.", show_default=False)
@@ -138,9 +138,7 @@ class SparseOptions:
         try:
             # How a calibration came about decides no figure, and is long.
             start = defaults if policy is None else replace(policy, calibration=None)
-            # What is measured must not depend on what this machine was found to be fast at.
-            below = DENSE_BELOW if start.dense_below is None else start.dense_below
-            return replace(start, **{"dense_below": below, **changed})
+            return replace(start, **changed)
         except ValueError as error:
             raise UserError(str(error)) from error
 

@@ -14,19 +14,19 @@ import typer
 from huggingface_hub import HfApi
 
 import hf_sparse
-from hf_sparse.card.measured import Results, results_beside
 from hf_sparse.config import DENSE_BELOW
 from hf_sparse.errors import OutOfReachError, UserError
-from hf_sparse.evaluation.models import ModelSource
-from hf_sparse.evaluation.plots import plot_attention_error, plot_perplexity
 from hf_sparse.files import inside
-from hf_sparse.hub.bundle import CARD, CONFIG, Bundle, card_in, make_bundle
-from hf_sparse.hub.pretrained import check_publishable
-from hf_sparse.hub.remote import Remote
+from hf_sparse.measure.plots import plot_attention_error, plot_perplexity
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import Origin
 from hf_sparse.policy.suitability import check_calibration
+from hf_sparse.share.bundle import CARD, CONFIG, Bundle, card_in, make_bundle
+from hf_sparse.share.measured import Results, results_beside
+from hf_sparse.share.publish import check_publishable
+from hf_sparse.share.remote import Remote
+from hf_sparse.share.source import ModelSource
 
 _PLOTS: dict[str, tuple[str, Any]] = {
     "perplexity": ("perplexity.png", plot_perplexity),

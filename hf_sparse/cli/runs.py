@@ -15,17 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_sparse.cli.options import DataOptions, RunOptions
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation import attention_error, attention_summary, perplexity, perplexity_summary, plots
-from hf_sparse.evaluation.attention_tables import comparison_cells, error_cells, layer_cells, shape_cells, slope_cells
-from hf_sparse.evaluation.data import load_documents
-from hf_sparse.evaluation.folders import check_folder
-from hf_sparse.evaluation.models import ModelInfo, ModelSource, check_loading
-from hf_sparse.evaluation.perplexity_tables import method_cells, overview_cells, perplexity_cells, verdict_cells
-from hf_sparse.evaluation.processes import process_state
-from hf_sparse.evaluation.results import ResultFile, Row, provenance, write_json
-from hf_sparse.evaluation.tables import Table, markdown_table, text_table
-from hf_sparse.evaluation.windows import Window, check_lengths, cut_windows
-from hf_sparse.outputs import ROWS, SUMMARY, TABLES
+from hf_sparse.measure import attention_error, attention_summary, perplexity, perplexity_summary, plots
+from hf_sparse.measure.attention_tables import comparison_cells, error_cells, layer_cells, shape_cells, slope_cells
+from hf_sparse.measure.data import load_documents
+from hf_sparse.measure.perplexity_tables import method_cells, overview_cells, perplexity_cells, verdict_cells
+from hf_sparse.measure.processes import process_state
+from hf_sparse.measure.tables import Table, markdown_table, text_table
+from hf_sparse.measure.windows import Window, check_lengths, cut_windows
+from hf_sparse.results import ROWS, SUMMARY, TABLES, ResultFile, Row, check_folder, provenance, write_json
+from hf_sparse.share.source import ModelInfo, ModelSource, check_loading
 
 # Enough rows of a data set are joined for a text of so many characters a token; what falls short is refused.
 _CHARS_PER_TOKEN = 8
@@ -77,7 +75,9 @@ class Checked:
             UserError: if it cannot be read.
         """
         model = self.source.model(dtype=self.run.dtype, device_map=_device(self.run))
-        return Ready(model, self.tokenizer, self.windows, provenance(self.info, model, self.run.seed), self.folder)
+        return Ready(
+            model, self.tokenizer, self.windows, provenance(self.info.to_dict(), model, self.run.seed), self.folder
+        )
 
 
 @dataclass(frozen=True)

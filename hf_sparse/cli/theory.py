@@ -16,12 +16,12 @@ import typer
 from hf_sparse.cli.options import DataOptions, RunOptions, parse_integers
 from hf_sparse.cli.runs import Checked, check
 from hf_sparse.errors import UserError
-from hf_sparse.evaluation.folders import check_folder
-from hf_sparse.evaluation.models import ModelSource
-from hf_sparse.evaluation.windows import check_lengths
+from hf_sparse.measure.windows import check_lengths
+from hf_sparse.results import check_folder
+from hf_sparse.share.source import ModelSource
 
 if TYPE_CHECKING:
-    from hf_sparse.theory.experiment import Subject
+    from hf_sparse.lab.experiment import Subject
 
 SYNTHETIC, TINY = "synthetic", "random-tiny-model"
 _LENGTHS = {"small": "256,512", "full": "512,1024,2048,4096"}
@@ -82,9 +82,9 @@ def run_theory(options: TheoryOptions, run: RunOptions) -> tuple[dict[str, Any],
     """
     if find_spec("scipy") is None:
         raise UserError('the theory lab needs scipy: pip install "hf_sparse[theory]"')
-    from hf_sparse.theory import lab  # needs scipy
-    from hf_sparse.theory.experiment import SCALES, Setting
-    from hf_sparse.theory.model_experiments import EXPERIMENTS
+    from hf_sparse.lab import lab  # needs scipy
+    from hf_sparse.lab.experiment import SCALES, Setting
+    from hf_sparse.lab.model_experiments import EXPERIMENTS
 
     if options.scale not in SCALES:
         raise UserError(f"scale must be among {', '.join(SCALES)}; got {options.scale!r}")
@@ -126,7 +126,7 @@ def print_theory(summaries: dict[str, Any], folder: Path) -> None:
 
 def _subjects(options: TheoryOptions, run: RunOptions, folder: Path) -> dict[str, Callable[[], Subject]]:
     """The models with their texts, checked and not loaded yet, by the name of their folder in `folder`."""
-    from hf_sparse.theory.subject import check_layers, tiny_subject
+    from hf_sparse.lab.subject import check_layers, tiny_subject
 
     lengths = options.lengths_at_scale()
     if not options.model:
@@ -148,7 +148,7 @@ def _subjects(options: TheoryOptions, run: RunOptions, folder: Path) -> dict[str
 
 
 def _load(checked: Checked) -> Subject:
-    from hf_sparse.theory.experiment import Subject
+    from hf_sparse.lab.experiment import Subject
 
     ready = checked.load()
     return Subject(ready.model, ready.windows, ready.about)

@@ -2,12 +2,13 @@
 
 from torch import Tensor
 
-from hf_sparse.engines import native, triton
+from hf_sparse.call import AttentionCall, Selection
+from hf_sparse.engines import cpu as compiled
+from hf_sparse.engines import triton
 from hf_sparse.engines.gather import attend as gather
 from hf_sparse.engines.reference import attend as reference
 from hf_sparse.errors import UserError
 from hf_sparse.kernels import cpu, gpu
-from hf_sparse.selection import AttentionInputs, Selection
 
 __all__ = ["attend", "gather", "reference", "refusal", "why_not"]
 
@@ -15,7 +16,7 @@ __all__ = ["attend", "gather", "reference", "refusal", "why_not"]
 def why_not(name: str) -> str | None:
     """Why the engine called `name` cannot run on this machine; `None` if it can."""
     match name:
-        case "native":
+        case "cpu":
             return cpu.why_not()
         case "triton":
             return gpu.why_not()
@@ -23,23 +24,18 @@ def why_not(name: str) -> str | None:
             return None
 
 
-def refusal(name: str, inputs: AttentionInputs) -> str | None:
+def refusal(name: str, inputs: AttentionCall) -> str | None:
     """Why the engine called `name` cannot attend in this call; `None` if it can."""
     match name:
-        case "native":
-            return native.refusal(inputs)
+        case "cpu":
+            return compiled.refusal(inputs)
         case "triton":
             return triton.refusal(inputs)
-        case "flex":
-            # Imported where it is used: it brings the compiler with it.
-            from hf_sparse.engines import flex
-
-            return flex.refusal(inputs)
         case _:
             return None
 
 
-def attend(name: str, inputs: AttentionInputs, selection: Selection) -> Tensor:
+def attend(name: str, inputs: AttentionCall, selection: Selection) -> Tensor:
     """Run the engine called `name`: `(batch, heads, rows, value_dim)` in the dtype of the values.
 
     A row without keys gives zeros.
@@ -54,13 +50,9 @@ def attend(name: str, inputs: AttentionInputs, selection: Selection) -> Tensor:
             return reference(inputs, selection)
         case "gather":
             return gather(inputs, selection)
-        case "native":
-            return native.attend(inputs, selection)
+        case "cpu":
+            return compiled.attend(inputs, selection)
         case "triton":
             return triton.attend(inputs, selection)
-        case "flex":
-            from hf_sparse.engines import flex
-
-            return flex.attend(inputs, selection)
         case _:
             raise ValueError(f"unknown engine {name!r}")

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_sparse.call import AttentionCall
 from hf_sparse.engines.reference import masked_weights, weighted_values
-from hf_sparse.selection import AttentionInputs
 from hf_sparse.visibility import as_bool, interval_to_mask
 
 # Elements of a mask, or of scores where SDPA cannot be used, that are alive at a time.
 _BLOCK_ELEMENTS = 1 << 22
 
 
-def attend(inputs: AttentionInputs) -> Tensor:
+def attend(inputs: AttentionCall) -> Tensor:
     """Attend to every visible key: `(batch, heads, rows, value_dim)`; zeros for a row that sees none.
 
     Nothing of size rows x kv_len is formed: the rows are taken a block at a time where a mask is needed.
@@ -38,7 +38,7 @@ def attend(inputs: AttentionInputs) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
-def attend_masked(inputs: AttentionInputs, mask: Tensor) -> Tensor:
+def attend_masked(inputs: AttentionCall, mask: Tensor) -> Tensor:
     """Attend under a mask that is not made of intervals; `inputs.intervals` is not read.
 
     Args:
@@ -56,13 +56,13 @@ def attend_masked(inputs: AttentionInputs, mask: Tensor) -> Tensor:
     return weighted_values(inputs, masked_weights(inputs, visible))
 
 
-def _is_causal(inputs: AttentionInputs) -> bool:
+def _is_causal(inputs: AttentionCall) -> bool:
     """Whether SDPA's own causal mask, or none for a single row, is the mask of this call."""
     kv_len = inputs.key.shape[2]
     return inputs.query.shape[2] in (1, kv_len) and inputs.facts.causal(kv_len)
 
 
-def _sdpa(inputs: AttentionInputs, mask: Tensor | None, *, causal: bool) -> Tensor:
+def _sdpa(inputs: AttentionCall, mask: Tensor | None, *, causal: bool) -> Tensor:
     key, value = inputs.key, inputs.value
     if mask is not None:
         key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]

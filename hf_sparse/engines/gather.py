@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_sparse.call import AttentionCall, Selection, as_vectors, take_rows
 from hf_sparse.engines.softmax import attention_weights
-from hf_sparse.selection import AttentionInputs, Selection, as_vectors, take_rows
 
 # Bytes of gathered keys and values, and of scores, that are alive at a time: they should stay in a processor's cache.
 _CHUNK_BYTES = 2 * 2**20
@@ -16,7 +16,7 @@ _CHUNK_BYTES = 2 * 2**20
 _FEW_MEMBERS = 8
 
 
-def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
+def attend(inputs: AttentionCall, selection: Selection) -> Tensor:
     """Attend to gathered keys: `(batch, heads, rows, value_dim)`.
 
     Memory grows with rows x kept keys, never with rows x kv_len; groups are taken a few at a time.

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hf_sparse.call import AttentionCall, Selection, accurate
 from hf_sparse.engines.softmax import attention_weights
-from hf_sparse.selection import AttentionInputs, Selection, accurate
 
 
-def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
+def attend(inputs: AttentionCall, selection: Selection) -> Tensor:
     """Attend densely, masked: `(batch, heads, rows, value_dim)`. Forms all rows x kv_len scores."""
     mask = selection.mask(inputs.query.shape[1], inputs.last_visible)
     return weighted_values(inputs, masked_weights(inputs, mask))
 
 
-def masked_weights(inputs: AttentionInputs, mask: Tensor) -> Tensor:
+def masked_weights(inputs: AttentionCall, mask: Tensor) -> Tensor:
     """Attention weights under a bool mask over the first keys: float32, of the shape of the mask.
 
     Args:
@@ -30,7 +30,7 @@ def masked_weights(inputs: AttentionInputs, mask: Tensor) -> Tensor:
     return attention_weights(scores, mask, sinks, inputs)
 
 
-def weighted_values(inputs: AttentionInputs, weights: Tensor) -> Tensor:
+def weighted_values(inputs: AttentionCall, weights: Tensor) -> Tensor:
     """Sum of the first values, weighted: `(batch, heads, rows, value_dim)` in the dtype of the values."""
     batch, heads, rows, kv_len = weights.shape
     kv_heads = inputs.value.shape[1]

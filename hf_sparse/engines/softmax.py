@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_sparse.selection import AttentionInputs, accurate
+from hf_sparse.call import AttentionCall, accurate
 
 
 def attention_weights(
-    scores: Tensor, allowed: Tensor, sinks: Tensor | None, inputs: AttentionInputs, *, scaled: bool = False
+    scores: Tensor, allowed: Tensor, sinks: Tensor | None, inputs: AttentionCall, *, scaled: bool = False
 ) -> Tensor:
     """Softmax over the allowed keys, in float32 or better.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.kernels import gpu
-from hf_sparse.selection import AttentionInputs, Selection
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
+def attend(inputs: AttentionCall, selection: Selection) -> Tensor:
     """Attend inside tiles of members x columns: `(batch, heads, rows, value_dim)`.
 
     Nothing is copied or formed in memory but the result, and a partial result for each part of the columns where few
@@ -33,7 +33,7 @@ def attend(inputs: AttentionInputs, selection: Selection) -> Tensor:
     )
 
 
-def refusal(inputs: AttentionInputs) -> str | None:
+def refusal(inputs: AttentionCall) -> str | None:
     """Why this engine cannot take a call, or `None` if it can: another engine must take it, or the user be told."""
     states = (inputs.query, inputs.key, inputs.value)
     if (reason := gpu.refusal(inputs.query.device)) is not None:

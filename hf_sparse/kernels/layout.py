@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """What `hf_sparse.quantised.QuantisedKeys` needs to know of it.
+    """What `hf_sparse.kernels.quantised.QuantisedKeys` needs to know of it.
 
     Attributes:
         allocate: Called with the keys `(batch, kv_heads, kv_len, head_dim)` and how many of them there is to be room

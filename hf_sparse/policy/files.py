@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from hf_sparse.checks import shown
 from hf_sparse.errors import UserError
 from hf_sparse.files import write_whole
-from hf_sparse.hub_errors import hub_errors
+from hf_sparse.policy.hub_io import hub_errors
 from hf_sparse.policy.policy import Policy, is_hub_id
 
 NAME = "sparse_config.json"

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.selection import AttentionInputs, Selection
 from hf_sparse.selectors.grouped import select_grouped
 from hf_sparse.selectors.topk import select_topk
 from hf_sparse.selectors.window import select_window
@@ -11,7 +11,7 @@ from hf_sparse.selectors.window import select_window
 __all__ = ["select", "select_grouped", "select_topk", "select_window"]
 
 
-def select(name: str, inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
+def select(name: str, inputs: AttentionCall, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
     """Run the selector called `name`.
 
     Args:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.kernels import cpu
 from hf_sparse.rows import RowFacts
-from hf_sparse.selection import AttentionInputs, Selection
 from hf_sparse.selectors.spans import OVERSAMPLING
 
 
-def refusal(inputs: AttentionInputs) -> str | None:
+def refusal(inputs: AttentionCall) -> str | None:
     """Why the kernels cannot select for this call; `None` if they can."""
     if inputs.key.shape[3] % 4:
         return f"the compiled kernels take heads of a multiple of 4 components, not {inputs.key.shape[3]}"
     return cpu.refusal(inputs.key)
 
 
-def select_compiled(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig, size: int) -> Selection:
+def select_compiled(inputs: AttentionCall, budgets: Tensor, config: SparseAttentionConfig, size: int) -> Selection:
     """What `hf_sparse.selectors.grouped.select_grouped` gives, by one call of a kernel.
 
     Args:

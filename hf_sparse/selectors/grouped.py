@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_sparse.call import AttentionCall, Selection, accurate, members_of, take_rows
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.selection import AttentionInputs, Selection, accurate, members_of, take_rows
 from hf_sparse.selectors import compiled, voting
 from hf_sparse.selectors.spans import Spans
 from hf_sparse.selectors.topk import largest
@@ -33,13 +33,13 @@ ROWS = 64
 _TILE = 16
 
 
-def uncompiled(inputs: AttentionInputs, config: SparseAttentionConfig) -> str | None:
+def uncompiled(inputs: AttentionCall, config: SparseAttentionConfig) -> str | None:
     """Why PyTorch looks for the keys of this call, and no compiled kernel; `None` if one does."""
     return voting.refusal(inputs) if voting.for_gpus(inputs, config) else compiled.refusal(inputs)
 
 
 @torch.no_grad()
-def select_grouped(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
+def select_grouped(inputs: AttentionCall, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
     """Give each row its recent keys and its sinks, and each of its heads the best of the other keys it is offered.
 
     Args:
@@ -55,7 +55,7 @@ def select_grouped(inputs: AttentionInputs, budgets: Tensor, config: SparseAtten
     return _select(inputs, spans, voting.votes_in_8_bits if kernels else voting.exact_votes)
 
 
-def _select(inputs: AttentionInputs, spans: Spans, vote: voting.Vote) -> Selection:
+def _select(inputs: AttentionCall, spans: Spans, vote: voting.Vote) -> Selection:
     kv_heads, last = inputs.key.shape[1], inputs.key.shape[2] - 1
     members = members_of(inputs.query, kv_heads, spans.size).to(accurate(inputs.query.dtype)) * inputs.scaling
     near = _Near.of(spans)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_sparse.call import AttentionCall, members_of
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.selection import AttentionInputs, members_of
 
 OVERSAMPLING = 2
 """Keys in a group's pool for each that any of its members has room for at most."""
@@ -68,7 +68,7 @@ class Spans:
     rest: Tensor
 
     @classmethod
-    def of(cls, inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig, size: int) -> Spans:
+    def of(cls, inputs: AttentionCall, budgets: Tensor, config: SparseAttentionConfig, size: int) -> Spans:
         """The spans of a whole number of groups, for budgets int64 `(batch, heads or 1, rows)` on any device."""
         batch, heads, rows, _ = inputs.query.shape
         kv_heads, device = inputs.key.shape[1], inputs.query.device

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_sparse.call import AttentionCall, Selection, accurate
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.selection import AttentionInputs, Selection, accurate
 from hf_sparse.visibility import interval_to_mask
 
 
 @torch.no_grad()
-def select_topk(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
+def select_topk(inputs: AttentionCall, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
     """Keep the `budgets` best keys of each row: recent keys, then sink keys, then the highest scores.
 
     All scores are formed, rows x kv_len at a time: this selector measures quality, it does not save work. Of equal

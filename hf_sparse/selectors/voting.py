@@ -11,24 +11,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.kernels import gpu
-from hf_sparse.selection import AttentionInputs
 from hf_sparse.selectors.spans import Spans
 
 # Scores that are alive at a time: they should stay in a processor's cache between the passes over them.
 _CHUNK_ELEMENTS = 1 << 20
 
-Vote = Callable[[Tensor, AttentionInputs, Tensor, Spans], Tensor]
+Vote = Callable[[Tensor, AttentionCall, Tensor, Spans], Tensor]
 """`exact_votes` or `votes_in_8_bits`."""
 
 
-def for_gpus(inputs: AttentionInputs, config: SparseAttentionConfig) -> bool:
+def for_gpus(inputs: AttentionCall, config: SparseAttentionConfig) -> bool:
     """Whether the votes of this call are work for Triton, if it can."""
     return inputs.key.is_cuda or config.engine == "triton"
 
 
-def refusal(inputs: AttentionInputs) -> str | None:
+def refusal(inputs: AttentionCall) -> str | None:
     """Why Triton's kernels cannot find the votes of this call; `None` if they can."""
     if inputs.softcap is not None:
         return "the Triton kernels rank no scores with a soft cap"
@@ -37,7 +37,7 @@ def refusal(inputs: AttentionInputs) -> str | None:
     return gpu.refusal(inputs.key.device)
 
 
-def exact_votes(members: Tensor, inputs: AttentionInputs, certain: Tensor, spans: Spans) -> Tensor:
+def exact_votes(members: Tensor, inputs: AttentionCall, certain: Tensor, spans: Spans) -> Tensor:
     """Votes by PyTorch.
 
     Args:
@@ -72,7 +72,7 @@ def exact_votes(members: Tensor, inputs: AttentionInputs, certain: Tensor, spans
     return votes
 
 
-def votes_in_8_bits(members: Tensor, inputs: AttentionInputs, certain: Tensor, spans: Spans) -> Tensor:
+def votes_in_8_bits(members: Tensor, inputs: AttentionCall, certain: Tensor, spans: Spans) -> Tensor:
     """Votes by Triton's kernels: as `exact_votes`."""
     from hf_sparse.kernels.triton.keys import LAYOUT
     from hf_sparse.kernels.triton.votes import votes

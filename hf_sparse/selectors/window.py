@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.selection import AttentionInputs, Selection
 
 
 @torch.no_grad()
-def select_window(inputs: AttentionInputs, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
+def select_window(inputs: AttentionCall, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
     """Keep the first `sink_keys` visible keys of each row and spend the rest of its budget on the most recent.
 
     No score is formed. Where the budget is smaller than `sink_keys + recent_keys`, the recent keys go first.

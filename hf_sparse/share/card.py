@@ -1,0 +1,120 @@
+"""The model card: our section and metadata, written into a card that may hold other things too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+
+from hf_sparse.errors import UserError
+from hf_sparse.policy import Policy
+from hf_sparse.share.card_text import BEGIN, END, section
+
+TAGS = ("sparse-attention", "long-context", "transformers")
+_LIBRARY = "hf-sparse"
+_TASK = "text-generation"
+_METRICS = {"perplexity_ratio": "perplexity, sparse / dense", "perplexity": "perplexity"}
+
+
+def make_card(
+    policy: Policy, name: str, *, existing: str | None = None, plots: Sequence[str] = (), license: str | None = None
+) -> str:
+    """The text of a model card.
+
+    Args:
+        policy: What it is about; all figures are from its quality rows.
+        name: What `from_pretrained` is to be given: the repository, or the name of the folder.
+        existing: A card to edit: what is not ours stays as it is. Without one, a new card is made.
+        plots: Paths of images beside the card.
+        license: Licence of the base model; an existing card's own goes before it.
+
+    Raises:
+        UserError: if the metadata of the existing card cannot be read, or our section in it has no beginning or end.
+    """
+    card = _parse(existing if existing is not None else f"\n# {name.rpartition('/')[2]}\n", name)
+    data = card.data
+    data["license"] = license = data.get("license") or license
+    card.text = _merge(card.text, section(policy, name, plots, license), name)
+    if policy.base_model is not None and not policy.base_is_local:
+        data["base_model"] = policy.base_model
+    data["library_name"] = data.get("library_name") or _LIBRARY
+    data["pipeline_tag"] = data.get("pipeline_tag") or _TASK
+    tags = data.get("tags") or []
+    data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
+    others = [result for result in data.get("eval_results") or [] if not _is_ours(result)]
+    results = others + _eval_results(policy)
+    data["eval_results"] = results or None
+    data["model_name"] = (data.get("model_name") if others else name.rpartition("/")[2]) if results else None
+    text = str(card)
+    ModelCard(text)  # what we wrote can be read again
+    return text
+
+
+def license_in(card: str) -> str | None:
+    """The licence that a card names, or `None`."""
+    try:
+        value = _parse(card, "the base model").data.get("license")
+    except UserError:
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _parse(text: str, name: str) -> ModelCard:
+    try:
+        # Without a block of metadata, an empty one: huggingface_hub would complain on stderr.
+        return ModelCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(
+            f"the metadata of the model card, README.md of {name}, cannot be read: {first}; correct its first lines"
+        ) from error
+
+
+def _merge(text: str, ours: str, name: str) -> str:
+    if BEGIN not in text and END not in text:
+        return text.rstrip("\n") + "\n\n" + ours
+    before, _, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not ended or text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(
+            f"README.md of {name} must hold {BEGIN!r} and then {END!r}, each once, around the section that is written "
+            f"anew, or neither of them; it holds them {text.count(BEGIN)} and {text.count(END)} times"
+        )
+    return before + ours.rstrip("\n") + after
+
+
+def _eval_results(policy: Policy) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=_TASK,
+            dataset_type="text",
+            dataset_name=", ".join(row.documents) or "text",
+            metric_type=row.metric,
+            metric_name=f"{_METRICS[row.metric]} at {row.length:,} tokens"
+            + (", dense" if row.method == "dense" else ""),
+            metric_value=round(row.value, 6),
+            metric_args={
+                name: value
+                for name, value in {
+                    "context_length": row.length,
+                    "method": row.method,
+                    "low": row.low,
+                    "high": row.high,
+                    "density": row.density,
+                }.items()
+                if value is not None
+            },
+        )
+        for row in policy.quality
+        if row.metric in _METRICS
+    ]
+
+
+def _is_ours(result: EvalResult) -> bool:
+    arguments = result.metric_args
+    return (
+        result.metric_type in _METRICS
+        and isinstance(arguments, dict)
+        and {"context_length", "method"} <= set(arguments)
+    )

@@ -1,0 +1,218 @@
+"""From folders of results to `QualityRow`s: what was measured of one configuration, with dense attention beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.errors import UserError
+from hf_sparse.files import inside, write_whole
+from hf_sparse.policy.quality import QualityRow
+from hf_sparse.results import ROWS, SUMMARY, TABLES, command_of
+
+DENSE = "dense"
+OURS = "hf_sparse"  # as `bench` calls it
+_DECODE = "decode"  # as `perplexity` calls the policy itself, its targets read one at a time
+DECODED = "decoded_"
+"""Before the name of a metric: of tokens that were read one at a time after their context."""
+
+_KINDS = ("perplexity", "attention-error", "bench")
+_LAYER_ALONE = ("decode", "prefill")
+_ERRORS = ("lost_mass", "output_error")
+# What a folder of results may hold that is worth keeping beside the policy.
+_KEPT = (SUMMARY, ROWS, TABLES, "*.png")
+
+
+@dataclass(frozen=True)
+class Results:
+    """A folder that an evaluation wrote.
+
+    Attributes:
+        kind: The command: `"perplexity"`, `"attention-error"` or `"bench"`.
+        folder: Where it lies.
+        summary: Its `summary.json`.
+    """
+
+    kind: str
+    folder: Path
+    summary: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> Results:
+        """The results in `folder`.
+
+        Raises:
+            UserError: if there are none.
+        """
+        path = inside(Path(folder) / SUMMARY, Path(folder))
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            kind = command_of(summary)
+            if kind not in _KINDS:
+                raise ValueError(f"it is of {kind}")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{folder} holds no results: pass a folder that hf-sparse perplexity, attention-error or bench wrote"
+            ) from error
+        return cls(kind, Path(folder), summary)
+
+    def rows(self, config: SparseAttentionConfig) -> list[QualityRow]:
+        """What was measured of `config`, and of dense attention beside it.
+
+        Raises:
+            UserError: if nothing was, or the summary is not one of this release.
+        """
+        try:
+            if self.kind == "bench":
+                rows = list(_bench_rows(self.summary, config))
+            else:
+                made = _perplexity_rows if self.kind == "perplexity" else _error_rows
+                rows = [row for method in self._methods(config) for row in made(self.summary, method, config.selector)]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.folder / SUMMARY} was not written by this release: it lacks {error}") from error
+        if not rows:
+            raise UserError(
+                f"{self.folder} holds no measurement of this configuration: what it measured has other settings; "
+                "measure again with the policy"
+            )
+        return rows
+
+    def _methods(self, config: SparseAttentionConfig) -> list[str]:
+        """The methods that are `config`: one for whole texts, and one for decoding."""
+        own = [name for name, found in self.summary["configs"].items() if found is not None and _same(found, config)]
+        return [name for name in own if name != _DECODE][:1] + [name for name in own if name == _DECODE]
+
+    def files(self) -> Iterator[Path]:
+        """Rows, summary, tables and plots."""
+        for pattern in _KEPT:
+            yield from self.folder.glob(pattern)
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy rows, summary, tables and plots into a folder named after the command in `folder`."""
+        target = folder / self.kind
+        if target.resolve() == self.folder.resolve():
+            return
+        for path in self.files():
+            write_whole(target / path.name, inside(path, self.folder).read_bytes())
+
+
+def results_beside(folder: Path, without: Collection[str] = ()) -> list[Results]:
+    """The results that lie in a folder of a policy, in subfolders named after the commands.
+
+    Args:
+        folder: The folder.
+        without: Commands whose results are not looked at.
+
+    Raises:
+        UserError: if one holds rows without their summary, or a summary that cannot be read.
+    """
+    found = []
+    for kind in _KINDS:
+        if kind in without:
+            continue
+        if (folder / kind / SUMMARY).is_file():
+            found.append(folder / kind)
+        elif (folder / kind / ROWS).exists():
+            raise UserError(
+                f"{folder / kind} holds {ROWS} without {SUMMARY}: make it with hf-sparse {kind} --output "
+                f"{folder / kind} and the options of the rows, or delete the folder"
+            )
+    return [Results.read(inside(path, folder)) for path in found]
+
+
+def plots(results: Iterable[Results]) -> list[str]:
+    """Paths of the plots of `results`, where `Results.copy_to` puts them."""
+    return [f"{result.kind}/{path.name}" for result in results for path in sorted(result.folder.glob("*.png"))]
+
+
+def quality(results: Iterable[Results], config: SparseAttentionConfig) -> tuple[QualityRow, ...]:
+    """The rows of all `results`; see `Results.rows`."""
+    return tuple(row for result in results for row in result.rows(config))
+
+
+def _same(found: Mapping[str, Any], config: SparseAttentionConfig, **fields: Any) -> bool:
+    """Whether two configurations give the same figures, both with `fields`: engines and records change none."""
+    fields |= {"engine": "auto", "calibration": None, "extra": {}}
+    return replace(SparseAttentionConfig.from_dict(found), **fields) == replace(config, **fields)
+
+
+def _about(summary: Mapping[str, Any]) -> dict[str, Any]:
+    about = summary["about"]
+    return {
+        "documents": tuple(document["document"] for document in summary["documents"]),
+        "model": about["model"]["name"],
+        "dtype": about["dtype"],
+        "device": about["device"],
+    }
+
+
+def _perplexity_rows(summary: Mapping[str, Any], method: str, name: str) -> Iterator[QualityRow]:
+    about = _about(summary)
+    before = DECODED if method == _DECODE else ""
+    for result in _of(summary["results"], (DENSE, method)):
+        own = about | {"length": result["length"], "density": result["density"], "tokens": result["tokens"]}
+        own["method"] = DENSE if result["method"] == DENSE else name
+        yield QualityRow(metric=f"{before}perplexity", value=result["perplexity"], **own)
+        if result["method"] == method:
+            yield QualityRow(metric=f"{before}perplexity_ratio", **_interval(result, "ratio"), **own)
+    for verdict in summary["adaptive_vs_fixed"]:
+        if verdict["adaptive"] == method:
+            for row in verdict["by_length"]:
+                ratio = _interval(row, "ratio")
+                yield QualityRow(metric="ratio_to_fixed", method=name, length=row["length"], **ratio, **about)
+
+
+def _error_rows(summary: Mapping[str, Any], method: str, name: str) -> Iterator[QualityRow]:
+    about = _about(summary)
+    for result in _of(summary["results"], (method,)):
+        for metric in _ERRORS:
+            for statistic, value in result[metric].items():
+                yield QualityRow(
+                    metric=metric,
+                    method=name,
+                    statistic=statistic,
+                    length=result["length"],
+                    density=result["density"],
+                    tokens=result["rows"],
+                    **_interval(value, "value"),
+                    **about,
+                )
+
+
+def _bench_rows(summary: Mapping[str, Any], config: SparseAttentionConfig) -> Iterator[QualityRow]:
+    about = summary["about"]
+    own = {"dtype": about["dtype"], "device": about["device_name"], "model": about["model"]["name"]}
+    for kind, condition in summary["conditions"].items():
+        # A layer alone is measured sparse, however few keys its rows see, and whichever layer it is.
+        alone = {"dense_below": 0, "dense_layers": ()} if kind in _LAYER_ALONE else {}
+        if not _same(condition["config"], config, **alone):
+            continue
+        baseline = summary["break_even"][kind]["against"]
+        for result in summary["results"]:
+            if result["kind"] != kind or result["method"] not in (baseline, OURS):
+                continue
+            metric, place = f"{kind}-{result['quantity']}", {"length": result["length"], **own}
+            dense = result["method"] == baseline
+            yield QualityRow(
+                metric=metric,
+                method=DENSE if dense else config.selector,
+                density=None if dense else result.get("density"),
+                **_interval(result, "median"),
+                **place,
+            )
+            if dense:
+                speedup = _interval(result["ratio"], "median")
+                yield QualityRow(metric=f"{metric}-speedup", method=config.selector, **speedup, **place)
+
+
+def _of(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    return (result for method in methods for result in results if result["method"] == method)
+
+
+def _interval(row: Mapping[str, Any], value: str) -> dict[str, Any]:
+    return {"value": row[value], "low": row["low"], "high": row["high"]}

@@ -1,0 +1,267 @@
+"""Where the evaluated model comes from: a Hub id, a folder or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.errors import UserError, first_line
+from hf_sparse.machine import find_device
+from hf_sparse.patching import patched
+from hf_sparse.policy import Policy, is_hub_id
+from hf_sparse.policy import files as policy_files
+from hf_sparse.policy.hub_io import UNREADABLE
+from hf_sparse.policy.origin import cached_commit
+from hf_sparse.support import SupportReport, inspect
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_WHAT = "a Hub id, a folder that holds a config.json or a .gguf file"
+_WEIGHTS = (".safetensors", ".bin")
+# What is read of each end of a weight file to tell two models in folders of the same name apart.
+_SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What identifies a model in results; never a path of the machine.
+
+    Attributes:
+        name: Hub id, or the last part of the path.
+        revision: Commit on the Hub; for local models the start of a SHA-256, of the GGUF file or of the folder's
+            configuration and weights.
+        max_positions: Longest input in tokens that the model was made for; `None` if it does not say.
+        architecture: transformers' model type, such as `"llama"`.
+    """
+
+    name: str
+    revision: str
+    max_positions: int | None
+    architecture: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes as a dictionary."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found and not loaded yet. Each part is read when it is asked for.
+
+    Attributes:
+        location: What `from_pretrained` takes.
+        name: Hub id, or the last part of the path.
+        revision: Commit, branch or tag on the Hub; `None` for the default branch.
+        gguf_file: File in `location` that holds the model.
+        policy: The policy that named the model; `None` if the model was named itself.
+    """
+
+    location: str
+    name: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    policy: Policy | None = None
+
+    @classmethod
+    def find(cls, name: str, revision: str | None = None) -> ModelSource:
+        """The source that `name` stands for: an existing folder or `.gguf` file, or else a Hub id.
+
+        Where there is a policy, the source is the model that it names.
+
+        Raises:
+            UserError: if `name` is a path and nothing usable is there, or a `revision` is asked of it, or a policy is
+                wrong.
+        """
+        if not name.strip():
+            raise UserError(f"{name!r} is not a model: pass {_WHAT}")
+        path = Path(name).expanduser()
+        if revision is not None and path.exists():
+            raise UserError(f"{name} is here, not on the Hub: it has no revision {revision!r}")
+        if path.is_dir():
+            if (path / policy_files.NAME).is_file():
+                return cls._of_policy(policy_files.load(path))
+            if not (path / "config.json").is_file():
+                raise UserError(f"{name} holds no model: there is no config.json; pass a .gguf file by its own name")
+            return cls(str(path), path.resolve().name)
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise UserError(f"{name}: no such file")
+            if find_spec("gguf") is None:
+                raise UserError(f'reading {path.name} needs the package gguf: pip install "hf_sparse[gguf]"')
+            return cls(str(path.parent), path.name, gguf_file=path.name)
+        if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise UserError(f"{name} is not a model: pass {_WHAT}")
+        if is_hub_id(name):
+            try:
+                return cls._of_policy(policy_files.load(name, revision=revision))
+            except UserError as error:
+                # No such file, no such repository, no Hub: it is a model, or the model's own error says what it is.
+                if not isinstance(error.__cause__, OSError):
+                    raise
+        return cls(name, name, revision)
+
+    @classmethod
+    def _of_policy(cls, loaded: policy_files.Loaded) -> ModelSource:
+        location, revision = loaded.source()
+        name = Path(location).resolve().name if Path(location).is_dir() else location
+        return cls(location, name, revision, policy=loaded.policy)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+        with _user_errors(self):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.location, **self._arguments())
+        return config
+
+    @cached_property
+    def support(self) -> SupportReport:
+        """Whether the model can be patched, and its attention layers."""
+        return inspect(self.config)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest input in tokens that the model was made for; `None` if it does not say."""
+        longest: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return longest
+
+    def info(self) -> ModelInfo:
+        """What identifies the model; reads the configuration, and local weights for their hash."""
+        return ModelInfo(
+            self.name,
+            self._fingerprint() or self.commit or "unknown",
+            self.max_positions,
+            self.config.model_type,
+        )
+
+    @property
+    def commit(self) -> str | None:
+        """The commit on the Hub, where it is known; `None` for a folder or file."""
+        if self.gguf_file is not None or Path(self.location).is_dir():
+            return None
+        commit: str | None = getattr(self.config, "_commit_hash", None)
+        return commit or cached_commit(self.location, self.revision)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        with _user_errors(self):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.location, **self._arguments())
+        return tokenizer
+
+    def model(self, *, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
+        """The model in evaluation mode; see `load_model` for the arguments."""
+        check_loading(dtype, device_map)
+        arguments = self._arguments()
+        if self.gguf_file is not None:
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+        with _user_errors(self):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                self.location,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                device_map=device_map,
+                **arguments,
+            )
+        return model
+
+    def _arguments(self) -> dict[str, Any]:
+        given = {"revision": self.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _fingerprint(self) -> str | None:
+        folder = Path(self.location)
+        if self.gguf_file is not None:
+            with (folder / self.gguf_file).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        if not folder.is_dir():
+            return None
+        # As it is on disk: once loaded, it also says where it came from.
+        digest = hashlib.sha256((folder / "config.json").read_bytes())
+        for path in sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_SAMPLE_BYTES))
+                file.seek(max(0, path.stat().st_size - _SAMPLE_BYTES))
+                digest.update(file.read())
+        return digest.hexdigest()[:16]
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device_map: str | None = None, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelInfo]:
+    """Load a causal language model, its tokenizer and what identifies it.
+
+    Args:
+        name: Hub id, folder, or `.gguf` file (its weights are dequantised).
+        dtype: One of `DTYPES`; `"auto"` is the type the weights are stored in, float32 for a GGUF file.
+        device_map: A device such as `"cpu"` or `"cuda:0"`, `"auto"` to spread the model, or `None`.
+        revision: Commit, branch or tag on the Hub.
+
+    Raises:
+        UserError: if the model cannot be found, reached or read.
+    """
+    source = ModelSource.find(name, revision)
+    return source.model(dtype=dtype, device_map=device_map), source.tokenizer(), source.info()
+
+
+def check_loading(dtype: str, device_map: str | None) -> None:
+    """Refuse a type of numbers or a device that no model can be loaded with; see `load_model`.
+
+    Raises:
+        UserError: naming it, and what there is.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    check_device(device_map)
+
+
+def check_device(device_map: str | None) -> None:
+    """Refuse a `device_map` that `load_model` does not take.
+
+    Raises:
+        UserError: naming the devices that there are.
+    """
+    if device_map not in (None, "auto"):
+        find_device(device_map)
+
+
+def check_config(model: PreTrainedModel, config: SparseAttentionConfig) -> None:
+    """Refuse a configuration that a model cannot be patched with.
+
+    Raises:
+        UserError: with the reason.
+    """
+    try:
+        with patched(model, config):
+            pass
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+@contextmanager
+def _user_errors(source: ModelSource) -> Iterator[None]:
+    """What transformers raises on a model that is absent, out of reach or damaged, as one line."""
+    local = Path(source.location).is_dir()
+    advice = (
+        "" if local else "; pass a folder or a .gguf file, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+    )
+    try:
+        yield
+    except UNREADABLE as error:
+        raise UserError(f"cannot read the model {source.name}: {first_line(error)}{advice}") from error
