@@ -56,8 +56,8 @@ def row_key(**decisive: Any) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def provenance(info: Mapping[str, Any], model: PreTrainedModel, seed: int) -> Row:
-    """What every row says about how it was made; no path of the machine."""
+def provenance(info: Mapping[str, Any], model: PreTrainedModel | torch.Tensor, seed: int) -> Row:
+    """What every row says about how it was made; no path of the machine. Of `model`, its dtype and device."""
     device = model.device
     return {
         "model": dict(info),

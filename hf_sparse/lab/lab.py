@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from hf_sparse.errors import UserError
 from hf_sparse.lab import assumptions, phases, windows, workloads
 from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting, Verdict
 from hf_sparse.lab.pages import draw_page
+from hf_sparse.machine import device_name
 from hf_sparse.measure.tables import Table, markdown_table
 from hf_sparse.results import ROWS, SUMMARY, TABLES, ResultFile, Row, row_key, software, write_json
 
@@ -131,7 +132,8 @@ def _key(experiment: Experiment, cell: Cell, setting: Setting) -> str:
 
 
 def _about(setting: Setting) -> Row:
-    about: Row = {"scale": setting.scale, "seed": setting.seed, "device_name": platform.machine(), **software()}
+    about: Row = {"scale": setting.scale, "seed": setting.seed, "device_name": device_name(torch.device("cpu"))}
+    about |= software()
     return about if setting.subject is None else about | setting.subject.about
 
 
