@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from hf_sparse import Engine, SparseAttentionConfig
 from hf_sparse.bench import memory
 from hf_sparse.bench.memory import call_peak, measure_prefills, memory_tables, summarise
 from hf_sparse.bench.shapes import Shape
-from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.errors import UserError
 from hf_sparse.measure.tables import markdown_table
 from tests.small import run_command
 
@@ -80,13 +81,17 @@ def test_calls_too_short_to_be_seen_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
-def test_an_engine_that_cannot_run_is_refused_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hf_sparse.engines.why_not", lambda name: f"no {name} here")
-    assert run_command("memory", "--engine", "triton", "--output", str(tmp_path / "out")) == 2
-    assert "engine 'triton' cannot run here: no triton here" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+@linux
+def test_an_engine_that_cannot_run_is_refused_at_once() -> None:
+    class Absent(Engine):
+        name = "absent"
+
+        def unavailable_reason(self) -> str:
+            return "none of it here"
+
+    config, shape = SparseAttentionConfig(engine=Absent()), Shape(4, 2, 32, 64, 64, layers=1)
+    with pytest.raises(UserError, match="none of it here"):
+        memory.evaluate([64], [], shape, config, most_bytes=1e9, repeats=1, seed=0)
 
 
 @pytest.mark.parametrize(

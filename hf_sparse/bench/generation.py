@@ -23,7 +23,7 @@ from hf_sparse.bench.tasks import DYNAMIC, SPARSE, STATIC
 from hf_sparse.bench.timing import Rounds, mebibytes, synchronize, with_peak
 from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.observe import observed
+from hf_sparse.diagnostics import observed
 from hf_sparse.patching import base_model
 
 WARM_UP_TOKENS = 256

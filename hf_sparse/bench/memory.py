@@ -29,13 +29,14 @@ from hf_sparse.bench.tables import ratio_text
 from hf_sparse.bench.tasks import MASKED, SDPA, SPARSE
 from hf_sparse.bench.timing import mebibytes, with_peak
 from hf_sparse.call import AttentionCall
-from hf_sparse.config import SELECTORS, SparseAttentionConfig
-from hf_sparse.engines.reference import masked_weights, weighted_values
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.engines.common import masked_weights, weighted_values
 from hf_sparse.errors import UserError
 from hf_sparse.machine import device_name
 from hf_sparse.measure.plots import figure
 from hf_sparse.measure.tables import Table
 from hf_sparse.results import software
+from hf_sparse.selectors import SELECTORS
 from hf_sparse.visibility import interval_to_mask
 
 Summary = dict[str, Any]
@@ -132,7 +133,7 @@ def call_peak(method: str, length: int, shape: Shape, config: SparseAttentionCon
 def _attend(method: str, call: AttentionCall, config: SparseAttentionConfig) -> object:
     query, key, value = call.query, call.key, call.value
     if method in SELECTORS:
-        return attend(LayerState(0, replace(config, selector=method)), call)  # type: ignore[arg-type]
+        return attend(LayerState(0, replace(config, selector=method)), call)
     if method == SDPA:
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     mask = interval_to_mask(call.intervals, key.shape[2])

@@ -14,17 +14,18 @@ from hf_sparse.bench.model import BenchModel
 from hf_sparse.bench.plot import plot_bench
 from hf_sparse.bench.run import evaluate, measurements
 from hf_sparse.bench.shapes import SHAPES, parse_shape
-from hf_sparse.bench.summary import summarise
+from hf_sparse.bench.summary import Summary, summarise
 from hf_sparse.bench.tables import bench_tables
-from hf_sparse.bench.tasks import COMMAND, FLEX, OPTIONAL, TASKS, BenchSettings, task_lengths
+from hf_sparse.bench.tasks import COMMAND, FLEX, LAYER_TASKS, OPTIONAL, TASKS, BenchSettings, task_lengths
 from hf_sparse.bench.timing import Rounds
 from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integers, read_policy
 from hf_sparse.cli.runs import Outcome, write_outcome
-from hf_sparse.config import SELECTORS, SparseAttentionConfig
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.machine import find_device
 from hf_sparse.measure.processes import process_state
 from hf_sparse.results import ROWS, ResultFile, check_folder
+from hf_sparse.selectors import SELECTORS, parse_selector
 from hf_sparse.share.source import ModelSource, check_loading
 
 _DEFAULT_SHAPE, _DEFAULT_LAYERS = "smollm2-135m", 2
@@ -67,7 +68,7 @@ class BenchOptions:
     repeats: Annotated[int, typer.Option(min=1, help="Fewest rounds of a measurement.")] = 3
     seconds: Annotated[float, typer.Option(min=0, help="Seconds after which no other round begins.")] = 5.0
     leave_out: Annotated[str, typer.Option(help=f"Dense methods not to measure: some of {', '.join(OPTIONAL)}.")] = ""
-    selector: Annotated[str, typer.Option(help=f"{', '.join(SELECTORS)}.")] = SparseAttentionConfig.selector
+    selector: Annotated[str, typer.Option(help=f"{', '.join(SELECTORS)}, or file.py:ClassName.")] = "grouped"
     text: Annotated[
         str | None,
         typer.Option(help="With a MODEL: text to read; see perplexity.", show_default="Python's language reference"),
@@ -94,10 +95,9 @@ class BenchOptions:
         left_out = {name.strip() for name in self.leave_out.split(",") if name.strip()}
         if self.quick:
             left_out.add(FLEX)
-        if self.selector not in SELECTORS:
-            raise UserError(f"selector must be one of {', '.join(SELECTORS)}; got {self.selector!r}")
-        if self.selector != SparseAttentionConfig.selector:
-            config = replace(config, selector=self.selector)  # type: ignore[arg-type]
+        selector = parse_selector(self.selector)
+        if selector != SparseAttentionConfig.selector:
+            config = replace(config, selector=selector)
         rounds = Rounds(self.repeats, self.seconds)
         return BenchSettings(lengths, config, self.new_tokens, frozenset(left_out), rounds, seed)
 
@@ -138,7 +138,12 @@ def run_bench(name: str | None, bench: BenchOptions, run: RunOptions, sparse: Sp
     write_outcome(outcome, folder, "bench.png", plot_bench)
     print(json.dumps(summary) if run.as_json else outcome)
     if "dense_below" in summary and not run.as_json:
-        print(f"\nhf_sparse.patch(model, dense_below={summary['dense_below']})  # dense where it is faster here")
+        print(f"\nhf_sparse.patch(model, dense_below={summary['dense_below']})  # {_comment(summary)}")
+
+
+def _comment(summary: Summary) -> str:
+    slower = [task for task in LAYER_TASKS if summary["break_even"][task]["length"] is None]
+    return f"{' and '.join(slower)} slower at all lengths up to here" if slower else "dense where that is faster here"
 
 
 def _random_model(
