@@ -17,10 +17,11 @@ from hf_sparse.bench import dense
 from hf_sparse.bench.inputs import capture, gaussian
 from hf_sparse.bench.layer import time_decode, time_prefill
 from hf_sparse.bench.plot import plot_bench
-from hf_sparse.bench.run import Measurement, evaluate
+from hf_sparse.bench.run import evaluate, with_random_weights
 from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
 from hf_sparse.bench.summary import break_even, exponent, median_interval, summarise
 from hf_sparse.bench.tables import bench_tables
+from hf_sparse.bench.tasks import TASKS, BenchSettings
 from hf_sparse.bench.timing import Rounds, with_peak
 from hf_sparse.errors import UserError
 from hf_sparse.machine import device_name
@@ -241,20 +242,17 @@ def test_the_interval_of_a_median_holds_95_percent() -> None:
 
 
 def test_nothing_is_measured_twice(tmp_path: Path) -> None:
-    def measurement(length: int, **facts: Any) -> Measurement:
-        return Measurement("decode", length, {"inputs": "x", **facts}, lambda: {"sdpa": {"n": length}})
+    def records(*decode: int, alpha: float = 2.0) -> list[dict[str, Any]]:
+        lengths = dict.fromkeys(TASKS, ()) | {"decode": decode}
+        config = SparseAttentionConfig(alpha=alpha, min_keys=8, recent_keys=8)
+        settings = BenchSettings(lengths, config, 2, frozenset(), Rounds(1, 0.0), seed=0)
+        return evaluate(with_random_weights(settings, "tiny", SHAPE, torch.float32, CPU), ResultFile(tmp_path / "rows"))
 
-    def never() -> dict[str, dict[str, Any]]:
-        raise AssertionError
-
-    results, about = ResultFile(tmp_path / "rows.jsonl"), {"threads": 1, "commit": "a"}
-    [first] = evaluate([measurement(8)], results, about)
-    again = [Measurement("decode", 8, {"inputs": "x"}, never), measurement(16)]
-    assert evaluate(again, results, {"threads": 1, "commit": "b"})[0] == first
-    assert [record["length"] for record in results.rows().values()] == [8, 16]
-    [other] = evaluate([measurement(8, inputs="y")], results, about)
-    [threads] = evaluate([measurement(8)], results, {"threads": 2, "commit": "a"})
-    assert len({record["key"] for record in (first, other, threads)}) == 3
+    [first] = records(64)
+    assert records(64, 80)[0] == first
+    [other] = records(64, alpha=3.0)
+    assert other["key"] != first["key"]
+    assert [record["length"] for record in ResultFile(tmp_path / "rows").rows().values()] == [64, 80, 64]
 
 
 def test_shapes_have_names_or_numbers() -> None:

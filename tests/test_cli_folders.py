@@ -32,7 +32,7 @@ COMMANDS = [
 ]
 NEVER = (
     "hf_sparse.share.source.ModelSource.model",
-    "hf_sparse.bench.model.random_model",
+    "hf_sparse.bench.run.random_model",
     "hf_sparse.cli.bench.evaluate",
     "hf_sparse.lab.lab.run",
     "hf_sparse.cli.memory.evaluate",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
@@ -87,7 +87,7 @@ def evaluate(
     return {
         **summarise(measure_calls(lengths, shape, config, most_bytes, seed)),
         "prefill": measure_prefills(prefill, shape, sparse, repeats, seed),
-        "shape": {**shape.to_dict(), "dtype": "float32"},
+        "shape": {**asdict(shape), "dtype": "float32"},
         "config": config.to_dict(),
         "seed": seed,
         "device": _CPU.type,

@@ -1,81 +1,166 @@
-"""The measurements of a benchmark: one record per task and length, none of them made twice."""
+"""Benchmarks of a model with random weights or of a real one: one record for every task and length."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from hf_sparse.bench.generation import Generation
+from hf_sparse.bench.inputs import LayerInputs, capture, gaussian
 from hf_sparse.bench.layer import Found, time_decode, time_prefill
-from hf_sparse.bench.model import BenchModel
-from hf_sparse.bench.tasks import COMMAND, BenchSettings
-from hf_sparse.results import ResultFile, Row, row_key
+from hf_sparse.bench.shapes import Shape, check_shape, random_model
+from hf_sparse.bench.tasks import COMMAND, LAYER_TASKS, TASKS, BenchSettings
+from hf_sparse.kernels import cpu
+from hf_sparse.measure.data import load_documents
+from hf_sparse.measure.windows import cut_windows
+from hf_sparse.results import ResultFile, Row, provenance, row_key
+from hf_sparse.share.source import ModelSource, check_config
+
+# Tokens of text on which a real layer's inputs are captured, at most; longer inputs repeat them.
+_CAPTURED = 8192
+_CHARS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One task at one length, by all methods.
+class BenchModel:
+    """What is timed.
 
     Attributes:
-        task: One of `TASKS`.
-        length: See `BenchSettings.lengths`.
-        facts: What else decides the times: inputs, configuration, methods.
-        run: Gives what was measured, by method.
+        settings: What of it is measured, and how often.
+        about: Provenance of every record.
+        inputs: Of one layer; `None` if no layer is timed alone.
+        generation: The whole model; `None` if it is not timed.
+        prompts: Length -> int64 `(length,)`.
     """
 
-    task: str
-    length: int
-    facts: Mapping[str, Any]
-    run: Callable[[], Found]
+    settings: BenchSettings
+    about: Row
+    inputs: LayerInputs | None
+    generation: Generation | None
+    prompts: dict[int, Tensor]
+
+    def conditions(self, task: str) -> Row:
+        """What decides the times of a task, besides `about` and length: inputs, configuration, methods."""
+        settings = self.settings
+        effort = {**asdict(settings.rounds), "left_out": sorted(settings.left_out)}
+        if task in LAYER_TASKS:
+            assert self.inputs is not None
+            return {"config": replace(settings.config, dense_below=0).to_dict(), **self.inputs.describe(), **effort}
+        assert self.generation is not None
+        return {"config": self.generation.config.to_dict(), "new_tokens": settings.new_tokens, **effort}
+
+    def time(self, task: str, length: int) -> Found:
+        """Times of all methods, which only compare because they are taken together."""
+        config, rounds = self.settings.config, self.settings.rounds
+        if task in LAYER_TASKS:
+            assert self.inputs is not None
+            if task == "decode":
+                return time_decode(self.inputs, length, config, rounds)
+            return time_prefill(self.inputs, length, config, rounds, self.settings.left_out)
+        assert self.generation is not None
+        if task == "cached":
+            return self.generation.from_cache(self.prompts[length + 1], rounds)
+        return self.generation.from_prompt(self.prompts[length], rounds, pads=int(task == "padded"))
 
 
-def measurements(model: BenchModel, settings: BenchSettings) -> Iterator[Measurement]:
-    """All measurements of `settings`, the quick ones first."""
-    rounds, left_out = settings.rounds, settings.left_out
-    effort = {**asdict(rounds), "left_out": sorted(left_out)}
-    if (inputs := model.inputs) is not None:
-        config = settings.config
-        facts = {"config": replace(config, dense_below=0).to_dict(), **inputs.describe(), **effort}
-        for n in settings.lengths["decode"]:
-            yield Measurement("decode", n, facts, partial(time_decode, inputs, n, config, rounds))
-        for n in settings.lengths["prefill"]:
-            yield Measurement("prefill", n, facts, partial(time_prefill, inputs, n, config, rounds, left_out))
-    if (generation := model.generation) is not None:
-        prompts = model.prompts
-        facts = {"config": generation.config.to_dict(), "new_tokens": settings.new_tokens, **effort}
-        for n in settings.lengths["cached"]:
-            yield Measurement("cached", n, facts, partial(generation.from_cache, prompts[n + 1], rounds))
-        for n in settings.lengths["generate"]:
-            yield Measurement("generate", n, facts, partial(generation.from_prompt, prompts[n], rounds))
-        for n in settings.lengths["padded"]:
-            yield Measurement("padded", n, facts, partial(generation.from_prompt, prompts[n], rounds, pads=1))
+def with_random_weights(
+    settings: BenchSettings, name: str, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> BenchModel:
+    """A model with random weights of a shape, called `name`.
 
+    It stands for the sparse layers of a deeper one: all layers are sparse unless the configuration names dense ones.
 
-def evaluate(wanted: Iterable[Measurement], results: ResultFile, about: Row) -> list[Row]:
-    """Make every measurement that `results` does not hold yet, and return the records of all.
-
-    All methods of a measurement are timed together, since only then can their times be compared.
-
-    Args:
-        wanted: The measurements.
-        results: Where records are appended: `key`, `command`, `kind` (the task), `length`, `methods`, the measurement's
-            facts and `about`.
-        about: Machine, versions, threads and seed, which are part of the key but for the commit.
+    Raises:
+        UserError: if it cannot be patched with the configuration, or does not fit into memory.
     """
+    lengths, config = settings.prompt_lengths, settings.config
+    check_shape(shape, config, dtype, device, weights=bool(lengths))
+    ids = torch.randint(
+        shape.vocab_size, (max(lengths, default=0),), generator=torch.Generator().manual_seed(settings.seed)
+    )
+    generation = None
+    if lengths:
+        sparse = config if config.dense_layers is not None else replace(config, dense_layers=())
+        made = random_model(shape, dtype, device, settings.seed)
+        generation = Generation(made, sparse, settings.new_tokens, real=False, left_out=settings.left_out)
+    return BenchModel(
+        settings,
+        _about({"name": name, **asdict(shape)}, torch.empty(0, dtype=dtype, device=device), settings.seed),
+        gaussian(shape, dtype, device, settings.seed) if settings.times_layer else None,
+        generation,
+        {length: ids[:length] for length in lengths},
+    )
+
+
+def loaded(settings: BenchSettings, source: ModelSource, text: str | None, dtype: str, device: str) -> BenchModel:
+    """A real model, with the inputs of one of its layers and with prompts, both from a text.
+
+    Raises:
+        UserError: for a text, a model or a configuration that cannot be used.
+    """
+    info = source.info()
+    captured = min(_CAPTURED, info.max_positions or _CAPTURED)
+    lengths = sorted({*settings.prompt_lengths, *([captured] if settings.times_layer else [])})
+    least = _CHARS_PER_TOKEN * (lengths[-1] + 1)
+    document = load_documents([] if text is None else [text], count=1, min_chars=least)[0]
+    windows = cut_windows([document], source.tokenizer(), lengths, targets=1)
+    prompts = {window.length: window.input_ids for window in windows}
+    made = source.model(dtype=dtype, device_map=device)
+    check_config(made, settings.config)
+    generation = Generation(made, settings.config, settings.new_tokens, real=True, left_out=settings.left_out)
+    return BenchModel(
+        settings,
+        _about({**info.to_dict(), "text_sha256": document.sha256}, made, settings.seed),
+        capture(made, prompts[captured], settings.seed) if settings.times_layer else None,
+        generation if settings.prompt_lengths else None,
+        prompts,
+    )
+
+
+def evaluate(model: BenchModel, results: ResultFile) -> list[Row]:
+    """Make all measurements that `results` does not hold yet, and return the records of all.
+
+    A record holds `key`, `command`, `kind` (the task), `length`, `methods`, the conditions of the task and the model's
+    provenance; all but the times and the commit are part of the key.
+    """
+    machine = {name: value for name, value in model.about.items() if name != "commit"}
+    wanted = {}
+    for task in TASKS:
+        for length in model.settings.lengths[task]:
+            place = {"command": COMMAND, "kind": task, "length": length, **model.conditions(task)}
+            wanted[row_key(**place, **machine)] = place
+
+    def measure(missing: Mapping[str, Row]) -> Iterator[tuple[str, Row]]:
+        with tqdm(missing.items(), desc=COMMAND, unit="measurement") as bar:
+            for key, place in bar:
+                bar.set_postfix_str(f"{place['kind']} {place['length']:,}")
+                yield key, {**place, "methods": model.time(place["kind"], place["length"]), **model.about}
+
     results.repair()
     done = results.rows()
-    machine = {name: value for name, value in about.items() if name != "commit"}
-    out = []
-    with tqdm(list(wanted), desc=COMMAND, unit="measurement") as bar:
-        for each in bar:
-            bar.set_postfix_str(f"{each.task} {each.length:,}")
-            place = {"command": COMMAND, "kind": each.task, "length": each.length}
-            key = row_key(**place, **each.facts, **machine)
-            if key not in done:
-                results.append({"key": key, **place, **each.facts, "methods": each.run(), **about})
-                done = results.rows()
-            out.append(done[key])
-    return out
+    for key, record in measure({key: place for key, place in wanted.items() if key not in done}):
+        results.append({"key": key, **record})
+    done = results.rows()
+    return [done[key] for key in wanted]
+
+
+def cpu_capability(device: torch.device) -> dict[str, str | int | None] | None:
+    """The vector instructions in use on a CPU; `None` on other devices.
+
+    Returns:
+        `torch`: what PyTorch uses, such as `AVX2` or `AVX512`. `kernel_vector_bits`: the width of the vectors in the
+        compiled kernels of this package; `None` where there are none.
+    """
+    if device.type != "cpu":
+        return None
+    bits = 32 * cpu.lanes() if cpu.why_not() is None else None
+    return {"torch": torch.backends.cpu.get_cpu_capability(), "kernel_vector_bits": bits}
+
+
+def _about(model: Row, weights: PreTrainedModel | Tensor, seed: int) -> Row:
+    return {**provenance(model, weights, seed), "cpu_capability": cpu_capability(weights.device)}

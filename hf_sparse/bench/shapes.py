@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -51,10 +50,6 @@ class Shape:
         if layers > _MOST_LAYERS:
             raise UserError(f"layers must be at most {_MOST_LAYERS:,}; got {layers}")
         return replace(self, layers=layers, vocab_size=self.vocab_size * layers // self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All sizes by name."""
-        return asdict(self)
 
 
 SHAPES = {

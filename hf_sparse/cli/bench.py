@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from hf_sparse.bench.model import BenchModel
 from hf_sparse.bench.plot import plot_bench
-from hf_sparse.bench.run import evaluate, measurements
+from hf_sparse.bench.run import BenchModel, evaluate, loaded, with_random_weights
 from hf_sparse.bench.shapes import SHAPES, parse_shape
 from hf_sparse.bench.summary import Summary, summarise
 from hf_sparse.bench.tables import bench_tables
@@ -129,9 +128,9 @@ def run_bench(name: str | None, bench: BenchOptions, run: RunOptions, sparse: Sp
         config = sparse.config(read_policy(bench.policy, source.policy))
         settings = bench.settings(config, run.seed, source.max_positions)
         folder = _checked_folder(run, source.info().to_dict())
-        model = BenchModel.loaded(settings, source, bench.text, run.dtype, device)
+        model = loaded(settings, source, bench.text, run.dtype, device)
     results = ResultFile(folder / ROWS)
-    records = evaluate(measurements(model, settings), results, model.about)
+    records = evaluate(model, results)
     with results.summed_up():
         summary = summarise(records)
     outcome = Outcome(summary, bench_tables(summary))
@@ -143,7 +142,9 @@ def run_bench(name: str | None, bench: BenchOptions, run: RunOptions, sparse: Sp
 
 def _comment(summary: Summary) -> str:
     slower = [task for task in LAYER_TASKS if summary["break_even"][task]["length"] is None]
-    return f"{' and '.join(slower)} slower at all lengths up to here" if slower else "dense where that is faster here"
+    return (
+        f"slower at the longest length measured: {', '.join(slower)}" if slower else "dense where that is faster here"
+    )
 
 
 def _random_model(
@@ -155,7 +156,7 @@ def _random_model(
     folder = _checked_folder(run, {"name": name})
     usual = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = usual if run.dtype == "auto" else getattr(torch, run.dtype)
-    return BenchModel.random(settings, name, part, dtype, device), folder
+    return with_random_weights(settings, name, part, dtype, device), folder
 
 
 def _checked_folder(run: RunOptions, model: dict[str, Any]) -> Path:
