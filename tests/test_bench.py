@@ -13,9 +13,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig
+from hf_sparse.attention import LayerState
 from hf_sparse.bench import dense
 from hf_sparse.bench.inputs import capture, gaussian
-from hf_sparse.bench.layer import time_decode, time_prefill
+from hf_sparse.bench.layer import SparseStep, time_decode, time_prefill
 from hf_sparse.bench.plot import plot_bench
 from hf_sparse.bench.run import evaluate, with_random_weights
 from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
@@ -23,10 +24,12 @@ from hf_sparse.bench.summary import break_even, exponent, median_interval, summa
 from hf_sparse.bench.tables import bench_tables
 from hf_sparse.bench.tasks import TASKS, BenchSettings
 from hf_sparse.bench.timing import Rounds, with_peak
+from hf_sparse.call import AttentionCall
 from hf_sparse.errors import UserError
 from hf_sparse.machine import device_name
 from hf_sparse.measure.tables import markdown_table
 from hf_sparse.results import ResultFile
+from hf_sparse.selectors import SELECTORS
 from hf_sparse.visibility import interval_to_mask
 from tests import small, tiny
 from tests.small import run_command
@@ -115,6 +118,23 @@ def test_a_sparse_step_is_taken_back_before_the_next() -> None:
     assert found["dynamic-cache"]["output_error"]["worst"] < 1e-5
     assert 0 < found["hf_sparse"]["output_error"]["mean"] < 1
     assert all(len(each["samples"]["seconds"]) == 4 for each in found.values())
+
+
+def test_sparse_steps_round_only_new_keys() -> None:
+    seen = []
+
+    class Watching(type(SELECTORS["grouped"])):  # type: ignore[misc]
+        name = "watching"
+
+        def select(self, call: AttentionCall, *args: Any) -> Any:
+            seen.append(call.quantised)
+            return super().select(call, *args)
+
+    config = SparseAttentionConfig(selector=Watching(), dense_below=0)
+    step = SparseStep(gaussian(SHAPE, torch.float32, CPU, 0).decode(300, 0), LayerState(0, config))
+    step.attend()
+    step.undo().attend()
+    assert seen[0] is seen[1] is not None
 
 
 def test_a_full_budget_has_no_error() -> None:

@@ -76,7 +76,7 @@ class SparseStep:
     def attend(self) -> Tensor:
         """Append and attend: `(1, heads, 1, head_dim)`."""
         key, value = self._cache.update(self._inputs.key[:, :, -1:], self._inputs.value[:, :, -1:])
-        return attend(self._state, replace(self._inputs, key=key, value=value))[0]
+        return attend(self._state, replace(self._inputs, key=key, value=value, quantised=self._cache.quantised))[0]
 
 
 @torch.no_grad()
