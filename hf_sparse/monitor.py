@@ -87,8 +87,8 @@ class SparsityReport:
     """What a patched model did: `str()` is a table, one line per layer.
 
     Attributes:
-        rows: One dictionary per layer and query head: `layer`, `head`, `calls`, `rows`, `mean_visible`,
-            `mean_keys`, `density`, `dense_rows` (reason -> rows).
+        rows: One dictionary per layer and query head: `layer`, `head`, `calls`, `rows`, `visible` and
+            `kept` (keys, summed over the rows), `mean_visible`, `mean_keys`, `density`, `dense_rows` (reason -> rows).
         density: Kept over visible keys, over all layers, dense ones included; in `[0, 1]`, NaN before any call.
         notes: What else cost time and could be avoided, a line each.
         audit: After `hf_sparse.audit(model)` one dictionary per sparse layer and query head: `layer`, `head`, `rows`
@@ -170,6 +170,8 @@ def make_report(layers: dict[int, LayerCounters], notes: tuple[str, ...] = ()) -
                     "head": head,
                     "calls": counters.calls,
                     "rows": counters.rows,
+                    "visible": counters.visible,
+                    "kept": kept,
                     "mean_visible": counters.visible / max(1, counters.rows),
                     "mean_keys": kept / max(1, counters.rows),
                     "density": kept / max(1, counters.visible),

@@ -70,6 +70,10 @@ class SupportReport:
         """The layers of a hybrid model that have a sliding window; none of another model."""
         return tuple(layer.layer for layer in self.layers if self.hybrid and layer.sliding_window is not None)
 
+    def default_dense_layers(self) -> tuple[int, ...]:
+        """The layers that stay dense by default: the first, and all with a sliding window in a hybrid model."""
+        return tuple(sorted({min(layer.layer for layer in self.layers), *self.sliding_layers}))
+
     def __str__(self) -> str:
         if not self.supported:
             return f"{self.architecture} cannot be patched: {'; '.join(self.reasons)}"

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.results import DENSE
 from hf_sparse.row_errors import DenseRows, row_errors, row_shape
 from hf_sparse.selectors import select
 from hf_sparse.selectors.grouped import ROWS
 from hf_sparse.visibility import interval_to_mask
 
 Columns = dict[str, list[float]]
-
-DENSE = "dense"
-"""Method under which dense attention itself is described."""
 
 WORST = 0.01
 """Share of the rows that counts as the worst."""

@@ -1,183 +1,64 @@
-"""Plots of the summaries: perplexity, and attention error, against context length. Dense is always drawn."""
+"""Plots of the summaries against context length: at most three methods a panel, and dense attention in every one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse.errors import UserError
+from hf_sparse.results import DENSE, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Summary = dict[str, Any]
-
-DENSE = "dense"
-
-# The palette of Okabe and Ito, which colour-blind readers can tell apart, and markers for print in grey.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart, and markers for print in grey. Names that are
+# never drawn together share a colour.
 _STYLES = {
     DENSE: ("#000000", "s"),
     "topk": ("#0072B2", "o"),
-    "fixed": ("#D55E00", "v"),
-    "fraction": ("#009E73", "^"),
-    "log": ("#E69F00", "D"),
-    "grouped": ("#CC79A7", "P"),
-    "window": ("#56B4E9", "X"),
-    "fixed-grouped": ("#8C510A", "<"),
     "calibrated": ("#0072B2", "o"),
-    "power": ("#CC79A7", "P"),
+    "cudnn": ("#0072B2", "o"),
+    "fixed": ("#D55E00", "v"),
+    "dynamic-cache": ("#D55E00", "v"),
+    "masked-sdpa": ("#D55E00", "v"),
+    "fraction": ("#009E73", "^"),
     "uniform": ("#009E73", "^"),
+    "log": ("#E69F00", "D"),
     "decode": ("#E69F00", "D"),
+    "static-cache": ("#E69F00", "D"),
+    "grouped": ("#CC79A7", "P"),
+    "power": ("#CC79A7", "P"),
+    "hf_sparse": ("#CC79A7", "P"),
+    "window": ("#56B4E9", "X"),
+    "flash": ("#56B4E9", "X"),
+    "fixed-grouped": ("#8C510A", "<"),
     "decode-topk": ("#882255", "h"),
+    "sdpa": ("#000000", "s"),
+    "eager": ("#666666", "*"),
 }
+# For methods of users.
+_SPARE = (("#882255", ">"), ("#44AA99", "p"), ("#999933", "H"), ("#AA4499", "d"), ("#332288", "8"))
 
-# metric -> title, label of the axis
-_ERRORS = {
-    "lost_mass": ("Lost attention mass", "1 - retained mass"),
-    "output_error": ("Error of a head's output", "error / norm of the dense output"),
-    "max_entry": ("Largest error of an attention weight", "largest difference in a row"),
-}
+_METHODS_PER_PANEL = 3
+
+Point = tuple[float, float, float, float]
+"""x, value, and the ends of its interval."""
 
 
-def plot_perplexity(summary: Summary, path: Path) -> None:
-    """Draw perplexity relative to dense with its intervals, perplexity itself, and density, against context length.
+def style(method: str, methods: Sequence[str] = ()) -> dict[str, Any]:
+    """Colour and marker of a method, as arguments for matplotlib.
 
     Args:
-        summary: From `perplexity_summary.summarise`.
-        path: PNG file to write.
-
-    Raises:
-        UserError: without matplotlib.
+        method: Its name.
+        methods: All that are drawn, which decides the colours of those that this package does not know.
     """
-    drawing = figure(13, 4.6)
-    ratio, absolute, density = drawing.subplots(1, 3)
-    methods = list(dict.fromkeys(row["method"] for row in summary["results"]))
-    for i, method in enumerate(methods):
-        rows = [row for row in summary["results"] if row["method"] == method]
-        lengths = [row["length"] for row in rows]
-        style = _style(method) | {"label": _label(method, summary)}
-        # In per cent above dense, on an axis that shows one per cent and fifty at once.
-        values = [100 * (row["ratio"] - 1) for row in rows]
-        bounds = [{name: 100 * (row[name] - 1) for name in ("low", "high")} for row in rows if method != DENSE]
-        # Side by side, so that intervals do not cover one another.
-        aside = 0.0 if method == DENSE else 0.05 * (i - len(methods) / 2)
-        places = [length * 2**aside for length in lengths]
-        ratio.errorbar(places, values, yerr=_bars(values, bounds) if bounds else None, capsize=3, **style)
-        absolute.plot(lengths, [row["perplexity"] for row in rows], **style)
-        density.plot(lengths, [100 * row["density"] for row in rows], **style)
-    ratio.set_yscale("symlog", linthresh=1.0)
-    ratio.set_yticks([-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], ["-1", "", "0", "", "1", "2", "5", "10", "20", "50"])
-    ratio.set(title="Perplexity above dense", ylabel="perplexity / dense perplexity - 1 (%)")
-    absolute.set(title="Perplexity", ylabel=f"perplexity of the last {summary['targets']:,} tokens")
-    density.set(title="Attended keys", ylabel="kept / visible keys, all layers (%)", ylim=(0, None))
-    for axes in (ratio, absolute, density):
-        length_axis(axes, summary["lengths"], "context length (tokens)")
-    _finish(drawing, summary, "perplexity across context lengths", _handles(ratio), path)
-
-
-def plot_attention_error(summary: Summary, path: Path) -> None:
-    """Draw three errors of every method against the visible keys n, on log axes, with their fitted slopes; and k(n).
-
-    Filled markers and solid lines are the mean row, hollow markers and dashed lines the worst 1 % of rows. Bold lines
-    are the least-squares fits whose slopes stand in the legends.
-
-    Args:
-        summary: From `attention_summary.summarise`.
-        path: PNG file to write.
-
-    Raises:
-        UserError: without matplotlib.
-    """
-    drawing = figure(12, 11)
-    panels = drawing.subplots(2, 2).flatten()
-    for axes, (metric, (title, label)) in zip(panels, _ERRORS.items(), strict=False):
-        for method in summary["methods"]:
-            _draw_error(axes, summary, method, metric)
-        axes.set(title=title, ylabel=label, yscale="log")
-        axes.legend(fontsize=8, title="slope of the mean row, of the worst 1 % [95 % interval]", title_fontsize=8)
-    _draw_keys(panels[-1], summary)
-    for axes in panels:
-        length_axis(axes, summary["lengths"], "visible keys n")
-    _finish(
-        drawing,
-        summary,
-        "attention error at equal cost",
-        _handles(panels[-1]),
-        path,
-        "filled, solid: mean row; hollow, dashed: worst 1 % of rows; "
-        "bold: fit over the lengths where at most half of the keys are kept",
-    )
-
-
-def _draw_error(axes: Axes, summary: Summary, method: str, metric: str) -> None:
-    rows = [row for row in summary["results"] if row["method"] == method and row[metric]["mean"]["value"] > 0]
-    slopes = {row["statistic"]: row for row in summary["slopes"] if (row["method"], row["metric"]) == (method, metric)}
-    style = _style(method)
-    n = [row["visible"] for row in rows]
-    looks: dict[str, dict[str, Any]] = {
-        "mean": {"linestyle": "-", "label": ", ".join(_slope_text(slopes[name]) for name in ("mean", "worst"))},
-        "worst": {"linestyle": "--", "markerfacecolor": "white"},
-    }
-    for statistic, look in looks.items():
-        points = [row[metric][statistic] for row in rows]
-        values = [point["value"] for point in points]
-        axes.errorbar(n, values, yerr=_bars(values, points), capsize=2, **style | look | {"linewidth": 0.5})
-        fit = slopes[statistic]
-        if fit["slope"] is not None:
-            fitted = [row["visible"] for row in rows if row["length"] in fit["lengths"]]
-            line = [math.exp(fit["intercept"]) * x ** fit["slope"] for x in fitted]
-            axes.plot(fitted, line, color=style["color"], linewidth=2, alpha=0.8, linestyle=look["linestyle"])
-
-
-def _draw_keys(axes: Axes, summary: Summary) -> None:
-    for i, method in enumerate(summary["methods"]):
-        rows = [row for row in summary["results"] if row["method"] == method]
-        # Selectors that follow the same law lie on one another: the first on top.
-        style = _style(method) | {"label": _label(method, summary), "zorder": 3 - 0.1 * i}
-        axes.plot([row["visible"] for row in rows], [row["kept"] for row in rows], **style)
-    rows = [row for row in summary["results"] if row["method"] == DENSE]
-    n = [row["visible"] for row in rows]
-    axes.plot(n, [row["kept"] for row in rows], **_style(DENSE) | {"label": "dense: all n"})
-    needed = [row["keys_95"]["mean"]["value"] for row in rows]
-    axes.plot(n, needed, color="#666666", linestyle=":", marker="*", label="keys needed for 95 % of the mass, mean row")
-    axes.set(title="Keys kept, and keys needed", ylabel="keys per row", yscale="log")
-
-
-def _bars(values: Sequence[float], intervals: Sequence[Summary]) -> list[list[float]]:
-    """Lengths of the error bars below and above; an interval may miss its value by rounding."""
-    return [
-        [max(0.0, value - interval["low"]) for value, interval in zip(values, intervals, strict=True)],
-        [max(0.0, interval["high"] - value) for value, interval in zip(values, intervals, strict=True)],
-    ]
-
-
-def _slope_text(fit: Summary) -> str:
-    return "none" if fit["slope"] is None else f"{fit['slope']:+.2f} [{fit['low']:+.2f}, {fit['high']:+.2f}]"
-
-
-def _label(method: str, summary: Summary) -> str:
-    """What a method does, from its configuration: how the text is read, selector and law."""
-    config = summary["configs"].get(method)
-    if config is None:
-        return method
-    selector = f"decoding, {config['selector']}" if method.startswith("decode") else config["selector"]
-    if config["per_head"] is not None:
-        return f"{selector}, calibrated per head"
-    law = {
-        "power": f"{config['alpha']:.4g} n$^{{{config['exponent']:.3g}}}$ keys",
-        "fixed": f"{config['keys']} keys",
-        "fraction": f"{100 * (config['fraction'] or 0):.3g} % of n",
-        "log": f"{config['alpha']:.3g} ln n keys",
-    }[config["law"]]
-    return f"{selector}, {law}"
-
-
-def _style(method: str) -> dict[str, Any]:
-    color, marker = _STYLES[method]
-    return {"color": color, "marker": marker, "linewidth": 1.6, "markersize": 5}
+    unknown = [name for name in methods if name not in _STYLES] or [method]
+    color, marker = _STYLES.get(method) or _SPARE[unknown.index(method) % len(_SPARE)]
+    return {"color": color, "marker": marker, "markersize": 5}
 
 
 def figure(width: float, height: float) -> Figure:
@@ -203,18 +84,223 @@ def length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _handles(axes: Axes) -> tuple[list[Any], list[str]]:
-    handles, labels = axes.get_legend_handles_labels()
-    return handles, labels
+@dataclass(frozen=True)
+class _Panel:
+    """One quantity.
+
+    Attributes:
+        title: What is drawn.
+        label: Of the y axis.
+        points: The points of a method.
+        scale: Finishes the axes.
+        band: Points below which the panel is shaded.
+    """
+
+    title: str
+    label: str
+    points: Callable[[str], Sequence[Point]]
+    scale: Callable[[Axes], object] = field(default=lambda axes: axes.set_ylim(bottom=0))
+    band: Sequence[Point] = ()
 
 
-def _finish(
-    drawing: Figure, summary: Summary, title: str, legend: tuple[list[Any], list[str]], path: Path, note: str = ""
+def plot_perplexity(summary: Summary, path: Path) -> None:
+    """Draw perplexity relative to dense with its intervals, perplexity itself, and density, against context length.
+
+    Args:
+        summary: From `perplexity_summary.summarise`.
+        path: PNG file to write.
+
+    Raises:
+        UserError: without matplotlib.
+    """
+
+    def above_dense(method: str) -> list[Point]:
+        values = ((row["length"], [row[name] for name in ("ratio", "low", "high")]) for row in _of(summary, method))
+        return [(n, *(100 * (ratio - 1) for ratio in ratios)) for n, ratios in values]
+
+    def scale(axes: Axes) -> None:
+        # In per cent above dense, on an axis that shows one per cent and fifty at once.
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.set_yticks([-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], ["-1", "", "0", "", "1", "2", "5", "10", "20", "50"])
+
+    panels = [
+        _Panel("Perplexity above dense", "sparse / dense - 1 (%)", above_dense, scale),
+        _Panel(
+            "Perplexity",
+            f"perplexity of the last {summary['targets']:,} tokens",
+            lambda method: [_point(row["length"], row["perplexity"]) for row in _of(summary, method)],
+            lambda axes: None,
+        ),
+        _Panel(
+            "Attended keys",
+            "kept / visible keys, all layers (%)",
+            lambda method: [_point(row["length"], 100 * row["density"]) for row in _of(summary, method)],
+        ),
+    ]
+    _draw(summary, "perplexity across context lengths", panels, path)
+
+
+def plot_attention_error(summary: Summary, path: Path) -> None:
+    """Draw kept keys, lost mass and output error of the mean query position against the visible keys n, on log axes.
+
+    Args:
+        summary: From `attention_summary.summarise`.
+        path: PNG file to write.
+
+    Raises:
+        UserError: without matplotlib.
+    """
+    dense = _of(summary, DENSE)
+
+    def error(metric: str) -> Callable[[str], list[Point]]:
+        def points(method: str) -> list[Point]:
+            if method == DENSE:
+                return [_point(row["length"], 0.0) for row in dense]
+            return [_interval(row["length"], row[metric]["mean"]) for row in _of(summary, method)]
+
+        return points
+
+    def scale(metric: str) -> Callable[[Axes], None]:
+        values = [row[metric]["mean"]["value"] for row in summary["results"] if metric in row]
+        smallest = min((value for value in values if value > 0), default=1.0)
+
+        def with_zero(axes: Axes) -> None:
+            """A log axis with room for dense attention, whose error is 0, at its foot."""
+            threshold = 10.0 ** math.floor(math.log10(smallest))
+            axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
+            axes.set_ylim(bottom=-threshold / 5)
+
+        return with_zero
+
+    panels = [
+        _Panel(
+            "Keys kept (grey: needed for 95 % of the mass)",
+            "keys per query position and head",
+            lambda method: [_point(row["length"], row["kept"]) for row in _of(summary, method)],
+            lambda axes: axes.set_yscale("log"),
+            [_interval(row["length"], row["keys_95"]["mean"]) for row in dense],
+        ),
+        _Panel("Lost attention mass", "1 - retained mass", error("lost_mass"), scale("lost_mass")),
+        _Panel("Error of a head's output", "error / norm of the output", error("output_error"), scale("output_error")),
+    ]
+    slopes = {
+        row["method"]: row["slope"]
+        for row in summary["slopes"]
+        if (row["metric"], row["statistic"]) == ("lost_mass", "mean") and row["slope"] is not None
+    }
+    notes = {method: f"; lost mass grows as n$^{{{slope:+.2f}}}$" for method, slope in slopes.items()}
+    _draw(summary, "attention error at equal cost, mean query position", panels, path, notes)
+
+
+def plot_retrieval(summary: Summary, path: Path) -> None:
+    """Draw the share of codes found again by length and by depth, and the nats that an answer token costs.
+
+    Args:
+        summary: From `retrieval_summary.summarise`.
+        path: PNG file to write.
+
+    Raises:
+        UserError: without matplotlib.
+    """
+    longest = summary["lengths"][-1]
+
+    def by_length(name: str, factor: float) -> Callable[[str], list[Point]]:
+        return lambda method: [_interval(row["length"], row[name], factor) for row in _of(summary, method)]
+
+    def by_depth(method: str) -> list[Point]:
+        rows = [row for row in summary["depths"] if (row["method"], row["length"]) == (method, longest)]
+        return [_point(100 * row["depth"], 100 * row["accuracy"]) for row in rows]
+
+    def share(axes: Axes) -> None:
+        axes.set_ylim(-3, 103)
+
+    def depth_axis(axes: Axes) -> None:
+        axes.set_xscale("linear")
+        axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100"])
+        share(axes)
+
+    panels = [
+        _Panel("Codes found again", "exact answers (%)", by_length("accuracy", 100), share),
+        _Panel(f"By depth (%), at {longest:,} tokens", "exact answers (%)", by_depth, depth_axis),
+        _Panel("Cost of the answer", "nats per answer token", by_length("nats", 1)),
+    ]
+    _draw(summary, "retrieval of codes from a text", panels, path)
+
+
+def _draw(
+    summary: Summary, what: str, panels: Sequence[_Panel], path: Path, notes: dict[str, str] | None = None
 ) -> None:
-    about = summary["about"]
-    documents = len(summary["documents"])
-    what = f"{about['model']['name']} ({about['dtype']}): {title}, {documents} document{'s'[: documents > 1]}"
-    drawing.suptitle("\n".join(filter(None, [what, note])), fontsize=11)
-    drawing.legend(*legend, loc="outside lower center", ncols=4, frameon=False)
+    """A line of panels for every three methods, with one legend below."""
+    methods = [method for method in dict.fromkeys(row["method"] for row in summary["results"]) if method != DENSE]
+    size = _METHODS_PER_PANEL
+    groups = [methods[i : i + size] for i in range(0, len(methods), size)] or [[]]
+    drawing = figure(4.4 * len(panels), 3.4 * len(groups) + 1.4)
+    grid = drawing.subplots(len(groups), len(panels), squeeze=False, sharey="col")
+    handles: dict[str, Any] = {}
+    for i, group in enumerate(groups):
+        for axes, panel in zip(grid[i], panels, strict=True):
+            for j, method in enumerate([DENSE, *group]):
+                # Side by side, so that intervals do not cover one another.
+                aside = 2 ** (0.06 * (j - len(group) / 2)) if method != DENSE and "depth" not in panel.title else 1.0
+                points = [(x * aside, *rest) for x, *rest in panel.points(method)]
+                label = _label(method, summary) + (notes or {}).get(method, "")
+                line = {"linestyle": "--" if method == DENSE else "-", "linewidth": 1.6}
+                handles[method] = axes.errorbar(
+                    [x for x, *_ in points],
+                    [value for _, value, *_ in points],
+                    yerr=_bars(points),
+                    capsize=2,
+                    label=label,
+                    **style(method, methods) | line,
+                )
+            length_axis(axes, summary["lengths"], "context length (tokens)" if i == len(groups) - 1 else "")
+            if panel.band:
+                axes.fill_between(*zip(*((x, y) for x, y, *_ in panel.band), strict=True), color="#DDDDDD", zorder=0)
+            panel.scale(axes)
+            axes.set(title=panel.title if i == 0 else "", ylabel=panel.label)
+    about, documents = summary["about"], len(summary["documents"])
+    model = f"{about['model']['name']} ({about['dtype']})"
+    drawing.suptitle(f"{model}: {what}, {documents} document{'s'[: documents > 1]}", fontsize=11)
+    drawing.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=150)
+
+
+def _of(summary: Summary, method: str) -> list[Summary]:
+    return [row for row in summary["results"] if row["method"] == method]
+
+
+def _point(x: float, value: float) -> Point:
+    return x, value, value, value
+
+
+def _interval(x: float, estimate: Summary, factor: float = 1.0) -> Point:
+    return x, factor * estimate["value"], factor * estimate["low"], factor * estimate["high"]
+
+
+def _bars(points: Iterable[Sequence[float]]) -> list[list[float]] | None:
+    """Lengths of the error bars below and above; an interval may miss its value by rounding."""
+    bars = [[max(0.0, value - low), max(0.0, high - value)] for _, value, low, high in points]
+    return [list(side) for side in zip(*bars, strict=True)] if any(map(any, bars)) else None
+
+
+def _label(method: str, summary: Summary) -> str:
+    """What a method does, from its configuration: how the text is read, selector and law."""
+    config = summary["configs"].get(method)
+    if config is None:
+        return method
+    selector = f"decoding, {config['selector']}" if method.startswith("decode") else config["selector"]
+    if config["per_head"] is not None:
+        return f"{selector}, calibrated per head"
+    match config["law"]:
+        case "power":
+            law = f"{config['alpha']:.4g} n$^{{{config['exponent']:.3g}}}$ keys"
+        case "fixed":
+            law = f"{config['keys']} keys"
+        case "fraction":
+            law = f"{100 * (config['fraction'] or 0):.3g} % of n"
+        case "log":
+            law = f"{config['alpha']:.3g} ln n keys"
+        case other:
+            law = f"law {other}"
+    return f"{selector}, {law}"
