@@ -15,13 +15,12 @@ from transformers import PreTrainedModel
 
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.diagnostics import observed
 from hf_sparse.machine import is_main_process, my_share
-from hf_sparse.measure.layer_errors import Columns, layer_errors
+from hf_sparse.measure.layer_errors import Columns, block_queries, layer_errors
 from hf_sparse.measure.windows import Window
-from hf_sparse.observe import observed
 from hf_sparse.patching import base_model
 from hf_sparse.results import DENSE, Record, ResultFile, identity, record_key, resume
-from hf_sparse.selectors.grouped import ROWS
 
 COMMAND = "attention-error"
 
@@ -41,12 +40,12 @@ def measure(
     """Attention errors of every layer and head in the first tokens of one window.
 
     Args:
-        model: An unpatched model. All layers are measured, those too that a patch would leave dense by itself.
+        model: An unpatched model. All layers are measured, also those that a patch leaves dense by default.
         window: At least `max(lengths)` tokens.
         lengths: Tokens, rising.
         methods: From `error_methods`.
-        rows_per_length: Rows measured before each length, rounded up to begin with a group of the grouped selector;
-            `None` for all rows that no shorter length has measured.
+        rows_per_length: Queries measured before each length, rounded up to whole groups of the selectors; `None` for
+            all that no shorter length has measured.
         progress: Called after every layer.
 
     Returns:
@@ -60,7 +59,7 @@ def measure(
     if window.length < max(lengths):
         raise ValueError(f"the window has {window.length} tokens, fewer than the length {max(lengths)}")
     found: dict[tuple[int, str], Columns] = {}
-    starts = dict(zip(lengths, _first_rows(lengths, rows_per_length), strict=True))
+    starts = _starts(lengths, rows_per_length, block_queries(methods))
 
     def observer(layer: int, inputs: AttentionCall) -> None:
         heads = inputs.query.shape[1]
@@ -83,10 +82,11 @@ def measure(
     ]
 
 
-def _first_rows(lengths: Sequence[int], rows_per_length: int | None) -> list[int]:
+def _starts(lengths: Sequence[int], rows_per_length: int | None, block: int) -> dict[int, int]:
+    """By length, the first query that is measured: the first of a block."""
     shorter = [0, *lengths[:-1]]
     wanted = shorter if rows_per_length is None else [max(0, length - rows_per_length) for length in lengths]
-    return [start // ROWS * ROWS for start in wanted]
+    return {length: start // block * block for length, start in zip(lengths, wanted, strict=True)}
 
 
 def evaluate(
@@ -113,7 +113,7 @@ def evaluate(
         rows_per_length: As for `measure`.
     """
     configs = {name: config.to_dict() for name, config in methods.items()}
-    starts = dict(zip(lengths, _first_rows(lengths, rows_per_length), strict=True))
+    starts = _starts(lengths, rows_per_length, block_queries(methods))
     model_key = identity(about)
 
     def key(window: Window, length: int, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_sparse.measure.attention_summary import NEEDED, SHAPES, STATISTICS
+from hf_sparse.measure.methods import CALIBRATED
 from hf_sparse.results import DENSE, Summary
 from hf_sparse.tables import Table
 
@@ -24,10 +25,12 @@ _TITLES = {
 }
 
 
-def all_tables(summary: Summary, method: str) -> list[Table]:
-    """Every table; layers are those of `method`."""
+def all_tables(summary: Summary) -> list[Table]:
+    """Every table; layers are shown of the default method, if it was measured."""
     makers = (error_cells, shape_cells, slope_cells, comparison_cells)
-    return [*(cells(summary) for cells in makers), layer_cells(summary, method)]
+    methods = summary["methods"]
+    shown = next(name for name in (CALIBRATED, "grouped", *methods) if name in methods)
+    return [*(cells(summary) for cells in makers), layer_cells(summary, shown)]
 
 
 def error_cells(summary: Summary) -> Table:

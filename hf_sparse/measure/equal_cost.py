@@ -63,7 +63,7 @@ def with_dense_layers(config: SparseAttentionConfig, support: SupportReport) -> 
     """`config` with the layers that it leaves dense in this model spelled out in `dense_layers`."""
     if config.dense_layers is not None:
         return config
-    return replace(config, dense_layers=support.default_dense_layers())
+    return replace(config, dense_layers=tuple(support.default_dense_reasons()))
 
 
 def matched(
@@ -87,7 +87,7 @@ def matched(
         return kept_keys(made, support.layers, lengths)
 
     low, high = 1.0 if law == "fixed" else 1e-4, 1.0 if law == "fraction" else float(max(lengths))
-    for dense in (support.default_dense_layers(), support.sliding_layers):
+    for dense in (tuple(support.default_dense_reasons()), support.sliding_layers):
         plain = replace(config, per_head=None, calibration=None, dense_layers=dense)
         if cost(_with_law(plain, law, low)) <= wanted:
             break

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar, cast, get_args
+from typing import TypeVar, get_args
 
-from hf_sparse.config import SELECTORS, SelectorName, SparseAttentionConfig
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.laws import LawName, match_cost
 from hf_sparse.measure.equal_cost import matched, with_dense_layers
 from hf_sparse.results import DENSE
+from hf_sparse.selectors import SELECTORS, parse_selector, selector_name
 from hf_sparse.support import SupportReport
 
 ConfigT = TypeVar("ConfigT", SparseAttentionConfig, SparseAttentionConfig | None)
@@ -30,7 +31,7 @@ DECODED = ("decode", "decode-topk")
 FIXED_OF = {"topk": "fixed", "grouped": "fixed-grouped"}
 """Adaptive methods, and the method with the same selector that keeps a fixed number of keys at the same total cost."""
 
-EXACT: SelectorName = "topk"
+EXACT = "topk"
 """The selector under which laws are compared, and the method that `attention-error` compares others with."""
 
 CALIBRATED = "calibrated"
@@ -64,7 +65,7 @@ def perplexity_methods(
             case "dense":
                 continue
             case "fixed" | "fixed-grouped":
-                selector: SelectorName = "topk" if name == "fixed" else "grouped"
+                selector = "topk" if name == "fixed" else "grouped"
                 _add(methods, name, replace(_fixed(config, lengths, support), selector=selector))
             case "uniform":
                 _add(methods, name, matched(config, support, lengths, "power"))
@@ -137,9 +138,13 @@ def _add(methods: dict[str, ConfigT], name: str, config: ConfigT) -> None:
 
 def _with_selector(config: SparseAttentionConfig, text: str, known: Sequence[str]) -> tuple[str, SparseAttentionConfig]:
     """`config` with the selector that `text` names, and the name of that selector."""
-    if text not in SELECTORS:
-        raise UserError(f"methods must be among {', '.join(known)}; got {text!r}")
-    return text, replace(config, selector=cast(SelectorName, text))
+    if text not in SELECTORS and ":" not in text:
+        raise UserError(f"methods must be among {', '.join(known)}, or path/to/file.py:ClassName; got {text!r}")
+    selector = parse_selector(text)
+    try:
+        return selector_name(selector), replace(config, selector=selector)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _fixed(config: SparseAttentionConfig, lengths: Sequence[int], support: SupportReport) -> SparseAttentionConfig:

@@ -289,10 +289,13 @@ def _label(method: str, summary: Summary) -> str:
     config = summary["configs"].get(method)
     if config is None:
         return method
-    selector = f"decoding, {config['selector']}" if method.startswith("decode") else config["selector"]
+    # A user's own selector or law is described by a dictionary.
+    selector, law = (part["name"] if isinstance(part, dict) else part for part in (config["selector"], config["law"]))
+    if method.startswith("decode"):
+        selector = f"decoding, {selector}"
     if config["per_head"] is not None:
         return f"{selector}, calibrated per head"
-    match config["law"]:
+    match law:
         case "power":
             law = f"{config['alpha']:.4g} n$^{{{config['exponent']:.3g}}}$ keys"
         case "fixed":
@@ -301,6 +304,4 @@ def _label(method: str, summary: Summary) -> str:
             law = f"{100 * (config['fraction'] or 0):.3g} % of n"
         case "log":
             law = f"{config['alpha']:.3g} ln n keys"
-        case other:
-            law = f"law {other}"
     return f"{selector}, {law}"

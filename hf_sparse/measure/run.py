@@ -26,7 +26,7 @@ from hf_sparse.measure import (
     retrieval_summary,
 )
 from hf_sparse.measure.data import load_documents
-from hf_sparse.measure.methods import CALIBRATED, Methods
+from hf_sparse.measure.methods import Methods
 from hf_sparse.measure.windows import Window, check_lengths, cut_windows
 from hf_sparse.results import (
     ROWS,
@@ -211,8 +211,7 @@ def run_attention_error(
     records = attention_error.evaluate(ready.model, windows, lengths, methods, results, ready.about, rows_per_length)
     with results.summed_up():
         summary = attention_summary.summarise(records, ready.about["seed"])
-        shown = next(name for name in (CALIBRATED, SparseAttentionConfig.selector, *methods) if name in methods)
-        tables = attention_tables.all_tables(summary, shown)
+        tables = attention_tables.all_tables(summary)
     return write_outcome(Outcome(summary, tables), ready.folder, "attention_error.png", plots.plot_attention_error)
 
 
