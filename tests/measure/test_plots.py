@@ -88,7 +88,7 @@ def test_a_panel_has_dense_and_three_methods_and_no_legend(
     assert pixels.shape[1] > 1000
     assert np.ptp(pixels[..., :3]) == 1  # black on white, not an empty canvas
     for axes in figures[0].axes:
-        assert list(lines(axes))[0] == "dense"
+        assert next(iter(lines(axes))) == "dense"
         assert len(lines(axes)) <= 4
         assert axes.get_legend() is None
         assert axes.get_ylabel()

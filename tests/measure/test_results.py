@@ -2,18 +2,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hf_sparse.errors import UserError
-from hf_sparse.results import (
-    ResultFile,
-    commit,
-    provenance,
-    record_key,
-    write_json,
-)
+from hf_sparse.results import Record, ResultFile, commit, provenance, record_key, resume, write_json
 from hf_sparse.share.source import ModelInfo
 from hf_sparse.tables import markdown_table, text_table
 from tests import tiny
@@ -111,6 +106,28 @@ def test_processes_do_not_mix_their_lines(tmp_path: Path) -> None:
     for writer in writers:
         writer.join()
     assert len(ResultFile(path).records()) == 400
+
+
+def test_resume_measures_what_is_missing_and_keeps_the_order(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path / "rows.jsonl")
+    cells = {"a": 1, "b": 2, "c": 3}
+    asked: list[list[str]] = []
+
+    def measure(missing: dict[str, int]) -> Iterator[tuple[str, Record]]:
+        asked.append(list(missing))
+        for key, cell in reversed(missing.items()):
+            if cell == 2 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield key, {"value": 10 * cell}
+
+    with pytest.raises(KeyboardInterrupt):
+        resume(results, cells, measure)
+    assert list(results.records()) == ["c"]
+    with results.path.open("a") as file:
+        file.write('{"key": "b", "val')  # the interrupted record
+    assert [record["value"] for record in resume(results, cells, measure)] == [10, 20, 30]
+    assert [record["value"] for record in resume(results, cells, measure)] == [10, 20, 30]
+    assert asked == [["a", "b", "c"], ["a", "b"], []]
 
 
 def test_a_number_that_json_lacks_is_refused(tmp_path: Path) -> None:
