@@ -94,6 +94,7 @@ class _Panel:
         points: The points of a method.
         scale: Finishes the axes.
         band: Points below which the panel is shaded.
+        by_depth: Whether x is a depth in the text in per cent, and not a length.
     """
 
     title: str
@@ -101,6 +102,7 @@ class _Panel:
     points: Callable[[str], Sequence[Point]]
     scale: Callable[[Axes], object] = field(default=lambda axes: axes.set_ylim(bottom=0))
     band: Sequence[Point] = ()
+    by_depth: bool = False
 
 
 def plot_perplexity(summary: Summary, path: Path) -> None:
@@ -121,7 +123,9 @@ def plot_perplexity(summary: Summary, path: Path) -> None:
     def scale(axes: Axes) -> None:
         # In per cent above dense, on an axis that shows one per cent and fifty at once.
         axes.set_yscale("symlog", linthresh=1.0)
+        limits = axes.get_ylim()
         axes.set_yticks([-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], ["-1", "", "0", "", "1", "2", "5", "10", "20", "50"])
+        axes.set_ylim(limits)
 
     panels = [
         _Panel("Perplexity above dense", "sparse / dense - 1 (%)", above_dense, scale),
@@ -214,14 +218,9 @@ def plot_retrieval(summary: Summary, path: Path) -> None:
     def share(axes: Axes) -> None:
         axes.set_ylim(-3, 103)
 
-    def depth_axis(axes: Axes) -> None:
-        axes.set_xscale("linear")
-        axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100"])
-        share(axes)
-
     panels = [
         _Panel("Codes found again", "exact answers (%)", by_length("accuracy", 100), share),
-        _Panel(f"By depth (%), at {longest:,} tokens", "exact answers (%)", by_depth, depth_axis),
+        _Panel(f"Codes found again at {longest:,} tokens", "exact answers (%)", by_depth, share, by_depth=True),
         _Panel("Cost of the answer", "nats per answer token", by_length("nats", 1)),
     ]
     _draw(summary, "retrieval of codes from a text", panels, path)
@@ -232,32 +231,41 @@ def _draw(
 ) -> None:
     """A line of panels for every three methods, with one legend below."""
     methods = [method for method in dict.fromkeys(row["method"] for row in summary["results"]) if method != DENSE]
-    size = _METHODS_PER_PANEL
-    groups = [methods[i : i + size] for i in range(0, len(methods), size)] or [[]]
+    number = max(1, math.ceil(len(methods) / _METHODS_PER_PANEL))
+    size = math.ceil(len(methods) / number)
+    groups = [methods[i * size : (i + 1) * size] for i in range(number)]
     drawing = figure(4.4 * len(panels), 3.4 * len(groups) + 1.4)
     grid = drawing.subplots(len(groups), len(panels), squeeze=False, sharey="col")
     handles: dict[str, Any] = {}
+    lengths = summary["lengths"]
+    span = math.log2(lengths[-1] / lengths[0]) or 1.0
     for i, group in enumerate(groups):
         for axes, panel in zip(grid[i], panels, strict=True):
             for j, method in enumerate([DENSE, *group]):
-                # Side by side, so that intervals do not cover one another.
-                aside = 2 ** (0.06 * (j - len(group) / 2)) if method != DENSE and "depth" not in panel.title else 1.0
-                points = [(x * aside, *rest) for x, *rest in panel.points(method)]
-                label = _label(method, summary) + (notes or {}).get(method, "")
-                line = {"linestyle": "--" if method == DENSE else "-", "linewidth": 1.6}
+                # Side by side, so that lines and intervals do not cover one another.
+                aside = 0.01 * (j - len(group) / 2) if method != DENSE else 0.0
+                points = panel.points(method)
                 handles[method] = axes.errorbar(
-                    [x for x, *_ in points],
+                    [x + 100 * aside if panel.by_depth else x * 2 ** (span * aside) for x, *_ in points],
                     [value for _, value, *_ in points],
                     yerr=_bars(points),
                     capsize=2,
-                    label=label,
-                    **style(method, methods) | line,
+                    label=_label(method, summary) + (notes or {}).get(method, ""),
+                    linestyle="--" if method == DENSE else "-",
+                    **style(method, methods),
                 )
-            length_axis(axes, summary["lengths"], "context length (tokens)" if i == len(groups) - 1 else "")
             if panel.band:
-                axes.fill_between(*zip(*((x, y) for x, y, *_ in panel.band), strict=True), color="#DDDDDD", zorder=0)
-            panel.scale(axes)
-            axes.set(title=panel.title if i == 0 else "", ylabel=panel.label)
+                n, needed, *_ = zip(*panel.band, strict=True)
+                axes.fill_between(n, needed, color="#DDDDDD", zorder=0)
+    for axes, panel in [each for row in grid for each in zip(row, panels, strict=True)]:
+        length_axis(axes, lengths, "context length (tokens)")
+        if panel.by_depth:
+            axes.set_xscale("linear")
+            axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100"])
+            axes.set_xlabel("depth of the code in the text (%)")
+        panel.scale(axes)
+        axes.set(title=panel.title, ylabel=panel.label)
+
     about, documents = summary["about"], len(summary["documents"])
     model = f"{about['model']['name']} ({about['dtype']})"
     drawing.suptitle(f"{model}: {what}, {documents} document{'s'[: documents > 1]}", fontsize=11)

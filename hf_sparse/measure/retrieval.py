@@ -1,7 +1,7 @@
 """Retrieval of codes ("needles" or "passkeys") from a long text: what a method still finds that was said once.
 
-Sentences such as "The code for Amber is 48213." are inserted at even depths into a text. The model reads the text once;
-then it is asked for each code from a copy of its cache, so that a question does not see the others.
+Sentences such as "The code for Amber is the number 48213." are inserted at even depths into a text. The model reads the
+text once; then it is asked for each code from a copy of its cache, so that a question does not see the others.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ NAMES = (
 
 DIGITS = 5
 
-_FACT = "\nThe code for {name} is {code}.\n"
+_FACT = "\nThe code for {name} is the number {code}.\n"
 _QUESTION = "\n\nWhat is the code for {name}?"
-_ANSWER = "The code for {name} is"
+# Where texts are about programs, what follows "the code is" may be one.
+_ANSWER = "The code for {name} is the number"
 # Stands for the text while a chat template is filled in.
 _PLACE = "(text)"
 

@@ -29,7 +29,7 @@ from hf_sparse.share.source import ModelInfo
 from tests import small, tiny
 from tests.small import run_command
 
-LENGTHS = [200, 240]
+LENGTHS = [220, 250]
 CODES = 3
 CHARACTERS = [*string.ascii_letters, *string.digits, *" .?<>\n"]
 VOCAB = {"#": 0, **{c: i for i, c in enumerate(CHARACTERS, start=1)}}
@@ -81,7 +81,7 @@ def decode(ids: torch.Tensor) -> str:
 def test_codes_lie_at_even_depths_of_the_text(windows: list[Window], prompts: list[Prompt]) -> None:
     for window, prompt in zip(windows, prompts, strict=True):
         whole = decode(prompt.input_ids)
-        facts = [f"\nThe code for {asked.name} is {asked.code}.\n" for asked in prompt.questions]
+        facts = [f"\nThe code for {asked.name} is the number {asked.code}.\n" for asked in prompt.questions]
         rest = whole
         for fact in facts:
             assert whole.count(fact) == 1
@@ -96,7 +96,7 @@ def test_codes_lie_at_even_depths_of_the_text(windows: list[Window], prompts: li
 
 def test_a_base_model_completes_a_sentence(prompts: list[Prompt]) -> None:
     for asked in prompts[0].questions:
-        question = f"\n\nWhat is the code for {asked.name}?\n\nThe code for {asked.name} is"
+        question = f"\n\nWhat is the code for {asked.name}?\n\nThe code for {asked.name} is the number"
         assert decode(asked.input_ids) == question
         assert decode(asked.answer_ids) == f" {asked.code}"
         assert len(asked.code) == 5
@@ -106,18 +106,18 @@ def test_a_chat_model_is_asked_in_its_template(windows: list[Window]) -> None:
     [prompt] = make_prompts(windows[:1], characters(TEMPLATE), 1, seed=0)
     [asked] = prompt.questions
     assert decode(prompt.input_ids).startswith("<user>")
-    question = f"\n\nWhat is the code for {asked.name}?<assistant>The code for {asked.name} is"
+    question = f"\n\nWhat is the code for {asked.name}?<assistant>The code for {asked.name} is the number"
     assert decode(asked.input_ids) == question
     assert len(prompt.input_ids) + len(asked.input_ids) + len(asked.answer_ids) == windows[0].length
 
 
 def test_an_answer_begins_where_the_tokens_of_the_question_end(windows: list[Window]) -> None:
     """A tokenizer may join the end of a question and the beginning of its answer in one token."""
-    vocab = VOCAB | {f"s {digit}": len(VOCAB) + i for i, digit in enumerate(string.digits)}
-    [prompt] = make_prompts(windows[:1], characters(vocab=vocab, pattern=r"s \d|[\s\S]"), 1, seed=0)
+    vocab = VOCAB | {f"r {digit}": len(VOCAB) + i for i, digit in enumerate(string.digits)}
+    [prompt] = make_prompts(windows[:1], characters(vocab=vocab, pattern=r"r \d|[\s\S]"), 1, seed=0)
     [asked] = prompt.questions
-    assert asked.answer_ids[0] == vocab[f"s {asked.code[0]}"]
-    assert decode(asked.input_ids).endswith(f"The code for {asked.name} i")
+    assert asked.answer_ids[0] == vocab[f"r {asked.code[0]}"]
+    assert decode(asked.input_ids).endswith(f"The code for {asked.name} is the numbe")
     assert decode(asked.answer_ids[1:]) == asked.code[1:]
 
 
@@ -134,7 +134,7 @@ def test_codes_are_those_of_the_document_and_the_seed(windows: list[Window], pro
 
 @pytest.mark.parametrize(
     ("codes", "message"),
-    [(0, "codes must be between 1 and 24; got 0"), (25, "got 25"), (5, "length 200 is too short: 5 codes and a")],
+    [(0, "codes must be between 1 and 24; got 0"), (25, "got 25"), (5, "length 220 is too short: 5 codes and a")],
 )
 def test_codes_that_do_not_fit_are_refused(windows: list[Window], codes: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -284,11 +284,11 @@ def test_the_command_writes_what_it_prints(
     tiny.model("llama").save_pretrained("tiny-llama")
     characters(TEMPLATE).save_pretrained("tiny-llama")
     Path("a.txt").write_text(text(300))
-    options = ["--text", "a.txt", "--lengths", "200,240", "--codes", "2", "--methods", "window", "--device", "cpu"]
+    options = ["--text", "a.txt", "--lengths", "220,250", "--codes", "2", "--methods", "window", "--device", "cpu"]
     command = ["retrieval", "tiny-llama", *options, "--dense-below", "8", "--min-keys", "4", "--output", "out"]
     assert run_command(*command) == 0
     printed = capsys.readouterr().out
-    assert "found at 240 tokens" in printed
+    assert "found at 250 tokens" in printed
     assert "bootstrap over questions of the one document" in printed
     assert {path.name for path in Path("out").iterdir()} == {"rows.jsonl", "summary.json", "tables.md", "retrieval.png"}
     assert run_command(*command, "--json") == 0
