@@ -159,6 +159,34 @@ def test_a_layer_knows_what_it_holds() -> None:
     assert not layer.holds(keys)
 
 
+def test_the_copy_without_hidden_keys_grows_with_its_layer() -> None:
+    layer = SparseLayer()
+    layer.update(*states(50))
+    shown = torch.tensor([[0, 1, 3, *range(5, 50)], [2, *range(3, 50)]])
+
+    def check() -> Tensor:
+        keys, values, quantised = layer.without_hidden(shown)
+        index = shown[:, None, :, None].expand(-1, HEADS, -1, DIM)
+        assert torch.equal(keys, layer.keys.gather(2, index))
+        assert torch.equal(values, layer.values.gather(2, index))
+        assert_those_of(keys, quantised)
+        return keys
+
+    storage = check().data_ptr()
+    for seed in range(3):
+        layer.update(*states(1, seed=seed))
+        shown = torch.nn.functional.pad(shown, (0, 1), value=50 + seed)
+        assert check().data_ptr() == storage
+    layer.reorder_cache(torch.tensor([1, 1]))
+    shown = shown[[1, 1]]
+    check()
+    layer.crop(-3)
+    shown = shown[:, :-3]
+    check()
+    shown = shown[:, 4:]
+    check()
+
+
 class CopiedKeys:
     """Attention that is given keys other than those that the cache has handed out."""
 

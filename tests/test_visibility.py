@@ -152,9 +152,9 @@ def test_padding_by_hand(path: str) -> None:
 def test_keys_that_padding_hides_inside_a_text_are_left_out(path: str) -> None:
     padding = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
     visible = Visible.unpacked(interval_mask(2, 1, 5, q_offset=4, attention_mask=padding), 1)
-    assert visible.intervals.tolist() == [[[[0, 3]]], [[[0, 4]]]]
+    assert visible.intervals.tolist() == [[[[1, 4]]], [[[0, 4]]]]
     assert visible.shown is not None
-    assert visible.shown[0, :3].tolist() == [0, 1, 4]
+    assert visible.shown[0, 1:].tolist() == [0, 1, 4]
     assert visible.shown[1].tolist() == [1, 2, 3, 4]
     # A window counts tokens as they stand, hidden ones too.
     function = masking_utils.sliding_window_causal_mask_function(3)
