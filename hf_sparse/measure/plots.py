@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +45,8 @@ _SPARE = (("#882255", ">"), ("#44AA99", "p"), ("#999933", "H"), ("#AA4499", "d")
 
 _METHODS_PER_PANEL = 3
 
-Point = tuple[float, float, float, float]
-"""x, value, and the ends of its interval."""
+Estimate = tuple[float, float, float]
+"""A value and the ends of its interval."""
 
 
 def style(method: str, methods: Sequence[str] = ()) -> dict[str, Any]:
@@ -86,23 +86,21 @@ def length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
 
 @dataclass(frozen=True)
 class _Panel:
-    """One quantity.
+    """One quantity: its title, the label of the y axis, and how it is drawn.
 
     Attributes:
-        title: What is drawn.
-        label: Of the y axis.
-        points: The points of a method.
-        scale: Finishes the axes.
-        band: Points below which the panel is shaded.
-        by_depth: Whether x is a depth in the text in per cent, and not a length.
+        value: What is drawn of a record of the summary.
+        scale: Finishes the y axis, once everything is drawn.
+        by_depth: Whether x is the depth in the longest text, and not the length.
+        band: Under which values the panel is shaded, of a record of dense attention.
     """
 
     title: str
     label: str
-    points: Callable[[str], Sequence[Point]]
-    scale: Callable[[Axes], object] = field(default=lambda axes: axes.set_ylim(bottom=0))
-    band: Sequence[Point] = ()
+    value: Callable[[Summary], Estimate]
+    scale: Callable[[Axes], object]
     by_depth: bool = False
+    band: Callable[[Summary], float] | None = None
 
 
 def plot_perplexity(summary: Summary, path: Path) -> None:
@@ -115,37 +113,17 @@ def plot_perplexity(summary: Summary, path: Path) -> None:
     Raises:
         UserError: without matplotlib.
     """
-
-    def above_dense(method: str) -> list[Point]:
-        values = ((row["length"], [row[name] for name in ("ratio", "low", "high")]) for row in _of(summary, method))
-        return [(n, *(100 * (ratio - 1) for ratio in ratios)) for n, ratios in values]
-
-    def scale(axes: Axes) -> None:
-        # In per cent above dense, on an axis that shows one per cent and fifty at once.
-        axes.set_yscale("symlog", linthresh=1.0)
-        limits = axes.get_ylim()
-        axes.set_yticks([-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], ["-1", "", "0", "", "1", "2", "5", "10", "20", "50"])
-        axes.set_ylim(limits)
-
+    targets = f"perplexity of the last {summary['targets']:,} tokens"
     panels = [
-        _Panel("Perplexity above dense", "sparse / dense - 1 (%)", above_dense, scale),
-        _Panel(
-            "Perplexity",
-            f"perplexity of the last {summary['targets']:,} tokens",
-            lambda method: [_point(row["length"], row["perplexity"]) for row in _of(summary, method)],
-            lambda axes: None,
-        ),
-        _Panel(
-            "Attended keys",
-            "kept / visible keys, all layers (%)",
-            lambda method: [_point(row["length"], 100 * row["density"]) for row in _of(summary, method)],
-        ),
+        _Panel("Perplexity above dense", "sparse / dense - 1 (%)", _per_cent_above, _one_and_fifty_per_cent),
+        _Panel("Perplexity", targets, lambda row: _exact(row["perplexity"]), lambda axes: None),
+        _Panel("Attended keys", "kept / visible keys (%)", lambda row: _exact(100 * row["density"]), _from_zero),
     ]
     _draw(summary, "perplexity across context lengths", panels, path)
 
 
 def plot_attention_error(summary: Summary, path: Path) -> None:
-    """Draw kept keys, lost mass and output error of the mean query position against the visible keys n, on log axes.
+    """Draw kept keys, lost mass and output error of the mean query against context length, on log axes.
 
     Args:
         summary: From `attention_summary.summarise`.
@@ -154,46 +132,38 @@ def plot_attention_error(summary: Summary, path: Path) -> None:
     Raises:
         UserError: without matplotlib.
     """
-    dense = _of(summary, DENSE)
 
-    def error(metric: str) -> Callable[[str], list[Point]]:
-        def points(method: str) -> list[Point]:
-            if method == DENSE:
-                return [_point(row["length"], 0.0) for row in dense]
-            return [_interval(row["length"], row[metric]["mean"]) for row in _of(summary, method)]
+    def error(metric: str) -> tuple[Callable[[Summary], Estimate], Callable[[Axes], None]]:
+        def value(row: Summary) -> Estimate:
+            return _estimate(row[metric]["mean"]) if row["method"] != DENSE else _exact(0.0)
 
-        return points
+        smallest = min((value(row)[0] for row in summary["results"] if value(row)[0] > 0), default=1.0)
+        threshold = 10.0 ** math.floor(math.log10(smallest))
 
-    def scale(metric: str) -> Callable[[Axes], None]:
-        values = [row[metric]["mean"]["value"] for row in summary["results"] if metric in row]
-        smallest = min((value for value in values if value > 0), default=1.0)
-
-        def with_zero(axes: Axes) -> None:
-            """A log axis with room for dense attention, whose error is 0, at its foot."""
-            threshold = 10.0 ** math.floor(math.log10(smallest))
+        def scale(axes: Axes) -> None:
+            # A log axis, at whose foot there is room for dense attention, whose error is 0.
             axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
             axes.set_ylim(bottom=-threshold / 5)
 
-        return with_zero
+        return value, scale
 
     panels = [
         _Panel(
             "Keys kept (grey: needed for 95 % of the mass)",
-            "keys per query position and head",
-            lambda method: [_point(row["length"], row["kept"]) for row in _of(summary, method)],
+            "keys per query and head",
+            lambda row: _exact(row["kept"]),
             lambda axes: axes.set_yscale("log"),
-            [_interval(row["length"], row["keys_95"]["mean"]) for row in dense],
+            band=lambda row: float(row["keys_95"]["mean"]["value"]),
         ),
-        _Panel("Lost attention mass", "1 - retained mass", error("lost_mass"), scale("lost_mass")),
-        _Panel("Error of a head's output", "error / norm of the output", error("output_error"), scale("output_error")),
+        _Panel("Lost attention mass", "1 - retained mass", *error("lost_mass")),
+        _Panel("Error of a head's output", "error / norm of the output", *error("output_error")),
     ]
-    slopes = {
-        row["method"]: row["slope"]
+    notes = {
+        row["method"]: f"; lost mass grows as n$^{{{row['slope']:+.2f}}}$"
         for row in summary["slopes"]
         if (row["metric"], row["statistic"]) == ("lost_mass", "mean") and row["slope"] is not None
     }
-    notes = {method: f"; lost mass grows as n$^{{{slope:+.2f}}}$" for method, slope in slopes.items()}
-    _draw(summary, "attention error at equal cost, mean query position", panels, path, notes)
+    _draw(summary, "attention error at equal cost, mean query", panels, path, notes)
 
 
 def plot_retrieval(summary: Summary, path: Path) -> None:
@@ -206,22 +176,12 @@ def plot_retrieval(summary: Summary, path: Path) -> None:
     Raises:
         UserError: without matplotlib.
     """
-    longest = summary["lengths"][-1]
-
-    def by_length(name: str, factor: float) -> Callable[[str], list[Point]]:
-        return lambda method: [_interval(row["length"], row[name], factor) for row in _of(summary, method)]
-
-    def by_depth(method: str) -> list[Point]:
-        rows = [row for row in summary["depths"] if (row["method"], row["length"]) == (method, longest)]
-        return [_point(100 * row["depth"], 100 * row["accuracy"]) for row in rows]
-
-    def share(axes: Axes) -> None:
-        axes.set_ylim(-3, 103)
-
+    found, exact = "Codes found again", "exact answers (%)"
+    longest = f"{found} at {summary['lengths'][-1]:,} tokens"
     panels = [
-        _Panel("Codes found again", "exact answers (%)", by_length("accuracy", 100), share),
-        _Panel(f"Codes found again at {longest:,} tokens", "exact answers (%)", by_depth, share, by_depth=True),
-        _Panel("Cost of the answer", "nats per answer token", by_length("nats", 1)),
+        _Panel(found, exact, lambda row: _estimate(row["accuracy"], 100), _all_per_cent),
+        _Panel(longest, exact, lambda row: _exact(100 * row["accuracy"]), _all_per_cent, by_depth=True),
+        _Panel("Cost of the answer", "nats per answer token", lambda row: _estimate(row["nats"]), _from_zero),
     ]
     _draw(summary, "retrieval of codes from a text", panels, path)
 
@@ -230,33 +190,32 @@ def _draw(
     summary: Summary, what: str, panels: Sequence[_Panel], path: Path, notes: dict[str, str] | None = None
 ) -> None:
     """A line of panels for every three methods, with one legend below."""
+    lengths = summary["lengths"]
     methods = [method for method in dict.fromkeys(row["method"] for row in summary["results"]) if method != DENSE]
     number = max(1, math.ceil(len(methods) / _METHODS_PER_PANEL))
     size = math.ceil(len(methods) / number)
-    groups = [methods[i * size : (i + 1) * size] for i in range(number)]
-    drawing = figure(4.4 * len(panels), 3.4 * len(groups) + 1.4)
-    grid = drawing.subplots(len(groups), len(panels), squeeze=False, sharey="col")
+    drawing = figure(4.4 * len(panels), 3.4 * number + 1.4)
+    grid = drawing.subplots(number, len(panels), squeeze=False, sharey="col")
     handles: dict[str, Any] = {}
-    lengths = summary["lengths"]
-    span = math.log2(lengths[-1] / lengths[0]) or 1.0
-    for i, group in enumerate(groups):
-        for axes, panel in zip(grid[i], panels, strict=True):
-            for j, method in enumerate([DENSE, *group]):
+    for i, row in enumerate(grid):
+        for axes, panel in zip(row, panels, strict=True):
+            for j, method in enumerate([DENSE, *methods[i * size : (i + 1) * size]]):
+                x, estimates = _points(summary, panel, method)
                 # Side by side, so that lines and intervals do not cover one another.
-                aside = 0.01 * (j - len(group) / 2) if method != DENSE else 0.0
-                points = panel.points(method)
+                aside = 0.01 * (j - size / 2) if method != DENSE else 0.0
+                span = 100.0 if panel.by_depth else math.log2(lengths[-1] / lengths[0]) or 1.0
                 handles[method] = axes.errorbar(
-                    [x + 100 * aside if panel.by_depth else x * 2 ** (span * aside) for x, *_ in points],
-                    [value for _, value, *_ in points],
-                    yerr=_bars(points),
+                    [at + span * aside if panel.by_depth else at * 2 ** (span * aside) for at in x],
+                    [value for value, *_ in estimates],
+                    yerr=_bars(estimates),
                     capsize=2,
                     label=_label(method, summary) + (notes or {}).get(method, ""),
                     linestyle="--" if method == DENSE else "-",
                     **style(method, methods),
                 )
             if panel.band:
-                n, needed, *_ = zip(*panel.band, strict=True)
-                axes.fill_between(n, needed, color="#DDDDDD", zorder=0)
+                dense = [record for record in summary["results"] if record["method"] == DENSE]
+                axes.fill_between(lengths, [panel.band(record) for record in dense], color="#DDDDDD", zorder=0)
     for axes, panel in [each for row in grid for each in zip(row, panels, strict=True)]:
         length_axis(axes, lengths, "context length (tokens)")
         if panel.by_depth:
@@ -265,7 +224,6 @@ def _draw(
             axes.set_xlabel("depth of the code in the text (%)")
         panel.scale(axes)
         axes.set(title=panel.title, ylabel=panel.label)
-
     about, documents = summary["about"], len(summary["documents"])
     model = f"{about['model']['name']} ({about['dtype']})"
     drawing.suptitle(f"{model}: {what}, {documents} document{'s'[: documents > 1]}", fontsize=11)
@@ -274,22 +232,46 @@ def _draw(
     drawing.savefig(path, dpi=150)
 
 
-def _of(summary: Summary, method: str) -> list[Summary]:
-    return [row for row in summary["results"] if row["method"] == method]
+def _points(summary: Summary, panel: _Panel, method: str) -> tuple[list[float], list[Estimate]]:
+    rows = [row for row in summary["depths" if panel.by_depth else "results"] if row["method"] == method]
+    if panel.by_depth:
+        rows = [row for row in rows if row["length"] == summary["lengths"][-1]]
+    return [100 * row["depth"] if panel.by_depth else row["length"] for row in rows], list(map(panel.value, rows))
 
 
-def _point(x: float, value: float) -> Point:
-    return x, value, value, value
+def _exact(value: float) -> Estimate:
+    return value, value, value
 
 
-def _interval(x: float, estimate: Summary, factor: float = 1.0) -> Point:
-    return x, factor * estimate["value"], factor * estimate["low"], factor * estimate["high"]
+def _estimate(row: Summary, factor: float = 1.0) -> Estimate:
+    return factor * row["value"], factor * row["low"], factor * row["high"]
 
 
-def _bars(points: Iterable[Sequence[float]]) -> list[list[float]] | None:
+def _per_cent_above(row: Summary) -> Estimate:
+    value, low, high = (100 * (row[name] - 1) for name in ("ratio", "low", "high"))
+    return value, low, high
+
+
+def _bars(estimates: Sequence[Estimate]) -> list[list[float]] | None:
     """Lengths of the error bars below and above; an interval may miss its value by rounding."""
-    bars = [[max(0.0, value - low), max(0.0, high - value)] for _, value, low, high in points]
+    bars = [[max(0.0, value - low), max(0.0, high - value)] for value, low, high in estimates]
     return [list(side) for side in zip(*bars, strict=True)] if any(map(any, bars)) else None
+
+
+def _from_zero(axes: Axes) -> None:
+    axes.set_ylim(bottom=0)
+
+
+def _all_per_cent(axes: Axes) -> None:
+    axes.set_ylim(-3, 103)
+
+
+def _one_and_fifty_per_cent(axes: Axes) -> None:
+    """An axis that shows one per cent and fifty at once."""
+    axes.set_yscale("symlog", linthresh=1.0)
+    limits = axes.get_ylim()
+    axes.set_yticks([-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], ["-1", "", "0", "", "1", "2", "5", "10", "20", "50"])
+    axes.set_ylim(limits)
 
 
 def _label(method: str, summary: Summary) -> str:
