@@ -27,9 +27,9 @@ from hf_sparse.bench.timing import Rounds, with_peak
 from hf_sparse.call import AttentionCall
 from hf_sparse.errors import UserError
 from hf_sparse.machine import device_name
-from hf_sparse.measure.tables import markdown_table
 from hf_sparse.results import ResultFile
-from hf_sparse.selectors import SELECTORS
+from hf_sparse.selectors.grouped import Grouped
+from hf_sparse.tables import markdown_table
 from hf_sparse.visibility import interval_to_mask
 from tests import small, tiny
 from tests.small import run_command
@@ -123,14 +123,12 @@ def test_a_sparse_step_is_taken_back_before_the_next() -> None:
 def test_sparse_steps_round_only_new_keys() -> None:
     seen = []
 
-    class Watching(type(SELECTORS["grouped"])):  # type: ignore[misc]
-        name = "watching"
-
+    class Watching(Grouped):
         def select(self, call: AttentionCall, *args: Any) -> Any:
             seen.append(call.quantised)
             return super().select(call, *args)
 
-    config = SparseAttentionConfig(selector=Watching(), dense_below=0)
+    config = SparseAttentionConfig(selector=Watching(name="watching"), dense_below=0)
     step = SparseStep(gaussian(SHAPE, torch.float32, CPU, 0).decode(300, 0), LayerState(0, config))
     step.attend()
     step.undo().attend()

@@ -158,7 +158,7 @@ def test_a_line_that_is_no_row_is_refused_before_anything_is_measured(
     (tmp_path / name).write_bytes(b"\n".join([good, line, good, b""]))
     before = (tmp_path / name).read_bytes()
     said = refusal(capsys, *command.split(), "--output", str(tmp_path))
-    assert f"{name}: line 2 is not a row: " in said
+    assert f"{name}: line 2 is not a record: " in said
     assert "delete the file, or take another folder" in said
     assert (tmp_path / name).read_bytes() == before
 
@@ -177,7 +177,7 @@ def test_stored_rows_that_cannot_be_summed_up_are_refused(
     capsys.readouterr()
     assert run_command(*PERPLEXITY.split(), *out) == 2
     said = capsys.readouterr().err
-    assert "rows.jsonl: its rows cannot be summed up: " in said
+    assert "rows.jsonl: its records cannot be summed up: " in said
     assert "Traceback" not in said
     assert (tmp_path / "summary.json").read_bytes() == summary
 
@@ -186,7 +186,7 @@ def test_an_error_of_ours_is_not_blamed_on_stored_rows(tmp_path: Path, monkeypat
     def broken(*_: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("hf_sparse.cli.runs.perplexity_summary.summarise", broken)
+    monkeypatch.setattr("hf_sparse.measure.run.perplexity_summary.summarise", broken)
     with pytest.raises(KeyError, match="a bug"):
         hf_sparse.cli.main([*PERPLEXITY.split(), "--output", str(tmp_path)])
 

@@ -5,33 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse.bench.summary import Summary
 from hf_sparse.bench.tables import TITLES, break_even_text, time_text
-from hf_sparse.bench.tasks import BASELINES, DYNAMIC, FLEX, MASKED, SDPA, SPARSE, STATIC
-from hf_sparse.measure.plots import figure, length_axis
+from hf_sparse.bench.tasks import BASELINES, SPARSE
+from hf_sparse.measure.plots import figure, length_axis, style
+from hf_sparse.results import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # More lines in a panel are hard to tell apart.
 _MOST_LINES = 4
-
-# The palette of Okabe and Ito, and markers for print in grey.
-_STYLES = {
-    SDPA: ("#000000", "s"),
-    "eager": ("#56B4E9", "D"),
-    MASKED: ("#D55E00", "v"),
-    DYNAMIC: ("#D55E00", "v"),
-    STATIC: ("#E69F00", "D"),
-    FLEX: ("#009E73", "^"),
-    "flash": ("#56B4E9", "X"),
-    "cudnn": ("#0072B2", "o"),
-    SPARSE: ("#CC79A7", "P"),
-    "grouped": ("#CC79A7", "P"),
-    "topk": ("#0072B2", "o"),
-    "window": ("#009E73", "X"),
-}
-_OTHER = ("#8C510A", "<")
 
 
 def plot_bench(summary: Summary, path: Path) -> None:
@@ -70,12 +53,11 @@ def draw_method(axes: Axes, method: str, results: list[Summary], value: str, exp
 
     Args:
         axes: Where to draw.
-        method: Its name. Unknown ones get a colour, too.
+        method: Its name.
         results: Each with a `length`, by length, and the interval `low` to `high` if it has one.
         value: The key of what is drawn.
         exponent: `None` if there is none.
     """
-    color, marker = _STYLES.get(method, _OTHER)
     bars: Any = None
     if all("low" in each for each in results):
         bars = [[abs(each[value] - each[end]) for each in results] for end in ("low", "high")]
@@ -85,8 +67,7 @@ def draw_method(axes: Axes, method: str, results: list[Summary], value: str, exp
         [each[value] for each in results],
         yerr=bars,
         capsize=2,
-        color=color,
-        marker=marker,
+        **style(method),
         label=method if exponent is None else f"{method}: n$^{{{exponent:.2f}}}$",
     )
 

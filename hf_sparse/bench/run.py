@@ -18,12 +18,11 @@ from hf_sparse.bench.tasks import COMMAND, LAYER_TASKS, TASKS, BenchSettings
 from hf_sparse.kernels import cpu
 from hf_sparse.measure.data import load_documents
 from hf_sparse.measure.windows import cut_windows
-from hf_sparse.results import ResultFile, Row, provenance, row_key
+from hf_sparse.results import Record, ResultFile, provenance, record_key, resume
 from hf_sparse.share.source import ModelSource, check_config
 
 # Tokens of text on which a real layer's inputs are captured, at most; longer inputs repeat them.
 _CAPTURED = 8192
-_CHARS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,12 @@ class BenchModel:
     """
 
     settings: BenchSettings
-    about: Row
+    about: Record
     inputs: LayerInputs | None
     generation: Generation | None
     prompts: dict[int, Tensor]
 
-    def conditions(self, task: str) -> Row:
+    def conditions(self, task: str) -> Record:
         """What decides the times of a task, besides `about` and length: inputs, configuration, methods."""
         settings = self.settings
         effort = {**asdict(settings.rounds), "left_out": sorted(settings.left_out)}
@@ -106,8 +105,7 @@ def loaded(settings: BenchSettings, source: ModelSource, text: str | None, dtype
     info = source.info()
     captured = min(_CAPTURED, info.max_positions or _CAPTURED)
     lengths = sorted({*settings.prompt_lengths, *([captured] if settings.times_layer else [])})
-    least = _CHARS_PER_TOKEN * (lengths[-1] + 1)
-    document = load_documents([] if text is None else [text], count=1, min_chars=least)[0]
+    document = load_documents([] if text is None else [text], count=1, tokens=lengths[-1] + 1)[0]
     windows = cut_windows([document], source.tokenizer(), lengths, targets=1)
     prompts = {window.length: window.input_ids for window in windows}
     made = source.model(dtype=dtype, device_map=device)
@@ -122,7 +120,7 @@ def loaded(settings: BenchSettings, source: ModelSource, text: str | None, dtype
     )
 
 
-def evaluate(model: BenchModel, results: ResultFile) -> list[Row]:
+def evaluate(model: BenchModel, results: ResultFile) -> list[Record]:
     """Make all measurements that `results` does not hold yet, and return the records of all.
 
     A record holds `key`, `command`, `kind` (the task), `length`, `methods`, the conditions of the task and the model's
@@ -133,20 +131,15 @@ def evaluate(model: BenchModel, results: ResultFile) -> list[Row]:
     for task in TASKS:
         for length in model.settings.lengths[task]:
             place = {"command": COMMAND, "kind": task, "length": length, **model.conditions(task)}
-            wanted[row_key(**place, **machine)] = place
+            wanted[record_key(**place, **machine)] = place
 
-    def measure(missing: Mapping[str, Row]) -> Iterator[tuple[str, Row]]:
+    def measure(missing: Mapping[str, Record]) -> Iterator[tuple[str, Record]]:
         with tqdm(missing.items(), desc=COMMAND, unit="measurement") as bar:
             for key, place in bar:
                 bar.set_postfix_str(f"{place['kind']} {place['length']:,}")
                 yield key, {**place, "methods": model.time(place["kind"], place["length"]), **model.about}
 
-    results.repair()
-    done = results.rows()
-    for key, record in measure({key: place for key, place in wanted.items() if key not in done}):
-        results.append({"key": key, **record})
-    done = results.rows()
-    return [done[key] for key in wanted]
+    return resume(results, wanted, measure)
 
 
 def cpu_capability(device: torch.device) -> dict[str, str | int | None] | None:
@@ -162,5 +155,5 @@ def cpu_capability(device: torch.device) -> dict[str, str | int | None] | None:
     return {"torch": torch.backends.cpu.get_cpu_capability(), "kernel_vector_bits": bits}
 
 
-def _about(model: Row, weights: PreTrainedModel | Tensor, seed: int) -> Row:
+def _about(model: Record, weights: PreTrainedModel | Tensor, seed: int) -> Record:
     return {**provenance(model, weights, seed), "cpu_capability": cpu_capability(weights.device)}

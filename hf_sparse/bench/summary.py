@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean, linear_regression, median
-from typing import Any
 
 from hf_sparse.bench.tasks import BASELINES, LAYER_TASKS, SPARSE
-from hf_sparse.results import Row
-
-Summary = dict[str, Any]
+from hf_sparse.results import Record, Summary
 
 FIT_FROM = 16384
 """Exponents are fitted to lengths from here on, if there are two: below, fixed costs hide how a time grows."""
@@ -21,7 +18,7 @@ _CONDITIONS = ("config", "head_dim", "heads", "inputs", "kv_heads", "new_tokens"
 _FACTS = ("warm_up", "peak_mib", "density", "output_error", "same_tokens")
 
 
-def summarise(rows: Sequence[Row]) -> Summary:
+def summarise(rows: Sequence[Record]) -> Summary:
     """The summary of the records of `run.evaluate`.
 
     Returns:

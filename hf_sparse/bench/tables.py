@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_sparse.bench.summary import Summary
 from hf_sparse.bench.tasks import LAYER_TASKS, SPARSE
-from hf_sparse.measure.tables import Table
+from hf_sparse.results import Summary
+from hf_sparse.tables import Table
 
 TITLES = {
     ("decode", "seconds"): "decode, one layer, n cached keys",

@@ -13,17 +13,16 @@ import typer
 from hf_sparse.bench.plot import plot_bench
 from hf_sparse.bench.run import BenchModel, evaluate, loaded, with_random_weights
 from hf_sparse.bench.shapes import SHAPES, parse_shape
-from hf_sparse.bench.summary import Summary, summarise
+from hf_sparse.bench.summary import summarise
 from hf_sparse.bench.tables import bench_tables
 from hf_sparse.bench.tasks import COMMAND, FLEX, LAYER_TASKS, OPTIONAL, TASKS, BenchSettings, task_lengths
 from hf_sparse.bench.timing import Rounds
 from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integers, read_policy
-from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.machine import find_device
-from hf_sparse.measure.processes import process_state
-from hf_sparse.results import ROWS, ResultFile, check_folder
+from hf_sparse.machine import find_device, process_state
+from hf_sparse.measure.run import Outcome, write_outcome
+from hf_sparse.results import ROWS, ResultFile, Summary, check_folder, default_folder
 from hf_sparse.selectors import SELECTORS, parse_selector
 from hf_sparse.share.source import ModelSource, check_loading
 
@@ -160,7 +159,7 @@ def _random_model(
 
 
 def _checked_folder(run: RunOptions, model: dict[str, Any]) -> Path:
-    folder = run.output or Path("results") / f"{model['name'].removesuffix('.gguf')}-{COMMAND}"
+    folder = run.output or default_folder(model["name"], COMMAND)
     check_folder(folder, COMMAND, model)
     return folder
 

@@ -14,18 +14,15 @@ from hf_sparse.calibration.calibrate import Calibration, run_calibration
 from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import LONGEST, split
 from hf_sparse.cli.options import DenseBelow, MinKeys, RecentKeys, RunOptions, SinkKeys, SparseOptions
-from hf_sparse.cli.runs import Outcome
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
+from hf_sparse.machine import process_state
 from hf_sparse.measure.data import load_documents
 from hf_sparse.measure.perplexity_tables import perplexity_cells
-from hf_sparse.measure.processes import process_state
+from hf_sparse.measure.run import Outcome
 from hf_sparse.measure.tables import Table, markdown_table
 from hf_sparse.results import CALIBRATE, TABLES, check_folder
 from hf_sparse.share.source import ModelSource, check_loading
-
-# Enough rows of a data set are joined for a text of so many characters a token.
-_CHARS_PER_TOKEN = 8
 
 _TEXT = "Text file, folder of .txt and .md, .parquet file, or Hub data set id[:config][@split]. May be repeated."
 
@@ -112,9 +109,9 @@ def run_calibrate(name: str, options: CalibrationOptions, run: RunOptions) -> tu
     folder = run.output or Path("results") / f"{info.name.rpartition('/')[2].removesuffix('.gguf')}-{CALIBRATE}"
     check_folder(folder, CALIBRATE, info.to_dict())
     check_loading(run.dtype, device := run.device or str(process_state().device))
-    characters = _CHARS_PER_TOKEN * (1 + max(options.length or LONGEST, target.length or 0))
+    tokens = 1 + max(options.length or LONGEST, target.length or 0)
     texts, held_out = (
-        load_documents(names, count=options.documents, column=options.column, min_chars=characters)
+        load_documents(names, count=options.documents, column=options.column, tokens=tokens)
         if names is not None
         else None
         for names in (options.text or [], options.held_out)

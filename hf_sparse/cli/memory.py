@@ -12,7 +12,7 @@ import typer
 from hf_sparse.bench.memory import COMMAND, evaluate, memory_tables, plot_memory
 from hf_sparse.bench.shapes import parse_shape
 from hf_sparse.cli.options import Json, Seed, SparseOptions, parse_integers
-from hf_sparse.cli.runs import Outcome, write_outcome
+from hf_sparse.measure.run import Outcome, write_outcome
 from hf_sparse.measure.windows import check_lengths
 from hf_sparse.results import check_folder
 

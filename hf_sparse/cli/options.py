@@ -16,6 +16,7 @@ from hf_sparse.checks import shown
 from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
 from hf_sparse.engines import AUTO
 from hf_sparse.errors import UserError
+from hf_sparse.measure.run import Run, Texts
 from hf_sparse.policy import Policy as ReadPolicy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.share.source import check_device
@@ -42,19 +43,18 @@ DenseBelow = Annotated[
 
 # The largest number in a list: more tokens than any model reads at once.
 _MOST = 1 << 24
-# More threads than this for each processor only wait for one another, and far more of them end the process.
-_THREADS_PER_PROCESSOR = 4
+# More threads than this for each CPU only wait for one another, and far more of them end the process.
+_THREADS_PER_CPU = 4
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Run):
     """How a command runs.
 
     Raises:
         UserError: for a device that is not there, or more threads than are of use here.
     """
 
-    revision: Revision = None
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = "auto"
     device: Annotated[
         str | None,
@@ -66,20 +66,21 @@ class RunOptions:
         Path | None,
         typer.Option(help="Folder for rows, summary and plots.", show_default="results/MODEL-COMMAND; results/theory"),
     ] = None
+    revision: Revision = None
     as_json: Json = False
 
     def __post_init__(self) -> None:
         check_device(self.device)
-        processors = os.cpu_count() or 1
-        if self.threads is not None and self.threads > _THREADS_PER_PROCESSOR * processors:
+        cpus = os.cpu_count() or 1
+        if self.threads is not None and self.threads > _THREADS_PER_CPU * cpus:
             raise UserError(
-                f"threads must be at most {_THREADS_PER_PROCESSOR * processors}, {_THREADS_PER_PROCESSOR} for each of "
-                f"the {processors} processors here; got {self.threads}"
+                f"threads must be at most {_THREADS_PER_CPU * cpus}, {_THREADS_PER_CPU} for each of the {cpus} CPUs "
+                f"here; got {self.threads}"
             )
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Texts):
     """Which tokens are evaluated."""
 
     text: Annotated[
@@ -94,8 +95,8 @@ class DataOptions:
         int, typer.Option(min=1, help="Documents taken from a data set, parquet file or the default text.")
     ] = 4
     column: Annotated[str, typer.Option(help="Column of a data set that holds the text.")] = "text"
-    lengths: Annotated[str, typer.Option(help="Input lengths in tokens, rising.")] = "512,1024,2048,4096"
     offset: Annotated[int, typer.Option(min=0, help="Tokens to leave out at the start of each document.")] = 0
+    lengths: Annotated[str, typer.Option(help="Input lengths in tokens, rising.")] = "512,1024,2048,4096"
 
     def parsed_lengths(self) -> list[int]:
         """The lengths as numbers; what they must satisfy is checked by `check_lengths`."""

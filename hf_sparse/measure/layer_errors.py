@@ -12,14 +12,12 @@ from torch import Tensor
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.diagnostics import DenseBlock, concentration, query_errors
+from hf_sparse.results import DENSE
 from hf_sparse.selectors import find_selector
 from hf_sparse.selectors.grouped import GROUP_QUERIES
 from hf_sparse.visibility import interval_to_mask
 
 Columns = dict[str, list[float]]
-
-DENSE = "dense"
-"""Method under which dense attention itself is described."""
 
 WORST = 0.01
 """Share of the rows that counts as the worst."""
@@ -35,7 +33,7 @@ def layer_errors(
     Args:
         layer: Index of the layer, for laws calibrated per layer.
         inputs: The attention call of one sequence, all of its rows.
-        start: First row; a multiple of `GROUP_QUERIES`, where the groups of the grouped selector begin.
+        start: First row; a multiple of `block_queries(methods)`.
         stop: Row after the last.
         methods: Configurations by name. Of each its selector, `sink_keys`, `recent_keys` and budget law are used, or
             all keys if it names the layer in `dense_layers`.
@@ -51,10 +49,8 @@ def layer_errors(
 
         Padding rows count nowhere.
     """
-    blocks = [
-        _block_values(layer, inputs.queries(i, min(i + GROUP_QUERIES, stop)), methods)
-        for i in range(start, stop, GROUP_QUERIES)
-    ]
+    size = block_queries(methods)
+    blocks = [_block_values(layer, inputs.queries(i, min(i + size, stop)), methods) for i in range(start, stop, size)]
     visible = inputs.visible[:, start:stop].flatten().cpu()
     seen = visible > 0
     mean_visible = visible[seen].double().mean().item()
@@ -69,6 +65,11 @@ def layer_errors(
         else:
             columns |= _statistics(metric, per_head)
     return {method: _rounded(columns) for method, columns in out.items()}
+
+
+def block_queries(methods: Mapping[str, SparseAttentionConfig]) -> int:
+    """Queries that are measured at once: blocks of this many cut no selector's group in two."""
+    return math.lcm(GROUP_QUERIES, *(find_selector(config.selector).group_queries for config in methods.values()))
 
 
 def _statistics(metric: str, rows: Tensor) -> Columns:
