@@ -1,18 +1,20 @@
-"""Exponents of n: fitted slopes on logarithms, with intervals over independent repeats, and what they are called."""
+"""Exponents of n with intervals over independent repeats, closed forms for normal logits, and numbers for files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-CONFIDENCE = 0.95
+from hf_sparse.results import Row
 
+FloatArray = NDArray[np.float64]
+CONFIDENCE = 0.95
 Trend = Literal["falls", "falls slowly", "level", "rises"]
 
 
@@ -40,25 +42,28 @@ class Interval:
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
+def log_log_slope(x: ArrayLike, y: ArrayLike) -> Any:
+    """The exponent e of y ~ x^e by least squares on logarithms: a float, or one for each column of `y` `(x, ...)`."""
+    return np.polyfit(np.log(x), np.log(y), 1)[0]
+
+
 def slope(lengths: Sequence[int], errors: ArrayLike) -> Interval:
-    """The exponent e of errors ~ n^e: least squares on logarithms in each repeat, then mean and interval.
+    """The exponent e of errors ~ n^e, its mean and interval over the repeats.
 
     Args:
         lengths: n, two or more.
-        errors: `(lengths, repeats)`; what is below the rounding error of a mass is taken for that.
+        errors: `(lengths, repeats)`; raised to the rounding error of a mass where they are below it.
     """
-    floored = np.maximum(np.asarray(errors, np.float64), np.finfo(np.float64).eps)
-    return Interval.of(np.polyfit(np.log(lengths), np.log(floored), 1)[0])
+    return Interval.of(log_log_slope(lengths, np.maximum(np.asarray(errors, np.float64), np.finfo(np.float64).eps)))
 
 
 def trend(lengths: Sequence[int], fit: Interval) -> Trend:
-    """What a slope over `lengths` means.
+    """The meaning of a slope over `lengths`.
 
     `falls`: surely faster than 1 / ln n does over the same lengths, so like a power of n; `falls slowly`: surely, but
     not surely faster than 1 / ln n; `rises`: surely; `level`: neither.
     """
-    logarithm = float(np.polyfit(np.log(lengths), -np.log(np.log(lengths)), 1)[0])
-    if fit.high < logarithm:
+    if fit.high < log_log_slope(lengths, 1 / np.log(lengths)):
         return "falls"
     if fit.high < 0:
         return "falls slowly"
@@ -88,3 +93,39 @@ def random_energy_exponent(scale: float) -> float:
 def freezing_norm(n: float) -> float:
     """sqrt(2 ln n): the deviation of n independent normal logits at which few keys take all the mass."""
     return math.sqrt(2 * math.log(n))
+
+
+def shortened(value: Any) -> Any:
+    """`value` as JSON: numbers cut to four significant digits, keys as strings."""
+    if isinstance(value, dict):
+        return {str(name): shortened(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [shortened(entry) for entry in value]
+    return float(f"{value:.4g}")
+
+
+def quartiles(values: ArrayLike) -> dict[str, float]:
+    """Quartiles of all entries."""
+    return dict(zip(("low", "median", "high"), np.quantile(values, [0.25, 0.5, 0.75]).tolist(), strict=True))
+
+
+def by_length(records: Sequence[Row], part: str, name: str) -> dict[int, FloatArray]:
+    """One entry of the layers in `records[...][part]`, by n: the mean over documents, `(heads of all layers, ...)`."""
+    found: dict[int, list[list[float]]] = {}
+    for record in records:
+        here: dict[int, list[float]] = {}
+        for layer in record[part]:
+            here.setdefault(layer["n"], []).extend(layer[name])
+        for n, values in here.items():
+            found.setdefault(n, []).append(values)
+    return {n: np.mean(values, axis=0) for n, values in sorted(found.items())}
+
+
+def medians(columns: dict[int, FloatArray]) -> list[float]:
+    """The median head at each n."""
+    return [float(np.median(values)) for values in columns.values()]
+
+
+def bands(columns: dict[int, FloatArray]) -> FloatArray:
+    """Quartiles of the heads at each n, `(3, lengths)`, as `Panel` draws them: low, median, high."""
+    return np.array([list(quartiles(values).values()) for values in columns.values()]).T
