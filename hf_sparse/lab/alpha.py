@@ -11,26 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hf_sparse.calibration.projection import output_weights
+from hf_sparse.lab import fits, probe
 from hf_sparse.lab.bounds import certificate, max_entry_floor, output_bound
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting, Verdict, decide
-from hf_sparse.lab.fits import FloatArray, by_length, log_log_slope, shortened
-from hf_sparse.lab.model import (
-    QUERIES,
-    Layer,
-    Sample,
-    find_window,
-    layers_of,
-    longest_windows,
-    row_lengths,
-    visit_samples,
-    window_cell,
-)
+from hf_sparse.lab.experiment import Cell, Claim, Experiment, Findings, Setting
+from hf_sparse.lab.fits import FloatArray
 from hf_sparse.lab.plots import Panel
-from hf_sparse.lab.topk import TopK
+from hf_sparse.lab.topk import NORMS, top_k_errors
 from hf_sparse.results import Row
 from hf_sparse.row_errors import row_shape
 
@@ -48,33 +39,58 @@ WORST = 0.05
 
 RULE = "alpha sqrt(n)"
 BEST = "best alpha n^C"
+MASS = "per head, by 95 % mass"
 OURS = "per head, by error"
 BOUNDS = ("lost", "certified", "max_entry", "floor", "output", "output_bound")
 
 _GRID = [(alpha, exponent) for exponent in (0.0, 0.25, 0.5, 0.75, 1.0) for alpha in np.geomspace(0.01, 4096, 60)]
 _STEPS = 60
+_WHERE = "squared output error of exact top-k at equal cost, n = {first:,} to {n:,}, every head, held-out text"
+_EVIDENCE = ["keys a query", "held_out_error_over_rule", "best single law", "error_in_worst_heads"]
+
+CLAIMS = (
+    Claim(
+        "alpha by an objective (least output error at the price of a key, per head) beats alpha sqrt(n) and laws "
+        "fitted to retained mass",
+        "derived here",
+        lambda q: q["ratio"][OURS] < 0.95 * min(value for name, value in q["ratio"].items() if name != OURS),
+        _EVIDENCE,
+        _WHERE,
+    ),
+    Claim(
+        "an adaptive window alpha n^C, 0 < C < 1, has less error than a fixed one at equal cost over lengths",
+        "abstract",
+        lambda q: min(q["ratio"][RULE], q["ratio"][BEST]) < q["ratio"]["fixed"],
+        _EVIDENCE,
+        _WHERE,
+    ),
+    Claim(
+        "the certificate from kept logits is informative on real rows: below one half",
+        "derived here",
+        lambda q: q["share_certified_below_half"],
+        ["kept keys", "bounds", "share_certified_below_half"],
+        "exact top-k, every head of the layers that see {n:,} keys",
+    ),
+)
 
 
 def cells(setting: Setting) -> Sequence[Cell]:
     """Every document."""
-    more = {"rows": QUERIES[setting.scale], "alpha": ALPHA[setting.scale], "least": LEAST[setting.scale]}
-    return [window_cell(window, **more) for window in longest_windows(setting.subject)]
+    more = {"rows": probe.QUERIES[setting.scale], "alpha": ALPHA[setting.scale], "least": LEAST[setting.scale]}
+    return [probe.window_cell(window, **more) for window in probe.longest_windows(setting)]
 
 
 def measure(cell: Cell, setting: Setting) -> Row:
     """See `head_errors`: a list with an entry per layer and n."""
-    subject = setting.subject
-    layers = {layer.index: layer for layer in layers_of(subject.model)}
-    found: list[Row] = []
+    model = setting.subject.model
+    layers = {layer.index: layer for layer in probe.layers_of(model)}
 
-    def visit(sample: Sample) -> None:
+    def look(sample: probe.Sample) -> Row:
         needed = row_shape(sample.dense)["keys_95"][0].mean(-1).tolist()
-        entry = head_errors(sample, layers[sample.layer], cell["alpha"]) | {"keys_95": needed}
-        found.append({"layer": sample.layer, "n": sample.length, **shortened(entry)})
+        return head_errors(sample, layers[sample.layer], cell["alpha"]) | {"keys_95": needed}
 
-    lengths = row_lengths(cell["length"], cell["least"])
-    visit_samples(subject.model, find_window(subject, cell), lengths, cell["rows"], visit)
-    return {"curves": found}
+    window, lengths = probe.find_window(cell, setting), probe.row_lengths(cell["length"], cell["least"])
+    return {"curves": probe.visit_samples(model, window, lengths, cell["rows"], look)}
 
 
 def key_counts(length: int) -> list[int]:
@@ -82,7 +98,7 @@ def key_counts(length: int) -> list[int]:
     return [LEAST_KEYS << i for i in range(32) if LEAST_KEYS << i < length]
 
 
-def head_errors(sample: Sample, layer: Layer, alpha: float) -> dict[str, FloatArray]:
+def head_errors(sample: probe.Sample, layer: probe.Layer, alpha: float) -> dict[str, Any]:
     """Errors of exact top-k for every head, means over the queries.
 
     Returns:
@@ -97,30 +113,27 @@ def head_errors(sample: Sample, layer: Layer, alpha: float) -> dict[str, FloatAr
     projection = output_weights(layer.attention, len(weights), values.shape[-1]).double().cpu().numpy()
     exact = np.einsum("hqk,hkd->hqd", weights, values, optimize=True)
     whole = np.square(np.einsum("hqd,hod->qo", exact, projection, optimize=True)).sum(-1).clip(min=1e-30)
-    columns: dict[str, list[FloatArray]] = {}
+    heads = []
     for head, own in enumerate(values):
         diameter = 2 * float(np.linalg.norm(own - own.mean(0), axis=1).max())
         gram = projection[head].T @ projection[head]
-        queries: dict[str, list[FloatArray]] = {}
+        queries = []
         for query, visible in enumerate(sample.visible.tolist()):
             kept = min(math.ceil(alpha * math.sqrt(sample.length)), visible)
-            top = TopK.of(weights[head, query], own, [*counts, kept])
-            difference, tau = top.renormalised, float(top.lost[-1])
-            squared = ((difference @ gram) * difference).sum(-1).clip(min=0) / whole[query]
+            errors, difference = top_k_errors(weights[head, query], own, [*counts, kept])
+            here = dict(zip(NORMS, errors[:, -1], strict=True))
             found = {
-                "error": squared[:-1],
-                "lost": tau,
+                "error": ((difference @ gram) * difference).sum(-1)[:-1].clip(min=0) / whole[query],
+                "lost": here["lost mass"],
                 "certified": certificate(np.sort(logits[head, query])[-kept:], visible - kept),
-                "max_entry": top.largest[-1],
-                "floor": max_entry_floor(tau, kept),
-                "output": np.linalg.norm(difference[-1]),
-                "output_bound": output_bound(tau, diameter),
+                "max_entry": here["max entry"],
+                "floor": max_entry_floor(here["lost mass"], kept),
+                "output": here["output"],
+                "output_bound": output_bound(here["lost mass"], diameter),
             }
-            for name, value in found.items():
-                queries.setdefault(name, []).append(np.asarray(value))
-        for name, parts in queries.items():
-            columns.setdefault(name, []).append(np.mean(parts, axis=0))
-    return {name: np.array(column) for name, column in columns.items()}
+            queries.append(found)
+        heads.append({name: np.mean([found[name] for found in queries], axis=0) for name in queries[0]})
+    return {name: [found[name] for found in heads] for name in heads[0]}
 
 
 @dataclass(frozen=True)
@@ -140,9 +153,10 @@ class Curves:
     @classmethod
     def of(cls, records: Sequence[Row]) -> Curves:
         """The mean curves of some documents."""
-        error, needed = (by_length(records, "curves", name) for name in ("error", "keys_95"))
-        counts = {n: np.array([*key_counts(n), n], np.float64) for n in error}
-        return cls(counts, {n: np.pad(curves, ((0, 0), (0, 1))) for n, curves in error.items()}, needed)
+        columns = fits.by_length(records, "curves")
+        counts = {n: np.array([*key_counts(n), n], np.float64) for n in columns["error"]}
+        error = {n: np.pad(curves, ((0, 0), (0, 1))) for n, curves in columns["error"].items()}
+        return cls(counts, error, columns["keys_95"])
 
     @property
     def lengths(self) -> list[int]:
@@ -155,13 +169,10 @@ class Curves:
         return len(self.error[self.lengths[0]])
 
     def errors(self, keys: FloatArray) -> FloatArray:
-        """Errors under `keys` `(lengths, heads, laws)`: the same shape, linear in log k between the measured k."""
+        """Errors under `keys` `(lengths, heads, ...)`: the same shape, linear in log k between the measured k."""
         return np.array(
             [
-                [
-                    np.interp(np.log(k), np.log(self.counts[n]), errors)
-                    for k, errors in zip(own, self.error[n], strict=True)
-                ]
+                [np.interp(np.log(k), np.log(self.counts[n]), errors) for k, errors in zip(own, self.error[n], strict=True)]
                 for n, own in zip(self.lengths, keys, strict=True)
             ]
         )
@@ -195,10 +206,10 @@ def laws_of(curves: Curves, cost: float) -> dict[str, Law]:
         return spend(lambda alpha: (alpha * ones, exponent * ones), lengths, cost)
 
     def error(law: Law) -> float:
-        return float(curves.errors(keys_of(law, lengths)[..., None]).sum())
+        return float(curves.errors(keys_of(law, lengths)).sum())
 
     needed = np.stack(list(curves.needed.values()))
-    slopes = log_log_slope(lengths, needed)
+    slopes = fits.log_log_slope(lengths, needed)
     level = np.exp(np.log(needed).mean(0) - slopes * np.log(lengths).mean())
     exponents = np.clip(slopes, 0, 1)
     # Errors and costs of a grid of laws for every head, `(heads, laws)` and `(laws,)`.
@@ -216,7 +227,7 @@ def laws_of(curves: Curves, cost: float) -> dict[str, Law]:
         "fixed": uniform(0.0),
         "fraction": uniform(1.0),
         BEST: min((uniform(exponent) for exponent in np.linspace(0, 1, 21)), key=error),
-        "per head, by 95 % mass": spend(lambda factor: (factor * level, exponents), lengths, cost),
+        MASS: spend(lambda factor: (factor * level, exponents), lengths, cost),
         OURS: spend(cheapest, lengths, cost),
     }
 
@@ -225,103 +236,55 @@ def conclude(records: Sequence[Row]) -> Findings:
     """Laws fitted on all documents but the last, judged on the last; certificates on all."""
     fitted, held_out = (Curves.of(part) for part in ((records[:-1] or records), records[-1:]))
     alpha, lengths = records[0]["alpha"], fitted.lengths
+    n = lengths[-1]
     cost = float(np.mean([min(alpha * math.sqrt(n), n) for n in lengths]))
-    laws: dict[str, Row] = {}
-    for name, law in laws_of(fitted, cost).items():
-        keys = keys_of(law, lengths)
-        errors = held_out.errors(keys[..., None])[..., 0]
-        laws[name] = {
-            "keys": float(keys.mean()),
-            "fitted": float(fitted.errors(keys[..., None]).mean()),
-            "held_out": float(errors.mean()),
-            "by_n": dict(zip(lengths, errors.mean(1).tolist(), strict=True)),
-            "alpha": float(np.median(law[0])),
-            "exponent": float(np.median(law[1])),
+    chosen = laws_of(fitted, cost)
+    keys = {name: keys_of(law, lengths) for name, law in chosen.items()}
+    errors = {name: held_out.errors(own) for name, own in keys.items()}
+    laws = {
+        name: {
+            "keys": keys[name].mean(),
+            "fitted": fitted.errors(keys[name]).mean(),
+            "held_out": errors[name].mean(),
+            "by_n": dict(zip(lengths, errors[name].mean(1), strict=True)),
+            "alpha": np.median(law[0]),
+            "exponent": np.median(law[1]),
         }
-        if name == RULE:
-            by_head = np.sort(errors.mean(0))[::-1]
-    concentrated = float(by_head[: math.ceil(WORST * len(by_head))].sum() / by_head.sum())
-    ratio = {name: law["held_out"] / laws[RULE]["held_out"] for name, law in laws.items()}
-    first, last = lengths[0], lengths[-1]
-    bound = {name: by_length(records, "curves", name)[last] for name in BOUNDS}
-    informative = float(np.mean(bound["certified"] < 0.5))
-    middle = {name: float(np.median(values)) for name, values in bound.items()}
-    middle["output_over_bound"] = float(np.median(bound["output"] / np.maximum(bound["output_bound"], 1e-30)))
+        for name, law in chosen.items()
+    }
+    by_head = np.sort(errors[RULE].mean(0))[::-1]
+    ratio = {name: float(error.mean() / errors[RULE].mean()) for name, error in errors.items()}
+    columns = fits.by_length(records, "curves")
+    bound = {name: columns[name][n] for name in BOUNDS}
+    over = bound["output"] / np.maximum(bound["output_bound"], 1e-30)
     figures = {
         "laws": laws,
         "held_out_error_over_rule": ratio,
-        "error_in_worst_heads": concentrated,
-        "n": last,
+        "error_in_worst_heads": by_head[: math.ceil(WORST * len(by_head))].sum() / by_head.sum(),
+        "n": n,
         "heads": fitted.heads,
-        "bounds": middle,
-        "share_certified_below_half": informative,
+        "bounds": {name: np.median(values) for name, values in (bound | {"output_over_bound": over}).items()},
+        "share_certified_below_half": np.mean(bound["certified"] < 0.5),
     }
-    where = f"squared output error of exact top-k at equal cost, n = {first:,} to {last:,}, every head, held-out text"
-    compared = {
+    more = {
+        "first": lengths[0],
+        "ratio": ratio,
         "keys a query": cost,
-        f"error over that of {alpha:g} sqrt(n)": {name: value for name, value in ratio.items() if name != RULE},
         "best single law": f"{laws[BEST]['alpha']:.3g} n^{laws[BEST]['exponent']:.2f}",
-        f"share of the error in the worst {100 * WORST:g} % of heads under {alpha:g} sqrt(n)": concentrated,
+        "kept keys": f"{math.ceil(alpha * math.sqrt(n))} of {n:,}",
     }
-    verdicts = [
-        Verdict(
-            "alpha by an objective (least output error at the price of a key, per head) beats alpha sqrt(n) and laws "
-            "fitted to retained mass",
-            "derived here",
-            decide(ratio[OURS] < 0.95 * min(value for name, value in ratio.items() if name != OURS)),
-            where,
-            compared,
-        ),
-        Verdict(
-            "an adaptive window alpha n^C, 0 < C < 1, has less error than a fixed one at equal cost over lengths",
-            "abstract",
-            decide(min(ratio[RULE], ratio[BEST]) < ratio["fixed"]),
-            where,
-            compared,
-        ),
-        Verdict(
-            "the certificate from kept logits is informative on real rows: below one half",
-            "derived here",
-            decide(informative),
-            f"exact top-k, every head of the layers that see {last:,} keys",
-            {
-                "kept keys": f"{math.ceil(alpha * math.sqrt(last))} of {last:,}",
-                "lost mass, median head": middle["lost"],
-                "certificate, median head": middle["certified"],
-                "share of heads below 0.5": informative,
-                "largest error of an entry": middle["max_entry"],
-                "its floor tau / k": middle["floor"],
-                "output error over its bound tau * diameter": middle["output_over_bound"],
-            },
-        ),
-    ]
     header = ["law", "alpha (median)", "C (median)", "keys a row", "error, fitted texts", "error, held out", "over rule"]
     form = "{alpha:.3g} {exponent:.2f} {keys:.0f} {fitted:.3g} {held_out:.3g}"
     body = [[name, *form.format(**law).split(), f"{ratio[name]:.2f}"] for name, law in laws.items()]
-    shown = (RULE, "fixed", "per head, by 95 % mass", OURS)
+    shown = {name: errors[name].mean(1) for name in (RULE, "fixed", MASS, OURS)}
     order = np.argsort(bound["lost"])
     lost, certified = (np.maximum(bound[name][order], 1e-6) for name in ("lost", "certified"))
+    heads, tight = {"a head, mean query": certified}, {"tight": lost}
     panels = [
-        Panel(
-            "Laws at equal cost, held-out text",
-            verdicts[0].caption,
-            lengths,
-            "visible keys n",
-            "squared output error, mean head",
-            {name: list(laws[name]["by_n"].values()) for name in shown},
-        ),
-        Panel(
-            "Lost and certified mass",
-            verdicts[2].caption,
-            lost.tolist(),
-            "lost mass tau",
-            "certificate",
-            {"a head, mean query": certified},
-            {"tight": lost},
-            points=True,
-        ),
+        Panel("Laws at equal cost, held-out text", "visible keys n", "squared output error", lengths, shown),
+        Panel("Lost and certified mass", "lost mass tau", "certificate", lost, heads, tight, points=True),
     ]
-    return Findings(shortened(figures), verdicts, panels, [(header, body)])
+    return Findings(figures, more, panels, [(header, body)])
 
 
 EXPERIMENT = Experiment(
@@ -329,6 +292,7 @@ EXPERIMENT = Experiment(
     "Alpha by an objective, and certificates",
     "alpha n^C performs better than a fixed window; alpha is not derived from the theory",
     "abstract",
+    CLAIMS,
     cells,
     measure,
     conclude,

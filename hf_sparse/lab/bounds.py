@@ -17,18 +17,11 @@ from scipy.special import expit
 from hf_sparse.lab.fits import FloatArray
 
 
-def rope_scales(
-    query: FloatArray,
-    key: FloatArray,
-    frequencies: FloatArray,
-    distances: FloatArray,
-    bound: float = 1.0,
-    scaling: float = 1.0,
-) -> FloatArray:
-    """R = B^2 ||W_Q^T R_D^T W_K||_F of one head at given distances of query and key under RoPE, `(distances,)`.
+def rope_scales(query: FloatArray, key: FloatArray, frequencies: FloatArray, distances: FloatArray) -> FloatArray:
+    """R at B = 1, ||W_Q^T R_D^T W_K||_F of one head, at given distances D of query and key under RoPE: `(distances,)`.
 
     The standard deviation of a logit of two different tokens is at most R. Rotation turns W into a matrix that depends
-    on the distance D alone, so that all bounds hold at each distance with this R, and everywhere with its maximum.
+    on the distance alone, so all bounds hold at each distance with this R, and everywhere with its maximum.
 
     Assumes: entries of x independent, mean 0, at most B; RoPE that rotates dimensions a and a + head_dim / 2 together.
     Source: Var(x^T W y) = sum_ab W_ab^2 E[x_a^2] E[y_b^2] <= B^4 ||W||_F^2, whose square is tr(R_D^T G_K R_D G_Q) with
@@ -36,12 +29,10 @@ def rope_scales(
     Tight: entries +B or -B with equal probability, where the standard deviation is R.
 
     Args:
-        query: Query projection of the head, `(head_dim, hidden)`.
+        query: Query projection of the head, times the scaling of its scores, `(head_dim, hidden)`.
         key: Key projection, `(head_dim, hidden)`.
         frequencies: Radians per token of each pair, `(head_dim / 2,)`; zeros for no position embedding.
         distances: Query position minus key position, tokens.
-        bound: B.
-        scaling: Factor of the scores.
     """
     identity = np.eye(len(frequencies))
     # x_a + i x_a' and its conjugate, over sqrt(2): a unitary change of coordinates.
@@ -49,17 +40,17 @@ def rope_scales(
     grams = [unitary @ (w @ w.T) @ unitary.conj().T for w in (key, query)]
     rotation = np.exp(1j * np.outer(distances, np.concatenate([frequencies, -frequencies])))
     squared = np.einsum("da,da->d", rotation.conj(), rotation @ (grams[0] * grams[1].T).T).real
-    return np.asarray(bound**2 * abs(scaling) * np.sqrt(np.maximum(squared, 0.0)))
+    return np.sqrt(np.maximum(squared, 0.0))
 
 
-def spectral_scale(query: FloatArray, key: FloatArray, bound: float, scaling: float = 1.0) -> float:
-    """S = B^2 ||W_Q||_2 ||W_K||_2, at least B^2 ||W||_2 at every distance, with and without RoPE.
+def spectral_scale(query: FloatArray, key: FloatArray) -> float:
+    """S at B = 1, ||W_Q||_2 ||W_K||_2, at least ||W||_2 at every distance, with and without RoPE.
 
     Assumes: nothing about x.
     Source: the spectral norm is submultiplicative, and rotations have norm 1.
     Tight: heads whose leading query and key directions are aligned, such as rank-1 heads.
     """
-    return bound**2 * abs(scaling) * float(np.linalg.norm(query, 2) * np.linalg.norm(key, 2))
+    return float(np.linalg.norm(query, 2) * np.linalg.norm(key, 2))
 
 
 def tail_probability(t: float, scale: float, spectral: float) -> float:
@@ -108,20 +99,18 @@ def entry_bounds(keys: float, spread: float) -> tuple[float, float]:
     Source: the softmax. The threshold sqrt(log n) is that of Alman and Song for fast attention, as summaries say.
     Tight: one logit at one end of the interval and all others at the other end.
     """
-    if keys == 1:
-        return 1.0, 1.0
-    others = math.log(keys - 1)
+    others = math.log(keys - 1) if keys > 1 else -math.inf
     return float(expit(-others - spread)), float(expit(spread - others))
 
 
-def is_vacuous(keys: float, spread: float, informative: float = 0.5) -> bool:
-    """Whether logits of this spread leave room for one weight above `informative`: by default spread > ln(n - 1).
+def is_vacuous(keys: float, spread: float) -> bool:
+    """Whether logits of this spread leave room for one weight above 1/2: spread > ln(n - 1).
 
     Assumes: nothing but the spread.
     Source: `entry_bounds`.
     Tight: as `entry_bounds`.
     """
-    return entry_bounds(keys, spread)[1] > informative
+    return entry_bounds(keys, spread)[1] > 0.5
 
 
 def lost_mass_bounds(keys: int, kept: int, spread: float) -> tuple[float, float]:
@@ -151,9 +140,8 @@ def max_entry_bound(keys: int, kept: int, spread: float, *, renormalise: bool) -
         upper end and the others at the lower end, as n grows.
     """
     dropped = 1 / (kept + 1 + (keys - kept - 1) * math.exp(-spread)) if kept < keys else 0.0
-    if not renormalise:
-        return dropped
-    return max(dropped, (1 - kept / keys) / (1 + (kept - 1) * math.exp(-spread)))
+    whole = (1 - kept / keys) / (1 + (kept - 1) * math.exp(-spread))
+    return max(dropped, whole) if renormalise else dropped
 
 
 def max_entry_floor(tau: float, kept: int) -> float:
@@ -183,20 +171,15 @@ def output_bound(tau: float, diameter: float) -> float:
 
 
 def certificate(kept: FloatArray, dropped: float | FloatArray, ceiling: FloatArray | None = None) -> FloatArray:
-    """Upper bound `(...)` of the mass that a query has lost, from the logits of its kept keys alone.
+    """Upper bound `(...)` of the mass that a query has lost, from the logits `(..., k)` of its kept keys alone.
 
-    (n - k) e^c / (sum of e^s over kept keys + (n - k) e^c), where c is the ceiling of the dropped logits. No dropped
-    logit is read, so that the engine of a sparse layer can compute it.
+    (n - k) e^c / (sum of e^s over kept keys + (n - k) e^c), where c is the ceiling of the `dropped` = n - k logits, of
+    which none is read, so that the engine of a sparse layer can compute it.
 
-    Assumes: no dropped logit is above the ceiling. The default, the smallest kept logit, is one only if the kept keys
-        are the true top-k: with an approximate selector the result certifies nothing.
+    Assumes: no dropped logit is above the ceiling `(...)`. The default, the smallest kept logit, is one only if the
+        kept keys are the true top-k: with an approximate selector the result certifies nothing.
     Source: the softmax.
     Tight: all dropped logits equal to the ceiling.
-
-    Args:
-        kept: Logits of the kept keys, `(..., k)`.
-        dropped: Number of dropped keys, n - k; `(...)` or a number.
-        ceiling: Upper bound of the dropped logits, `(...)`.
     """
     ceiling = kept.min(-1) if ceiling is None else ceiling
     top = np.maximum(kept.max(-1), ceiling)

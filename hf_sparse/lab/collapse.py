@@ -21,24 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.engines.reference import weighted_values
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting, Verdict, decide
-from hf_sparse.lab.fits import bands, by_length, log_log_slope, medians, quartiles, shortened
-from hf_sparse.lab.model import (
-    QUERIES,
-    SINKS,
-    Sample,
-    find_window,
-    hooks,
-    layers_of,
-    longest_windows,
-    mean_nll,
-    row_lengths,
-    token_axis,
-    visit_samples,
-    window_cell,
-)
+from hf_sparse.lab import fits, probe
+from hf_sparse.lab.experiment import Cell, Claim, Experiment, Findings, Setting
 from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.probe import SINKS, Sample
 from hf_sparse.lab.topk import EPSILON
+from hf_sparse.measure.perplexity import token_nll
 from hf_sparse.results import Row
 
 REFERENCE = {"small": 128, "full": 512}
@@ -56,40 +44,81 @@ Kind = Literal["sink-only", "frozen", "dispersed", "none"]
 KINDS: tuple[Kind, ...] = ("sink-only", "frozen", "dispersed", "none")
 
 
+_WHERE = "every head of the layers that see {n:,} keys"
+
+CLAIMS = (
+    Claim(
+        "attention collapses: the entries of a row that are not negligible become one or O(1)",
+        "machine summary",
+        lambda q: q["exponent_of_effective"]["effective"]["median"] <= 0.1,
+        ["median > above", "median > effective", "exponent_of_effective > effective"],
+        f"{_WHERE}, in the sense of entropy; in the sense of a count above a fixed epsilon it holds for any row",
+    ),
+    Claim(
+        "attention freezes as n grows: one key besides the sinks takes the mass",
+        "derived here",
+        lambda q: q["kinds"][q["n"]]["frozen"],
+        ["kinds"],
+        _WHERE,
+    ),
+    Claim(
+        "attention disperses as n grows: H / ln n tends to 1",
+        "derived here",
+        lambda q: q["kinds"][q["n"]]["dispersed"],
+        ["median > rest_share", "kinds"],
+        _WHERE,
+    ),
+    Claim(
+        "value mixing makes the outputs of all rows one vector",
+        "derived here",
+        lambda q: q["mixing"]["share_alike"],
+        ["mixing"],
+        _WHERE,
+    ),
+    Claim(
+        "log-n scaling of the logits halves the exponent with which effective entries grow",
+        "derived here",
+        lambda q: q["exponent_of_effective"]["scaled_effective"]["median"]
+        <= q["exponent_of_effective"]["effective"]["median"] / 2,
+        ["factor of the logits", "exponent_of_effective", "nll_above_own_when_scaled"],
+        f"{_WHERE}, logits scaled after training",
+    ),
+)
+
+
 def cells(setting: Setting) -> Sequence[Cell]:
     """Every document, and the first one with the logits of all layers scaled."""
-    windows = longest_windows(setting.subject)
-    more = {"rows": QUERIES[setting.scale], "reference": REFERENCE[setting.scale]}
-    plain = [window_cell(window, scaled=False, **more) for window in windows]
-    return [*plain, window_cell(windows[0], scaled=True, **more)]
+    windows = probe.longest_windows(setting)
+    more = {"rows": probe.QUERIES[setting.scale], "reference": REFERENCE[setting.scale]}
+    plain = [probe.window_cell(window, scaled=False, **more) for window in windows]
+    return [*plain, probe.window_cell(windows[0], scaled=True, **more)]
 
 
 def measure(cell: Cell, setting: Setting) -> Row:
     """Detectors by layer and n, on the logits as they are and scaled after the fact; the mixing of values; the loss."""
-    subject = setting.subject
-    window = find_window(subject, cell)
-    found: list[Row] = []
-    outputs: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    model, window = setting.subject.model, probe.find_window(cell, setting)
+    mixed: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def visit(sample: Sample) -> None:
-        entry = detect(sample.logits, sample.visible, SINKS)
-        if not cell["scaled"]:
-            scaled = detect(log_scaled(sample, cell["reference"]), sample.visible, SINKS)
-            entry["scaled_effective"] = scaled["effective"]
-        found.append({"layer": sample.layer, "n": sample.length, **shortened(entry)})
+    def look(sample: Sample) -> Row:
         output = weighted_values(sample.dense.inputs, sample.dense.weights)[0]
-        outputs.setdefault(sample.layer, []).append((output, sample.values[:, sample.visible - 1]))
+        mixed.setdefault(sample.layer, []).append((output, sample.values[:, sample.visible - 1]))
+        entry = detect(sample.logits, sample.visible, SINKS)
+        if cell["scaled"]:
+            return entry
+        scaled = detect(log_scaled(sample, cell["reference"]), sample.visible, SINKS)
+        return entry | {"scaled_effective": scaled["effective"]}
 
-    with log_n_scaling(subject.model, cell["reference"]) if cell["scaled"] else nullcontext():
-        visit_samples(subject.model, window, row_lengths(cell["length"], LEAST), cell["rows"], visit)
+    with log_n_scaling(model, cell["reference"]) if cell["scaled"] else nullcontext():
+        lengths = probe.row_lengths(cell["length"], LEAST)
+        detectors = probe.visit_samples(model, window, lengths, cell["rows"], look)
+        out: Row = {"detectors": detectors, "mixing": []}
+        for layer, pairs in mixed.items():
+            outputs, values = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
+            out["mixing"].append({"layer": layer, **fits.shortened(mixing(outputs, values))})
         # Only where it is compared: a pass costs as much as all the rest.
-        compared = cell["document"] == longest_windows(subject)[0].document
-        nll = {"nll": mean_nll(subject.model, window)} if compared else {}
-    mixed = [
-        {"layer": layer, **shortened(mixing(*(torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))))}
-        for layer, pairs in outputs.items()
-    ]
-    return {"detectors": found, "mixing": mixed, **nll}
+        if cell["document"] == probe.longest_windows(setting)[0].document:
+            out["nll"] = float(token_nll(model, window.input_ids, window.targets).mean())
+    return out
 
 
 def detect(logits: Tensor, visible: Tensor, sinks: int) -> dict[str, list[float]]:
@@ -172,15 +201,15 @@ def log_n_scaling(model: PreTrainedModel, reference: int) -> Iterator[PreTrained
 
     def scale(heads: int) -> Any:
         def hook(_: nn.Module, __: object, result: Tensor) -> Tensor:
-            axis = token_axis(result, heads)
+            axis = probe.token_axis(result, heads)
             seen = torch.arange(1, result.shape[axis] + 1, device=result.device, dtype=torch.float32)
             factors = (seen.log() / math.log(reference)).clamp(min=1).to(result.dtype)
             return result * factors.view([-1] + [1] * (result.dim() - axis - 1))
 
         return hook
 
-    with hooks() as handles:
-        for layer in layers_of(model):
+    with probe.hooks() as handles:
+        for layer in probe.layers_of(model):
             if getattr(layer.attention, "sliding_window", None) is None:
                 module = getattr(layer.attention, "q_norm", layer.attention.q_proj)
                 handles.append(module.register_forward_hook(scale(layer.heads("q"))))
@@ -192,123 +221,59 @@ def conclude(records: Sequence[Row]) -> Findings:
     plain = [record for record in records if not record["scaled"]]
     forward = next(record for record in records if record["scaled"])
     same_text = next(record for record in plain if record["document"] == forward["document"])
-    names = [name for name in plain[0]["detectors"][0] if name not in ("layer", "n")]
-    columns = {name: by_length(plain, "detectors", name) for name in names}
+    columns = fits.by_length(plain, "detectors")
     lengths = list(columns["above"])
-    first, last = lengths[0], lengths[-1]
+    n = lengths[-1]
     kinds = {}
-    for n in lengths:
-        heads = zip(*(columns[name][n] for name in ("first", "rest_largest", "rest_share")), strict=True)
+    for length in lengths:
+        heads = zip(*(columns[name][length] for name in ("first", "rest_largest", "rest_share")), strict=True)
         found = [kind_of(*head) for head in heads]
-        kinds[n] = {kind: found.count(kind) / len(found) for kind in KINDS}
+        kinds[length] = {kind: found.count(kind) / len(found) for kind in KINDS}
     growing = {name: columns[name] for name in ("effective", "scaled_effective")}
-    growing["forward_effective"] = by_length([forward], "detectors", "effective")
-    exponents = {name: quartiles(log_log_slope(list(c), np.stack(list(c.values())))) for name, c in growing.items()}
-    growth, scaled, rerun = (exponent["median"] for exponent in exponents.values())
+    growing["forward_effective"] = fits.by_length([forward], "detectors")["effective"]
+    layers = [layer for record in plain for layer in record["mixing"]]
     flat = {
-        name: np.array([value for record in plain for layer in record["mixing"] for value in layer[name]])
+        name: np.concatenate([layer[name] for layer in layers])
         for name in ("output_alike", "value_alike", "output_rank", "value_rank")
     }
-    collapsed = float(np.mean(flat["output_alike"] >= ALIKE))
-    mixed = {name: float(np.median(values)) for name, values in flat.items()}
-    cost = forward["nll"] - same_text["nll"]
-    middle = {name: dict(zip(lengths, medians(found), strict=True)) for name, found in columns.items()}
+    median = {name: {length: np.median(heads) for length, heads in column.items()} for name, column in columns.items()}
     figures = {
-        "n": last,
+        "n": n,
         "kinds": kinds,
-        "median": middle,
-        "exponent_of_effective": exponents,
-        "mixing": mixed | {"share_alike": collapsed},
-        "nll_above_own_when_scaled": cost,
+        "median": {name: median[name] for name in plain[0]["detectors"][0] if name in median},
+        "exponent_of_effective": {
+            name: fits.quartiles(fits.log_log_slope(list(column), np.stack(list(column.values()))))
+            for name, column in growing.items()
+        },
+        "mixing": {name: np.median(values) for name, values in flat.items()}
+        | {"share_alike": np.mean(flat["output_alike"] >= ALIKE)},
+        "nll_above_own_when_scaled": forward["nll"] - same_text["nll"],
     }
-
-    def ends(name: str) -> dict[str, float]:
-        return {f"n = {n:,}": middle[name][n] for n in (first, last)}
-
-    where = f"every head of the layers that see {last:,} keys"
-    verdicts = [
-        Verdict(
-            "attention collapses: the entries of a row that are not negligible become one or O(1)",
-            "machine summary",
-            decide(growth <= 0.1),
-            where + ", in the sense of entropy; in the sense of a count above a fixed epsilon it holds for any row",
-            {
-                f"entries above {EPSILON:g}, median head": ends("above"),
-                "effective entries e^H, median head": ends("effective"),
-                "exponent of e^H in n, median head": growth,
-            },
-        ),
-        Verdict(
-            "attention freezes as n grows: one key besides the sinks takes the mass",
-            "derived here",
-            decide(kinds[last]["frozen"]),
-            where,
-            {f"shares of heads at n = {last:,}": kinds[last]},
-        ),
-        Verdict(
-            "attention disperses as n grows: H / ln n tends to 1",
-            "derived here",
-            decide(kinds[last]["dispersed"]),
-            where,
-            {
-                f"H / ln n without the first {SINKS} keys, median head": ends("rest_share"),
-                f"share of heads above {DISPERSED:g}": kinds[last]["dispersed"],
-            },
-        ),
-        Verdict(
-            "value mixing makes the outputs of all rows one vector",
-            "derived here",
-            decide(collapsed),
-            where,
-            {
-                "shared part of the squared norm, median head": {
-                    "outputs": mixed["output_alike"], "values": mixed["value_alike"],
-                },
-                "stable rank, median head": {"outputs": mixed["output_rank"], "values": mixed["value_rank"]},
-                f"share of heads whose outputs share more than {ALIKE:g}": collapsed,
-            },
-        ),
-        Verdict(
-            "log-n scaling of the logits halves the exponent with which effective entries grow",
-            "derived here",
-            decide(scaled <= growth / 2),
-            where + ", logits scaled after training",
-            {
-                "factor of the logits": f"max(1, ln n / ln {forward['reference']})",
-                "exponent of e^H in n, median head": {
-                    "as trained": growth, "scaled": scaled, "all layers rerun scaled": rerun,
-                },
-                "change of the loss, nats a token": cost,
-            },
-        ),
-    ]  # fmt: skip
-    shown = ("above", "effective", "largest", "first", "rest_share")
-    header = [
-        "n", f"entries above {EPSILON:g}", "e^H", "largest", f"first {SINKS} keys", "H / ln n without them", *KINDS[:3],
-    ]  # fmt: skip
+    more = {"factor of the logits": f"max(1, ln n / ln {forward['reference']})"}
+    names = {
+        "above": f"entries above {EPSILON:g}",
+        "effective": "e^H",
+        "largest": "largest",
+        "first": f"first {SINKS} keys",
+        "rest_share": "H / ln n without them",
+    }
     body = [
         [
-            f"{n:,}",
-            *(f"{middle[name][n]:.3g}" for name in shown),
-            *(f"{100 * kinds[n][kind]:.0f} %" for kind in KINDS[:3]),
+            f"{length:,}",
+            *(f"{median[name][length]:.3g}" for name in names),
+            *(f"{100 * kinds[length][kind]:.0f} %" for kind in KINDS[:3]),
         ]
-        for n in lengths
+        for length in lengths
     ]
-    shares = {kind: [100 * kinds[n][kind] for n in lengths] for kind in KINDS}
-    entries = {
-        "effective entries e^H": bands(columns["effective"]),
-        "with log-n scaling": bands(columns["scaled_effective"]),
-        f"entries above {EPSILON:g}": bands(columns["above"]),
-    }
-    what = "entries (band: quartiles of heads)"
+    shares = {kind: [100 * kinds[length][kind] for length in lengths] for kind in KINDS}
+    drawn = {"effective": "e^H", "scaled_effective": "e^H, log-n scaling", "above": names["above"]}
+    entries = {label: fits.bands(columns[name]) for name, label in drawn.items()}
+    root = {"sqrt(n)": np.sqrt(lengths)}
     panels = [
-        Panel("Kinds of heads", verdicts[1].caption, lengths, "visible keys n", "% of heads", shares, log="x"),
-        Panel(
-            "Effective entries", verdicts[0].caption, lengths, "visible keys n", what, entries,
-            {"sqrt(n)": np.sqrt(lengths)},
-        ),
-    ]  # fmt: skip
-    return Findings(shortened(figures), verdicts, panels, [(header, body)])
+        Panel("Kinds of heads", "visible keys n", "% of heads", lengths, shares, log="x"),
+        Panel("Effective entries", "visible keys n", "entries, quartiles of heads", lengths, entries, root),
+    ]
+    return Findings(figures, more, panels, [(["n", *names.values(), *KINDS[:3]], body)])
 
 
 EXPERIMENT = Experiment(
@@ -316,6 +281,7 @@ EXPERIMENT = Experiment(
     "Three kinds of attention collapse",
     "attention collapses: a row keeps O(1) entries that are not negligible",
     "machine summary",
+    CLAIMS,
     cells,
     measure,
     conclude,

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import hf_sparse
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting, Verdict, decide
+from hf_sparse.lab import probe
+from hf_sparse.lab.experiment import Cell, Claim, Experiment, Findings, Setting
 from hf_sparse.lab.fits import shortened
-from hf_sparse.lab.model import find_window, hooks, layers_of, longest_windows, window_cell
 from hf_sparse.lab.plots import Panel
-from hf_sparse.lab.tiny import random_model, random_tokens
 from hf_sparse.patching import base_model
 from hf_sparse.results import Row
 
@@ -39,13 +38,32 @@ KINDS = {
     for norm in (True, False)
 }
 
+CLAIMS = (
+    Claim(
+        "errors of the layers add up no worse than independent ones: all layers sparse cost at most 1.5 times the root "
+        "of the sum of squares of the single errors",
+        "derived here",
+        lambda q: q["model"]["over_root"] <= 1.5,
+        ["layers", "density", "model"],
+        f"relative error of the hidden states after the last layer, top-k with {ALPHA:g} sqrt(n) keys a row",
+    ),
+    Claim(
+        "residual connections keep the error of sparse attention small through depth",
+        "derived here",
+        lambda q: q["centred"]["without residual, with norm"] > 2 * q["centred"]["with residual, with norm"],
+        ["random layers", "centred", "together"],
+        "random models of attention alone, error of the hidden states after the last layer relative to what tells "
+        "tokens apart",
+    ),
+)
+
 
 def cells(setting: Setting) -> Sequence[Cell]:
     """The model on one document; random models with residual and normalisation on and off."""
-    window = longest_windows(setting.subject, LONGEST)[0]
+    window = probe.longest_windows(setting, LONGEST)[0]
     layers, length, repeats = RANDOM[setting.scale]
     return [
-        window_cell(window, part="model", alpha=ALPHA),
+        probe.window_cell(window, part="model", alpha=ALPHA),
         *(
             {"part": "random", "residual": residual, "norm": norm, "repeat": repeat, "layers": layers, "length": length}
             for residual, norm in KINDS.values()
@@ -57,12 +75,11 @@ def cells(setting: Setting) -> Sequence[Cell]:
 def measure(cell: Cell, setting: Setting) -> Row:
     """See `errors_through_depth`."""
     if cell["part"] == "model":
-        subject = setting.subject
-        return errors_through_depth(subject.model, find_window(subject, cell).input_ids, ALPHA)
+        return errors_through_depth(setting.subject.model, probe.find_window(cell, setting).input_ids, ALPHA)
     seed = int(setting.rng(cell).integers(1 << 31))
-    model = random_model(seed, layers=cell["layers"])
+    model = probe.random_model(seed, layers=cell["layers"])
     with without(model, residual=not cell["residual"], norm=not cell["norm"]):
-        return errors_through_depth(model, random_tokens(cell["length"], seed), ALPHA)
+        return errors_through_depth(model, probe.random_tokens(cell["length"], seed), ALPHA)
 
 
 @contextmanager
@@ -77,8 +94,8 @@ def without(model: PreTrainedModel, *, residual: bool, norm: bool) -> Iterator[P
         # The layer adds its input to this output afterwards.
         return (result[0] - inputs.pop(attention), *result[1:])
 
-    with hooks() as handles:
-        for layer in layers_of(model):
+    with probe.hooks() as handles:
+        for layer in probe.layers_of(model):
             before = layer.block.input_layernorm
             handles.append(layer.block.mlp.register_forward_hook(lambda _, __, result: torch.zeros_like(result)))
             if residual:
@@ -91,7 +108,7 @@ def without(model: PreTrainedModel, *, residual: bool, norm: bool) -> Iterator[P
 
 @torch.no_grad()
 def errors_through_depth(model: PreTrainedModel, ids: Tensor, alpha: float) -> Row:
-    """Relative errors of the hidden states after every layer, means over the second half of the queries.
+    """Relative errors of the hidden states after every layer, means over the second half of the tokens.
 
     Returns:
         - `single`: entry [i][l]: the error after layer l when layer i alone is sparse, 0 for l < i;
@@ -100,7 +117,7 @@ def errors_through_depth(model: PreTrainedModel, ids: Tensor, alpha: float) -> R
           apart: where the states of all tokens become alike, `all` becomes small and this does not;
         - `density`: kept over visible keys of a sparse layer.
     """
-    indices = [layer.index for layer in layers_of(model)]
+    indices = [layer.index for layer in probe.layers_of(model)]
     dense = _hidden_states(model, ids)
     config = hf_sparse.SparseAttentionConfig(
         alpha=alpha, selector="topk", min_keys=1, sink_keys=0, recent_keys=0, dense_below=0, dense_layers=()
@@ -116,11 +133,11 @@ def errors_through_depth(model: PreTrainedModel, ids: Tensor, alpha: float) -> R
             density = np.mean([row["density"] for row in hf_sparse.report(model).rows if row["layer"] in sparse])
         plain = [ratio(ours - theirs, theirs) for ours, theirs in pairs]
         centred = [ratio(ours - theirs, theirs - theirs.mean(0)) for ours, theirs in pairs]
-        return shortened(plain), shortened(centred), float(density)
+        return shortened(plain), shortened(centred), round(float(density), 4)
 
     single = [errors([index])[0] for index in indices]
     together, centred, density = errors(indices)
-    return {"single": single, "all": together, "all_centred": centred, "density": round(density, 4)}
+    return {"single": single, "all": together, "all_centred": centred, "density": density}
 
 
 def _hidden_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
@@ -131,8 +148,8 @@ def _hidden_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
         hidden = result[0] if isinstance(result, tuple) else result
         found.append(hidden[0, len(ids) // 2 :].float().cpu().clone())
 
-    with hooks() as handles:
-        handles.extend(layer.block.register_forward_hook(note) for layer in layers_of(model))
+    with probe.hooks() as handles:
+        handles.extend(layer.block.register_forward_hook(note) for layer in probe.layers_of(model))
         base_model(model).base_model(input_ids=ids[None].to(model.device), use_cache=False)
     return found
 
@@ -149,89 +166,47 @@ def summary(records: Sequence[Row]) -> dict[str, float]:
         - `centred`: as `together`, relative to what tells the tokens apart;
         - `growth`: factor a layer by which the error grows with all layers sparse, over the second half of the layers.
     """
-    repeats: list[dict[str, float]] = []
+    repeats = []
     for record in records:
         single, together = np.array(record["single"]), np.maximum(np.array(record["all"]), 1e-30)
         own, final = np.diagonal(single), single[:, -1]
         half = len(together) // 2
-        repeats.append(
-            {
-                "own": np.median(own),
-                "final": np.median(final),
-                "travel": np.median(final[:-1] / np.maximum(own[:-1], 1e-30)),
-                "together": together[-1],
-                "over_root": together[-1] / np.sqrt(np.square(final).sum()),
-                "over_sum": together[-1] / final.sum(),
-                "centred": record["all_centred"][-1],
-                "growth": (together[-1] / together[half]) ** (1 / (len(together) - 1 - half)),
-            }
-        )
-    return {name: float(np.median([repeat[name] for repeat in repeats])) for name in repeats[0]}
+        found = {
+            "own": np.median(own),
+            "final": np.median(final),
+            "travel": np.median(final[:-1] / np.maximum(own[:-1], 1e-30)),
+            "together": together[-1],
+            "over_root": together[-1] / np.sqrt(np.square(final).sum()),
+            "over_sum": together[-1] / final.sum(),
+            "centred": record["all_centred"][-1],
+            "growth": (together[-1] / together[half]) ** (1 / (len(together) - 1 - half)),
+        }
+        repeats.append(found)
+    return {name: float(np.median([found[name] for found in repeats])) for name in repeats[0]}
 
 
 def conclude(records: Sequence[Row]) -> Findings:
-    """Whether errors grow with depth, and the part of residual connections and normalisation in it."""
+    """How errors grow with depth, and the part of residual connections and normalisation in it."""
     model = next(record for record in records if record["part"] == "model")
-    kinds = {
-        name: [r for r in records if r["part"] == "random" and (r["residual"], r["norm"]) == kind]
-        for name, kind in KINDS.items()
-    }
-    real, random = summary([model]), {name: summary(found) for name, found in kinds.items()}
+    own = [record for record in records if record["part"] == "random"]
+    kinds = {name: [r for r in own if (r["residual"], r["norm"]) == kind] for name, kind in KINDS.items()}
+    random = {name: summary(found) for name, found in kinds.items()}
     single = np.array(model["single"])
     squares = np.square(single[:, -1])
-    worst, part = int(squares.argmax()), float(squares.max() / squares.sum())
-    centred = {name: found["centred"] for name, found in random.items()}
-    with_residual, without_residual = (centred[f"{word} residual, with norm"] for word in ("with", "without"))
-    verdicts = [
-        Verdict(
-            "errors of the layers add up no worse than independent ones: all layers sparse cost at most 1.5 times the "
-            "root of the sum of squares of the single errors",
-            "derived here",
-            decide(real["over_root"] <= 1.5),
-            f"relative error of the hidden states after the last layer, top-k with {ALPHA:g} sqrt(n) keys a row",
-            {
-                "layers": len(single),
-                "density": model["density"],
-                "error, all layers sparse": real["together"],
-                "error, median single layer": real["final"],
-                "over the root of the sum of squares": real["over_root"],
-                "over the sum": real["over_sum"],
-                f"share of layer {worst} in the sum of squares": part,
-                "growth of an error from its layer to the last, median": real["travel"],
-            },
-        ),
-        Verdict(
-            "residual connections keep the error of sparse attention small through depth",
-            "derived here",
-            decide(without_residual > 2 * with_residual),
-            "random models of attention alone, error of the hidden states after the last layer relative to what tells "
-            "tokens apart",
-            {
-                "layers": len(kinds["with residual, with norm"][0]["all"]),
-                "error relative to what tells tokens apart": centred,
-                "relative error": {name: found["together"] for name, found in random.items()},
-            },
-        ),
-    ]
-    shown = {
-        f"layer {worst} alone sparse": np.where(np.arange(len(single)) < worst, np.nan, single[worst]),
-        "all layers sparse": model["all"],
-    }
-    root = {"root of the sum of squares of single errors": np.sqrt(np.square(single).sum(0))}
-    errors = {name: np.median([r["all_centred"] for r in found], axis=0) for name, found in kinds.items()}
-    depth, random_depth = range(len(single)), range(len(next(iter(errors.values()))))
+    worst = int(squares.argmax())
+    real = summary([model]) | {"worst_layer": worst, "share_of_worst": float(squares.max() / squares.sum())}
+    centred = {name: np.median([record["all_centred"] for record in found], axis=0) for name, found in kinds.items()}
+    layers = range(len(single))
+    shown = {f"layer {worst} alone": np.where(np.array(layers) < worst, np.nan, single[worst]), "all": model["all"]}
+    root = {"root of the sum of squares of single layers": np.sqrt(np.square(single).sum(0))}
+    random_layers = range(len(own[0]["all"]))
     panels = [
-        Panel(
-            "The model", verdicts[0].caption, depth, "after layer", "relative error of hidden states", shown, root,
-            log="y",
-        ),
-        Panel(
-            "Random models, all layers sparse", verdicts[1].caption, random_depth, "after layer",
-            "error / what tells tokens apart", errors, log="y",
-        ),
-    ]  # fmt: skip
-    figures = {"model": real | {"worst_layer": worst, "share_of_worst": part}, "random": random}
-    return Findings(shortened(figures), verdicts, panels)
+        Panel("Sparse layers of the model", "after layer", "error of hidden states", layers, shown, root, log="y"),
+        Panel("Random models", "after layer", "error / what tells tokens apart", random_layers, centred, log="y"),
+    ]
+    more = {name: {kind: found[name] for kind, found in random.items()} for name in ("centred", "together")}
+    about = {"layers": len(layers), "density": model["density"], "random layers": len(random_layers)}
+    return Findings({"model": real, "random": random}, more | about, panels)
 
 
 EXPERIMENT = Experiment(
@@ -239,6 +214,7 @@ EXPERIMENT = Experiment(
     "Error through depth",
     "what the error of one sparse layer becomes with residual connections, normalisation and many layers",
     "machine summary",
+    CLAIMS,
     cells,
     measure,
     conclude,

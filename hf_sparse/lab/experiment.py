@@ -1,13 +1,12 @@
-"""The frame of the theory lab: an experiment is cells to measure, and what follows from the measured records."""
+"""The frame of the theory lab: cells are measured into records, records conclude in quantities, quantities decide."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
 from transformers import PreTrainedModel
 
 from hf_sparse.lab.plots import Panel
@@ -15,29 +14,24 @@ from hf_sparse.measure.tables import Table
 from hf_sparse.measure.windows import Window
 from hf_sparse.results import Row, row_key
 
-Scale = Literal["small", "full"]
-SCALES: tuple[str, ...] = get_args(Scale)
+SCALES = ("small", "full")
 
 Cell = dict[str, Any]
 """Everything that decides one measurement, as JSON; an interrupted run recognises its records by it."""
 
-Answer = Literal["holds", "holds in part", "fails", "not testable here"]
+Quantities = Mapping[str, Any]
+
 Source = Literal["abstract", "machine summary", "derived here"]
 """Where a claim was read: in the abstract of arXiv 2404.02690, in a machine-made summary only (the body of the paper
 could not be obtained), or nowhere: then it follows from a derivation in this package."""
 
-_CHANCE = 0.05
+CHANCE = 0.05
+"""Share of cases, each decided by a 95 % interval, that may come out wrong by chance."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A real model and its texts.
-
-    Attributes:
-        model: The model, unpatched.
-        windows: The windows of every document, at every length.
-        about: Provenance: model, dtype, device, versions.
-    """
+    """A real model, unpatched; the windows of every document at every length; and its provenance."""
 
     model: PreTrainedModel
     windows: Sequence[Window]
@@ -46,15 +40,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Setting:
-    """How experiments are run.
+    """The scale, `small` for a check of minutes or `full`, the seed, and the model for experiments that need one."""
 
-    Attributes:
-        scale: `small` for a check of minutes, `full` for figures to quote.
-        seed: Seed of everything random.
-        model_subject: The model that the experiments on models look at.
-    """
-
-    scale: Scale
+    scale: str
     seed: int
     model_subject: Subject | None = None
 
@@ -74,56 +62,53 @@ class Setting:
         return np.random.default_rng(np.random.SeedSequence([self.seed, int(row_key(**cell), 16)]))
 
 
-def decide(held: ArrayLike) -> Answer:
-    """The verdict on a claim from the cases in which it `held`: one bool, several, or the share that is true.
-
-    One case of twenty may fail by chance where each is decided by a 95 % interval, and one may hold by chance.
-    """
-    share = float(np.mean(held))
-    if share >= 1 - _CHANCE:
-        return "holds"
-    return "holds in part" if share > _CHANCE else "fails"
-
-
 @dataclass(frozen=True)
-class Verdict:
-    """The result on one claim.
+class Claim:
+    """A claim and the rule that decides it.
 
     Attributes:
-        claim: The claim as it was tested, its threshold included.
+        text: The claim as it is tested, its threshold included.
         source: Where it was read.
-        answer: Whether it holds.
-        where: Norm, inputs and cases.
-        measured: The quantities that decide, by name: numbers, intervals, text, or a mapping of those.
+        held: Whether it held: a bool, one for each of several cases, or the share of cases; `None`: not testable.
+        evidence: Names of the quantities that show it, those of a mapping after ` > `.
+        where: Norm, inputs and cases, with quantities in braces.
     """
 
-    claim: str
+    text: str
     source: Source
-    answer: Answer
+    held: Callable[[Quantities], Any]
+    evidence: Sequence[str]
     where: str
-    measured: Mapping[str, Any]
 
-    @property
-    def caption(self) -> str:
-        """Claim and answer, for a plot."""
-        return f"{self.answer.upper()}: {self.claim}"
+    def judge(self, quantities: Quantities) -> dict[str, str]:
+        """The verdict, as JSON."""
+        share = self.held(quantities)
+        answer = "not testable here"
+        if share is not None:
+            share = np.mean(share)
+            answer = "holds" if share >= 1 - CHANCE else "holds in part" if share > CHANCE else "fails"
+        found = {name.rpartition(" > ")[2]: _take(quantities, name) for name in self.evidence}
+        return {
+            "claim": self.text,
+            "source": self.source,
+            "answer": answer,
+            "where": self.where.format(**quantities),
+            "evidence": "; ".join(f"{name}: {_words(value)}" for name, value in found.items() if value != ""),
+        }
 
-    def to_dict(self) -> dict[str, str]:
-        """The attributes as JSON, `measured` in words under `evidence`."""
-        words = "; ".join(f"{name}: {_words(value)}" for name, value in self.measured.items())
-        return {**{name: getattr(self, name) for name in ("claim", "source", "answer", "where")}, "evidence": words}
+
+def _take(quantities: Any, name: str) -> Any:
+    for part in name.split(" > "):
+        quantities = quantities[part]
+    return quantities
 
 
 def _words(value: Any) -> str:
-    match value:
-        case Mapping():
-            return ", ".join(f"{name} {_words(entry)}" for name, entry in value.items())
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-        case _:
-            return str(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_words(entry)}" for name, entry in value.items())
+    if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -131,14 +116,14 @@ class Findings:
     """The conclusions from the records of an experiment, and from nothing else.
 
     Attributes:
-        figures: Fitted slopes with intervals and the like, as JSON.
-        verdicts: One for each claim.
+        figures: Quantities for `summary.json`.
+        more: Other quantities that claims are decided by.
         panels: The page of plots.
         tables: For people.
     """
 
     figures: dict[str, Any]
-    verdicts: Sequence[Verdict]
+    more: dict[str, Any]
     panels: Sequence[Panel]
     tables: Sequence[Table] = field(default_factory=list)
 
@@ -150,8 +135,9 @@ class Experiment:
     Attributes:
         name: Name on the command line and of the page of plots.
         title: Title of the page.
-        claim: The claim under test.
+        claim: The claim under test, in short.
         source: Where the claim was read.
+        claims: The claims as they are decided.
         cells: Lists what to measure.
         measure: Measures one cell: a dictionary without the cell's own entries, numbers finite. Everything random
             comes from `Setting.rng(cell)`.
@@ -164,7 +150,12 @@ class Experiment:
     title: str
     claim: str
     source: Source
+    claims: Sequence[Claim]
     cells: Callable[[Setting], Sequence[Cell]]
     measure: Callable[[Cell, Setting], Row]
     conclude: Callable[[Sequence[Row]], Findings]
     needs_model: bool = False
+
+    def verdicts(self, findings: Findings) -> list[dict[str, str]]:
+        """The verdict on each claim."""
+        return [claim.judge(findings.figures | findings.more) for claim in self.claims]

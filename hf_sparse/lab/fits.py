@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +15,6 @@ from hf_sparse.results import Row
 
 FloatArray = NDArray[np.float64]
 CONFIDENCE = 0.95
-Trend = Literal["falls", "falls slowly", "level", "rises"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Interval:
 
 
 def log_log_slope(x: ArrayLike, y: ArrayLike) -> Any:
-    """The exponent e of y ~ x^e by least squares on logarithms: a float, or one for each column of `y` `(x, ...)`."""
+    """The exponent e of y ~ x^e by least squares on logarithms: a float, or one for each column of `y` `(x, columns)`."""
     return np.polyfit(np.log(x), np.log(y), 1)[0]
 
 
@@ -57,7 +56,7 @@ def slope(lengths: Sequence[int], errors: ArrayLike) -> Interval:
     return Interval.of(log_log_slope(lengths, np.maximum(np.asarray(errors, np.float64), np.finfo(np.float64).eps)))
 
 
-def trend(lengths: Sequence[int], fit: Interval) -> Trend:
+def trend(lengths: Sequence[int], fit: Interval) -> str:
     """The meaning of a slope over `lengths`.
 
     `falls`: surely faster than 1 / ln n does over the same lengths, so like a power of n; `falls slowly`: surely, but
@@ -109,23 +108,18 @@ def quartiles(values: ArrayLike) -> dict[str, float]:
     return dict(zip(("low", "median", "high"), np.quantile(values, [0.25, 0.5, 0.75]).tolist(), strict=True))
 
 
-def by_length(records: Sequence[Row], part: str, name: str) -> dict[int, FloatArray]:
-    """One entry of the layers in `records[...][part]`, by n: the mean over documents, `(heads of all layers, ...)`."""
-    found: dict[int, list[list[float]]] = {}
-    for record in records:
-        here: dict[int, list[float]] = {}
-        for layer in record[part]:
-            here.setdefault(layer["n"], []).extend(layer[name])
-        for n, values in here.items():
-            found.setdefault(n, []).append(values)
-    return {n: np.mean(values, axis=0) for n, values in sorted(found.items())}
-
-
-def medians(columns: dict[int, FloatArray]) -> list[float]:
-    """The median head at each n."""
-    return [float(np.median(values)) for values in columns.values()]
-
-
 def bands(columns: dict[int, FloatArray]) -> FloatArray:
-    """Quartiles of the heads at each n, `(3, lengths)`, as `Panel` draws them: low, median, high."""
-    return np.array([list(quartiles(values).values()) for values in columns.values()]).T
+    """Quartiles of the heads at each n, `(3, lengths)`: low, median, high."""
+    return np.quantile(np.stack(list(columns.values())), [0.25, 0.5, 0.75], axis=1)
+
+
+def by_length(records: Sequence[Row], part: str) -> dict[str, dict[int, FloatArray]]:
+    """The entries of the layers in `records[...][part]`, by name and n: means over documents, `(heads of all layers,)`."""
+    lengths = sorted({layer["n"] for layer in records[0][part]})
+
+    def mean(name: str, n: int) -> FloatArray:
+        documents = [[x for layer in record[part] if layer["n"] == n for x in layer[name]] for record in records]
+        return np.asarray(np.mean(documents, axis=0))
+
+    names = [name for name in records[0][part][0] if name not in ("layer", "n")]
+    return {name: {n: mean(name, n) for n in lengths} for name in names}

@@ -31,22 +31,14 @@ Kind = Literal["logits", "student-logits", "signs", "normal", "student", "shared
 class Input:
     """A law of random attention logits.
 
-    | kind             | logits                                                                              |
-    |------------------|-------------------------------------------------------------------------------------|
-    | `logits`         | independent and normal, of standard deviation R; the random energy model            |
-    | `student-logits` | the same with Student's t of `shape` degrees of freedom, scaled to that deviation   |
-    | `signs`          | of tokens with independent entries +1 or -1: the paper's assumptions                |
-    | `normal`         | of tokens with independent normal entries: unbounded, light tails                   |
-    | `student`        | of tokens with entries of Student's t, `shape` degrees of freedom: heavy tails      |
-    | `shared`         | signs, but all tokens have the correlation `shape` (a common direction)             |
-    | `chain`          | tokens of normal entries, neighbours of correlation `shape` (an AR(1) process)      |
-    | `copies`         | signs, but only ceil(n ** shape) different tokens, each repeated                    |
-
     Attributes:
-        kind: See the table.
+        kind: Independent `logits` (normal: the random energy model; or Student's t), or logits of tokens: independent
+            `signs` (the paper's assumptions), `normal` or `student` entries; `shared` and `copies`, signs with a common
+            direction or repeated; `chain`, normal entries that are an AR(1) process along the tokens.
         norm: R(n) = norm * (ln n) ** growth.
         growth: How the norm grows; 0 for a fixed norm.
-        shape: See the table.
+        shape: Degrees of freedom of Student's t; correlation of `shared` tokens and of neighbours in a `chain`; log_n of
+            the number of different `copies`.
     """
 
     kind: Kind
@@ -97,22 +89,14 @@ def draw_rows(source: Input, n: int, rows: int, rng: np.random.Generator) -> Ite
 
     Queries of independent logits have independent keys too; queries of tokens are drawn from the n tokens, over the
     same keys and one W. Values have independent entries of mean 0 and variance 1, given W: a fixed random map of
-    the tokens, or normal where there are no tokens.
-
-    Args:
-        source: Which law.
-        n: Keys.
-        rows: How many queries.
-        rng: All randomness comes from it.
+    the tokens, or normal where there are no tokens. All randomness comes from `rng`.
     """
     norm = np.float32(source.norm_at(n))
     if source.kind in ("logits", "student-logits"):
         values = rng.standard_normal((n, VALUE_DIM), np.float32)
         for _ in range(rows):
-            if source.kind == "logits":
-                yield norm * rng.standard_normal(n, np.float32), values
-            else:
-                yield norm * _student(rng, source.shape, (n,)), values
+            normal = source.kind == "logits"
+            yield norm * (rng.standard_normal(n, np.float32) if normal else _student(rng, source.shape, (n,))), values
         return
     tokens = _tokens(source, n, rng)
     weight = rng.standard_normal((TOKEN_DIM, TOKEN_DIM), np.float32)

@@ -9,19 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting, Verdict, decide
-from hf_sparse.lab.fits import (
-    Interval,
-    freezing_norm,
-    log_log_slope,
-    normal_keys,
-    random_energy_exponent,
-    shortened,
-    slope,
-)
+from hf_sparse.lab import fits
+from hf_sparse.lab.experiment import Cell, Claim, Experiment, Findings, Setting
+from hf_sparse.lab.fits import Interval
 from hf_sparse.lab.inputs import Input, by_input, draw_rows
 from hf_sparse.lab.plots import Panel
-from hf_sparse.lab.topk import EPSILON, mean_shape, softmax
+from hf_sparse.lab.topk import EPSILON, row_shape, softmax
 from hf_sparse.lab.windows import LATE
 from hf_sparse.results import Row
 
@@ -29,14 +22,51 @@ LOST = 0.1
 """k_90 loses this share of the mass."""
 
 SCALED = (0.5, 0.75, 1.0, 1.25, 1.41, 1.75)
-"""R / sqrt(ln n) of inputs whose norm grows."""
+"""c = R / sqrt(ln n) of inputs whose norm grows."""
 
 # Queries of one repeat: more of short ones, which fluctuate more.
 _KEYS_PER_REPEAT = 2**20
 _MOST_ROWS, _FEWEST_ROWS = 256, 32
 _CLOSE = 0.05
 
-Fit = dict[str, Any]
+CLAIMS = (
+    Claim(
+        "Attention is n^C-sparse in mass: n^C keys with C < 1 hold 90 % of it.",
+        "abstract",
+        lambda q: list(q["sublinear"].values()),
+        ["exponent of k_90 at large n"],
+        f"C < {1 - _CLOSE:g} at {{growing_sublinear}} of {{growing}} norms that grow as sqrt(ln n); of the fixed norms "
+        "only from {least_norm:g} on, where n is too small for the limit, which is C = 1",
+    ),
+    Claim(
+        "The regime changes where the norm of the weights grows as sqrt(log n).",
+        "machine summary",
+        lambda q: [all(c.high < 1 for c in q["C"].values()), all(a.value > b.value for a, b in pairwise(q["C"].values()))],
+        ["C", "limit"],
+        "independent logits of spread c sqrt(ln n): C falls from 1 to 0 as c goes from 0 to sqrt(2)",
+    ),
+    Claim(
+        "With bounded weights the entries of a row that are not negligible become one, or a bounded number.",
+        "machine summary",
+        lambda q: [all(share < 0.01 for share in q["k_90 / n below freezing"].values()), q["most above"] <= 1 / EPSILON],
+        ["n", "freezing_sigma", "k_90 / n below freezing", f"entries above {EPSILON:g}"],
+        "trivially for entries above a fixed epsilon (at most 1 / epsilon of them), not for the keys that carry the mass",
+    ),
+    Claim(
+        "For independent N(0, sigma^2) logits k_90 / n tends to Phi_c(sigma + Phi^-1(0.1)): linear in n.",
+        "derived here",
+        lambda q: [abs(s["value"] / s["closed_form"] - 1) < 0.02 for s in q["keys_90_over_n"] if s["n"] == q["n"]],
+        ["n", "k_90 / n and closed form"],
+        "sigma up to 2, in mass (the same formula is in arXiv 2512.07647)",
+    ),
+    Claim(
+        "For sigma = c sqrt(ln n) the exponent of k_90 tends to 1 - c^2 / 2, and to 0 from c = sqrt(2) on (freezing).",
+        "derived here",
+        lambda q: [max(q["distances"]) < _CLOSE, q["above the limit"]],
+        ["exponent", "closed form", "limit"],
+        "in mass, independent normal logits; from above and slowly: what is measured is the closed form at these lengths",
+    ),
+)
 
 
 def cells(setting: Setting) -> list[Cell]:
@@ -59,211 +89,128 @@ def cells(setting: Setting) -> list[Cell]:
 def measure(cell: Cell, setting: Setting) -> Row:
     """What `row_shape` counts, averaged over queries: one number per repeat."""
     shapes = [
-        mean_shape(softmax(logits) for logits, _ in draw_rows(Input.of(cell), cell["n"], cell["rows"], rng))
+        [row_shape(softmax(logits)) for logits, _ in draw_rows(Input.of(cell), cell["n"], cell["rows"], rng)]
         for rng in setting.rng(cell).spawn(cell["repeats"])
     ]
-    return {name: shortened([shape[name] for shape in shapes]) for name in shapes[0]}
+    return {name: fits.shortened([np.mean([s[name] for s in own]) for own in shapes]) for name in shapes[0][0]}
 
 
-def fit_keys(records: Sequence[Row]) -> Fit:
+def fit_keys(records: Sequence[Row]) -> dict[str, Any]:
     """The exponent of k_90 of one input: over all lengths, over the longest, and in theory."""
-    source = Input.of(records[0])
-    lengths = [record["n"] for record in records]
+    source, lengths = Input.of(records[0]), [record["n"] for record in records]
     keys = np.array([record["keys_90"] for record in records])
     # The closed form at the same lengths, where it says more than one key: its exponent converges as slowly.
-    expected = [n * normal_keys(source.norm_at(n), LOST) for n in lengths]
-    closed_form = round(float(log_log_slope(lengths, expected)), 4) if min(expected) > 1 else None
+    expected = [n * fits.normal_keys(source.norm_at(n), LOST) for n in lengths]
     return {
         "input": source.label,
         **source.fields(),
         "lengths": [lengths[0], lengths[-1]],
-        "exponent": slope(lengths, keys).to_dict(),
-        "late_exponent": slope(lengths[-LATE:], keys[-LATE:]).to_dict(),
-        "closed_form_exponent": closed_form,
-        "limit": 1.0 if source.growth == 0 else random_energy_exponent(source.norm),
-        "longest": {"n": lengths[-1], "keys_90": shortened(keys[-1].mean())},
+        "exponent": fits.slope(lengths, keys).to_dict(),
+        "late_exponent": fits.slope(lengths[-LATE:], keys[-LATE:]).to_dict(),
+        "closed_form_exponent": round(float(fits.log_log_slope(lengths, expected)), 4) if min(expected) > 1 else None,
+        "limit": 1.0 if source.growth == 0 else fits.random_energy_exponent(source.norm),
+        "longest": {"n": lengths[-1], "keys_90": fits.shortened(keys[-1].mean())},
     }
 
 
-def _compare_share(record: Row) -> Fit:
-    share = Interval.of(np.array(record["keys_90"]) / record["n"])
-    closed_form = round(normal_keys(record["norm"], LOST), 4)
-    return {"n": record["n"], "sigma": record["norm"], **share.to_dict(), "closed_form": closed_form}
-
-
 def conclude(records: Sequence[Row]) -> Findings:
-    """Exponents of k_90 beside the closed forms, and the verdicts on sparsity, threshold and collapse."""
-    fits = [fit_keys(own) for own in by_input(records).values()]
+    """Exponents of k_90 beside the closed forms."""
+    found = [fit_keys(own) for own in by_input(records).values()]
     grid = [record for record in records if record["growth"] == 0 and record["kind"] == "logits"]
-    shares = [_compare_share(record) for record in grid if record["norm"] <= 2]
-    verdicts = _verdicts(fits, grid, shares)
+    shares = [
+        {"n": record["n"], "sigma": record["norm"]}
+        | Interval.of(np.array(record["keys_90"]) / record["n"]).to_dict()
+        | {"closed_form": round(fits.normal_keys(record["norm"], LOST), 4)}
+        for record in grid
+        if record["norm"] <= 2
+    ]
+    growing = {f"c = {fit['norm']:g}": fit for fit in found if fit["growth"] > 0}
+    late = {fit["input"]: Interval(**fit["late_exponent"]) for fit in found}
+    sublinear = {label: exponent.high < 1 - _CLOSE for label, exponent in late.items()}
+    norms = [fit["norm"] for fit in found if sublinear[fit["input"]] and (fit["kind"], fit["growth"]) == ("logits", 0)]
+    n = max(record["n"] for record in grid)
+    longest = [record for record in grid if record["n"] == n]
+    known = [fit for c, fit in growing.items() if fit["closed_form_exponent"] is not None and fit["norm"] <= 1]
+    more = {
+        "sublinear": sublinear,
+        "growing": len(growing),
+        "growing_sublinear": sum(sublinear[fit["input"]] for fit in growing.values()),
+        "least_norm": min(norms, default=math.inf),
+        "exponent of k_90 at large n": {
+            fit["input"]: late[fit["input"]] for fit in found if fit["growth"] > 0 or fit["norm"] in (1, 2, 4, 6)
+        },
+        "C": {c: late[fit["input"]] for c, fit in growing.items()},
+        "limit": {c: fit["limit"] for c, fit in growing.items()},
+        "n": n,
+        "freezing_sigma": fits.freezing_norm(n),
+        "k_90 / n below freezing": {
+            f"sigma = {record['norm']:g}": float(np.mean(record["keys_90"])) / n
+            for record in longest
+            if record["norm"] < fits.freezing_norm(n) / 2
+        },
+        "most above": max(max(record["above"]) for record in longest),
+        f"entries above {EPSILON:g}": {f"sigma = {r['norm']:g}": float(np.mean(r["above"])) for r in longest},
+        "k_90 / n and closed form": {
+            f"sigma = {s['sigma']:g}": f"{s['value']:.4f} [{s['low']:.4f}, {s['high']:.4f}] and {s['closed_form']:.4f}"
+            for s in shares
+            if s["n"] == n
+        },
+        "exponent": {c: Interval(**fit["exponent"]) for c, fit in growing.items()},
+        "closed form": {c: fit["closed_form_exponent"] for c, fit in growing.items()},
+        "distances": [abs(fit["exponent"]["value"] - fit["closed_form_exponent"]) for fit in known],
+        "above the limit": all(fit["exponent"]["value"] >= fit["limit"] for fit in growing.values()),
+    }
     header = ["exponent of k_90 in n", "all lengths", "longest lengths", "closed form, same lengths", "limit"]
     body = [
         [
             fit["input"],
             str(Interval(**fit["exponent"])),
-            str(Interval(**fit["late_exponent"])),
+            str(late[fit["input"]]),
             "-" if fit["closed_form_exponent"] is None else f"{fit['closed_form_exponent']:+.2f}",
             f"{fit['limit']:+.2f}",
         ]
-        for fit in fits
+        for fit in found
     ]
-    figures = {"exponents_of_keys_90": fits, "keys_90_over_n": shares}
-    return Findings(figures, verdicts, _panels(grid, fits, verdicts), [(header, body)])
+    figures = {"exponents_of_keys_90": found, "keys_90_over_n": shares}
+    return Findings(figures, more, _panels(grid, list(growing.values())), [(header, body)])
 
 
-def _verdicts(fits: Sequence[Fit], grid: Sequence[Row], shares: Sequence[Fit]) -> list[Verdict]:
-    growing = [fit for fit in fits if fit["growth"] == 0.5]
-    less = {fit["input"]: fit["late_exponent"]["high"] < 1 - _CLOSE for fit in fits}
-    sublinear = [f["norm"] for f in fits if less[f["input"]] and f["growth"] == 0 and f["kind"] == "logits"]
-    late = {f"c = {fit['norm']:g}": Interval(**fit["late_exponent"]) for fit in growing}
-    values = [interval.value for interval in late.values()]
-    longest = max(record["n"] for record in grid)
-    at_longest = [record for record in grid if record["n"] == longest]
-    mobile = [record for record in at_longest if record["norm"] < freezing_norm(longest) / 2]
-    frozen = [record for record in at_longest if record["norm"] > freezing_norm(longest)]
-    last = [share for share in shares if share["n"] == longest]
-    known = [fit for fit in growing if fit["closed_form_exponent"] is not None and fit["norm"] <= 1]
-    return [
-        Verdict(
-            "Attention is n^C-sparse in mass: n^C keys with C < 1 hold 90 % of it.",
-            "abstract",
-            decide(list(less.values())),
-            f"C < {1 - _CLOSE:g} at {sum(less[f['input']] for f in growing)} of {len(growing)} norms that grow as "
-            f"sqrt(ln n); of the fixed norms only from {min(sublinear, default=math.inf):g} on, where n is too small "
-            "for the limit, which is C = 1",
-            {
-                f"exponent of k_90 at large n, {fit['input']}": Interval(**fit["late_exponent"])
-                for fit in fits
-                if fit["growth"] > 0 or fit["norm"] in (1, 2, 4, 6)
-            },
-        ),
-        Verdict(
-            "The regime changes where the norm of the weights grows as sqrt(log n).",
-            "machine summary",
-            decide([all(interval.high < 1 for interval in late.values()), all(a > b for a, b in pairwise(values))]),
-            "independent logits of spread c sqrt(ln n): C falls from 1 to 0 as c goes from 0 to sqrt(2)",
-            {"C at large n": late, "limit": {f"c = {fit['norm']:g}": fit["limit"] for fit in growing}},
-        ),
-        Verdict(
-            "With bounded weights the entries of a row that are not negligible become one, or a bounded number.",
-            "machine summary",
-            decide(
-                [
-                    all(np.mean(record["keys_90"]) < record["n"] / 100 for record in mobile),
-                    all(max(record["above"]) <= 1 / EPSILON for record in at_longest),
-                ]
-            ),
-            "trivially for entries above a fixed epsilon (at most 1 / epsilon of them), not for the keys that carry "
-            "the mass",
-            {"n": longest, "freezing at sigma": freezing_norm(longest)}
-            | {
-                f"sigma = {record['norm']:g}": {
-                    "k_90": float(np.mean(record["keys_90"])),
-                    f"entries above {EPSILON:g}": float(np.mean(record["above"])),
-                }
-                for record in [*mobile[1::2], *frozen[-1:]]
-            },
-        ),
-        Verdict(
-            "For independent N(0, sigma^2) logits k_90 / n tends to Phi_c(sigma + Phi^-1(0.1)): linear in n.",
-            "derived here",
-            decide([abs(share["value"] / share["closed_form"] - 1) < 0.02 for share in last]),
-            "sigma up to 2, in mass (the same formula is in arXiv 2512.07647)",
-            {"n": longest}
-            | {
-                f"sigma = {share['sigma']:g}": f"{share['value']:.4f} [{share['low']:.4f}, {share['high']:.4f}] "
-                f"against {share['closed_form']:.4f}"
-                for share in last
-            },
-        ),
-        Verdict(
-            "For sigma = c sqrt(ln n) the exponent of k_90 tends to 1 - c^2 / 2, and to 0 from c = sqrt(2) on "
-            "(freezing).",
-            "derived here",
-            decide(
-                [
-                    all(abs(fit["exponent"]["value"] - fit["closed_form_exponent"]) < _CLOSE for fit in known),
-                    all(fit["exponent"]["value"] >= fit["limit"] for fit in growing),
-                ]
-            ),
-            "in mass, independent normal logits; from above and slowly: what is measured is the closed form at these "
-            "lengths",
-            {
-                f"c = {fit['norm']:g}": {
-                    "measured": Interval(**fit["exponent"]),
-                    "closed form": fit["closed_form_exponent"] or "-",
-                    "limit": fit["limit"],
-                }
-                for fit in growing
-            },
-        ),
-    ]
-
-
-def _panels(grid: Sequence[Row], fits: Sequence[Fit], verdicts: Sequence[Verdict]) -> list[Panel]:
+def _panels(grid: Sequence[Row], growing: Sequence[dict[str, Any]]) -> list[Panel]:
     lengths, norms = sorted({record["n"] for record in grid}), sorted({record["norm"] for record in grid})
     places = {(record["norm"], record["n"]): record for record in grid}
 
     def values(name: str) -> Any:
         return np.array([[np.mean(places[norm, n][name]) for n in lengths] for norm in norms])
 
-    keys, names = values("keys_90"), [f"R = {norm:g}" for norm in norms]
+    keys, above, names = values("keys_90"), values("above"), [f"R = {norm:g}" for norm in norms]
     # Over two octaves: one is too noisy where few keys have the mass.
     exponents = np.log(keys[:, 2:] / keys[:, :-2]) / np.log(np.array(lengths[2:]) / lengths[:-2])
-    growing = [fit for fit in fits if fit["growth"] > 0]
-    bands = np.array([[fit["exponent"][end] for fit in growing] for end in ("low", "value", "high")])
-    shares = {f"normal logits, R = {norm:g}": keys[norms.index(norm)] / lengths for norm in (1, 2)}
-    theory = {f"closed form, R = {norm:g}": np.full(len(lengths), normal_keys(norm, LOST)) for norm in (1, 2)}
-    closed = [math.nan if (f := fit["closed_form_exponent"]) is None else f for fit in growing]
-    chosen = norms[:: max(1, len(norms) // 4)][:4]
+    entropy = values("entropy") / np.log(lengths)
+    shares = {f"R = {norm:g}": keys[norms.index(norm)] / lengths for norm in (1, 2)}
+    closed = {f"closed form, {norm:g}": np.full(len(lengths), fits.normal_keys(norm, LOST)) for norm in (1, 2)}
+    measured = {"measured": [[fit["exponent"][end] for fit in growing] for end in ("low", "value", "high")]}
+    theory = {"closed form, same n": "closed_form_exponent", "limit": "limit"}
+    known = {label: [math.nan if f[key] is None else f[key] for f in growing] for label, key in theory.items()}
+    c = [fit["norm"] for fit in growing]
+    masses = {f"{mass} % of the mass": values(f"keys_{mass}")[:, -1] for mass in (50, 90, 99)}
+    some = {names[i]: above[i] for i in range(0, len(norms), math.ceil(len(norms) / 4))}
     return [
-        Panel(
-            "k_90 between n/2 and 2n", verdicts[0].caption, lengths[1:-1], "keys n", "exponent C", grid=exponents,
-            rows=names,
-        ),
-        Panel("Fixed norm", verdicts[3].caption, lengths, "keys n", "k_90 / n", shares, theory),
-        Panel(
-            "Norms that grow as sqrt(ln n)",
-            verdicts[4].caption,
-            [fit["norm"] for fit in growing],
-            "c, with sigma = c sqrt(ln n)",
-            "exponent C of k_90",
-            {"measured": bands},
-            {"closed form, same n": closed, "limit": [fit["limit"] for fit in growing]},
-            log="",
-        ),
-        Panel(
-            f"n = {lengths[-1]:,}",
-            verdicts[1].caption,
-            norms,
-            "deviation of the logits, sigma = R",
-            "keys",
-            {f"keys for {mass} % of the mass": values(f"keys_{mass}")[:, -1] for mass in (50, 90, 99)},
-            log="y",
-        ),
-        Panel(
-            "Entropy / ln n", verdicts[2].caption, lengths, "keys n", "1: all keys alike, 0: one key",
-            grid=values("entropy") / np.log(lengths), rows=names,
-        ),
-        Panel(
-            "Entries that are not negligible",
-            verdicts[2].caption,
-            lengths,
-            "keys n",
-            f"entries above {EPSILON}",
-            {f"R = {norm:g}": values("above")[norms.index(norm)] for norm in chosen},
-            log="x",
-        ),
-    ]  # fmt: skip
+        Panel("Exponent C of k_90 between n/2 and 2n", "keys n", "", lengths[1:-1], grid=exponents, rows=names),
+        Panel("Keys for 90 % of the mass, fixed norm", "keys n", "k_90 / n", lengths, shares, closed),
+        Panel("Growing norms", "c, with R = c sqrt(ln n)", "exponent C of k_90", c, measured, known, log=""),
+        Panel(f"Sparsity at n = {lengths[-1]:,}", "R, deviation of the logits", "keys", norms, masses, log="y"),
+        Panel("Entropy / ln n: 1, all keys alike; 0, one key", "keys n", "", lengths, grid=entropy, rows=names),
+        Panel("Entries that are not negligible", "keys n", f"entries above {EPSILON}", lengths, some, log="x"),
+    ]
 
 
 EXPERIMENT = Experiment(
-    name="phases",
-    title="Length against weight norm: how many keys carry a row's mass",
-    claim="attention is n^C-sparse; the threshold is a norm that grows as sqrt(log n); bounded weights collapse",
-    source="abstract",
-    cells=cells,
-    measure=measure,
-    conclude=conclude,
+    "phases",
+    "Length against weight norm: how many keys carry a row's mass",
+    "attention is n^C-sparse; the threshold is a norm that grows as sqrt(log n); bounded weights collapse",
+    "abstract",
+    CLAIMS,
+    cells,
+    measure,
+    conclude,
 )

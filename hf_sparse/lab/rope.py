@@ -7,26 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from hf_sparse.lab import fits, probe
 from hf_sparse.lab.bounds import rope_scales
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting, Verdict, decide
-from hf_sparse.lab.fits import by_length, log_log_slope, shortened
-from hf_sparse.lab.model import (
-    QUERIES,
-    SINKS,
-    Sample,
-    find_window,
-    frequencies_of,
-    layers_of,
-    longest_windows,
-    mean_nll,
-    rope_base,
-    row_lengths,
-    visit_samples,
-    window_cell,
-)
+from hf_sparse.lab.experiment import Cell, Claim, Experiment, Findings, Setting
 from hf_sparse.lab.norms import trivial_rotation
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.scales import head_forms, logit_spread
+from hf_sparse.measure.perplexity import token_nll
 from hf_sparse.results import Row
 from hf_sparse.row_errors import row_shape
 
@@ -35,116 +22,99 @@ FACTORS = {"small": (None, 0.1, 1.0, 10.0), "full": (None, 0.01, 0.1, 1.0, 10.0,
 
 LONGEST = 2048
 _DISTANCES = 1024
+_OWN, _NONE = "base x 1", "no RoPE"
+_WHERE = "every head, RoPE of a trained model changed at inference"
+
+CLAIMS = (
+    Claim(
+        "R, maximised over relative position, hardly depends on RoPE and its base (10 %, median head)",
+        "derived here",
+        lambda q: None if q["by construction"] else max(q["change of R over the bases"], q["median gain"]) < 1.1,
+        ["R with RoPE over R without", "change of R over the bases", "by construction"],
+        f"{_WHERE}, weights alone",
+    ),
+    Claim(
+        "RoPE makes attention sparser: fewer keys hold 90 % of the mass",
+        "derived here",
+        lambda q: q["share of heads that need fewer keys"],
+        ["n", "share of heads that need fewer keys", f"bases > {_OWN}", f"bases > {_NONE}", "outside training"],
+        _WHERE,
+    ),
+)
 
 
 def cells(setting: Setting) -> Sequence[Cell]:
     """Every base, on one document."""
-    window = longest_windows(setting.subject, LONGEST)[0]
-    return [window_cell(window, rows=QUERIES[setting.scale], factor=factor) for factor in FACTORS[setting.scale]]
+    window, rows = probe.longest_windows(setting, LONGEST)[0], probe.QUERIES[setting.scale]
+    return [probe.window_cell(window, rows=rows, factor=factor) for factor in FACTORS[setting.scale]]
 
 
 def measure(cell: Cell, setting: Setting) -> Row:
     """With the base of the cell: ||W_D||_F of every head, spread and concentration of its attention, and the loss."""
-    subject = setting.subject
-    model, window = subject.model, find_window(subject, cell)
-    found: list[Row] = []
+    model, window = setting.subject.model, probe.find_window(cell, setting)
 
-    def visit(sample: Sample) -> None:
-        entry = {
+    def look(sample: probe.Sample) -> Row:
+        return {
             "deviation": logit_spread(sample)["deviation"],
             "keys_90": row_shape(sample.dense)["keys_90"][0].mean(-1).tolist(),
-            "first_keys": sample.weights[..., :SINKS].sum(-1).mean(-1).tolist(),
+            "first_keys": sample.weights[..., : probe.SINKS].sum(-1).mean(-1).tolist(),
         }
-        found.append({"layer": sample.layer, "n": sample.length, **shortened(entry)})
 
     distances = np.arange(_DISTANCES, dtype=np.float64)
-    with rope_base(model, cell["factor"]):
-        visit_samples(model, window, row_lengths(cell["length"]), cell["rows"], visit)
-        nll = mean_nll(model, window)
+    with probe.rope_base(model, cell["factor"]):
+        found = probe.visit_samples(model, window, probe.row_lengths(cell["length"]), cell["rows"], look)
+        nll = float(token_nll(model, window.input_ids, window.targets).mean())
         over = [
-            [rope_scales(*form, frequencies_of(model, layer), distances) for form in head_forms(layer)]
-            for layer in layers_of(model)
+            [rope_scales(*form, probe.frequencies_of(model, layer), distances) for form in head_forms(layer)]
+            for layer in probe.layers_of(model)
         ]
     scale = {"largest": np.max(over, axis=-1), "rms": np.sqrt(np.mean(np.square(over), axis=-1))}
-    return {"scale": shortened(scale), "rows": found, "nll": nll}
+    return {"scale": fits.shortened(scale), "rows": found, "nll": nll}
 
 
 def conclude(records: Sequence[Row]) -> Findings:
     """The effect of the rotation on R, on the spread and on the keys needed, against the model's own base."""
-    by_factor = {record["factor"]: record for record in records}
-    own, plain = by_factor[1.0], by_factor[None]
-    keys = {_name(factor): by_length([record], "rows", "keys_90") for factor, record in by_factor.items()}
-    lengths = list(keys[_name(1.0)])
+    by_base = {_NONE if r["factor"] is None else f"base x {r['factor']:g}": r for r in records}
+    own = by_base[_OWN]
+    found = {base: fits.by_length([record], "rows") for base, record in by_base.items()}
+    keys = {base: columns["keys_90"] for base, columns in found.items()}
+    scales = {base: np.array(record["scale"]["largest"]) for base, record in by_base.items()}
+    lengths = list(keys[_OWN])
     n = lengths[-1]
-    columns: dict[str, dict[str, float]] = {}
-    for factor, record in by_factor.items():
-        largest = np.array(record["scale"]["largest"]) / np.array(own["scale"]["largest"])
-        needed = keys[_name(factor)]
-        columns[_name(factor)] = {
-            "R_over_own": float(np.median(largest)),
-            "R_over_own_most": float(largest.max()),
-            "deviation": float(np.median(by_length([record], "rows", "deviation")[n])),
-            "keys_90": float(np.mean(needed[n])),
-            "keys_90_exponent": float(log_log_slope(lengths, [values.mean() for values in needed.values()])),
-            "first_keys": float(np.mean(by_length([record], "rows", "first_keys")[n])),
-            "nll_above_own": record["nll"] - own["nll"],
+    mean_keys = {base: [values.mean() for values in column.values()] for base, column in keys.items()}
+    bases = {
+        base: {
+            "R_over_own": float(np.median(scales[base] / scales[_OWN])),
+            "R_over_own_most": float((scales[base] / scales[_OWN]).max()),
+            "deviation": float(np.median(columns["deviation"][n])),
+            "keys_90": mean_keys[base][-1],
+            "keys_90_exponent": fits.log_log_slope(lengths, mean_keys[base]),
+            "first_keys": columns["first_keys"][n].mean(),
+            "nll_above_own": by_base[base]["nll"] - own["nll"],
         }
-    ratio = np.array(own["scale"]["largest"]) / np.array(plain["scale"]["largest"])
-    why_trivial = trivial_rotation(ratio)
-    fewer = float(np.mean(keys[_name(1.0)][n] < keys[_name(None)][n]))
-    base = [columns[_name(factor)]["R_over_own"] for factor in by_factor if factor is not None]
-    change = max(base) / min(base)
-    with_rope, without = columns[_name(1.0)], columns[_name(None)]
-    where = "every head, RoPE of a trained model changed at inference"
-    verdicts = [
-        Verdict(
-            "R, maximised over relative position, hardly depends on RoPE and its base (10 %, median head)",
-            "derived here",
-            "not testable here" if why_trivial else decide(bool(max(change, np.median(ratio)) < 1.1)),
-            where + ", weights alone",
-            {
-                "R at its worst distance with RoPE over R without, median head": float(np.median(ratio)),
-                "all heads": f"{ratio.min():.3f} to {ratio.max():.3f}",
-                "largest change of the median head's R over the bases": change,
-            }
-            | ({"by construction": why_trivial} if why_trivial else {}),
-        ),
-        Verdict(
-            "RoPE makes attention sparser: fewer keys hold 90 % of the mass",
-            "derived here",
-            decide(fewer),
-            where,
-            {"n": n, "share of heads that need fewer with RoPE": fewer}
-            | {
-                f"with, without: {what}": f"{with_rope[name]:{form}}, {without[name]:{form}}"
-                for what, name, form in (
-                    ("keys of the mean head", "keys_90", ".0f"),
-                    ("deviation of the median head's logits", "deviation", ".2f"),
-                    ("nats a token above the model's own", "nll_above_own", "+.2f"),
-                )
-            }
-            | {"outside the training of the model": "all bases but its own"},
-        ),
-    ]
+        for base, columns in found.items()
+    }
+    gain = scales[_OWN] / scales[_NONE]
+    changes = [entry["R_over_own"] for base, entry in bases.items() if base != _NONE]
+    more: dict[str, Any] = {
+        "R with RoPE over R without": f"median {np.median(gain):.3f}, {gain.min():.3f} to {gain.max():.3f}",
+        "median gain": np.median(gain),
+        "change of R over the bases": max(changes) / min(changes),
+        "by construction": trivial_rotation(gain),
+        "share of heads that need fewer keys": np.mean(keys[_OWN][n] < keys[_NONE][n]),
+        "outside training": "all bases but the model's own",
+    }
     header = ["base", "R over own (median head)", "deviation", "keys for 90 %", "exponent", "first 4 keys", "loss"]
     form = "{R_over_own:.3f} {deviation:.2f} {keys_90:.0f} {keys_90_exponent:.2f} {first_keys:.2f} {nll_above_own:+.3f}"
-    body = [[name, *form.format(**entry).split()] for name, entry in columns.items()]
-    drawn = [_name(factor) for factor in FACTORS["small"] if factor in by_factor]
-
-    def ratios(name: str) -> list[float]:
-        return [entry[name] / with_rope[name] for entry in columns.values()]
-
-    lines: dict[str, Any] = {name: [values.mean() for values in keys[name].values()] for name in drawn}
-    changes = {"R, median head": ratios("R_over_own"), "deviation of logits, median head": ratios("deviation")}
+    body = [[base, *form.format(**entry).split()] for base, entry in bases.items()]
+    drawn = {base: mean_keys[base] for base in (_NONE, "base x 0.1", _OWN, "base x 10") if base in bases}
+    names = {"R, median head": "R_over_own", "deviation of logits, median head": "deviation"}
+    ratios = {what: [entry[name] / bases[_OWN][name] for entry in bases.values()] for what, name in names.items()}
     panels = [
-        Panel("Keys for 90 % of the mass", verdicts[1].caption, lengths, "visible keys n", "keys, mean head", lines),
-        Panel("R across bases", verdicts[0].caption, list(columns), "", "ratio to the model's own base", changes, log=""),
-    ]  # fmt: skip
-    return Findings(shortened({"n": n, "bases": columns}), verdicts, panels, [(header, body)])
-
-
-def _name(factor: float | None) -> str:
-    return "no RoPE" if factor is None else f"base x {factor:g}"
+        Panel("Keys for 90 % of the mass", "visible keys n", "keys, mean head", lengths, drawn),
+        Panel("Scales across bases", "", "ratio to the model's own base", list(bases), ratios, log=""),
+    ]
+    return Findings({"n": n, "bases": bases}, more, panels, [(header, body)])
 
 
 EXPERIMENT = Experiment(
@@ -152,6 +122,7 @@ EXPERIMENT = Experiment(
     "R and sparsity with other rotations",
     "R and sparsity with and without RoPE, and across its bases",
     "machine summary",
+    CLAIMS,
     cells,
     measure,
     conclude,

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.lab.bounds import rope_scales, spectral_scale
 from hf_sparse.lab.fits import FloatArray
-from hf_sparse.lab.model import SINKS, Layer, Sample, frequencies_of, hooks, layers_of, split_heads
+from hf_sparse.lab.probe import SINKS, Layer, Sample, frequencies_of, hooks, layers_of, split_heads
 from hf_sparse.results import Row
 
 _TILTS = (-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0)
@@ -52,11 +52,10 @@ def head_forms(layer: Layer) -> list[Form]:
         part.weight.detach().double().cpu().numpy().reshape(-1, attention.head_dim, part.weight.shape[1])
         for part in (attention.q_proj, attention.k_proj)
     )
-    share = len(query) // len(key)
-    return [(attention.scaling * query[head], key[head // share]) for head in range(heads)]
+    return [(attention.scaling * query[head], key[head * len(key) // heads]) for head in range(heads)]
 
 
-def weight_scales(model: PreTrainedModel, distances: FloatArray) -> Row:
+def weight_scales(model: PreTrainedModel, distances: FloatArray) -> dict[str, list[Any]]:
     """||W_D||_F of every head with B = 1, from the weights alone.
 
     Args:
@@ -72,15 +71,15 @@ def weight_scales(model: PreTrainedModel, distances: FloatArray) -> Row:
         frequencies, forms = frequencies_of(model, layer), head_forms(layer)
         over = np.array([rope_scales(*form, frequencies, distances) for form in forms])
         found = {
-            "plain": [float(rope_scales(*form, 0 * frequencies, np.zeros(1))[0]) for form in forms],
+            "plain": [rope_scales(*form, 0 * frequencies, np.zeros(1))[0] for form in forms],
             "rope": over.max(1),
             "at": distances[over.argmax(1)],
             "least": over.min(1),
             "rms": np.sqrt((over**2).mean(1)),
-            "spectral": [spectral_scale(*form, 1.0) for form in forms],
+            "spectral": [spectral_scale(*form) for form in forms],
         }
         for name, values in found.items():
-            out.setdefault(name, []).append([float(value) for value in values])
+            out.setdefault(name, []).append(values)
     return out
 
 
@@ -146,12 +145,11 @@ def logit_spread(sample: Sample) -> dict[str, list[float]]:
     """
     logits, seen = sample.logits, sample.seen
     centred, deviation = _standardise(logits, seen)
-    count = seen.sum(-1)
 
     def scale(tilt: Tensor) -> Tensor:
         """s of every query at a tilt `(heads, queries)`."""
-        log_mean = (centred * tilt.unsqueeze(-1)).masked_fill(~seen, -torch.inf).logsumexp(-1) - count.log()
-        return (2 * log_mean.clamp(min=0)).sqrt() / tilt.abs()
+        log_sum = (centred * tilt.unsqueeze(-1)).masked_fill(~seen, -torch.inf).logsumexp(-1)
+        return (2 * (log_sum - seen.sum(-1).log()).clamp(min=0)).sqrt() / tilt.abs()
 
     found = {
         "deviation": deviation,

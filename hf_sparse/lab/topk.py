@@ -16,8 +16,7 @@ These are equalities; that total variation is the lost mass, and the output iden
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,8 @@ NORMS = (
     "output, unnormalised",
     "relative output, unnormalised",
 )
-"""Names of `TopK.errors`: largest error of an entry; lost mass tau; Euclidean error of the output; the same over the
-norm of the exact output. Unnormalised: kept entries stay as they are and the others become 0."""
+"""Largest error of an entry; tau; Euclidean error of the output; the same over the norm of the exact output.
+Unnormalised: kept entries stay as they are and the others become 0."""
 
 MASSES = (0.5, 0.9, 0.99)
 EPSILON = 0.01
@@ -48,54 +47,32 @@ def softmax(logits: NDArray[Any]) -> FloatArray:
     return np.asarray(weights / weights.sum())
 
 
-@dataclass(frozen=True)
-class TopK:
-    """Top-k attention of one query for several k, `(windows,)` each unless stated.
+def top_k_errors(weights: FloatArray, values: NDArray[Any], kept: Sequence[int]) -> tuple[FloatArray, FloatArray]:
+    """Errors of keeping the `kept` largest entries, for several k at once.
 
-    Attributes:
-        lost: tau, the mass of the dropped keys.
-        largest: The largest error of an entry, renormalised.
-        dropped: The largest dropped entry, the largest error of an entry if not renormalised.
-        renormalised: Difference of the outputs, `(windows, value_dim)`.
-        cut: The same if not renormalised.
-        exact: The exact output, `(value_dim,)`.
+    Args:
+        weights: p, `(keys,)`.
+        values: `(keys, value_dim)`.
+        kept: `(windows,)`: keys that each window keeps, 1 to keys.
+
+    Returns:
+        The errors in the order of `NORMS`, `(norms, windows)`, and the output of each renormalised window minus the
+        exact output, `(windows, value_dim)`.
     """
-
-    lost: FloatArray
-    largest: FloatArray
-    dropped: FloatArray
-    renormalised: FloatArray
-    cut: FloatArray
-    exact: FloatArray
-
-    @classmethod
-    def of(cls, weights: FloatArray, values: NDArray[Any], kept: Sequence[int] | NDArray[np.int64]) -> TopK:
-        """Keep the largest entries.
-
-        Args:
-            weights: p, `(keys,)`.
-            values: `(keys, value_dim)`.
-            kept: `(windows,)`: keys that each window keeps, 1 to keys.
-        """
-        order = np.argsort(-weights, kind="stable")
-        p, v = weights[order], values[order]
-        kept = np.asarray(kept)
-        tail = np.append(np.cumsum(p[::-1])[::-1], 0.0)  # tail[k] = mass outside the first k, summed from its small end
-        lost, dropped = tail[kept], np.append(p, 0.0)[kept]
-        mass = 1 - lost
-        # Sums of the first k terms p_j v_j, each key read once.
-        stops, place = np.unique(kept, return_inverse=True)
-        pieces = [p[start:stop] @ v[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
-        partial = np.cumsum(pieces, axis=0)[place]
-        exact = p @ v
-        largest = np.maximum(p[0] * lost / mass, dropped)
-        return cls(lost, largest, dropped, partial / mass[:, None] - exact, partial - exact, exact)
-
-    def errors(self) -> FloatArray:
-        """All errors, in the order of `NORMS`: `(norms, windows)`."""
-        size = np.linalg.norm(self.exact)
-        whole, cut = (np.linalg.norm(difference, axis=1) for difference in (self.renormalised, self.cut))
-        return np.array([self.largest, self.lost, whole, whole / size, self.dropped, cut, cut / size])
+    order = np.argsort(-weights, kind="stable")
+    p, v = weights[order], values[order]
+    tail = np.append(np.cumsum(p[::-1])[::-1], 0.0)  # tail[k] = mass outside the first k, summed from its small end
+    lost, dropped = tail[list(kept)], np.append(p, 0.0)[list(kept)]
+    mass = 1 - lost
+    # Sums of the first k terms p_j v_j, each key read once.
+    stops, place = np.unique(kept, return_inverse=True)
+    pieces = [p[start:stop] @ v[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
+    partial, exact = np.cumsum(pieces, axis=0)[place], p @ v
+    difference = partial / mass[:, None] - exact
+    whole, cut = (np.linalg.norm(error, axis=1) for error in (difference, partial - exact))
+    size = np.linalg.norm(exact)
+    largest = np.maximum(p[0] * lost / mass, dropped)
+    return np.array([largest, lost, whole, whole / size, dropped, cut, cut / size]), difference
 
 
 def row_shape(weights: FloatArray) -> dict[str, float]:
@@ -115,9 +92,3 @@ def row_shape(weights: FloatArray) -> dict[str, float]:
         "largest": float(rising[-1]),
         "above": float((rising > EPSILON).sum()),
     }
-
-
-def mean_shape(weights: Iterable[FloatArray]) -> dict[str, float]:
-    """The mean over queries of each entry of `row_shape`."""
-    shapes = [row_shape(p) for p in weights]
-    return {name: float(np.mean([shape[name] for shape in shapes])) for name in shapes[0]}

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting, Verdict, decide
+from hf_sparse.lab.experiment import Cell, Claim, Experiment, Findings, Setting
 from hf_sparse.lab.fits import Interval, shortened, slope, trend
 from hf_sparse.lab.inputs import Input, by_input, draw_rows
 from hf_sparse.lab.plots import Panel
-from hf_sparse.lab.topk import NORMS, TopK, softmax
+from hf_sparse.lab.topk import NORMS, softmax, top_k_errors
 from hf_sparse.laws import Budget
-from hf_sparse.measure.tables import Table
 from hf_sparse.results import Row
 
 WINDOWS = {
@@ -40,10 +39,32 @@ SIZES = {
     "small": (range(8, 13), {"rows": 8, "repeats": 3}),
     "full": (range(8, 18), {"rows": 16, "repeats": 6}),
 }
-_DRAWN_WINDOWS = (*SLOW, "n^0.5", "n^0.75")
-_DRAWN_NORMS = ("max entry", "max entry, unnormalised", "lost mass", "output", "relative output")
+_DRAWN = ("max entry", "max entry, unnormalised", "lost mass", "output", "relative output")
 
-Fit = dict[str, Any]
+CLAIMS = (
+    Claim(
+        "Keeping the largest n^C entries, any C in (0, 1), approximates attention with an error that decreases in n.",
+        "abstract",
+        lambda q: list(q["falling"].values()),
+        ["slopes of n^0.5 keys"],
+        "the error falls like a power of n, of {power_cases} pairs of input and exponent: {falls}",
+    ),
+    Claim(
+        "With log n entries or fewer the error stays at a constant.",
+        "abstract",
+        lambda q: list(q["staying"].values()),
+        ["slopes of log2(n)/2 keys"],
+        "the error does not fall like a power of n, of {slow_cases} pairs of input and window "
+        f"({' or '.join(SLOW)}): {{stays}}",
+    ),
+    Claim(
+        "There is a dichotomy: in the same norm n^C entries are enough, and log n or fewer are not.",
+        "abstract",
+        lambda q: list(q["both"].values()),
+        ["slopes of the largest error of an entry"],
+        "{dichotomy}",
+    ),
+)
 
 
 def cells(setting: Setting) -> list[Cell]:
@@ -59,138 +80,92 @@ def kept_keys(windows: Sequence[str], n: int) -> list[int]:
 
 def measure(cell: Cell, setting: Setting) -> Row:
     """Errors of each window in each norm, mean query, and of single entries the worst query: one number per repeat."""
-    windows, kept = cell["windows"], kept_keys(cell["windows"], cell["n"])
+    n, windows = cell["n"], cell["windows"]
+    kept = kept_keys(windows, n)
     repeats = np.array(
         [
-            [TopK.of(softmax(x), v, kept).errors() for x, v in draw_rows(Input.of(cell), cell["n"], cell["rows"], rng)]
+            [top_k_errors(softmax(x), v, kept)[0] for x, v in draw_rows(Input.of(cell), n, cell["rows"], rng)]
             for rng in setting.rng(cell).spawn(cell["repeats"])
         ]
     )
-
-    def by_name(values: Any, norms: Sequence[str]) -> Row:
-        return {
-            window: {norm: shortened(values[:, NORMS.index(norm), i]) for norm in norms}
-            for i, window in enumerate(windows)
-        }
-
-    return {"kept": kept, "mean": by_name(repeats.mean(1), NORMS), "worst": by_name(repeats.max(1), ENTRYWISE)}
+    out: Row = {"kept": kept}
+    for name, errors, norms in (("mean", repeats.mean(1), NORMS), ("worst", repeats.max(1), ENTRYWISE)):
+        out[name] = {w: {m: shortened(errors[:, NORMS.index(m), i]) for m in norms} for i, w in enumerate(windows)}
+    return out
 
 
-def fit_errors(records: Sequence[Row], label: str, window: str, norm: str) -> Fit:
+def fit_errors(records: Sequence[Row], label: str, window: str, norm: str) -> dict[str, Any]:
     """Slopes of one error in n: over all lengths and over the longest, for the mean and for the worst query."""
     lengths = [record["n"] for record in records]
     mean = np.array([record["mean"][window][norm] for record in records])
     late = slope(lengths[-LATE:], mean[-LATE:])
     # The largest error of an entry of the matrix is that of the worst query.
-    worst = [record["worst"][window][norm] for record in records[-LATE:]] if norm in ENTRYWISE else None
+    worst = [record["worst"][window].get(norm) for record in records[-LATE:]]
     return {
         "input": label,
         "window": window,
         "norm": norm,
         "slope": slope(lengths, mean).to_dict(),
         "late_slope": late.to_dict(),
-        "worst_late_slope": None if worst is None else slope(lengths[-LATE:], worst).to_dict(),
+        "worst_late_slope": slope(lengths[-LATE:], worst).to_dict() if norm in ENTRYWISE else None,
         "trend": trend(lengths[-LATE:], late),
         "longest": shortened(mean[-1].mean()),
     }
 
 
 def conclude(records: Sequence[Row]) -> Findings:
-    """Slopes, trends and the two claims of the abstract about sufficient and insufficient windows."""
-    inputs = by_input(records)
-    fits = [
-        fit_errors(own, label, window, norm)
-        for label, own in inputs.items()
-        for window in records[0]["windows"]
-        for norm in NORMS
-    ]
-    falls = {(fit["norm"], fit["input"], fit["window"]): fit["trend"] == "falls" for fit in fits}
-
-    late = {(f["window"], f["norm"]): Interval(**f["late_slope"]) for f in fits if f["input"] == PAPER_LIKE}
-    what = f"slopes at large n, {PAPER_LIKE}"
-
-    falling = {n: [falls[n, label, w] for label in inputs for w in POWERS] for n in NORMS}
-    staying = {n: [not falls[n, label, w] for label in inputs for w in SLOW] for n in NORMS}
+    """Slopes and trends of every input, window and norm."""
+    inputs, windows = by_input(records), records[0]["windows"]
+    fits = [fit_errors(own, label, w, norm) for label, own in inputs.items() for w in windows for norm in NORMS]
+    slopes = {(fit["input"], fit["window"], fit["norm"]): Interval(**fit["late_slope"]) for fit in fits}
+    falls = {(fit["input"], fit["window"], fit["norm"]): fit["trend"] == "falls" for fit in fits}
+    falling = {norm: [falls[label, w, norm] for label in inputs for w in POWERS] for norm in NORMS}
+    staying = {norm: [not falls[label, w, norm] for label in inputs for w in SLOW] for norm in NORMS}
     both = {
-        norm: [
-            label
-            for label in inputs
-            if all(falls[norm, label, w] for w in POWERS) and not any(falls[norm, label, w] for w in SLOW)
-        ]
+        norm: [[falls[label, w, norm] for w in (*SLOW, *POWERS)] == [False] * 2 + [True] * 3 for label in inputs]
         for norm in NORMS
     }
-    counts = [
-        "; ".join(f"{norm} {sum(cases)}" for norm, cases in column.items()) for column in (falling, staying)
-    ]
-    verdicts = [
-        Verdict(
-            "Keeping the largest n^C entries, any C in (0, 1), approximates attention with an error that decreases in "
-            "n.",
-            "abstract",
-            decide(list(falling.values())),
-            f"the error falls like a power of n, of {len(inputs) * len(POWERS)} pairs of input and exponent: "
-            f"{counts[0]}",
-            {f"{what}, n^0.5 keys": {norm: late["n^0.5", norm] for norm in NORMS}},
-        ),
-        Verdict(
-            "With log n entries or fewer the error stays at a constant.",
-            "abstract",
-            decide(list(staying.values())),
-            f"the error does not fall like a power of n, of {len(inputs) * len(SLOW)} pairs of input and window "
-            f"({' or '.join(SLOW)}): {counts[1]}",
-            {f"{what}, log2(n)/2 keys": {norm: late["log2(n)/2", norm] for norm in ENTRYWISE}},
-        ),
-        Verdict(
-            "There is a dichotomy: in the same norm n^C entries are enough, and log n or fewer are not.",
-            "abstract",
-            decide([label in labels for labels in both.values() for label in inputs]),
-            "; ".join(f"{norm}: {' and '.join(labels)}" for norm, labels in both.items() if labels) or "in no norm",
-            {f"{what}, max entry": {window: late[window, "max entry"] for window in (*SLOW, *POWERS)}},
-        ),
-    ]
+    where = {norm: [label for label, held in zip(inputs, both[norm], strict=True) if held] for norm in NORMS}
+    more = {
+        "falling": falling,
+        "staying": staying,
+        "both": both,
+        "power_cases": len(inputs) * len(POWERS),
+        "slow_cases": len(inputs) * len(SLOW),
+        "falls": "; ".join(f"{norm} {sum(cases)}" for norm, cases in falling.items()),
+        "stays": "; ".join(f"{norm} {sum(cases)}" for norm, cases in staying.items()),
+        "dichotomy": "; ".join(f"{norm}: {' and '.join(own)}" for norm, own in where.items() if own) or "in no norm",
+        "slopes of n^0.5 keys": {norm: slopes[PAPER_LIKE, "n^0.5", norm] for norm in NORMS},
+        "slopes of log2(n)/2 keys": {norm: slopes[PAPER_LIKE, "log2(n)/2", norm] for norm in ENTRYWISE},
+        "slopes of the largest error of an entry": {w: slopes[PAPER_LIKE, w, "max entry"] for w in (*SLOW, *POWERS)},
+    }
     lengths = sorted({record["n"] for record in records})
-    figures = {"lengths": lengths, "late_lengths": lengths[-LATE:], "slopes": fits}
-    return Findings(figures, verdicts, _panels(inputs, fits, verdicts), [_table(fits, label) for label in inputs])
-
-
-def _table(fits: Sequence[Fit], label: str) -> Table:
-    """Slopes over the longest lengths of every window in every norm, for one input."""
-    own = [fit for fit in fits if fit["input"] == label]
-    header = [f"{label}: slope in n at large n", *dict.fromkeys(fit["window"] for fit in own)]
-    return header, [[norm, *(str(Interval(**f["late_slope"])) for f in own if f["norm"] == norm)] for norm in NORMS]
-
-
-def _panels(inputs: dict[str, list[Row]], fits: Sequence[Fit], verdicts: Sequence[Verdict]) -> list[Panel]:
-    own = inputs[PAPER_LIKE]
-    lengths = [record["n"] for record in own]
-
-    def band(window: str, norm: str) -> Any:
-        errors = np.array([record["mean"][window][norm] for record in own])
-        return [errors.min(1), errors.mean(1), errors.max(1)]
-
-    drawn = [
-        Panel(
-            f"{norm} ({PAPER_LIKE})",
-            verdicts[2].caption,
-            lengths,
-            "keys n",
-            f"{norm}, mean query",
-            {window: band(window, norm) for window in _DRAWN_WINDOWS},
+    tables = [
+        (
+            [f"{label}: slope in n at large n", *windows],
+            [[norm, *(str(slopes[label, w, norm]) for w in windows)] for norm in NORMS],
         )
-        for norm in _DRAWN_NORMS
+        for label in inputs
     ]
-    slopes = {(f["norm"], f["input"]): f["late_slope"]["value"] for f in fits if f["window"] == "n^0.5"}
-    grid = [[slopes[norm, label] for label in inputs] for norm in NORMS]
+    panels = []
+    for norm in _DRAWN:
+        errors = {w: np.array([r["mean"][w][norm] for r in inputs[PAPER_LIKE]]) for w in (*SLOW, "n^0.5", "n^0.75")}
+        lines = {window: [error.min(1), error.mean(1), error.max(1)] for window, error in errors.items()}
+        panels.append(Panel(PAPER_LIKE, "keys n", f"{norm}, mean query", lengths, lines))
+    grid = [[slopes[label, "n^0.5", norm].value for label in inputs] for norm in NORMS]
     names = [label.replace(", ", ",\n") for label in inputs]
-    return [*drawn, Panel("n^0.5 keys", verdicts[0].caption, names, "", "slope at large n", grid=grid, rows=NORMS)]
+    panels.append(Panel("Slope at large n, n^0.5 keys", "", "", names, grid=grid, rows=NORMS))
+    figures = {"lengths": lengths, "late_lengths": lengths[-LATE:], "slopes": fits}
+    return Findings(figures, more, panels, tables)
 
 
 EXPERIMENT = Experiment(
-    name="windows",
-    title="Constant, logarithmic and power-law windows on synthetic inputs",
-    claim="n^C entries suffice for an error that decreases in n; log n or fewer leave a constant error",
-    source="abstract",
-    cells=cells,
-    measure=measure,
-    conclude=conclude,
+    "windows",
+    "Constant, logarithmic and power-law windows on synthetic inputs",
+    "n^C entries suffice for an error that decreases in n; log n or fewer leave a constant error",
+    "abstract",
+    CLAIMS,
+    cells,
+    measure,
+    conclude,
 )

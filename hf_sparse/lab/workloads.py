@@ -5,33 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 import torch
 
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting, Verdict, decide
+from hf_sparse.lab.experiment import Cell, Claim, Experiment, Findings, Setting
 from hf_sparse.lab.fits import FloatArray, Interval, shortened
 from hf_sparse.lab.inputs import Input, by_input, draw_rows
 from hf_sparse.lab.plots import Panel
-from hf_sparse.lab.topk import NORMS, TopK, softmax
+from hf_sparse.lab.topk import NORMS, softmax, top_k_errors
 from hf_sparse.laws import Budget, match_cost, total_cost
 from hf_sparse.results import Row
 
 BASE = Budget("power", alpha=8.0, exponent=0.5)
 """The package's default law; the others spend as many keys over a workload."""
 
+EXPONENTS = {"fixed": 0.0, "n^0.25": 0.25, "n^0.5": 0.5, "n^0.75": 0.75, "fraction": 1.0}
 LAWS = ("fixed", "log", "n^0.25", "n^0.5", "n^0.75", "fraction")
 LAW = "n^0.5"
 OTHERS_NORM = "lost mass"
 COMPARED = ("max entry", "lost mass", "output", "relative output")
-STATISTICS = ("mean", "worst length")
+STATISTICS = {"mean": "on average over the lengths", "worst length": "at the worst length"}
 WORKLOADS = ("even", "short", "long")
 
 INPUTS = (Input("logits", 1), Input("logits", 3), Input("logits", 1, growth=0.5), Input("signs", 2))
 
-Comparison = dict[str, Any]
+CLAIMS = [
+    Claim(
+        f"A window alpha n^C is more accurate than a fixed one at equal cost where lengths vary: {where}.",
+        "abstract",
+        lambda q, statistic=statistic: q[statistic]["held"],  # type: ignore[misc]
+        [f"{statistic} > ratio of errors"],
+        f"C = 0.5, better / worse of {{cases}} pairs of input and workload: {{{statistic}[counts]}}",
+    )
+    for statistic, where in STATISTICS.items()
+]
 
 
 def workload_lengths(name: str, lengths: Sequence[int]) -> list[int]:
@@ -43,19 +53,19 @@ def workload_lengths(name: str, lengths: Sequence[int]) -> list[int]:
         lengths: The lengths, rising.
     """
     last = len(lengths) - 1
-    counts = {"even": lambda i: 1, "short": lambda i: 2 ** (last - i), "long": lambda i: 2**i}[name]
-    return [length for i, length in enumerate(lengths) for _ in range(counts(i))]
+    return [n for i, n in enumerate(lengths) for _ in range({"even": 1, "short": 2 ** (last - i), "long": 2**i}[name])]
 
 
 @cache
 def budgets(name: str, lengths: tuple[int, ...]) -> dict[str, Budget]:
     """The budget of each law that attends to as many keys over a workload as `BASE` does."""
     workload = workload_lengths(name, lengths)
-    powers = {law: float(law[2:]) for law in LAWS if law.startswith("n^")}
-    return {
-        law: match_cost(BASE, "power", workload, powers[law]) if law in powers else match_cost(BASE, law, workload)  # type: ignore[arg-type]
-        for law in LAWS
-    }
+
+    def matched(law: Any) -> Budget:
+        power = law.startswith("n^")
+        return match_cost(BASE, "power" if power else law, workload, EXPONENTS[law] if power else None)
+
+    return {law: matched(law) for law in LAWS}
 
 
 def cells(setting: Setting) -> list[Cell]:
@@ -86,150 +96,111 @@ def measure(cell: Cell, setting: Setting) -> Row:
 
 
 def _sequence_errors(cell: Cell, laws: Sequence[Budget], rng: np.random.Generator) -> FloatArray:
-    """The mean of `TopK.errors` over queries: `(norms, laws)`."""
+    """The mean of `top_k_errors` over queries: `(norms, laws)`."""
     errors = []
     for low, high in pairwise(np.linspace(0, cell["length"], cell["rows"] + 1)):
         n = int(rng.integers(math.floor(low) + 1, math.floor(high) + 1))
         kept = [int(law(torch.tensor(n))) for law in laws]
-        errors += [TopK.of(softmax(x), values, kept).errors() for x, values in draw_rows(Input.of(cell), n, 1, rng)]
+        errors += [top_k_errors(softmax(x), values, kept)[0] for x, values in draw_rows(Input.of(cell), n, 1, rng)]
     return np.asarray(np.mean(errors, axis=0))
 
 
-def _comparisons(label: str, records: Sequence[Row]) -> list[Comparison]:
-    """Ratios of errors of one input, each law over fixed: geometric means over the repeats, with intervals."""
+def compare(law: str, label: str, records: Sequence[Row], norm: str, workload: str, statistic: str) -> dict[str, Any]:
+    """The ratio of errors of one input, a law over fixed: geometric mean over the repeats, with its interval."""
     lengths = [record["length"] for record in records]
-    out = []
-    for norm in COMPARED:
-        for name in WORKLOADS:
-            counts = np.array([workload_lengths(name, lengths).count(length) for length in lengths])
-            by_law = {law: np.array([record[norm][name][law] for record in records]) for law in LAWS}
-            # The worst length is the one that is worst on average over the repeats.
-            statistics = {
-                "mean": {law: counts @ errors / counts.sum() for law, errors in by_law.items()},
-                "worst length": {law: errors[errors.mean(1).argmax()] for law, errors in by_law.items()},
-            }
-            for statistic, found in statistics.items():
-                # All norms for the law of the claim; one for the others, which show the effect of the exponent.
-                for law in LAWS if norm == OTHERS_NORM else (LAW,):
-                    ratio = Interval.of(np.log(found[law] / found["fixed"]))
-                    better = law if ratio.high < 0 else "fixed" if ratio.low > 0 else "not resolved"
-                    out.append(
-                        {
-                            "input": label,
-                            "workload": name,
-                            "norm": norm,
-                            "statistic": statistic,
-                            "law": law,
-                            "error": shortened(found[law].mean()),
-                            "fixed_error": shortened(found["fixed"].mean()),
-                            "ratio": shortened({end: math.exp(x) for end, x in ratio.to_dict().items()}),
-                            "better": better,
-                        }
-                    )
-    return out
+    counts = np.array([workload_lengths(workload, lengths).count(length) for length in lengths])
+
+    def error(name: str) -> FloatArray:
+        errors = np.array([record[norm][workload][name] for record in records])
+        # The worst length is the one that is worst on average over the repeats.
+        return np.asarray(counts @ errors / counts.sum() if statistic == "mean" else errors[errors.mean(1).argmax()])
+
+    ratio = Interval.of(np.log(error(law) / error("fixed")))
+    return {
+        "input": label,
+        "workload": workload,
+        "norm": norm,
+        "statistic": statistic,
+        "law": law,
+        "error": shortened(error(law).mean()),
+        "fixed_error": shortened(error("fixed").mean()),
+        "ratio": shortened({end: math.exp(value) for end, value in ratio.to_dict().items()}),
+        "better": law if ratio.high < 0 else "fixed" if ratio.low > 0 else "not resolved",
+    }
 
 
 def conclude(records: Sequence[Row]) -> Findings:
     """Adaptive over fixed, on average over a workload and at its worst length."""
-    inputs = by_input(records, "length")
-    found = [c for label, own in inputs.items() for c in _comparisons(label, own) if c["law"] != "fixed"]
-    comparisons = sorted(found, key=lambda c: LAWS.index(c["law"]))
-    lengths = tuple(records[0]["lengths"])
+    inputs, lengths = by_input(records, "length"), tuple(records[0]["lengths"])
+    # Every norm for the law of the claim; one for the others, which show the effect of the exponent.
+    comparisons = [
+        compare(law, label, own, norm, workload, statistic)
+        for law in LAWS[1:]
+        for label, own in inputs.items()
+        for norm in (COMPARED if law == LAW else (OTHERS_NORM,))
+        for workload in WORKLOADS
+        for statistic in STATISTICS
+    ]
     costs = [
         {
             "workload": name,
             "law": law,
-            "parameter": shortened(_parameter(budget)),
+            "parameter": shortened({"fixed": budget.keys, "fraction": budget.fraction}.get(law, budget.alpha)),
             "keys_attended": total_cost(budget, workload_lengths(name, lengths)),
         }
         for name in WORKLOADS
         for law, budget in budgets(name, lengths).items()
     ]
-    ours = [c for c in comparisons if c["law"] == LAW]
-    places = {(c["input"], c["workload"], c["norm"], c["statistic"]): c for c in ours}
-    columns = [(norm, statistic) for norm in COMPARED for statistic in STATISTICS]
-    header = [f"error of {LAW} / fixed, equal cost", *(f"{norm}, {statistic}" for norm, statistic in columns)]
-    body = [
-        [f"{label}, {name} workload", *(_ratio(places[label, name, *column]) for column in columns)]
-        for label in inputs
-        for name in WORKLOADS
-    ]
-    verdicts = [_verdict([c for c in ours if c["statistic"] == statistic], statistic) for statistic in STATISTICS]
-    figures = {"lengths": lengths, "budgets": costs, "comparisons": comparisons}
-    return Findings(figures, verdicts, _panels(inputs, comparisons, verdicts), [(header, body)])
-
-
-def _verdict(own: Sequence[Comparison], statistic: str) -> Verdict:
-    counts = {
-        norm: [[c["better"] for c in own if c["norm"] == norm].count(law) for law in (LAW, "fixed")]
-        for norm in COMPARED
-    }
-    ordered = sorted(own, key=lambda c: float(c["ratio"]["value"]))
-    where = "on average over the lengths" if statistic == "mean" else "at the worst length"
-    return Verdict(
-        f"A window alpha n^C is more accurate than a fixed one at equal cost where lengths vary: {where}.",
-        "abstract",
-        decide([c["better"] == LAW for c in own]),
-        f"C = 0.5, better / worse of {len(own) // len(COMPARED)} pairs of input and workload: "
-        + ", ".join(f"{norm} {a} / {b}" for norm, (a, b) in counts.items()),
-        {
-            f"{end} ratio of errors": f"{_ratio(c)} ({c['input']}, {c['workload']} workload, {c['norm']})"
-            for end, c in (("least", ordered[0]), ("largest", ordered[-1]))
-        },
-    )
-
-
-def _ratio(comparison: Comparison) -> str:
-    return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**comparison["ratio"])
-
-
-def _parameter(budget: Budget) -> Any:
-    return {"fixed": float(budget.keys), "fraction": budget.fraction}.get(budget.law, budget.alpha)
-
-
-def _panels(
-    inputs: dict[str, list[Row]], comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]
-) -> list[Panel]:
-    lengths = [record["length"] for record in next(iter(inputs.values()))]
-    drawn = ("fixed", "log", LAW, "fraction")
-
-    def errors(records: Sequence[Row], law: str) -> list[float]:
-        return [float(np.mean(record[OTHERS_NORM]["even"][law])) for record in records]
-
-    panels = [
-        Panel(
-            label, verdicts[1].caption, lengths, "length of the sequence", f"{OTHERS_NORM}, mean query",
-            {law: errors(own, law) for law in drawn}, log="x",
-        )
-        for label, own in list(inputs.items())[:3]
-    ]  # fmt: skip
-    for statistic, verdict in zip(STATISTICS, verdicts, strict=True):
-        own = [c for c in comparisons if (c["law"], c["statistic"]) == (LAW, statistic)]
-        places = list(dict.fromkeys((c["input"], c["workload"]) for c in own))
-        ratios = {(c["input"], c["workload"], c["norm"]): c["ratio"]["value"] for c in own}
-        grid = [[ratios[*place, norm] for norm in COMPARED] for place in places]
-        rows, what = [", ".join(place) for place in places], f"error of {LAW} / fixed"
-        panels.append(Panel(statistic, verdict.caption, COMPARED, "", what, grid=grid, rows=rows))
-    exponents = {"fixed": 0.0, "n^0.25": 0.25, "n^0.5": 0.5, "n^0.75": 0.75, "fraction": 1.0}
-    even = [c for c in comparisons if (c["norm"], c["workload"]) == (OTHERS_NORM, "even")]
-    ratios = {(c["input"], c["statistic"], c["law"]): c["ratio"]["value"] for c in even}
+    ratios = {(c["law"], c["input"], c["workload"], c["norm"], c["statistic"]): c["ratio"] for c in comparisons}
+    words = {place: "{value:.2f} [{low:.2f}, {high:.2f}]".format(**ratio) for place, ratio in ratios.items()}
+    more: dict[str, Any] = {"cases": len(inputs) * len(WORKLOADS)}
+    panels = []
+    for label, own in list(inputs.items())[:3]:
+        drawn = ("fixed", "log", LAW, "fraction")
+        lines = {law: [np.mean(record[OTHERS_NORM]["even"][law]) for record in own] for law in drawn}
+        panels.append(Panel(label, "length of the sequence", f"{OTHERS_NORM}, mean query", lengths, lines, log="x"))
+    for statistic in STATISTICS:
+        ours = [c for c in comparisons if (c["law"], c["statistic"]) == (LAW, statistic)]
+        better = {norm: [c["better"] for c in ours if c["norm"] == norm] for norm in COMPARED}
+        ordered = sorted(ours, key=lambda c: float(c["ratio"]["value"]))
+        ends = {"least": ordered[0], "largest": ordered[-1]}
+        more[statistic] = {
+            "held": [c["better"] == LAW for c in ours],
+            "counts": ", ".join(f"{norm} {who.count(LAW)} / {who.count('fixed')}" for norm, who in better.items()),
+            "ratio of errors": {
+                end: f"{words[LAW, c['input'], c['workload'], c['norm'], statistic]} ({c['input']}, {c['workload']} "
+                f"workload, {c['norm']})"
+                for end, c in ends.items()
+            },
+        }
+        places = list(product(inputs, WORKLOADS))
+        grid = [[ratios[LAW, *place, norm, statistic]["value"] for norm in COMPARED] for place in places]
+        title = f"Error of {LAW} / fixed, {statistic}"
+        panels.append(Panel(title, "", "", COMPARED, grid=grid, rows=[", ".join(place) for place in places]))
+    unity = {"value": 1.0}
     lines = {
-        f"{label}, {statistic}": [ratios.get((label, statistic, law), 1.0) for law in exponents]
-        for label in list(inputs)[:2]
-        for statistic in STATISTICS
+        f"{label}, {statistic}": [ratios.get((law, label, "even", OTHERS_NORM, statistic), unity)["value"] for law in EXPONENTS]
+        for label, statistic in product(list(inputs)[:2], STATISTICS)
     }
-    what = f"{OTHERS_NORM} / that of fixed"
-    x = list(exponents.values())
-    panels.append(Panel("Which exponent", verdicts[1].caption, x, "C (0: fixed, 1: fraction)", what, lines, log="y"))
-    return panels
+    x, what = list(EXPONENTS.values()), f"{OTHERS_NORM} / that of fixed"
+    panels.append(Panel("Which exponent, even workload", "C (0: fixed, 1: fraction)", what, x, lines, log="y"))
+    columns = list(product(COMPARED, STATISTICS))
+    header = [f"error of {LAW} / fixed, equal cost", *(", ".join(column) for column in columns)]
+    body = [
+        [f"{label}, {name} workload", *(words[LAW, label, name, *column] for column in columns)]
+        for label, name in product(inputs, WORKLOADS)
+    ]
+    figures = {"lengths": lengths, "budgets": costs, "comparisons": comparisons}
+    return Findings(figures, more, panels, [(header, body)])
 
 
 EXPERIMENT = Experiment(
-    name="workloads",
-    title="Adaptive against fixed windows where lengths vary, at equal cost",
-    claim="alpha n^C is more accurate than a fixed window at equal cost on flexible lengths",
-    source="abstract",
-    cells=cells,
-    measure=measure,
-    conclude=conclude,
+    "workloads",
+    "Adaptive against fixed windows where lengths vary, at equal cost",
+    "alpha n^C is more accurate than a fixed window at equal cost on flexible lengths",
+    "abstract",
+    CLAIMS,
+    cells,
+    measure,
+    conclude,
 )

@@ -1,4 +1,4 @@
-"""The layers of a model, sampled queries of its attention on a text, its rotation, and its loss."""
+"""A model under test: its layers, sampled queries of its attention, its rotation; and random models."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.call import AttentionCall
 from hf_sparse.errors import UserError
-from hf_sparse.lab.experiment import Subject
-from hf_sparse.lab.fits import FloatArray
+from hf_sparse.lab.experiment import Cell, Setting, Subject
+from hf_sparse.lab.fits import FloatArray, shortened
 from hf_sparse.measure.windows import Window
 from hf_sparse.observe import observed
 from hf_sparse.patching import base_model
+from hf_sparse.results import Row, provenance
 from hf_sparse.row_errors import DenseRows
+from hf_sparse.share.source import ModelInfo
 from hf_sparse.support import attention_modules
 
 QUERIES = {"small": 4, "full": 16}
@@ -31,8 +33,8 @@ NEAR = 0.9
 SINKS = 4
 """First keys that may be attention sinks."""
 
-_QUERIES_OF_LOGITS = 32
 _LEAST_LAYERS = 3
+_VOCABULARY = 97
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,7 @@ def token_axis(x: Tensor, heads: int) -> int:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """Queries or keys of the first sequence, in any layout of `token_axis`, as `(heads, tokens, dim)`."""
-    if token_axis(x, heads) == 2:
-        return x[0]
-    return x[0].reshape(x.shape[1], heads, -1).transpose(0, 1)
+    return x[0] if token_axis(x, heads) == 2 else x[0].reshape(x.shape[1], heads, -1).transpose(0, 1)
 
 
 @contextmanager
@@ -100,24 +100,23 @@ def hooks() -> Iterator[list[Any]]:
             handle.remove()
 
 
-def longest_windows(subject: Subject, at_most: int | None = None) -> list[Window]:
+def longest_windows(setting: Setting, at_most: int | None = None) -> list[Window]:
     """For each document its longest window, or the longest of `at_most` tokens if there is one that short."""
-    found: dict[str, Window] = {window.document: window for window in subject.windows}
-    for document in found:
-        own = sorted((w for w in subject.windows if w.document == document), key=lambda window: window.length)
-        short = [window for window in own if at_most is None or window.length <= at_most]
-        found[document] = (short or own[:1])[-1]
-    return list(found.values())
+    found: dict[str, list[Window]] = {}
+    for window in setting.subject.windows:
+        found.setdefault(window.document, []).append(window)
+    short = {name: [w for w in own if at_most is None or w.length <= at_most] for name, own in found.items()}
+    return [max(short[name] or own[:1], key=lambda window: window.length) for name, own in found.items()]
 
 
-def window_cell(window: Window, **more: Any) -> dict[str, Any]:
+def window_cell(window: Window, **more: Any) -> Cell:
     """The entries of a cell that say which tokens it reads."""
     return {"document": window.document, "window": window.sha256, "length": window.length, **more}
 
 
-def find_window(subject: Subject, cell: dict[str, Any]) -> Window:
+def find_window(cell: Cell, setting: Setting) -> Window:
     """The window that a cell names."""
-    return next(window for window in subject.windows if window.sha256 == cell["window"])
+    return next(window for window in setting.subject.windows if window.sha256 == cell["window"])
 
 
 def row_lengths(length: int, least: int = 128) -> list[int]:
@@ -135,46 +134,55 @@ class Sample:
         length: n, the number of keys of the query that sees the most.
         dense: Attention of the queries, for all heads.
         logits: float32 `(heads, queries, length)`: what the softmax takes; -inf for keys that a query does not see.
-        visible: int64 `(queries,)`.
+        weights: float32 `(heads, queries, length)`.
+        visible: Number of keys a query sees, int64 `(queries,)`.
+        seen: Which keys a query sees, bool `(queries, length)`.
+        values: float32 `(heads, length, value_dim)`, repeated over the GQA groups.
     """
 
     layer: int
     length: int
     dense: DenseRows
     logits: Tensor
+    weights: Tensor
     visible: Tensor
+    seen: Tensor
+    values: Tensor
 
     @classmethod
-    def of(cls, layer: int, length: int, inputs: AttentionCall) -> Sample:
-        """The sample of a call that was cut down to the queries."""
+    def of(cls, layer: int, length: int, inputs: AttentionCall, queries: Tensor) -> Sample:
+        """The sample of a call, computed on the CPU in float32.
+
+        Args:
+            layer: Index of the layer.
+            length: n.
+            inputs: The call.
+            queries: Places of the queries in it, int64 `(queries,)`.
+        """
+        place = queries.to(inputs.query.device)
+        inputs = replace(
+            inputs,
+            query=inputs.query[:, :, place].float().cpu(),
+            key=inputs.key[:, :, :length].float().cpu(),
+            value=inputs.value[:, :, :length].float().cpu(),
+            intervals=inputs.intervals[:, :, place].cpu(),
+            sinks=None if inputs.sinks is None else inputs.sinks.float().cpu(),
+            dropout=0.0,
+            origin=inputs.text_start.cpu(),
+        )
         dense, visible = DenseRows.of(inputs), inputs.visible[0]
         logits = dense.scores[0] * inputs.scaling
         if inputs.softcap is not None:
             logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
         seen = torch.arange(length) < visible[:, None]
-        return cls(layer, length, dense, logits.masked_fill(~seen, -torch.inf), visible)
-
-    @property
-    def weights(self) -> Tensor:
-        """float32 `(heads, queries, length)`."""
-        return self.dense.weights[0]
-
-    @property
-    def seen(self) -> Tensor:
-        """Which keys a query sees: bool `(queries, length)`."""
-        return torch.arange(self.length) < self.visible[:, None]
-
-    @property
-    def values(self) -> Tensor:
-        """float32 `(heads, length, value_dim)`, repeated over the GQA groups."""
-        inputs = self.dense.inputs
-        return inputs.value[0].float().repeat_interleave(inputs.group_size, 0)
+        values = inputs.value[0].repeat_interleave(inputs.group_size, 0)
+        return cls(layer, length, dense, logits.masked_fill(~seen, -torch.inf), dense.weights[0], visible, seen, values)
 
 
 def visit_samples(
-    model: PreTrainedModel, window: Window, lengths: Sequence[int], queries: int, visit: Callable[[Sample], None]
-) -> None:
-    """Run `model` dense over a window and show some queries of every layer at every number of visible keys.
+    model: PreTrainedModel, window: Window, lengths: Sequence[int], queries: int, look: Callable[[Sample], Row]
+) -> list[Row]:
+    """Run `model` dense over a window and look at some queries of every layer at every number of visible keys.
 
     Layers whose sliding window hides keys at the largest n are left out: to them n does not grow with the text.
 
@@ -183,44 +191,25 @@ def visit_samples(
         window: The text; attention is causal, so one pass over it serves all `lengths`.
         lengths: n, at most the length of the window.
         queries: Queries at each n, spread evenly between `NEAR` n and n; few enough to be different ones.
-        visit: Called for every layer and n.
+        look: Called for every layer and n.
+
+    Returns:
+        What `look` returns, numbers shortened, with `layer` and `n`.
     """
+    found: list[Row] = []
 
     @torch.no_grad()
     def observer(layer: int, inputs: AttentionCall) -> None:
         if int(inputs.intervals[0, 0, max(lengths) - 1, 0]) > 0:
             return
-        for length in lengths:
-            index = torch.linspace(NEAR * length, length, queries).long() - 1
-            visit(Sample.of(layer, length, _take(inputs, index, length)))
+        for n in lengths:
+            sample = Sample.of(layer, n, inputs, torch.linspace(NEAR * n, n, queries).long() - 1)
+            found.append({"layer": layer, "n": n, **shortened(look(sample))})
 
     with observed(model, observer), torch.no_grad():
         # Without the head: the logits of a long text take more memory than all the rest.
         base_model(model).base_model(input_ids=window.input_ids[None].to(model.device), use_cache=False)
-
-
-def _take(inputs: AttentionCall, index: Tensor, length: int) -> AttentionCall:
-    index = index.to(inputs.query.device)
-    return replace(
-        inputs,
-        query=inputs.query[:, :, index].float().cpu(),
-        key=inputs.key[:, :, :length].float().cpu(),
-        value=inputs.value[:, :, :length].float().cpu(),
-        intervals=inputs.intervals[:, :, index].cpu(),
-        sinks=None if inputs.sinks is None else inputs.sinks.float().cpu(),
-        dropout=0.0,
-        origin=inputs.text_start.cpu(),
-    )
-
-
-@torch.no_grad()
-def mean_nll(model: PreTrainedModel, window: Window) -> float:
-    """Mean nats per target token of a window."""
-    targets = window.targets.to(model.device)
-    out: Any = model(input_ids=window.input_ids[None].to(model.device), use_cache=False, logits_to_keep=len(targets))
-    # A few at a time: with a large vocabulary a second copy of the logits is more than all else.
-    parts = zip(*(torch.split(x, _QUERIES_OF_LOGITS) for x in (out.logits[0], targets)), strict=True)
-    return sum(float(F.cross_entropy(part.float(), wanted, reduction="sum")) for part, wanted in parts) / len(targets)
+    return found
 
 
 def frequencies_of(model: PreTrainedModel, layer: Layer) -> FloatArray:
@@ -231,26 +220,21 @@ def frequencies_of(model: PreTrainedModel, layer: Layer) -> FloatArray:
     """
     buffers = {name.rpartition(".")[2]: buffer for _, name, buffer in _frequencies(model)}
     kind = getattr(layer.attention, "layer_type", None)
-    buffer = buffers.get(f"{kind}_inv_freq", buffers.get("inv_freq"))
     half = layer.attention.head_dim // 2
-    if buffer is None:
-        return torch.zeros(half, dtype=torch.float64).numpy()
+    buffer = buffers.get(f"{kind}_inv_freq", buffers.get("inv_freq", torch.zeros(half)))
     if len(buffer) != half:
         raise UserError(
-            f"{type(layer.attention).__name__} rotates {2 * len(buffer)} of {2 * half} dimensions; only full RoPE "
-            "is supported"
+            f"{type(layer.attention).__name__} rotates {2 * len(buffer)} of {2 * half} dimensions; the theory "
+            "experiments read full RoPE only"
         )
-    found: FloatArray = buffer.double().cpu().numpy()
-    return found
+    return np.asarray(buffer.double().cpu())
 
 
 def with_base(frequencies: FloatArray, factor: float | None) -> FloatArray:
     """The frequencies after multiplying the base of RoPE by `factor`; zeros for `None`: no position embedding."""
     if factor is None:
         return frequencies * 0
-    exponents = torch.arange(len(frequencies), dtype=torch.float64).numpy() / len(frequencies)
-    scaled: FloatArray = frequencies * factor**-exponents
-    return scaled
+    return np.asarray(frequencies * factor ** -(np.arange(len(frequencies)) / len(frequencies)))
 
 
 @contextmanager
@@ -278,3 +262,52 @@ def _frequencies(model: PreTrainedModel) -> list[tuple[nn.Module, str, Tensor]]:
         for name, buffer in module.named_buffers(recurse=False)
         if name.endswith("inv_freq") and "original" not in name
     ]
+
+
+def random_model(seed: int, layers: int = 4) -> PreTrainedModel:
+    """A random Llama in which every matrix keeps the variance of its input and logits spread by about 2.
+
+    A freshly initialised model attends almost uniformly and hardly moves its residual stream; this one does not.
+    """
+    config: Any = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model: Any = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=module.weight.shape[1] ** -0.5, generator=generator)
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(generator=generator)
+        for layer in layers_of(model):
+            layer.attention.q_proj.weight.mul_(2.0)
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
+
+
+def random_tokens(count: int, seed: int) -> Tensor:
+    """Random tokens for `random_model`, int64 `(count,)`."""
+    return torch.randint(_VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_subject(seed: int, lengths: Sequence[int], targets: int = 64, documents: int = 3) -> Subject:
+    """A random model with windows of random tokens, of rising `lengths`, to try the experiments without a real one."""
+    model = random_model(seed)
+    texts = [random_tokens(lengths[-1] + 1, seed + 1 + i) for i in range(documents)]
+    windows = [
+        Window(f"random tokens {i}", f"seed {seed + 1 + i}", ids[-1 - length : -1], ids[-targets:])
+        for i, ids in enumerate(texts)
+        for length in lengths
+    ]
+    info = ModelInfo("random tiny model", f"seed {seed}", int(model.config.max_position_embeddings), "llama")
+    return Subject(model, windows, provenance(info.to_dict(), model, seed))
