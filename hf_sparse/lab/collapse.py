@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.engines.reference import weighted_values
 from hf_sparse.lab import fits, probe
-from hf_sparse.lab.experiment import Cell, Claim, Experiment, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.probe import SINKS, Sample
 from hf_sparse.lab.topk import EPSILON
@@ -42,48 +42,6 @@ ALIKE = 0.95
 
 Kind = Literal["sink-only", "frozen", "dispersed", "none"]
 KINDS: tuple[Kind, ...] = ("sink-only", "frozen", "dispersed", "none")
-
-
-_WHERE = "every head of the layers that see {n:,} keys"
-
-CLAIMS = (
-    Claim(
-        "attention collapses: the entries of a row that are not negligible become one or O(1)",
-        "machine summary",
-        lambda q: q["exponent_of_effective"]["effective"]["median"] <= 0.1,
-        ["median > above", "median > effective", "exponent_of_effective > effective"],
-        f"{_WHERE}, in the sense of entropy; in the sense of a count above a fixed epsilon it holds for any row",
-    ),
-    Claim(
-        "attention freezes as n grows: one key besides the sinks takes the mass",
-        "derived here",
-        lambda q: q["kinds"][q["n"]]["frozen"],
-        ["kinds"],
-        _WHERE,
-    ),
-    Claim(
-        "attention disperses as n grows: H / ln n tends to 1",
-        "derived here",
-        lambda q: q["kinds"][q["n"]]["dispersed"],
-        ["median > rest_share", "kinds"],
-        _WHERE,
-    ),
-    Claim(
-        "value mixing makes the outputs of all rows one vector",
-        "derived here",
-        lambda q: q["mixing"]["share_alike"],
-        ["mixing"],
-        _WHERE,
-    ),
-    Claim(
-        "log-n scaling of the logits halves the exponent with which effective entries grow",
-        "derived here",
-        lambda q: q["exponent_of_effective"]["scaled_effective"]["median"]
-        <= q["exponent_of_effective"]["effective"]["median"] / 2,
-        ["factor of the logits", "exponent_of_effective", "nll_above_own_when_scaled"],
-        f"{_WHERE}, logits scaled after training",
-    ),
-)
 
 
 def cells(setting: Setting) -> Sequence[Cell]:
@@ -237,14 +195,15 @@ def conclude(records: Sequence[Row]) -> Findings:
         for name in ("output_alike", "value_alike", "output_rank", "value_rank")
     }
     median = {name: {length: np.median(heads) for length, heads in column.items()} for name, column in columns.items()}
-    figures = {
+    exponents = {
+        name: fits.quartiles(fits.log_log_slope(list(column), np.stack(list(column.values()))))
+        for name, column in growing.items()
+    }
+    figures: dict[str, Any] = {
         "n": n,
         "kinds": kinds,
         "median": {name: median[name] for name in plain[0]["detectors"][0] if name in median},
-        "exponent_of_effective": {
-            name: fits.quartiles(fits.log_log_slope(list(column), np.stack(list(column.values()))))
-            for name, column in growing.items()
-        },
+        "exponent_of_effective": exponents,
         "mixing": {name: np.median(values) for name, values in flat.items()}
         | {"share_alike": np.mean(flat["output_alike"] >= ALIKE)},
         "nll_above_own_when_scaled": forward["nll"] - same_text["nll"],
@@ -273,17 +232,10 @@ def conclude(records: Sequence[Row]) -> Findings:
         Panel("Kinds of heads", "visible keys n", "% of heads", lengths, shares, log="x"),
         Panel("Effective entries", "visible keys n", "entries, quartiles of heads", lengths, entries, root),
     ]
-    return Findings(figures, more, panels, [(["n", *names.values(), *KINDS[:3]], body)])
+    growth, scaled = (exponents[name]["median"] for name in ("effective", "scaled_effective"))
+    alike = figures["mixing"]["share_alike"]
+    held = [growth <= 0.1, kinds[n]["frozen"], kinds[n]["dispersed"], alike, scaled <= growth / 2]
+    return Findings(figures, more, held, panels, [(["n", *names.values(), *KINDS[:3]], body)])
 
 
-EXPERIMENT = Experiment(
-    "collapse",
-    "Three kinds of attention collapse",
-    "attention collapses: a row keeps O(1) entries that are not negligible",
-    "machine summary",
-    CLAIMS,
-    cells,
-    measure,
-    conclude,
-    needs_model=True,
-)
+EXPERIMENT = Experiment("collapse", cells, measure, conclude, needs_model=True)

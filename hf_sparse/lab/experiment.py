@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -19,11 +21,7 @@ SCALES = ("small", "full")
 Cell = dict[str, Any]
 """Everything that decides one measurement, as JSON; an interrupted run recognises its records by it."""
 
-Quantities = Mapping[str, Any]
-
-Source = Literal["abstract", "machine summary", "derived here"]
-"""Where a claim was read: in the abstract of arXiv 2404.02690, in a machine-made summary only (the body of the paper
-could not be obtained), or nowhere: then it follows from a derivation in this package."""
+CLAIMS = tomllib.loads((Path(__file__).parent / "claims.toml").read_text(encoding="utf-8"))
 
 CHANCE = 0.05
 """Share of cases, each decided by a 95 % interval, that may come out wrong by chance."""
@@ -62,39 +60,26 @@ class Setting:
         return np.random.default_rng(np.random.SeedSequence([self.seed, int(row_key(**cell), 16)]))
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A claim and the rule that decides it.
+def judge(claim: Mapping[str, Any], held: Any, quantities: Mapping[str, Any]) -> dict[str, str]:
+    """The verdict on a claim of `claims.toml`, as JSON.
 
-    Attributes:
-        text: The claim as it is tested, its threshold included.
-        source: Where it was read.
+    Args:
+        claim: The claim.
         held: Whether it held: a bool, one for each of several cases, or the share of cases; `None`: not testable.
-        evidence: Names of the quantities that show it, those of a mapping after ` > `.
-        where: Norm, inputs and cases, with quantities in braces.
+        quantities: What its evidence and place are taken from.
     """
-
-    text: str
-    source: Source
-    held: Callable[[Quantities], Any]
-    evidence: Sequence[str]
-    where: str
-
-    def judge(self, quantities: Quantities) -> dict[str, str]:
-        """The verdict, as JSON."""
-        share = self.held(quantities)
-        answer = "not testable here"
-        if share is not None:
-            share = np.mean(share)
-            answer = "holds" if share >= 1 - CHANCE else "holds in part" if share > CHANCE else "fails"
-        found = {name.rpartition(" > ")[2]: _take(quantities, name) for name in self.evidence}
-        return {
-            "claim": self.text,
-            "source": self.source,
-            "answer": answer,
-            "where": self.where.format(**quantities),
-            "evidence": "; ".join(f"{name}: {_words(value)}" for name, value in found.items() if value != ""),
-        }
+    answer = "not testable here"
+    if held is not None:
+        share = np.mean(held)
+        answer = "holds" if share >= 1 - CHANCE else "holds in part" if share > CHANCE else "fails"
+    found = {name.rpartition(" > ")[2]: _take(quantities, name) for name in claim["evidence"]}
+    return {
+        "claim": claim["text"],
+        "source": claim["source"],
+        "answer": answer,
+        "where": claim["where"].format(**quantities),
+        "evidence": "; ".join(f"{name}: {_words(value)}" for name, value in found.items() if value != ""),
+    }
 
 
 def _take(quantities: Any, name: str) -> Any:
@@ -117,15 +102,17 @@ class Findings:
 
     Attributes:
         figures: Quantities for `summary.json`.
-        more: Other quantities that claims are decided by.
+        more: Other quantities that show what was found.
+        held: For each claim, in the order of `claims.toml`, in which cases it held; see `judge`.
         panels: The page of plots.
         tables: For people.
     """
 
     figures: dict[str, Any]
     more: dict[str, Any]
+    held: Sequence[Any]
     panels: Sequence[Panel]
-    tables: Sequence[Table] = field(default_factory=list)
+    tables: Sequence[Table] = ()
 
 
 @dataclass(frozen=True)
@@ -133,11 +120,7 @@ class Experiment:
     """One experiment.
 
     Attributes:
-        name: Name on the command line and of the page of plots.
-        title: Title of the page.
-        claim: The claim under test, in short.
-        source: Where the claim was read.
-        claims: The claims as they are decided.
+        name: Name on the command line, in `claims.toml` and of the page of plots.
         cells: Lists what to measure.
         measure: Measures one cell: a dictionary without the cell's own entries, numbers finite. Everything random
             comes from `Setting.rng(cell)`.
@@ -147,10 +130,6 @@ class Experiment:
     """
 
     name: str
-    title: str
-    claim: str
-    source: Source
-    claims: Sequence[Claim]
     cells: Callable[[Setting], Sequence[Cell]]
     measure: Callable[[Cell, Setting], Row]
     conclude: Callable[[Sequence[Row]], Findings]
@@ -158,4 +137,5 @@ class Experiment:
 
     def verdicts(self, findings: Findings) -> list[dict[str, str]]:
         """The verdict on each claim."""
-        return [claim.judge(findings.figures | findings.more) for claim in self.claims]
+        claims = zip(CLAIMS[self.name]["claims"], findings.held, strict=True)
+        return [judge(claim, held, findings.figures | findings.more) for claim, held in claims]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_sparse.lab import fits
-from hf_sparse.lab.experiment import Cell, Claim, Experiment, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
 from hf_sparse.lab.fits import Interval
 from hf_sparse.lab.inputs import Input, by_input, draw_rows
 from hf_sparse.lab.plots import Panel
@@ -28,45 +28,6 @@ SCALED = (0.5, 0.75, 1.0, 1.25, 1.41, 1.75)
 _KEYS_PER_REPEAT = 2**20
 _MOST_ROWS, _FEWEST_ROWS = 256, 32
 _CLOSE = 0.05
-
-CLAIMS = (
-    Claim(
-        "Attention is n^C-sparse in mass: n^C keys with C < 1 hold 90 % of it.",
-        "abstract",
-        lambda q: list(q["sublinear"].values()),
-        ["exponent of k_90 at large n"],
-        f"C < {1 - _CLOSE:g} at {{growing_sublinear}} of {{growing}} norms that grow as sqrt(ln n); of the fixed norms "
-        "only from {least_norm:g} on, where n is too small for the limit, which is C = 1",
-    ),
-    Claim(
-        "The regime changes where the norm of the weights grows as sqrt(log n).",
-        "machine summary",
-        lambda q: [all(c.high < 1 for c in q["C"].values()), all(a.value > b.value for a, b in pairwise(q["C"].values()))],
-        ["C", "limit"],
-        "independent logits of spread c sqrt(ln n): C falls from 1 to 0 as c goes from 0 to sqrt(2)",
-    ),
-    Claim(
-        "With bounded weights the entries of a row that are not negligible become one, or a bounded number.",
-        "machine summary",
-        lambda q: [all(share < 0.01 for share in q["k_90 / n below freezing"].values()), q["most above"] <= 1 / EPSILON],
-        ["n", "freezing_sigma", "k_90 / n below freezing", f"entries above {EPSILON:g}"],
-        "trivially for entries above a fixed epsilon (at most 1 / epsilon of them), not for the keys that carry the mass",
-    ),
-    Claim(
-        "For independent N(0, sigma^2) logits k_90 / n tends to Phi_c(sigma + Phi^-1(0.1)): linear in n.",
-        "derived here",
-        lambda q: [abs(s["value"] / s["closed_form"] - 1) < 0.02 for s in q["keys_90_over_n"] if s["n"] == q["n"]],
-        ["n", "k_90 / n and closed form"],
-        "sigma up to 2, in mass (the same formula is in arXiv 2512.07647)",
-    ),
-    Claim(
-        "For sigma = c sqrt(ln n) the exponent of k_90 tends to 1 - c^2 / 2, and to 0 from c = sqrt(2) on (freezing).",
-        "derived here",
-        lambda q: [max(q["distances"]) < _CLOSE, q["above the limit"]],
-        ["exponent", "closed form", "limit"],
-        "in mass, independent normal logits; from above and slowly: what is measured is the closed form at these lengths",
-    ),
-)
 
 
 def cells(setting: Setting) -> list[Cell]:
@@ -131,8 +92,7 @@ def conclude(records: Sequence[Row]) -> Findings:
     n = max(record["n"] for record in grid)
     longest = [record for record in grid if record["n"] == n]
     known = [fit for c, fit in growing.items() if fit["closed_form_exponent"] is not None and fit["norm"] <= 1]
-    more = {
-        "sublinear": sublinear,
+    more: dict[str, Any] = {
         "growing": len(growing),
         "growing_sublinear": sum(sublinear[fit["input"]] for fit in growing.values()),
         "least_norm": min(norms, default=math.inf),
@@ -148,7 +108,6 @@ def conclude(records: Sequence[Row]) -> Findings:
             for record in longest
             if record["norm"] < fits.freezing_norm(n) / 2
         },
-        "most above": max(max(record["above"]) for record in longest),
         f"entries above {EPSILON:g}": {f"sigma = {r['norm']:g}": float(np.mean(r["above"])) for r in longest},
         "k_90 / n and closed form": {
             f"sigma = {s['sigma']:g}": f"{s['value']:.4f} [{s['low']:.4f}, {s['high']:.4f}] and {s['closed_form']:.4f}"
@@ -157,9 +116,18 @@ def conclude(records: Sequence[Row]) -> Findings:
         },
         "exponent": {c: Interval(**fit["exponent"]) for c, fit in growing.items()},
         "closed form": {c: fit["closed_form_exponent"] for c, fit in growing.items()},
-        "distances": [abs(fit["exponent"]["value"] - fit["closed_form_exponent"]) for fit in known],
-        "above the limit": all(fit["exponent"]["value"] >= fit["limit"] for fit in growing.values()),
     }
+    exponents, few = list(more["C"].values()), [share < 0.01 for share in more["k_90 / n below freezing"].values()]
+    held = [
+        list(sublinear.values()),
+        [all(c.high < 1 for c in exponents), all(a.value > b.value for a, b in pairwise(exponents))],
+        [all(few), max(max(record["above"]) for record in longest) <= 1 / EPSILON],
+        [abs(share["value"] / share["closed_form"] - 1) < 0.02 for share in shares if share["n"] == n],
+        [
+            all(abs(fit["exponent"]["value"] - fit["closed_form_exponent"]) < _CLOSE for fit in known),
+            all(fit["exponent"]["value"] >= fit["limit"] for fit in growing.values()),
+        ],
+    ]
     header = ["exponent of k_90 in n", "all lengths", "longest lengths", "closed form, same lengths", "limit"]
     body = [
         [
@@ -172,7 +140,7 @@ def conclude(records: Sequence[Row]) -> Findings:
         for fit in found
     ]
     figures = {"exponents_of_keys_90": found, "keys_90_over_n": shares}
-    return Findings(figures, more, _panels(grid, list(growing.values())), [(header, body)])
+    return Findings(figures, more, held, _panels(grid, list(growing.values())), [(header, body)])
 
 
 def _panels(grid: Sequence[Row], growing: Sequence[dict[str, Any]]) -> list[Panel]:
@@ -204,13 +172,4 @@ def _panels(grid: Sequence[Row], growing: Sequence[dict[str, Any]]) -> list[Pane
     ]
 
 
-EXPERIMENT = Experiment(
-    "phases",
-    "Length against weight norm: how many keys carry a row's mass",
-    "attention is n^C-sparse; the threshold is a norm that grows as sqrt(log n); bounded weights collapse",
-    "abstract",
-    CLAIMS,
-    cells,
-    measure,
-    conclude,
-)
+EXPERIMENT = Experiment("phases", cells, measure, conclude)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from hf_sparse.errors import UserError
 from hf_sparse.lab import alpha, assumptions, collapse, depth, norms, phases, rope, windows, workloads
-from hf_sparse.lab.experiment import Experiment, Findings, Setting
+from hf_sparse.lab.experiment import CLAIMS, Experiment, Findings, Setting
 from hf_sparse.lab.fits import shortened
 from hf_sparse.lab.plots import draw_page
 from hf_sparse.measure.tables import Table, markdown_table
@@ -22,13 +22,6 @@ from hf_sparse.results import ROWS, SUMMARY, TABLES, ResultFile, Row, row_key, s
 EXPERIMENTS = tuple(
     module.EXPERIMENT for module in (windows, phases, workloads, assumptions, norms, rope, depth, collapse, alpha)
 )
-
-_UNTESTED = {
-    "The paper's own (epsilon, k) formula, its constants and its numbered theorems.": "The body of the paper could not "
-    "be obtained. Its abstract and machine-made summaries were read, and the summaries number the theorems differently.",
-    "The paper's experiments on LLaMA-3.": "No task, length, exponent, window or score was visible.",
-}
-"""What the paper is said to contain and cannot be checked from what could be read: claims, and why."""
 
 
 def find_experiments(names: Sequence[str]) -> list[Experiment]:
@@ -106,7 +99,7 @@ def write(experiments: Sequence[Experiment], found: Mapping[str, Findings], abou
         own = [verdict for verdict in summary["verdicts"] if verdict["experiment"] == experiment.name]
         captions = [f"{verdict['answer'].upper()}: {verdict['claim']}" for verdict in own]
         page = folder / f"{experiment.name}.png"
-        draw_page(experiment.title + subject, found[experiment.name].panels, captions, page)
+        draw_page(CLAIMS[experiment.name]["title"] + subject, found[experiment.name].panels, captions, page)
     return summary
 
 
@@ -119,8 +112,8 @@ def summarise(experiments: Sequence[Experiment], found: Mapping[str, Findings]) 
     ]
     if not any(experiment.needs_model for experiment in experiments):
         untested = {"experiment": "-", "source": "machine summary", "answer": "not testable here", "where": "-"}
-        verdicts += [untested | {"claim": claim, "evidence": why} for claim, why in _UNTESTED.items()]
-    about = {e.name: {"title": e.title, "claim": e.claim, "source": e.source} for e in experiments}
+        verdicts += [untested | {"claim": claim["text"], "evidence": claim["why"]} for claim in CLAIMS["untested"]]
+    about = {e.name: {name: CLAIMS[e.name][name] for name in ("title", "claim", "source")} for e in experiments}
     # Figures of synthetic inputs are rounded where they are made, and hold whole numbers.
     figures = {e.name: found[e.name].figures for e in experiments}
     return {
@@ -136,7 +129,10 @@ def all_tables(summary: dict[str, Any], found: Mapping[str, Findings]) -> list[T
     """The verdicts in short, the verdicts with their evidence, and the tables of each experiment."""
     verdicts = summary["verdicts"]
     return [
-        (["claim", "read in", "verdict", "where"], [[v["claim"], v["source"], v["answer"], v["where"]] for v in verdicts]),
+        (
+            ["claim", "read in", "verdict", "where"],
+            [[v["claim"], v["source"], v["answer"], v["where"]] for v in verdicts],
+        ),
         (["claim", "experiment", "evidence"], [[v["claim"], v["experiment"], v["evidence"]] for v in verdicts]),
         *(table for findings in found.values() for table in findings.tables),
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_sparse.lab.experiment import Cell, Claim, Experiment, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
 from hf_sparse.lab.fits import Interval, shortened, slope, trend
 from hf_sparse.lab.inputs import Input, by_input, draw_rows
 from hf_sparse.lab.plots import Panel
@@ -40,31 +40,6 @@ SIZES = {
     "full": (range(8, 18), {"rows": 16, "repeats": 6}),
 }
 _DRAWN = ("max entry", "max entry, unnormalised", "lost mass", "output", "relative output")
-
-CLAIMS = (
-    Claim(
-        "Keeping the largest n^C entries, any C in (0, 1), approximates attention with an error that decreases in n.",
-        "abstract",
-        lambda q: list(q["falling"].values()),
-        ["slopes of n^0.5 keys"],
-        "the error falls like a power of n, of {power_cases} pairs of input and exponent: {falls}",
-    ),
-    Claim(
-        "With log n entries or fewer the error stays at a constant.",
-        "abstract",
-        lambda q: list(q["staying"].values()),
-        ["slopes of log2(n)/2 keys"],
-        "the error does not fall like a power of n, of {slow_cases} pairs of input and window "
-        f"({' or '.join(SLOW)}): {{stays}}",
-    ),
-    Claim(
-        "There is a dichotomy: in the same norm n^C entries are enough, and log n or fewer are not.",
-        "abstract",
-        lambda q: list(q["both"].values()),
-        ["slopes of the largest error of an entry"],
-        "{dichotomy}",
-    ),
-)
 
 
 def cells(setting: Setting) -> list[Cell]:
@@ -127,9 +102,6 @@ def conclude(records: Sequence[Row]) -> Findings:
     }
     where = {norm: [label for label, held in zip(inputs, both[norm], strict=True) if held] for norm in NORMS}
     more = {
-        "falling": falling,
-        "staying": staying,
-        "both": both,
         "power_cases": len(inputs) * len(POWERS),
         "slow_cases": len(inputs) * len(SLOW),
         "falls": "; ".join(f"{norm} {sum(cases)}" for norm, cases in falling.items()),
@@ -156,16 +128,8 @@ def conclude(records: Sequence[Row]) -> Findings:
     names = [label.replace(", ", ",\n") for label in inputs]
     panels.append(Panel("Slope at large n, n^0.5 keys", "", "", names, grid=grid, rows=NORMS))
     figures = {"lengths": lengths, "late_lengths": lengths[-LATE:], "slopes": fits}
-    return Findings(figures, more, panels, tables)
+    held = [list(cases.values()) for cases in (falling, staying, both)]
+    return Findings(figures, more, held, panels, tables)
 
 
-EXPERIMENT = Experiment(
-    "windows",
-    "Constant, logarithmic and power-law windows on synthetic inputs",
-    "n^C entries suffice for an error that decreases in n; log n or fewer leave a constant error",
-    "abstract",
-    CLAIMS,
-    cells,
-    measure,
-    conclude,
-)
+EXPERIMENT = Experiment("windows", cells, measure, conclude)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_sparse.lab.experiment import Cell, Claim, Experiment, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
 from hf_sparse.lab.fits import FloatArray, Interval, shortened
 from hf_sparse.lab.inputs import Input, by_input, draw_rows
 from hf_sparse.lab.plots import Panel
@@ -27,21 +27,10 @@ LAWS = ("fixed", "log", "n^0.25", "n^0.5", "n^0.75", "fraction")
 LAW = "n^0.5"
 OTHERS_NORM = "lost mass"
 COMPARED = ("max entry", "lost mass", "output", "relative output")
-STATISTICS = {"mean": "on average over the lengths", "worst length": "at the worst length"}
+STATISTICS = ("mean", "worst length")
 WORKLOADS = ("even", "short", "long")
 
 INPUTS = (Input("logits", 1), Input("logits", 3), Input("logits", 1, growth=0.5), Input("signs", 2))
-
-CLAIMS = [
-    Claim(
-        f"A window alpha n^C is more accurate than a fixed one at equal cost where lengths vary: {where}.",
-        "abstract",
-        lambda q, statistic=statistic: q[statistic]["held"],  # type: ignore[misc]
-        [f"{statistic} > ratio of errors"],
-        f"C = 0.5, better / worse of {{cases}} pairs of input and workload: {{{statistic}[counts]}}",
-    )
-    for statistic, where in STATISTICS.items()
-]
 
 
 def workload_lengths(name: str, lengths: Sequence[int]) -> list[int]:
@@ -153,7 +142,7 @@ def conclude(records: Sequence[Row]) -> Findings:
     ]
     ratios = {(c["law"], c["input"], c["workload"], c["norm"], c["statistic"]): c["ratio"] for c in comparisons}
     words = {place: "{value:.2f} [{low:.2f}, {high:.2f}]".format(**ratio) for place, ratio in ratios.items()}
-    more: dict[str, Any] = {"cases": len(inputs) * len(WORKLOADS)}
+    held, counts, extremes = [], {}, {}
     panels = []
     for label, own in list(inputs.items())[:3]:
         drawn = ("fixed", "log", LAW, "fraction")
@@ -163,15 +152,12 @@ def conclude(records: Sequence[Row]) -> Findings:
         ours = [c for c in comparisons if (c["law"], c["statistic"]) == (LAW, statistic)]
         better = {norm: [c["better"] for c in ours if c["norm"] == norm] for norm in COMPARED}
         ordered = sorted(ours, key=lambda c: float(c["ratio"]["value"]))
-        ends = {"least": ordered[0], "largest": ordered[-1]}
-        more[statistic] = {
-            "held": [c["better"] == LAW for c in ours],
-            "counts": ", ".join(f"{norm} {who.count(LAW)} / {who.count('fixed')}" for norm, who in better.items()),
-            "ratio of errors": {
-                end: f"{words[LAW, c['input'], c['workload'], c['norm'], statistic]} ({c['input']}, {c['workload']} "
-                f"workload, {c['norm']})"
-                for end, c in ends.items()
-            },
+        held.append([c["better"] == LAW for c in ours])
+        counts[statistic] = ", ".join(f"{norm} {b.count(LAW)} / {b.count('fixed')}" for norm, b in better.items())
+        extremes[statistic] = {
+            end: f"{words[LAW, c['input'], c['workload'], c['norm'], statistic]} ({c['input']}, {c['workload']} "
+            f"workload, {c['norm']})"
+            for end, c in (("least", ordered[0]), ("largest", ordered[-1]))
         }
         places = list(product(inputs, WORKLOADS))
         grid = [[ratios[LAW, *place, norm, statistic]["value"] for norm in COMPARED] for place in places]
@@ -179,7 +165,9 @@ def conclude(records: Sequence[Row]) -> Findings:
         panels.append(Panel(title, "", "", COMPARED, grid=grid, rows=[", ".join(place) for place in places]))
     unity = {"value": 1.0}
     lines = {
-        f"{label}, {statistic}": [ratios.get((law, label, "even", OTHERS_NORM, statistic), unity)["value"] for law in EXPONENTS]
+        f"{label}, {statistic}": [
+            ratios.get((law, label, "even", OTHERS_NORM, statistic), unity)["value"] for law in EXPONENTS
+        ]
         for label, statistic in product(list(inputs)[:2], STATISTICS)
     }
     x, what = list(EXPONENTS.values()), f"{OTHERS_NORM} / that of fixed"
@@ -191,16 +179,8 @@ def conclude(records: Sequence[Row]) -> Findings:
         for label, name in product(inputs, WORKLOADS)
     ]
     figures = {"lengths": lengths, "budgets": costs, "comparisons": comparisons}
-    return Findings(figures, more, panels, [(header, body)])
+    more = {"cases": len(inputs) * len(WORKLOADS), "counts": counts, "ratio of errors": extremes}
+    return Findings(figures, more, held, panels, [(header, body)])
 
 
-EXPERIMENT = Experiment(
-    "workloads",
-    "Adaptive against fixed windows where lengths vary, at equal cost",
-    "alpha n^C is more accurate than a fixed window at equal cost on flexible lengths",
-    "abstract",
-    CLAIMS,
-    cells,
-    measure,
-    conclude,
-)
+EXPERIMENT = Experiment("workloads", cells, measure, conclude)
