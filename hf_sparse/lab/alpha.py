@@ -265,7 +265,7 @@ def conclude(records: Sequence[Row]) -> Findings:
     heads, tight = {"a head, mean query": certified}, {"tight": lost}
     panels = [
         Panel("Laws at equal cost, held-out text", "visible keys n", "squared output error", lengths, shown),
-        Panel("Lost and certified mass", "lost mass tau", "certificate", lost, heads, tight, points=True),
+        Panel("Lost and certified mass", "lost mass tau", "certificate", list(lost), heads, tight, points=True),
     ]
     others = min(value for name, value in ratio.items() if name != OURS)
     best, certified_share = min(ratio[RULE], ratio[BEST]), figures["share_certified_below_half"]

@@ -40,7 +40,7 @@ def rope_scales(query: FloatArray, key: FloatArray, frequencies: FloatArray, dis
     grams = [unitary @ (w @ w.T) @ unitary.conj().T for w in (key, query)]
     rotation = np.exp(1j * np.outer(distances, np.concatenate([frequencies, -frequencies])))
     squared = np.einsum("da,da->d", rotation.conj(), rotation @ (grams[0] * grams[1].T).T).real
-    return np.sqrt(np.maximum(squared, 0.0))
+    return np.asarray(np.sqrt(np.maximum(squared, 0.0)))
 
 
 def spectral_scale(query: FloatArray, key: FloatArray) -> float:

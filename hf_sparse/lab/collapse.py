@@ -224,7 +224,7 @@ def conclude(records: Sequence[Row]) -> Findings:
         ]
         for length in lengths
     ]
-    shares = {kind: [100 * kinds[length][kind] for length in lengths] for kind in KINDS}
+    shares: dict[str, Any] = {kind: [100 * kinds[length][kind] for length in lengths] for kind in KINDS}
     drawn = {"effective": "e^H", "scaled_effective": "e^H, log-n scaling", "above": names["above"]}
     entries = {label: fits.bands(columns[name]) for name, label in drawn.items()}
     root = {"sqrt(n)": np.sqrt(lengths)}

@@ -16,8 +16,6 @@ from hf_sparse.measure.tables import Table
 from hf_sparse.measure.windows import Window
 from hf_sparse.results import Row, row_key
 
-SCALES = ("small", "full")
-
 Cell = dict[str, Any]
 """Everything that decides one measurement, as JSON; an interrupted run recognises its records by it."""
 

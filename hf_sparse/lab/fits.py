@@ -42,7 +42,7 @@ class Interval:
 
 
 def log_log_slope(x: ArrayLike, y: ArrayLike) -> Any:
-    """The exponent e of y ~ x^e by least squares on logarithms: a float, or one for each column of `y` `(x, columns)`."""
+    """The exponent e of y ~ x^e by least squares on logarithms; one for each column of `y` `(x, columns)`."""
     return np.polyfit(np.log(x), np.log(y), 1)[0]
 
 
@@ -103,7 +103,7 @@ def shortened(value: Any) -> Any:
     return float(f"{value:.4g}")
 
 
-def quartiles(values: ArrayLike) -> dict[str, float]:
+def quartiles(values: Any) -> dict[str, float]:
     """Quartiles of all entries."""
     return dict(zip(("low", "median", "high"), np.quantile(values, [0.25, 0.5, 0.75]).tolist(), strict=True))
 
@@ -114,7 +114,7 @@ def bands(columns: dict[int, FloatArray]) -> FloatArray:
 
 
 def by_length(records: Sequence[Row], part: str) -> dict[str, dict[int, FloatArray]]:
-    """The entries of the layers in `records[...][part]`, by name and n: means over documents, `(heads of all layers,)`."""
+    """Entries of the layers in `records[...][part]` by name and n, `(heads of all layers, ...)`: means over documents."""
     lengths = sorted({layer["n"] for layer in records[0][part]})
 
     def mean(name: str, n: int) -> FloatArray:

@@ -99,7 +99,7 @@ def conclude(records: Sequence[Row]) -> Findings:
         [str(layer), f"{np.median(r):.3g}", *(f"{x:.2f}" for x in (np.median(i), np.median(d), d.min(), d.max()))]
         for layer, r, i, d in zip(layers, rope, independent, by_layer, strict=True)
     ]
-    scale = {
+    scale: dict[str, Any] = {
         "R, RoPE (median head)": np.median(rope, axis=1),
         "independent entries": np.median(independent, axis=1),
         "measured (band: all heads)": np.quantile(by_layer, [0, 0.5, 1], axis=1),

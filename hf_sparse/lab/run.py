@@ -64,7 +64,7 @@ def run(experiments: Sequence[Experiment], setting: Setting, folder: Path) -> di
 def _measured(experiment: Experiment, setting: Setting, results: ResultFile) -> list[Row]:
     """The records of an experiment in the order of its cells: those of `results`, and the others measured now."""
     about = {} if setting.model_subject is None else setting.model_subject.about
-    decisive = {name: about[name] for name in ("model", "dtype", "device") if name in about}
+    decisive: Row = {name: about[name] for name in ("model", "dtype", "device") if name in about}
     decisive |= {"command": "theory", "experiment": experiment.name, "seed": setting.seed}
     cells = {row_key(cell=cell, **decisive): cell for cell in experiment.cells(setting)}
     missing = cells.keys() - results.rows().keys()
