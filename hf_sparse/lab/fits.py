@@ -114,7 +114,7 @@ def bands(columns: dict[int, FloatArray]) -> FloatArray:
 
 
 def by_length(records: Sequence[Row], part: str) -> dict[str, dict[int, FloatArray]]:
-    """Entries of the layers in `records[...][part]` by name and n, `(heads of all layers, ...)`: means over documents."""
+    """Entries of the layers of `records[...][part]` by name and n, `(heads of all layers, ...)`: document means."""
     lengths = sorted({layer["n"] for layer in records[0][part]})
 
     def mean(name: str, n: int) -> FloatArray:

@@ -37,8 +37,8 @@ class Input:
             direction or repeated; `chain`, normal entries that are an AR(1) process along the tokens.
         norm: R(n) = norm * (ln n) ** growth.
         growth: How the norm grows; 0 for a fixed norm.
-        shape: Degrees of freedom of Student's t; correlation of `shared` tokens and of neighbours in a `chain`; exponent
-            in n of the number of different `copies`.
+        shape: Degrees of freedom of Student's t; correlation of `shared` tokens and of neighbours in a `chain`;
+            exponent in n of the number of different `copies`.
     """
 
     kind: Kind

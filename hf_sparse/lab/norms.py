@@ -104,9 +104,12 @@ def conclude(records: Sequence[Row]) -> Findings:
         "independent entries": np.median(independent, axis=1),
         "measured (band: all heads)": np.quantile(by_layer, [0, 0.5, 1], axis=1),
     }
-    spread = {"deviation": fits.bands(deviation), "deviation as tilted": fits.bands(tilted)}
-    flat = {"sqrt(ln n)": np.full(len(layers), root)}
-    lines = {"sqrt(ln n)": np.sqrt(np.log(lengths)), "sqrt(2 ln n)": [fits.freezing_norm(n) for n in lengths]}
+    spread: dict[str, Any] = {"deviation": fits.bands(deviation), "deviation as tilted": fits.bands(tilted)}
+    flat: dict[str, Any] = {"sqrt(ln n)": np.full(len(layers), root)}
+    lines: dict[str, Any] = {
+        "sqrt(ln n)": np.sqrt(np.log(lengths)),
+        "sqrt(2 ln n)": [fits.freezing_norm(n) for n in lengths],
+    }
     panels = [
         Panel("Scale of logits by layer", "layer", f"deviation, n = {n:,}", layers, scale, flat, log="y"),
         Panel(
