@@ -291,7 +291,3 @@ def test_the_certificate_says_nothing_of_keys_that_are_not_the_largest() -> None
     logits = np.array([1.0, 0.0, 50.0])
     assert bounds.certificate(logits[:2], 1) < 0.5
     assert softmax(logits)[2] > 0.99
-
-
-def test_the_certificate_survives_large_logits() -> None:
-    assert bounds.certificate(np.array([1e4, 1e4 - 1]), 10) == pytest.approx(10 / (11 + math.e))

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hf_sparse.lab import assumptions, phases, windows, workloads
+from hf_sparse.lab import windows, workloads
 from hf_sparse.lab.experiment import Experiment, Setting, judge
 from hf_sparse.lab.fits import Interval, freezing_norm, normal_keys, random_energy_exponent, slope, trend
-from hf_sparse.lab.inputs import TOKEN_DIM, Input, draw_rows
+from hf_sparse.lab.inputs import Input, draw_rows
 from hf_sparse.lab.run import EXPERIMENTS
-from hf_sparse.lab.topk import NORMS, row_shape, softmax, top_k_errors
+from hf_sparse.lab.topk import NORMS, row_shape, softmax
 from hf_sparse.laws import total_cost
 
 SYNTHETIC = [experiment for experiment in EXPERIMENTS if not experiment.needs_model]
@@ -72,15 +72,6 @@ def test_correlations_and_copies_are_there() -> None:
     assert Input("logits", 2, growth=0.5).norm_at(1000) == pytest.approx(2 * math.sqrt(math.log(1000)))
 
 
-def test_a_norm_of_signs_is_the_deviation_exactly() -> None:
-    # Var(x^T W y) = sum of W_ab^2, over the draw of x and y for one W.
-    rng = np.random.default_rng(0)
-    weight = rng.standard_normal((TOKEN_DIM, TOKEN_DIM))
-    x, y = (rng.choice([-1.0, 1.0], size=(50_000, TOKEN_DIM)) for _ in range(2))
-    logits = np.einsum("na,ab,nb->n", x, weight, y, optimize=True)
-    assert logits.std() == pytest.approx(np.linalg.norm(weight), rel=0.015)
-
-
 # Closed forms and published simulations.
 
 
@@ -107,26 +98,6 @@ SIMULATED_EXPONENTS = {0.5: 0.92, 0.75: 0.81, 1.0: 0.65, 1.25: 0.42, 1.41: 0.33,
 """Exponents of k_90 from n = 2^10 to 2^18 for sigma = c sqrt(ln n), by c: independent simulations."""
 
 
-@pytest.mark.parametrize(("scale", "expected"), [(c, SIMULATED_EXPONENTS[c]) for c in (0.5, 1.0)])
-def test_exponents_of_the_random_energy_model(scale: float, expected: float) -> None:
-    lengths = [2**e for e in (10, 12, 14, 16)]
-    source = Input("logits", scale, growth=0.5)
-    keys = [
-        [
-            np.mean([row_shape(softmax(x))["keys_90"] for x, _ in rows_of(source, n, max(24, 2**17 // n), seed)])
-            for seed in (1, 2, 3)
-        ]
-        for n in lengths
-    ]
-    fit = slope(lengths, keys)
-    # Two octaves fewer than the simulations, which is nearer to 1; the closed form says by how much.
-    shorter, longer = (
-        np.polyfit(np.log(ns), [math.log(n * normal_keys(source.norm_at(n), 0.1)) for n in ns], 1)[0]
-        for ns in (lengths, [2**e for e in range(10, 19)])
-    )
-    assert fit.value == pytest.approx(expected + shorter - longer, abs=0.06)
-
-
 def test_limits_of_the_random_energy_model() -> None:
     assert [random_energy_exponent(c) for c in (0.0, 1.0, math.sqrt(2), 2.0)] == pytest.approx([1, 0.5, 0, 0])
     assert [freezing_norm(131_072) / 2**0.5, freezing_norm(131_072)] == pytest.approx([3.43, 4.85], abs=0.005)
@@ -142,32 +113,6 @@ def test_limits_of_the_random_energy_model() -> None:
 SIMULATED_SLOPES = {("n^0.5", "max entry"): -0.40, ("n^0.75", "max entry"): -0.52, ("log2(n)/2", "max entry"): -0.07}
 SIMULATED_SLOPES |= {("n^0.5", "output"): -0.23, ("log2(n)/2", "max entry, unnormalised"): -0.74}
 """Slopes in n up to 2^17 for normal logits of sigma = 1: independent simulations."""
-
-
-def test_slopes_of_the_errors_of_normal_logits() -> None:
-    lengths = [2**e for e in (9, 11, 13, 15)]
-    windows_ = list(windows.WINDOWS)
-    rows = []
-    for n in lengths:
-        cell = Input("logits", 1).fields() | {"n": n, "rows": 24, "repeats": 3, "windows": windows_}
-        rows.append(cell | windows.measure(cell, SMALL))
-    for (window, norm), expected in SIMULATED_SLOPES.items():
-        fit = slope(lengths, [row["mean"][window][norm] for row in rows])
-        # Other lengths than the simulations: what is left of the drift of a slope is below 0.08.
-        assert fit.value == pytest.approx(expected, abs=0.08), (window, norm)
-    assert slope(lengths, [row["mean"]["n^0.5"]["relative output"] for row in rows]).low > 0
-    assert slope(lengths, [row["mean"]["n^0.5"]["lost mass"] for row in rows]).low > 0
-
-
-def test_errors_at_one_length_of_normal_logits() -> None:
-    # n = 2^17, sigma = 1: the table of the simulations; 8 rows leave some per cent.
-    n = 2**17
-    kept = [8, math.ceil(n**0.5), math.ceil(n**0.75)]
-    found = np.mean([top_k_errors(softmax(x), v, kept)[0] for x, v in rows_of(Input("logits", 1), n, 8)], axis=0)
-    by_norm = dict(zip(NORMS, found.tolist(), strict=True))
-    assert by_norm["max entry"] == pytest.approx([0.20, 0.011, 0.0012], rel=0.2)
-    assert by_norm["lost mass"] == pytest.approx([0.998, 0.96, 0.73], rel=0.01)
-    assert by_norm["relative output"] == pytest.approx([79, 12.1, 2.3], rel=0.3)
 
 
 # Fits.
@@ -234,13 +179,6 @@ def test_a_cell_is_the_same_alone_and_after_others_and_another_seed_is_not(exper
     together = measured(experiment, slice(0, 3))
     assert measured(experiment, slice(2, 3)) == together[2:]
     assert measured(experiment, slice(2, 3), Setting("small", 1)) != together[2:]
-
-
-def test_full_scale_reaches_131072_keys_from_256() -> None:
-    full = Setting("full", 0)
-    for module in (windows, phases, assumptions):
-        lengths = {cell["n"] for cell in module.cells(full)}
-        assert {2**e for e in range(8, 18)} <= lengths
 
 
 def test_verdicts_turn_with_the_data() -> None:

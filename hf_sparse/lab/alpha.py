@@ -22,6 +22,7 @@ from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
 from hf_sparse.lab.fits import FloatArray
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.topk import NORMS, top_k_errors
+from hf_sparse.measure.equal_cost import last_true
 from hf_sparse.results import Row
 from hf_sparse.row_errors import row_shape
 
@@ -114,12 +115,10 @@ class Curves:
     """Curves of every head of the layers that see the most keys.
 
     Attributes:
-        counts: For each n, the k measured, and n itself at last.
-        error: For each n, `(heads, counts)`: the error at k; 0 at n.
-        needed: For each n, `(heads,)`: keys that retain a given mass.
+        error: For each n, `(heads, counts)`: the error at each of `key_counts`, and 0 at n.
+        needed: For each n, `(heads,)`: keys that retain 95 % of the mass.
     """
 
-    counts: dict[int, FloatArray]
     error: dict[int, FloatArray]
     needed: dict[int, FloatArray]
 
@@ -127,31 +126,16 @@ class Curves:
     def of(cls, records: Sequence[Row]) -> Curves:
         """The mean curves of some documents."""
         columns = fits.by_length(records, "curves")
-        counts = {n: np.array([*key_counts(n), n], np.float64) for n in columns["error"]}
-        error = {n: np.pad(curves, ((0, 0), (0, 1))) for n, curves in columns["error"].items()}
-        return cls(counts, error, columns["keys_95"])
-
-    @property
-    def lengths(self) -> list[int]:
-        """The n, rising."""
-        return list(self.counts)
-
-    @property
-    def heads(self) -> int:
-        """Number of heads."""
-        return len(self.error[self.lengths[0]])
+        return cls({n: np.pad(curves, ((0, 0), (0, 1))) for n, curves in columns["error"].items()}, columns["keys_95"])
 
     def errors(self, keys: FloatArray) -> FloatArray:
         """Errors under `keys` `(lengths, heads, ...)`: the same shape, linear in log k between the measured k."""
-        return np.array(
-            [
-                [
-                    np.interp(np.log(k), np.log(self.counts[n]), errors)
-                    for k, errors in zip(own, self.error[n], strict=True)
-                ]
-                for n, own in zip(self.lengths, keys, strict=True)
-            ]
-        )
+        out = np.empty(keys.shape)
+        for i, (n, curves) in enumerate(self.error.items()):
+            counts = np.log([*key_counts(n), n])
+            for head, errors in enumerate(curves):
+                out[i, head] = np.interp(np.log(keys[i, head]), counts, errors)
+        return out
 
 
 Law = tuple[FloatArray, FloatArray]
@@ -167,16 +151,13 @@ def keys_of(law: Law, lengths: Sequence[int]) -> FloatArray:
 
 def spend(make: Callable[[float], Law], lengths: Sequence[int], cost: float) -> Law:
     """The law `make(x)`, whose keys grow with x > 0, of at most `cost` keys a query, mean over heads and n."""
-    low, high = 1e-8, 1e8
-    for _ in range(_STEPS):
-        middle = float(np.sqrt(low * high))
-        low, high = (middle, high) if keys_of(make(middle), lengths).mean() < cost else (low, middle)
-    return make(low)
+    return make(last_true(lambda x: bool(keys_of(make(x), lengths).mean() < cost), 1e-8, 1e8, _STEPS))
 
 
 def laws_of(curves: Curves, cost: float) -> dict[str, Law]:
     """The laws that are compared, of equal cost: one for all heads, and two ways to one per head."""
-    ones, lengths = np.ones(curves.heads), curves.lengths
+    lengths, needed = list(curves.needed), np.stack(list(curves.needed.values()))
+    ones = np.ones(needed.shape[1])
 
     def uniform(exponent: float) -> Law:
         return spend(lambda alpha: (alpha * ones, exponent * ones), lengths, cost)
@@ -184,14 +165,13 @@ def laws_of(curves: Curves, cost: float) -> dict[str, Law]:
     def error(law: Law) -> float:
         return float(curves.errors(keys_of(law, lengths)).sum())
 
-    needed = np.stack(list(curves.needed.values()))
     slopes = fits.log_log_slope(lengths, needed)
     level = np.exp(np.log(needed).mean(0) - slopes * np.log(lengths).mean())
     exponents = np.clip(slopes, 0, 1)
     # Errors and costs of a grid of laws for every head, `(heads, laws)` and `(laws,)`.
     alphas, powers = (np.array(column) for column in zip(*_GRID, strict=True))
     grid = keys_of((alphas, powers), lengths)
-    errors = curves.errors(np.repeat(grid[:, None], curves.heads, axis=1)).mean(0)
+    errors = curves.errors(np.repeat(grid[:, None], len(ones), axis=1)).mean(0)
     costs = grid.mean(0)
 
     def cheapest(keys_a_price: float) -> Law:
@@ -211,7 +191,7 @@ def laws_of(curves: Curves, cost: float) -> dict[str, Law]:
 def conclude(records: Sequence[Row]) -> Findings:
     """Laws fitted on all documents but the last, judged on the last; certificates on all."""
     fitted, held_out = (Curves.of(part) for part in ((records[:-1] or records), records[-1:]))
-    alpha, lengths = records[0]["alpha"], fitted.lengths
+    alpha, lengths = records[0]["alpha"], list(fitted.error)
     n = lengths[-1]
     cost = float(np.mean([min(alpha * math.sqrt(n), n) for n in lengths]))
     chosen = laws_of(fitted, cost)
@@ -238,7 +218,7 @@ def conclude(records: Sequence[Row]) -> Findings:
         "held_out_error_over_rule": ratio,
         "error_in_worst_heads": by_head[: math.ceil(WORST * len(by_head))].sum() / by_head.sum(),
         "n": n,
-        "heads": fitted.heads,
+        "heads": len(fitted.needed[n]),
         "bounds": {name: np.median(values) for name, values in (bound | {"output_over_bound": over}).items()},
         "share_certified_below_half": np.mean(bound["certified"] < 0.5),
     }

@@ -46,8 +46,7 @@ def rope_scales(query: FloatArray, key: FloatArray, frequencies: FloatArray, dis
 def spectral_scale(query: FloatArray, key: FloatArray) -> float:
     """S at B = 1, ||W_Q||_2 ||W_K||_2, at least ||W||_2 at every distance, with and without RoPE.
 
-    Assumes: nothing about x.
-    Source: the spectral norm is submultiplicative, and rotations have norm 1.
+    Assumes: nothing about x. Source: the spectral norm is submultiplicative, and rotations have norm 1.
     Tight: heads whose leading query and key directions are aligned, such as rank-1 heads.
     """
     return float(np.linalg.norm(query, 2) * np.linalg.norm(key, 2))
@@ -95,8 +94,8 @@ def entry_bounds(keys: float, spread: float) -> tuple[float, float]:
     1 / (1 + (n - 1) e^spread) <= A_ij <= 1 / (1 + (n - 1) e^-spread). Logits within [-r, r] have spread 2 r, so that
     r = o(log n) gives A_ij = n^(-1 +- o(1)). By `logit_radius`, R = o(sqrt(log n)) and S = o(1) are enough for that.
 
-    Assumes: nothing but the spread.
-    Source: the softmax. The threshold sqrt(log n) is that of Alman and Song for fast attention, as summaries say.
+    Assumes: nothing but the spread. Source: the softmax; the threshold sqrt(log n) is that of Alman and Song for fast
+        attention, as summaries say.
     Tight: one logit at one end of the interval and all others at the other end.
     """
     others = math.log(keys - 1) if keys > 1 else -math.inf
@@ -106,9 +105,7 @@ def entry_bounds(keys: float, spread: float) -> tuple[float, float]:
 def is_vacuous(keys: float, spread: float) -> bool:
     """Whether logits of this spread leave room for one weight above 1/2: spread > ln(n - 1).
 
-    Assumes: nothing but the spread.
-    Source: `entry_bounds`.
-    Tight: as `entry_bounds`.
+    Assumes: nothing else. Source: `entry_bounds`. Tight: as there.
     """
     return entry_bounds(keys, spread)[1] > 0.5
 
@@ -119,8 +116,7 @@ def lost_mass_bounds(keys: int, kept: int, spread: float) -> tuple[float, float]
     With logits in a bounded interval, k = n^C keys with C < 1 lose nearly all mass as n grows: such queries are not
     n^C-sparse in total variation, whatever holds entry by entry.
 
-    Assumes: logits within an interval of length `spread`.
-    Source: the softmax.
+    Assumes: logits within an interval of length `spread`. Source: the softmax.
     Tight: below, k logits at the upper end and the others at the lower end; above, equal logits.
     """
     least = (keys - kept) * math.exp(-spread)
@@ -134,8 +130,7 @@ def max_entry_bound(keys: int, kept: int, spread: float, *, renormalise: bool) -
     (1 - k / n) / (1 + (k - 1) e^-spread). In this sense alpha n^C keys have "decreasing loss" (abstract of arXiv
     2404.02690) for logits of bounded spread, and unnormalised top-k has it for any k.
 
-    Assumes: logits within an interval of length `spread`.
-    Source: the closed forms of `topk`.
+    Assumes: logits within an interval of length `spread`. Source: the closed forms of `topk`.
     Tight: unnormalised, k + 1 logits at the upper end and the others at the lower end; renormalised, one logit at the
         upper end and the others at the lower end, as n grows.
     """
@@ -150,8 +145,7 @@ def max_entry_floor(tau: float, kept: int) -> float:
     With constant k, and tau bounded away from 0, this error cannot vanish: the sense in which too few keys have
     "O(1) error" (abstract of arXiv 2404.02690, there for o(log n) keys).
 
-    Assumes: q >= 0 sums to 1 and has at most k entries; p is a distribution.
-    Source: on its k keys q has at least tau more mass than p.
+    Assumes: q sums to 1 and has k entries at most. Source: on its k keys q has at least tau more mass than p.
     Tight: renormalised top-k where the k largest entries of p are equal.
     """
     return tau / kept
@@ -163,8 +157,7 @@ def output_bound(tau: float, diameter: float) -> float:
     Unnormalised, take the largest norm of a value for `diameter`. The relative error has no such bound: the dense
     output can be as small as one likes.
 
-    Assumes: nothing.
-    Source: the identity in `topk`; also in arXiv 2512.07647.
+    Assumes: nothing. Source: the identity in `topk`; also in arXiv 2512.07647.
     Tight: kept values all equal, dropped values all equal, and the two as far apart as the diameter.
     """
     return tau * diameter
@@ -178,8 +171,7 @@ def certificate(kept: FloatArray, dropped: float | FloatArray, ceiling: FloatArr
 
     Assumes: no dropped logit is above the ceiling `(...)`. The default, the smallest kept logit, is one only if the
         kept keys are the true top-k: with an approximate selector the result certifies nothing.
-    Source: the softmax.
-    Tight: all dropped logits equal to the ceiling.
+    Source: the softmax. Tight: all dropped logits equal to the ceiling.
     """
     ceiling = kept.min(-1) if ceiling is None else ceiling
     top = np.maximum(kept.max(-1), ceiling)

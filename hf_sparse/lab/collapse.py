@@ -107,16 +107,10 @@ def detect(logits: Tensor, visible: Tensor, sinks: int) -> dict[str, list[float]
 
 
 def kind_of(first: float, rest_largest: float, rest_share: float) -> Kind:
-    """The kind of a head, by its mean query.
+    """The kind of a head, by its mean query; see `detect`.
 
-    Args:
-        first: Mass of the first keys.
-        rest_largest: Largest weight of the other keys, after renormalising.
-        rest_share: Their entropy over the logarithm of their number.
-
-    Returns:
-        `sink-only` if the first keys have `SINK_MASS` or more; else `frozen` if one of the others has `FROZEN` of what
-        remains; else `dispersed` if the entropy is `DISPERSED` of the most there is; else `none`.
+    `sink-only` if the first keys have `SINK_MASS` or more; else `frozen` if one of the others has `FROZEN` of what
+    remains; else `dispersed` if the entropy is `DISPERSED` of the most there is; else `none`.
     """
     if first >= SINK_MASS:
         return "sink-only"
@@ -132,15 +126,10 @@ def log_scaled(sample: Sample, reference: int) -> Tensor:
 
 
 def mixing(outputs: Tensor, values: Tensor) -> dict[str, list[float]]:
-    """Whether attention makes tokens alike: outputs of some queries against as many values.
+    """Whether attention makes tokens alike: outputs of some queries against values of as many keys.
 
-    Args:
-        outputs: `(heads, queries, dim)`.
-        values: `(heads, queries, dim)`: values of single keys.
-
-    Returns:
-        Lists over the heads, for both: `..._rank`, the stable rank ||X||_F^2 / ||X||_2^2; `..._alike`, the squared norm
-        of the mean vector over the mean squared norm, 1 if all are the same vector.
+    Both are `(heads, queries, dim)`. Lists over the heads, for both: `..._rank`, the stable rank ||X||_F^2 / ||X||_2^2;
+    `..._alike`, the squared norm of the mean vector over the mean squared norm, 1 if all are the same vector.
     """
     out: dict[str, list[float]] = {}
     for name, x in (("output", outputs.double()), ("value", values.double())):

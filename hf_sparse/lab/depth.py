@@ -91,12 +91,11 @@ def without(model: PreTrainedModel, *, residual: bool, norm: bool) -> Iterator[P
 def errors_through_depth(model: PreTrainedModel, ids: Tensor, alpha: float) -> Row:
     """Relative errors of the hidden states after every layer, means over the second half of the tokens.
 
-    Returns:
-        - `single`: entry [i][l]: the error after layer l when layer i alone is sparse, 0 for l < i;
-        - `all`: entry [l]: the same when all layers are;
-        - `all_centred`: the same, relative to the states less their mean over the tokens, which is what tells tokens
-          apart: where the states of all tokens become alike, `all` becomes small and this does not;
-        - `density`: kept over visible keys of a sparse layer.
+    - `single`: entry [i][l]: the error after layer l when layer i alone is sparse, 0 for l < i;
+    - `all`: entry [l]: the same when all layers are;
+    - `all_centred`: the same, relative to the states less their mean over the tokens, which is what tells tokens
+      apart: where the states of all tokens become alike, `all` becomes small and this does not;
+    - `density`: kept over visible keys of a sparse layer.
     """
     indices = [layer.index for layer in probe.layers_of(model)]
     dense = _hidden_states(model, ids)
@@ -138,14 +137,13 @@ def _hidden_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 def summary(records: Sequence[Row]) -> dict[str, float]:
     """How errors of single layers travel and add up, medians over repeats.
 
-    Returns:
-        - `own`: error right after a sparse layer, median over layers; `final`: the same after the last layer;
-        - `travel`: final over own error, median over layers but the last;
-        - `together`: final error with all layers sparse;
-        - `over_root`, `over_sum`: that over the root of the sum of squares, and over the sum, of the final errors of
-          single layers: 1 where errors add up as independent, or as aligned vectors;
-        - `centred`: as `together`, relative to what tells the tokens apart;
-        - `growth`: factor a layer by which the error grows with all layers sparse, over the second half of the layers.
+    - `own`: error right after a sparse layer, median over layers; `final`: the same after the last layer;
+    - `travel`: final over own error, median over layers but the last;
+    - `together`: final error with all layers sparse;
+    - `over_root`, `over_sum`: that over the root of the sum of squares, and over the sum, of the final errors of
+      single layers: 1 where errors add up as independent, or as aligned vectors;
+    - `centred`: as `together`, relative to what tells the tokens apart;
+    - `growth`: factor a layer by which the error grows with all layers sparse, over the second half of the layers.
     """
     repeats = []
     for record in records:

@@ -107,23 +107,23 @@ def draw_rows(source: Input, n: int, rows: int, rng: np.random.Generator) -> Ite
 
 
 def _tokens(source: Input, n: int, rng: np.random.Generator) -> Array:
+    shape = source.shape
     match source.kind:
         case "signs":
             return _signs(rng, n)
         case "normal":
             return rng.standard_normal((n, TOKEN_DIM), np.float32)
         case "student":
-            return _student(rng, source.shape, (n, TOKEN_DIM))
+            return _student(rng, shape, (n, TOKEN_DIM))
         case "shared":
-            common = math.sqrt(source.shape) * _signs(rng, 1)
-            return np.asarray(common + math.sqrt(1 - source.shape) * _signs(rng, n), np.float32)
+            common = math.sqrt(shape) * _signs(rng, 1)
+            return np.asarray(common + math.sqrt(1 - shape) * _signs(rng, n), np.float32)
         case "chain":
-            noise = math.sqrt(1 - source.shape**2) * rng.standard_normal((n, TOKEN_DIM), np.float32)
-            noise[0] /= math.sqrt(1 - source.shape**2)  # stationary from the first token on
-            return np.asarray(lfilter([1.0], [1.0, -source.shape], noise, axis=0), np.float32)
-        case "copies":
-            return np.resize(_signs(rng, math.ceil(n**source.shape)), (n, TOKEN_DIM))
-    raise ValueError(f"{source.kind!r} has no tokens")
+            noise = math.sqrt(1 - shape**2) * rng.standard_normal((n, TOKEN_DIM), np.float32)
+            noise[0] /= math.sqrt(1 - shape**2)  # stationary from the first token on
+            return np.asarray(lfilter([1.0], [1.0, -shape], noise, axis=0), np.float32)
+        case _:
+            return np.resize(_signs(rng, math.ceil(n**shape)), (n, TOKEN_DIM))
 
 
 def _signs(rng: np.random.Generator, n: int) -> Array:

@@ -64,7 +64,12 @@ class Panel:
         if self.grid is not None:
             grid = np.asarray(self.grid)
             axes.imshow(
-                grid, cmap="coolwarm", alpha=0.7, aspect="auto", vmin=np.quantile(grid, 0.02), vmax=np.quantile(grid, 0.98)
+                grid,
+                cmap="coolwarm",
+                alpha=0.7,
+                aspect="auto",
+                vmin=np.quantile(grid, 0.02),
+                vmax=np.quantile(grid, 0.98),
             )
             axes.set_xticks(range(len(self.x)), [f"{x:,}" if isinstance(x, int) else x for x in self.x], rotation=30)
             axes.set_yticks(range(len(self.rows)), self.rows)

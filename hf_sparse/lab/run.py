@@ -38,15 +38,9 @@ def find_experiments(names: Sequence[str]) -> list[Experiment]:
 
 
 def run(experiments: Sequence[Experiment], setting: Setting, folder: Path) -> dict[str, Any]:
-    """Run experiments and write their results; records that the folder has already are not measured again.
+    """Run experiments, write their results into `folder` and return the summary; see `write`.
 
-    Args:
-        experiments: Which.
-        setting: How.
-        folder: Where results go.
-
-    Returns:
-        The summary.
+    Records that the folder has already are not measured again.
     """
     results = ResultFile(folder / ROWS)
     results.repair()
@@ -81,11 +75,8 @@ def write(experiments: Sequence[Experiment], found: Mapping[str, Findings], abou
     Args:
         experiments: The experiments.
         found: The findings of each, by its name.
-        about: Scale, seed and provenance.
+        about: Scale, seed and provenance, added to the summary that is returned.
         folder: Where results go.
-
-    Returns:
-        The summary.
     """
     summary = summarise(experiments, found) | {"about": about}
     write_json(folder / SUMMARY, summary)
@@ -113,16 +104,13 @@ def summarise(experiments: Sequence[Experiment], found: Mapping[str, Findings]) 
     if not any(experiment.needs_model for experiment in experiments):
         untested = {"experiment": "-", "source": "machine summary", "answer": "not testable here", "where": "-"}
         verdicts += [untested | {"claim": claim["text"], "evidence": claim["why"]} for claim in CLAIMS["untested"]]
-    about = {e.name: {name: CLAIMS[e.name][name] for name in ("title", "claim", "source")} for e in experiments}
-    # Figures of synthetic inputs are rounded where they are made, and hold whole numbers.
-    figures = {e.name: found[e.name].figures for e in experiments}
-    return {
-        "verdicts": verdicts,
-        "experiments": {
-            e.name: about[e.name] | {"figures": shortened(figures[e.name]) if e.needs_model else figures[e.name]}
-            for e in experiments
-        },
-    }
+    abouts: dict[str, Any] = {}
+    for experiment in experiments:
+        abouts[experiment.name] = {name: CLAIMS[experiment.name][name] for name in ("title", "claim", "source")}
+        figures = found[experiment.name].figures
+        # Figures of synthetic inputs are rounded where they are made, and hold whole numbers.
+        abouts[experiment.name]["figures"] = shortened(figures) if experiment.needs_model else figures
+    return {"verdicts": verdicts, "experiments": abouts}
 
 
 def all_tables(summary: dict[str, Any], found: Mapping[str, Findings]) -> list[Table]:

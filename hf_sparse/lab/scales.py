@@ -58,13 +58,8 @@ def head_forms(layer: Layer) -> list[Form]:
 def weight_scales(model: PreTrainedModel, distances: FloatArray) -> dict[str, list[Any]]:
     """||W_D||_F of every head with B = 1, from the weights alone.
 
-    Args:
-        model: The model.
-        distances: Query position minus key position, among them those over which to maximise.
-
-    Returns:
-        Lists by layer, then head: `plain`, without RoPE; `rope`, the maximum over `distances`; `at`, where it is;
-        `least`, the minimum; `rms`, the root mean square over `distances`; `spectral`, a bound of the spectral norm.
+    Lists by layer, then head: `plain`, without RoPE; `rope`, the maximum over `distances` of query and key in tokens;
+    `at`, where it is; `least`; `rms`, the root mean square over distances; `spectral`, a bound of the spectral norm.
     """
     out: dict[str, list[Any]] = {}
     for layer in layers_of(model):
@@ -110,9 +105,8 @@ def watched_inputs(model: PreTrainedModel) -> Iterator[dict[tuple[int, str], Mom
 def input_scales(model: PreTrainedModel, moments: dict[tuple[int, str], Moments], length: int) -> Row:
     """B and the logit deviation that independent inputs would have, of every head.
 
-    Returns:
-        Lists by layer, then head: `bound`, B (the geometric mean where queries and keys differ), and `independent`, the
-        root mean square over distances of ||D_q W_D D_k||_F, with D the standard deviations of the inputs.
+    Lists by layer, then head: `bound`, B (the geometric mean where queries and keys differ), and `independent`, the
+    root mean square over distances of ||D_q W_D D_k||_F, with D the standard deviations of the inputs.
     """
     distances = np.unique(np.geomspace(1, length - 1, 48).round())
     out: dict[str, list[list[float]]] = {"bound": [], "independent": []}
@@ -134,14 +128,11 @@ def input_scales(model: PreTrainedModel, moments: dict[tuple[int, str], Moments]
 def logit_spread(sample: Sample) -> dict[str, list[float]]:
     """How far the logits of each head spread, means over the queries.
 
-    Returns:
-        Lists over the heads:
-
-        - `deviation`: standard deviation of the logits a query sees; `rest`: the same without the first `SINKS` keys;
-        - `sub_gaussian`: the least s with E exp(l (x - mean)) <= exp(l^2 s^2 / 2) at the tilts l that are tried;
-        - `tilted`: sqrt(2 (ln mean exp(x) - mean)), the s at the tilt of the softmax itself: Gaussian logits with that
-          deviation have the same normaliser;
-        - `spread`: largest minus smallest logit.
+    - `deviation`: standard deviation of the logits a query sees; `rest`: the same without the first `SINKS` keys;
+    - `sub_gaussian`: the least s with E exp(l (x - mean)) <= exp(l^2 s^2 / 2) at the tilts l that are tried;
+    - `tilted`: sqrt(2 (ln mean exp(x) - mean)), the s at the tilt of the softmax itself: Gaussian logits with that
+      deviation have the same normaliser;
+    - `spread`: largest minus smallest logit.
     """
     logits, seen = sample.logits, sample.seen
     centred, deviation = _standardise(logits, seen)
