@@ -112,5 +112,6 @@ def draw_page(title: str, panels: Sequence[Panel], captions: Sequence[str], path
     page.supxlabel(text, fontsize=8, x=0.02, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     page.savefig(path, dpi=100)
-    # A palette makes anti-aliased lines and translucent bands a quarter of their size.
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+    # A palette makes anti-aliased lines and bands a quarter of their size; maximum coverage keeps the colours of thin
+    # lines beside those of grids.
+    Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
