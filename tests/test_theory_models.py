@@ -23,15 +23,14 @@ from hf_sparse.lab.probe import (
     frequencies_of,
     layers_of,
     longest_windows,
-    random_tokens,
     rope_base,
     row_lengths,
     split_heads,
-    tiny_subject,
     visit_samples,
     with_base,
 )
 from hf_sparse.lab.scales import head_forms, is_normed, logit_spread, watched_inputs
+from hf_sparse.lab.tiny import random_tokens, tiny_subject
 from hf_sparse.measure.windows import Window
 from tests import tiny
 

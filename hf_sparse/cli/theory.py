@@ -124,7 +124,8 @@ def _subjects(
     options: TheoryOptions, run: RunOptions, lengths: list[int], folder: Path
 ) -> dict[str, Callable[[], Subject]]:
     """The models with their texts, checked and not loaded yet, by the name of their folder in `folder`."""
-    from hf_sparse.lab.probe import check_layers, tiny_subject
+    from hf_sparse.lab.probe import check_layers
+    from hf_sparse.lab.tiny import tiny_subject
 
     if not options.model:
         print("no --model: the experiments on models try a random tiny one", file=sys.stderr)

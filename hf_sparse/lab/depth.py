@@ -22,6 +22,7 @@ from hf_sparse.lab import probe
 from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
 from hf_sparse.lab.fits import shortened
 from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.tiny import random_model, random_tokens
 from hf_sparse.patching import base_model
 from hf_sparse.results import Row
 
@@ -58,9 +59,9 @@ def measure(cell: Cell, setting: Setting) -> Row:
     if cell["part"] == "model":
         return errors_through_depth(setting.subject.model, probe.find_window(cell, setting).input_ids, ALPHA)
     seed = int(setting.rng(cell).integers(1 << 31))
-    model = probe.random_model(seed, layers=cell["layers"])
+    model = random_model(seed, layers=cell["layers"])
     with without(model, residual=not cell["residual"], norm=not cell["norm"]):
-        return errors_through_depth(model, probe.random_tokens(cell["length"], seed), ALPHA)
+        return errors_through_depth(model, random_tokens(cell["length"], seed), ALPHA)
 
 
 @contextmanager

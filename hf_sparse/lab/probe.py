@@ -1,4 +1,4 @@
-"""A model under test: its layers, sampled queries of its attention, its rotation; and random models."""
+"""A model under test: its layers, sampled queries of its attention, and its rotation."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.call import AttentionCall
 from hf_sparse.errors import UserError
-from hf_sparse.lab.experiment import Cell, Setting, Subject
+from hf_sparse.lab.experiment import Cell, Setting
 from hf_sparse.lab.fits import FloatArray, shortened
 from hf_sparse.measure.windows import Window
 from hf_sparse.observe import observed
 from hf_sparse.patching import base_model
-from hf_sparse.results import Row, provenance
+from hf_sparse.results import Row
 from hf_sparse.row_errors import DenseRows
-from hf_sparse.share.source import ModelInfo
 from hf_sparse.support import attention_modules
 
 QUERIES = {"small": 4, "full": 16}
@@ -34,7 +33,6 @@ SINKS = 4
 """First keys that may be attention sinks."""
 
 _LEAST_LAYERS = 3
-_VOCABULARY = 97
 
 
 @dataclass(frozen=True)
@@ -262,52 +260,3 @@ def _frequencies(model: PreTrainedModel) -> list[tuple[nn.Module, str, Tensor]]:
         for name, buffer in module.named_buffers(recurse=False)
         if name.endswith("inv_freq") and "original" not in name
     ]
-
-
-def random_model(seed: int, layers: int = 4) -> PreTrainedModel:
-    """A random Llama in which every matrix keeps the variance of its input and logits spread by about 2.
-
-    A freshly initialised model attends almost uniformly and hardly moves its residual stream; this one does not.
-    """
-    config: Any = LlamaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model: Any = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(std=module.weight.shape[1] ** -0.5, generator=generator)
-            elif isinstance(module, nn.Embedding):
-                module.weight.normal_(generator=generator)
-        for layer in layers_of(model):
-            layer.attention.q_proj.weight.mul_(2.0)
-    evaluated: PreTrainedModel = model.eval()
-    return evaluated
-
-
-def random_tokens(count: int, seed: int) -> Tensor:
-    """Random tokens for `random_model`, int64 `(count,)`."""
-    return torch.randint(_VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-def tiny_subject(seed: int, lengths: Sequence[int], targets: int = 64, documents: int = 3) -> Subject:
-    """A random model with windows of random tokens, of rising `lengths`, to try the experiments without a real one."""
-    model = random_model(seed)
-    texts = [random_tokens(lengths[-1] + 1, seed + 1 + i) for i in range(documents)]
-    windows = [
-        Window(f"random tokens {i}", f"seed {seed + 1 + i}", ids[-1 - length : -1], ids[-targets:])
-        for i, ids in enumerate(texts)
-        for length in lengths
-    ]
-    info = ModelInfo("random tiny model", f"seed {seed}", int(model.config.max_position_embeddings), "llama")
-    return Subject(model, windows, provenance(info.to_dict(), model, seed))
