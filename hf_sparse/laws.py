@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -76,6 +76,28 @@ class Budget:
         return self(torch.arange(longest + 1, device="cpu"))
 
 
+def bisect(
+    holds: Callable[[float], bool], low: float, high: float, steps: int = 60, *, logarithmic: bool = False
+) -> tuple[float, float]:
+    """The interval in which a monotone condition turns from true to false, after `steps` halvings of `[low, high]`.
+
+    Args:
+        holds: True at low values, false from some value on. It is not called with `low` or `high`: if it holds
+            everywhere the result ends at `high`, if nowhere it starts at `low`.
+        low: Lower end.
+        high: Upper end.
+        steps: Halvings.
+        logarithmic: Whether to halve the logarithm of the interval; both ends must be above 0.
+    """
+    if logarithmic:
+        low, high = bisect(lambda value: holds(math.exp(value)), math.log(low), math.log(high), steps)
+        return math.exp(low), math.exp(high)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low, high
+
+
 def total_cost(budget: Budget, lengths: Iterable[int]) -> int:
     """Attended keys, summed over the causal rows (n = 1 ... L) of one sequence for each L in `lengths`."""
     lengths = list(lengths)
@@ -110,12 +132,7 @@ def match_cost(budget: Budget, law: LawName, lengths: Iterable[int], exponent: f
     if law == "fixed":
         low = 1.0
     # The cost is a non-decreasing step function of the parameter: bisect to the step, then take the nearer side.
-    for _ in range(60):
-        middle = (low + high) / 2
-        if total_cost(with_parameter(middle), lengths) < target:
-            low = middle
-        else:
-            high = middle
+    low, high = bisect(lambda value: total_cost(with_parameter(value), lengths) < target, low, high)
     candidates = [with_parameter(math.floor(low)), with_parameter(math.ceil(high))] if law == "fixed" else []
     candidates += [with_parameter(low), with_parameter(high)]
     return min(candidates, key=lambda b: abs(total_cost(b, lengths) - target))

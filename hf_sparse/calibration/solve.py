@@ -8,7 +8,8 @@ from dataclasses import replace
 from hf_sparse.calibration.laws import LawFit
 from hf_sparse.calibration.target import Target
 from hf_sparse.config import HeadLaw, SparseAttentionConfig
-from hf_sparse.measure.equal_cost import density, last_true
+from hf_sparse.laws import bisect
+from hf_sparse.measure.equal_cost import density
 from hf_sparse.support import LayerSupport
 
 PRICES = (1e-12, 1e-1)
@@ -65,7 +66,7 @@ class Solver:
             case "density":
                 return self._price_of_density(target.value, length)
             case "output_error":
-                return last_true(lambda price: self.fit.held_out_error(price) <= target.value, *PRICES)
+                return _last(lambda price: self.fit.held_out_error(price) <= target.value, *PRICES)
             case "perplexity_ratio":
                 # Bisected over the density, which says more evenly than a price how sparse a trial is.
                 least, most = _DENSITIES
@@ -77,10 +78,15 @@ class Solver:
                 def holds(inverse: float) -> bool:
                     return ratio(self.made(price_of(inverse))) <= target.value
 
-                return price_of(last_true(holds, 1 / most, max(1 / most, 1 / sparsest), _TRIALS))
+                return price_of(_last(holds, 1 / most, max(1 / most, 1 / sparsest), _TRIALS))
 
     def _price_of_density(self, wanted: float, length: int) -> float:
         """The lowest price at which no more than the share `wanted` of keys is kept."""
-        dear = last_true(lambda price: self.density(price, length) > wanted, *PRICES)
+        dear = _last(lambda price: self.density(price, length) > wanted, *PRICES)
         # Bisection ends a hair on the denser side of a step.
         return dear * (1 + 1e-9)
+
+
+def _last(holds: Callable[[float], bool], low: float, high: float, steps: int = 40) -> float:
+    """The highest value up to which `holds`, by bisection on a logarithmic scale."""
+    return bisect(holds, low, high, steps, logarithmic=True)[0]
