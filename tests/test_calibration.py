@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig
-from hf_sparse.calibration import run as calibration_run
+from hf_sparse.calibration import measurements
 from hf_sparse.calibration.calibrate import Calibration, run_calibration
 from hf_sparse.calibration.curves import ErrorCurve, budget_grid, error_curves, visible_grid
 from hf_sparse.calibration.laws import FAMILIES, LawFit
@@ -134,34 +135,34 @@ def test_a_law_of_known_shape_is_found(exponent: float) -> None:
     middle = 3000.0
     scale = 400 / middle**exponent  # 400 keys at 3,000 visible ones
     fit = LawFit({"d": made_curves({0: [(scale**2, exponent)]})}, {0: 1.0}, 96)
-    law = fit.laws[int(fit.choose(price=1.0))]
-    assert law.exponent == pytest.approx(exponent, abs=0.051)
-    assert law.alpha * middle**law.exponent == pytest.approx(400, rel=0.2)
+    [law] = fit.choose(price=1.0)
+    assert fit.laws.exponent[law] == pytest.approx(exponent, abs=0.051)
+    assert fit.laws.keys([middle])[0, law] == pytest.approx(400, rel=0.2)
 
 
 def test_no_other_laws_of_equal_cost_lose_less() -> None:
     """Water-filling with one price, against all pairs of laws that two heads could have."""
     fit = LawFit({"d": made_curves({0: [(90.0, 0.2)], 1: [(2.0, 0.7)]})}, {0: 1.0, 1: 0.3}, 96)
-    power = fit.family("power")
+    power = fit.laws.family("power")
     cost, risk = fit.cost[power], fit.risk.mean(0)[:, power]
     total_cost, total_risk = cost[:, None] + cost, risk[0][:, None] + risk[1]
     for price in (3e-2, 1e-1, 3e-1):
         chosen = fit.choose(price)
         affordable = total_cost <= fit.cost[chosen].sum() * (1 + 1e-12)
-        assert 1 < int(affordable.sum()) < affordable.numel()
-        assert fit.risk_of(chosen) == pytest.approx(total_risk[affordable].min().item(), rel=1e-12)
+        assert 1 < affordable.sum() < affordable.size
+        assert fit.risk_of(chosen) == pytest.approx(total_risk[affordable].min(), rel=1e-12)
 
 
 def test_dearer_keys_are_kept_more_rarely() -> None:
     fit = LawFit({"d": made_curves({0: [(90.0, 0.2), (2.0, 0.7)]})}, {0: 1.0}, 96)
-    costs = [fit.cost[fit.choose(10.0**power)].sum().item() for power in range(-6, 1)]
+    costs = [fit.cost[fit.choose(10.0**power)].sum() for power in range(-6, 1)]
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > 3 * costs[-1]
 
 
 def test_a_head_without_error_keeps_the_fewest_keys() -> None:
     fit = LawFit({"d": made_curves({0: [(0.0, 0.5), (90.0, 0.5)]})}, {0: 1.0}, 128)
-    quiet, loud = fit.choose(1e-3).tolist()
+    quiet, loud = fit.choose(1e-3)
     assert fit.cost[quiet] == 128
     assert fit.cost[loud] > 128
 
@@ -169,7 +170,7 @@ def test_a_head_without_error_keeps_the_fewest_keys() -> None:
 def test_rows_that_stay_dense_cost_all_their_keys_under_every_law() -> None:
     fit = LawFit({"d": made_curves({0: [(90.0, 0.5)]}, 2048)}, {0: 1.0}, 96, dense_below=4096)
     assert fit.cost.min() == fit.cost.max()
-    assert fit.risk.abs().max() == 0
+    assert np.abs(fit.risk).max() == 0
 
 
 def test_intervals_hold_the_law_and_widen_with_the_documents() -> None:
@@ -180,9 +181,8 @@ def test_intervals_hold_the_law_and_widen_with_the_documents() -> None:
     assert exponent_low == exponent_high
     fit = LawFit(unlike, {0: 1.0}, 96)
     [(low, high, exponent_low, exponent_high)] = fit.intervals(1.0, seed=0)
-    law = fit.laws[int(fit.choose(1.0))]
     assert low < high
-    assert exponent_low <= law.exponent <= exponent_high
+    assert exponent_low <= fit.laws.exponent[fit.choose(1.0)[0]] <= exponent_high
 
 
 def test_the_family_that_made_the_curves_is_best_on_documents_left_out() -> None:
@@ -202,7 +202,7 @@ def test_a_left_out_document_has_no_part_in_its_own_laws() -> None:
     from_low, from_high = (LawFit({"d": curves}, {0: 1.0}, 96).choose(1.0) for curves in (low, high))
     expected = (fit.risk[1, 0, from_low] + fit.risk[0, 0, from_high]) / 2
     assert fit.held_out_error(1.0) == pytest.approx(expected.item(), rel=1e-12)
-    assert not torch.equal(from_low, from_high)
+    assert from_low.tolist() != from_high.tolist()
 
 
 # Whole runs.
@@ -236,7 +236,7 @@ def test_files_hold_the_result(folder: Path, result: Calibration) -> None:
 
 
 def test_nothing_is_measured_twice(folder: Path, result: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_run, "error_curves", None)
+    monkeypatch.setattr(measurements, "error_curves", None)
     lines = {path.name: path.read_text() for path in folder.glob("*.jsonl")}
     assert set(lines) == {"curves.jsonl", "probes.jsonl", "check.jsonl"}
     again = calibration(folder)
@@ -259,7 +259,7 @@ def test_a_killed_run_goes_on_where_it_was(
         measured.append(1)
         return real(*args)
 
-    monkeypatch.setattr(calibration_run, "error_curves", counting)
+    monkeypatch.setattr(measurements, "error_curves", counting)
     assert calibration(tmp_path).config == result.config
     assert len(measured) == 1
 
@@ -362,7 +362,7 @@ def test_beyond_the_fitted_length_only_on_request() -> None:
 def test_what_cannot_be_calibrated_is_refused_before_anything_is_measured(
     options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration_run, "error_curves", None)
+    monkeypatch.setattr(measurements, "error_curves", None)
     with pytest.raises(ValueError, match=message):
         calibration(**options)
 

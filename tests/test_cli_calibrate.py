@@ -70,7 +70,7 @@ def test_calibrate_writes_what_patch_takes(policy: Path, home: Path, capsys: pyt
 def test_calibrate_prints_tables_and_resumes(
     policy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_sparse.calibration.run.error_curves", None)
+    monkeypatch.setattr("hf_sparse.calibration.measurements.error_curves", None)
     options = ["--text", "texts", "--target", "density=0.3", "--output", "policy", "--device", "cpu", *FLOORS]
     assert run_command("calibrate", "tiny-llama", *options) == 0
     printed = capsys.readouterr()
