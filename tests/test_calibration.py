@@ -20,15 +20,18 @@ from hf_sparse import SparseAttentionConfig
 from hf_sparse.calibration import measurements
 from hf_sparse.calibration.calibrate import Calibration, run_calibration
 from hf_sparse.calibration.curves import ErrorCurve, budget_grid, error_curves, visible_grid
-from hf_sparse.calibration.laws import FAMILIES, LawFit
+from hf_sparse.calibration.laws import FAMILIES, Candidates, LawFit, interpolated
 from hf_sparse.calibration.projection import output_weights
 from hf_sparse.calibration.target import Target
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
+from hf_sparse.measure.equal_cost import density
 from hf_sparse.policy import files as policy_files
 from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.support import LayerSupport
 from tests import small, tiny
 
+COMMITTED = sorted(path.parent for path in (Path(__file__).parents[1] / "model_cards").rglob("calibration.json"))
 LENGTH = 1024
 CONFIG = SparseAttentionConfig(min_keys=96, sink_keys=1, recent_keys=2, dense_below=0)
 DOCUMENTS = [Document(f"d{i}", small.words(LENGTH + 80, seed=i)) for i in range(4)]
@@ -140,6 +143,15 @@ def test_a_law_of_known_shape_is_found(exponent: float) -> None:
     assert fit.laws.keys([middle])[0, law] == pytest.approx(400, rel=0.2)
 
 
+def test_errors_are_linear_in_the_logarithm_of_the_kept_keys() -> None:
+    errors = [[4.0, 1.0, 0.0], [8.0, 8.0, 2.0]]
+    kept = [64, 128, 128 * 2**0.5, 256, 512, 1024]
+    found = interpolated([128, 256, 512], errors, kept)
+    assert found == pytest.approx(np.array([[4, 4, 2.5, 1, 0, 0], [8, 8, 8, 8, 2, 2]]))
+    each = interpolated([128, 256, 512], errors, [[64, 256], [512, 256]])
+    assert each == pytest.approx(np.array([[4, 1], [2, 8]]))
+
+
 def test_no_other_laws_of_equal_cost_lose_less() -> None:
     """Water-filling with one price, against all pairs of laws that two heads could have."""
     fit = LawFit({"d": made_curves({0: [(90.0, 0.2)], 1: [(2.0, 0.7)]})}, {0: 1.0, 1: 0.3}, 96)
@@ -203,6 +215,31 @@ def test_a_left_out_document_has_no_part_in_its_own_laws() -> None:
     expected = (fit.risk[1, 0, from_low] + fit.risk[0, 0, from_high]) / 2
     assert fit.held_out_error(1.0) == pytest.approx(expected.item(), rel=1e-12)
     assert from_low.tolist() != from_high.tolist()
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda path: path.parent.name)
+def test_committed_laws_follow_from_the_grid_and_reach_what_they_say(folder: Path) -> None:
+    """The error curves behind them are too large to commit: everything that does not need these is worked out anew."""
+    data = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
+    config = SparseAttentionConfig.from_dict(data["config"])
+    [published] = [path for path in (folder, folder.parent) if (path / policy_files.NAME).is_file()]
+    assert policy_files.read(published / policy_files.NAME).config == config
+    record = config.calibration
+    assert record is not None
+    assert record.intervals is not None
+    assert config.per_head is not None
+    fitted = [LayerSupport(layer, "", record.heads[layer], 1, None) for layer in record.intervals]
+    assert density(config, fitted, [record.reached_at or 0]) == record.reached == data["reached"] == data["density"]
+    assert str(Target(record.target, record.target_value, record.reached_at)) == data["target"]
+    grid = Candidates.spanning(record.fitted_to, config.min_keys)
+    power = grid.family("power")
+    laws = {(float(f"{a:.4g}"), c) for a, c in zip(grid.alpha[power], grid.exponent[power], strict=True)}
+    alphas, exponents = ({law[i] for law in laws} for i in (0, 1))
+    for layer, heads in config.per_head.items():
+        assert set(heads) <= laws
+        for low, high, exponent_low, exponent_high in record.intervals[layer]:
+            assert {low, high} <= alphas
+            assert {exponent_low, exponent_high} <= exponents
 
 
 # Whole runs.

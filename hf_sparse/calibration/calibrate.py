@@ -14,10 +14,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse.calibration.laws import LawFit
-from hf_sparse.calibration.measurements import SHORTEST, Measurements, calibrated_ratio
+from hf_sparse.calibration.measurements import Measurements, calibrated_ratio
 from hf_sparse.calibration.solve import Solver
 from hf_sparse.calibration.target import Target
-from hf_sparse.calibration.texts import longest_input, most_tokens, split
+from hf_sparse.calibration.texts import fitted_length, split
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
@@ -27,7 +27,7 @@ from hf_sparse.patching import base_model, is_patched
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import origin_of
-from hf_sparse.record import CalibrationRecord, Interval
+from hf_sparse.record import CalibrationRecord
 from hf_sparse.results import CALIBRATE, CALIBRATION, check_folder, provenance, write_json
 from hf_sparse.share.source import ModelInfo, check_config
 from hf_sparse.support import inspect
@@ -155,13 +155,8 @@ def run_calibration(
         raise UserError(str(support))
     fitted, checked = split(texts, held_out)
     check_config(base, config)
-    most, least = most_tokens(base, support), 2 * SHORTEST
-    if most < least:
-        raise UserError(f"laws are fitted to {least} tokens or more, above the maximum of this model, {most}")
-    if length is None:
-        length = longest_input([*fitted, *checked], tokenizer, base, support, least)
+    length = fitted_length(target, length, [*fitted, *checked], tokenizer, base, support, extrapolate=extrapolate)
     at = target.length or length
-    _check_lengths(target, length, at, most, extrapolate=extrapolate)
     # All windows first: a text that is too short is found before anything is measured.
     windows = cut_windows(fitted, tokenizer, [length], targets=1)
     probes = cut_windows(fitted[:PROBED], tokenizer, [min(length, PROBE_TOKENS)], targets=1)
@@ -186,6 +181,7 @@ def run_calibration(
         "output_error": fit.held_out_error(price),
         "perplexity_ratio": calibrated_ratio(check),
     }[target.metric]
+    intervals = fit.by_layer(fit.intervals(price, seed))
     revision = about["model"]["revision"]
     record = CalibrationRecord(
         model_type=base.config.model_type,
@@ -204,7 +200,7 @@ def run_calibration(
         target_value=target.value,
         reached=reached,
         reached_at=at,
-        intervals=_intervals(fit, price, seed, found),
+        intervals={layer: own for layer, own in intervals.items() if layer in (found.per_head or {})},
         versions=about["versions"],
     )
     result = Calibration(
@@ -227,22 +223,6 @@ def run_calibration(
     return result
 
 
-def _check_lengths(target: Target, length: int, at: int, most: int, *, extrapolate: bool) -> None:
-    if length < 2 * SHORTEST:
-        raise UserError(f"length: laws are fitted to at least {2 * SHORTEST} tokens; got {length}")
-    for what, tokens in ((f"length {length}", length), (f"the target {target}", at)):
-        if tokens > most:
-            raise UserError(
-                f"{what} is above the maximum of this model, {most} tokens: no query sees more keys than are in its "
-                "longest input, or its sliding window"
-            )
-    if at > length and not extrapolate:
-        raise UserError(
-            f"the target {target} lies at {at / length:.3g} times the {length} tokens that laws are fitted to: give "
-            "longer texts, or ask for extrapolation, for laws that were not measured there"
-        )
-
-
 def _info(model: PreTrainedModel) -> ModelInfo:
     """Name and revision of a model in memory; no path of the machine."""
     name = model.config.name_or_path or type(model).__name__
@@ -263,13 +243,3 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _intervals(fit: LawFit, price: float, seed: int, config: SparseAttentionConfig) -> dict[int, tuple[Interval, ...]]:
-    """The intervals of all heads with a law in `config`, to four digits, by layer."""
-    out: dict[int, tuple[Interval, ...]] = {}
-    for (layer, _), interval in zip(fit.heads, fit.intervals(price, seed), strict=True):
-        if layer in (config.per_head or {}):
-            low, high, exponent_low, exponent_high = (float(f"{value:.4g}") for value in interval)
-            out[layer] = (*out.get(layer, ()), (low, high, exponent_low, exponent_high))
-    return out

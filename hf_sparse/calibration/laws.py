@@ -181,6 +181,13 @@ class LawFit:
         layers = len({layer for layer, _ in self.heads})
         return float(self._on_each(self.error, self._without_each(price)).sum(1).mean()) / layers
 
+    def by_layer(self, values: FloatArray) -> dict[int, tuple[Any, ...]]:
+        """The values of each head, `(heads, columns)`, as tuples of numbers with four digits: one a head, by layer."""
+        out: dict[int, tuple[Any, ...]] = {}
+        for (layer, _), own in zip(self.heads, values, strict=True):
+            out[layer] = (*out.get(layer, ()), tuple(float(f"{value:.4g}") for value in own))
+        return out
+
     def _without_each(self, price: float, family: str = "power") -> IntArray:
         """The laws that the heads choose without each of the documents: `(documents, heads)`."""
         return np.stack([self.choose(price, weights, family) for weights in 1 - np.eye(len(self.documents))])

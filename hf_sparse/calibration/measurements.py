@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.calibration.curves import ErrorCurve, error_curves, visible_grid
 from hf_sparse.calibration.sensitivity import divergences, layer_sensitivity
+from hf_sparse.calibration.texts import SHORTEST
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.equal_cost import matched
@@ -19,9 +20,6 @@ from hf_sparse.measure.perplexity_summary import Summary, summarise
 from hf_sparse.measure.windows import Window
 from hf_sparse.results import ResultFile, Row, row_key
 from hf_sparse.support import SupportReport
-
-SHORTEST = 512
-"""Visible keys below which no law is fitted."""
 
 
 class Measurements:

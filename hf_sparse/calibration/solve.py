@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from hf_sparse.calibration.laws import LawFit
 from hf_sparse.calibration.target import Target
-from hf_sparse.config import HeadLaw, SparseAttentionConfig
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.laws import bisect
 from hf_sparse.measure.equal_cost import density
 from hf_sparse.support import LayerSupport
@@ -40,10 +42,8 @@ class Solver:
 
     def config_at(self, price: float) -> SparseAttentionConfig:
         """The configuration with the laws that the heads choose at `price`; see `DENSE_SHARE` for dense layers."""
-        laws: dict[int, tuple[HeadLaw, ...]] = {}
-        for (layer, _), index in zip(self.fit.heads, self.fit.choose(price), strict=True):
-            law = (float(f"{self.fit.laws.alpha[index]:.4g}"), float(self.fit.laws.exponent[index]))
-            laws[layer] = (*laws.get(layer, ()), law)
+        chosen = self.fit.choose(price)
+        laws = self.fit.by_layer(np.stack([self.fit.laws.alpha[chosen], self.fit.laws.exponent[chosen]], axis=1))
         whole = replace(self.config, per_head=laws, dense_layers=())
         full = [self.fit.longest]
         crowded = [layer.layer for layer in self.layers if density(whole, [layer], full) > DENSE_SHARE]

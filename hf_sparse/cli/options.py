@@ -126,7 +126,7 @@ class KeyOptions:
             UserError: if a value is not allowed.
         """
         defaults = SparseAttentionConfig()
-        values: dict[str, Any] = {name: value for name, value in vars(self).items() if hasattr(defaults, name)}
+        values: dict[str, Any] = {name: value for name, value in vars(self).items() if name in vars(defaults)}
         if self.dense_layers is not None:
             none = self.dense_layers == "none"
             values["dense_layers"] = [] if none else parse_integers("--dense-layers", self.dense_layers)
