@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can run: asked before anything imports Triton, which need not be there."""
+"""Whether the Triton kernels can run; imports no Triton, which may be missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hf_sparse.kernels.cpu import SWITCH
 
 WIDEST = 256
-"""Components of a query, key or value at most: more do not fit into the shared memory of all GPUs."""
+"""Most components of a query, key or value: more do not fit into the shared memory of all GPUs."""
 
 _OLDEST = (8, 0)
 

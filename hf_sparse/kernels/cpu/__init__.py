@@ -1,4 +1,4 @@
-"""Kernels for processors, in C++: compiled on first use where there is a compiler, called through `ctypes`."""
+"""Kernels for CPUs, in C++: compiled on first use where there is a compiler, called through `ctypes`."""
 
 from hf_sparse.kernels.cpu.build import SWITCH, why_not
 from hf_sparse.kernels.cpu.calls import LAYOUT, TILE, attend, lanes, refusal, select
