@@ -29,6 +29,7 @@ from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import origin_of
 from hf_sparse.record import CalibrationRecord
 from hf_sparse.results import CALIBRATE, CALIBRATION, check_folder, provenance, write_json
+from hf_sparse.selectors import selector_name
 from hf_sparse.share.source import ModelInfo, check_config
 from hf_sparse.support import inspect
 
@@ -190,7 +191,7 @@ def run_calibration(
         heads={layer.layer: layer.heads for layer in support.layers},
         base_model=about["model"]["name"],
         revision=None if revision == "unknown" else revision,
-        selector=config.selector,
+        selector=selector_name(config.selector),
         documents=tuple(document.name for document in fitted),
         texts_sha256=hashlib.sha256("".join(document.sha256 for document in fitted).encode()).hexdigest(),
         held_out=tuple(document.name for document in checked),

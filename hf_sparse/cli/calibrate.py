@@ -48,7 +48,7 @@ class CalibrationOptions(KeyOptions, TextOptions):
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Accept a target at more tokens than laws are fitted to.")
     ] = False
-    selector: Annotated[str, typer.Option(help="grouped, topk or window.")] = SparseAttentionConfig.selector
+    selector: Annotated[str, typer.Option(help="grouped, topk or window.")] = "grouped"
     dense_layers: Annotated[
         str | None,
         typer.Option(

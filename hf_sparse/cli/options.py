@@ -14,6 +14,7 @@ import typer
 
 from hf_sparse.checks import shown
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.engines import AUTO
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy as ReadPolicy
 from hf_sparse.policy import files as policy_files
@@ -143,13 +144,13 @@ class KeyOptions:
 class SparseOptions(KeyOptions):
     """Fields of `SparseAttentionConfig`, under the same names."""
 
-    law: Annotated[str, typer.Option(help="power, fixed, fraction or log.")] = SparseAttentionConfig.law
+    law: Annotated[str, typer.Option(help="power, fixed, fraction or log.")] = "power"
     alpha: Annotated[float, typer.Option(help="k(n) = alpha * n ** exponent.")] = SparseAttentionConfig.alpha
     exponent: Annotated[float, typer.Option(help="C of the power law, 0 to 1.")] = SparseAttentionConfig.exponent
     keys: Annotated[int | None, typer.Option(help="Keys of law fixed.")] = None
     fraction: Annotated[float | None, typer.Option(help="Share of law fraction.")] = None
     max_keys: Annotated[int | None, typer.Option(help="Most keys of a query.")] = None
-    engine: Annotated[str, typer.Option(help="auto or the name of an engine.")] = SparseAttentionConfig.engine
+    engine: Annotated[str, typer.Option(help="auto or the name of an engine.")] = AUTO
 
 
 def read_policy(name: str | None, own: ReadPolicy | None) -> SparseAttentionConfig | None:

@@ -19,9 +19,6 @@ from hf_sparse.kernels.layout import Layout
 # Storage grows by an eighth more than is needed, and this many keys.
 _LEAST_SPARE = 256
 
-# The attribute of a key tensor that names its `QuantisedKeys`.
-_ATTRIBUTE = "_hf_sparse_quantised"
-
 
 class QuantisedKeys:
     """The keys of one layer in 8 bits with one float32 scale a key: `head_dim + 4` bytes each.
@@ -80,14 +77,3 @@ class QuantisedKeys:
                 held = min(new.shape[2], part.shape[2])
                 new[:, :, :held] = part[:, :, :held]
         return grown
-
-
-def quantised_of(key: Tensor) -> QuantisedKeys:
-    """The keys in 8 bits that a cache keeps of these very keys, or none yet."""
-    found = getattr(key, _ATTRIBUTE, None)
-    return found if isinstance(found, QuantisedKeys) else QuantisedKeys()
-
-
-def attach(key: Tensor, quantised: QuantisedKeys) -> None:
-    """Say that `quantised` are those of `key`. Views and copies of it do not inherit them."""
-    setattr(key, _ATTRIBUTE, quantised)

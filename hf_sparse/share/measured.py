@@ -14,6 +14,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.files import inside, write_whole
 from hf_sparse.policy.quality import QualityRow
 from hf_sparse.results import ROWS, SUMMARY, TABLES, command_of
+from hf_sparse.selectors import selector_name
 
 DENSE = "dense"
 OURS = "hf_sparse"  # as `bench` calls it
@@ -72,7 +73,11 @@ class Results:
                 rows = list(_bench_rows(self.summary, config))
             else:
                 made = _perplexity_rows if self.kind == "perplexity" else _error_rows
-                rows = [row for method in self._methods(config) for row in made(self.summary, method, config.selector)]
+                rows = [
+                    row
+                    for method in self._methods(config)
+                    for row in made(self.summary, method, selector_name(config.selector))
+                ]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.folder / SUMMARY} was not written by this release: it lacks {error}") from error
         if not rows:
@@ -200,14 +205,14 @@ def _bench_rows(summary: Mapping[str, Any], config: SparseAttentionConfig) -> It
             dense = result["method"] == baseline
             yield QualityRow(
                 metric=metric,
-                method=DENSE if dense else config.selector,
+                method=DENSE if dense else selector_name(config.selector),
                 density=None if dense else result.get("density"),
                 **_interval(result, "median"),
                 **place,
             )
             if dense:
                 speedup = _interval(result["ratio"], "median")
-                yield QualityRow(metric=f"{metric}-speedup", method=config.selector, **speedup, **place)
+                yield QualityRow(metric=f"{metric}-speedup", method=selector_name(config.selector), **speedup, **place)
 
 
 def _of(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Iterator[Mapping[str, Any]]:
