@@ -27,6 +27,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
 from hf_sparse.measure.equal_cost import density
 from hf_sparse.policy import files as policy_files
+from hf_sparse.selectors import parse_selector
 from hf_sparse.selectors.grouped import GROUP_QUERIES
 from hf_sparse.support import LayerSupport
 from tests import small, tiny
@@ -357,6 +358,18 @@ def test_the_model_is_left_as_it_was(folder: Path, result: Calibration) -> None:
     assert model.training
     assert not hf_sparse.is_patched(model)
     assert torch.equal(tiny.logits(model, ids), before)
+
+
+def test_a_selector_of_a_users_own_is_calibrated_and_no_file_claims_to_hold_it(tmp_path: Path) -> None:
+    selector = parse_selector(f"{Path(__file__).parents[1] / 'scripts' / 'selectors' / 'key_norm.py'}:KeyNorm")
+    found = calibration(tmp_path, config=replace(CONFIG, selector=selector))
+    assert found.met
+    assert found.config.selector == selector
+    assert found.config.calibration is not None
+    assert found.config.calibration.selector == "key-norm"
+    assert json.loads((tmp_path / "calibration.json").read_text())["config"]["selector"]["class"] == "KeyNorm"
+    assert not (tmp_path / policy_files.NAME).exists()
+    assert calibration(config=replace(CONFIG, selector="topk")).check["results"] != found.check["results"]
 
 
 def test_beyond_the_fitted_length_only_on_request() -> None:

@@ -133,7 +133,8 @@ def run_calibration(
         held_out: Texts to check on; the last quarter of `texts`, one at least, if `None`.
         length: Tokens of each text that are used; if `None` as many as all texts and the model have, up to
             `hf_sparse.calibration.texts.LONGEST`.
-        folder: Where measurements, `calibration.json` and `sparse_config.json` go; nothing is kept if `None`.
+        folder: Where measurements, `calibration.json` and `sparse_config.json` go; nothing is kept if `None`. No
+            `sparse_config.json` is written where `config` holds code, a selector or an engine of your own.
         extrapolate: Accept a target at a greater length than laws are fitted on.
         seed: Seed of the bootstraps.
         info: Name and revision of the model for the results; from its configuration if `None`.
@@ -217,6 +218,7 @@ def run_calibration(
     )
     if folder is not None:
         write_json(folder / CALIBRATION, result.to_dict())
+    if folder is not None and not config.code:
         origin = origin_of(base)
         name, commit = (None, None) if origin.is_local else (origin.name, origin.revision)
         policy = Policy(result.config, name, commit, versions=about["versions"])

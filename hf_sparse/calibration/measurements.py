@@ -53,7 +53,7 @@ class Measurements:
         self._modules: dict[int, nn.Module] = {layer.layer: model.get_submodule(layer.name) for layer in self.layers}
         self._decisive = [
             [about["model"]["name"], about["model"]["revision"], about["dtype"], about["device"]],
-            [config.selector, config.sink_keys, config.recent_keys],
+            [config.to_dict()["selector"], config.sink_keys, config.recent_keys],
         ]
 
     def curves(self, windows: Sequence[Window]) -> dict[str, list[ErrorCurve]]:

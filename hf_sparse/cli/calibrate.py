@@ -15,7 +15,6 @@ from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import LONGEST, split
 from hf_sparse.cli.options import Documents, KeyOptions, RunOptions, TextOptions
 from hf_sparse.cli.runs import Outcome
-from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import load_documents
 from hf_sparse.measure.processes import process_state
@@ -48,7 +47,7 @@ class CalibrationOptions(KeyOptions, TextOptions):
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Accept a target at more tokens than laws are fitted to.")
     ] = False
-    selector: Annotated[str, typer.Option(help="grouped, topk or window.")] = "grouped"
+    selector: Annotated[str, typer.Option(help="grouped, topk, window or FILE.py:CLASS.")] = "grouped"
     dense_layers: Annotated[
         str | None,
         typer.Option(

@@ -18,6 +18,7 @@ from hf_sparse.engines import AUTO
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy as ReadPolicy
 from hf_sparse.policy import files as policy_files
+from hf_sparse.selectors import parse_selector
 from hf_sparse.share.source import check_device
 
 Model = Annotated[
@@ -131,6 +132,8 @@ class KeyOptions:
         if self.dense_layers is not None:
             none = self.dense_layers == "none"
             values["dense_layers"] = [] if none else parse_integers("--dense-layers", self.dense_layers)
+        if "selector" in values:
+            values["selector"] = parse_selector(values["selector"])
         changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
         try:
             # How a calibration came about decides no figure, and is long.
