@@ -31,12 +31,12 @@ class _UnavailableError(Exception):
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or `None` where there are none: `why_not` says why."""
+    """The compiled kernels; `None` where `unsupported_reason` says why."""
     return _found()[0]
 
 
-def why_not() -> str | None:
-    """Why there are no compiled kernels here; `None` if there are. Compiles them if that was not done before."""
+def unsupported_reason() -> str | None:
+    """Why there are no compiled kernels on this machine; `None` if there are. Compiles them the first time."""
     return _found()[1]
 
 

@@ -8,7 +8,7 @@ from ctypes import c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from hf_sparse.kernels.cpu.build import library, why_not
+from hf_sparse.kernels.cpu import build
 from hf_sparse.kernels.layout import Layout, adjacent
 
 TILE = 16
@@ -77,14 +77,14 @@ class _Attending(ctypes.Structure):
     )
 
 
-def refusal(*states: Tensor) -> str | None:
-    """Why there are no kernels for keys or values like these; `None` if there are."""
+def unsupported_reason(*states: Tensor) -> str | None:
+    """Why the kernels cannot run, on this machine or with keys and values like `states`; `None` if they can."""
     for x in states:
         if x.device.type != "cpu":
             return f"the compiled kernels run on the CPU, not on {x.device.type}"
         if x.dtype not in _FORMATS:
             return f"the compiled kernels take float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
-    return why_not()
+    return build.unsupported_reason()
 
 
 def lanes() -> int:
@@ -233,6 +233,6 @@ def attend(
 
 
 def _library() -> ctypes.CDLL:
-    found = library()
-    assert found is not None, "no compiled kernels: ask `refusal` first"
+    found = build.library()
+    assert found is not None, "no compiled kernels: ask `unsupported_reason` first"
     return found
