@@ -70,7 +70,7 @@ class CalibrationOptions:
             help="Layers left dense, such as 0,1, besides sliding-window ones.", show_default="those that need it"
         ),
     ] = None
-    dense_below: DenseBelow = None
+    dense_below: DenseBelow = SparseAttentionConfig.dense_below
 
     def config(self) -> SparseAttentionConfig:
         """Everything but the laws.

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from hf_sparse.checks import shown
-from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy as ReadPolicy
 from hf_sparse.policy import files as policy_files
@@ -35,9 +35,7 @@ Policy = Annotated[
 MinKeys = Annotated[int, typer.Option(help="Fewest keys of a row.")]
 SinkKeys = Annotated[int, typer.Option(help="First keys, always kept.")]
 RecentKeys = Annotated[int, typer.Option(help="Last keys, always kept.")]
-DenseBelow = Annotated[
-    int | None, typer.Option(help="Rows that see fewer keys stay dense.", show_default=str(DENSE_BELOW))
-]
+DenseBelow = Annotated[int, typer.Option(help="Rows that see fewer keys stay dense.")]
 
 # The largest number in a list: more tokens than any model reads at once.
 _MOST = 1 << 24
@@ -121,7 +119,7 @@ class SparseOptions:
             help="Layers left dense, such as 0,1; none for no layer.", show_default="the first and all sliding-window"
         ),
     ] = None
-    dense_below: DenseBelow = None
+    dense_below: DenseBelow = SparseAttentionConfig.dense_below
 
     def config(self, policy: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
         """The configuration: `policy` if there is one, but for the options that are not at their defaults.
@@ -150,7 +148,7 @@ def read_policy(name: str | None, own: ReadPolicy | None) -> SparseAttentionConf
         UserError: if it cannot be read, or something in it is wrong.
     """
     try:
-        policy = own if name is None else policy_files.load(name).policy
+        policy = own if name is None else policy_files.load(name)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     return None if policy is None else policy.config

@@ -48,7 +48,7 @@ def section(policy: Policy, name: str, plots: Sequence[str] = (), license: str |
 
 def _introduction(policy: Policy, license: str | None) -> Iterator[str]:
     base = "a model"
-    if policy.base_model is not None and not policy.base_is_local:
+    if policy.base.is_on_hub:
         base = f"[{policy.base_model}](https://huggingface.co/{policy.base_model})"
         base += f" at revision `{policy.revision}`" if policy.revision else ""
     yield "## Sparse attention"

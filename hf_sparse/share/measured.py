@@ -12,11 +12,10 @@ from typing import Any
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.files import inside, write_whole
-from hf_sparse.policy.quality import QualityRow
+from hf_sparse.policy.quality import DENSE, QualityRow
 from hf_sparse.results import ROWS, SUMMARY, TABLES, command_of
 
-DENSE = "dense"
-OURS = "hf_sparse"  # as `bench` calls it
+_OURS = "hf_sparse"  # as `bench` calls it
 _DECODE = "decode"  # as `perplexity` calls the policy itself, its targets read one at a time
 DECODED = "decoded_"
 """Before the name of a metric: of tokens that were read one at a time after their context."""
@@ -92,13 +91,13 @@ class Results:
         for pattern in _KEPT:
             yield from self.folder.glob(pattern)
 
-    def copy_to(self, folder: Path) -> None:
-        """Copy rows, summary, tables and plots into a folder named after the command in `folder`."""
+    def copy_to(self, folder: Path) -> Results:
+        """Copy rows, summary, tables and plots into a folder named after the command in `folder`; gives the copy."""
         target = folder / self.kind
-        if target.resolve() == self.folder.resolve():
-            return
-        for path in self.files():
-            write_whole(target / path.name, inside(path, self.folder).read_bytes())
+        if target.resolve() != self.folder.resolve():
+            for path in self.files():
+                write_whole(target / path.name, inside(path, self.folder).read_bytes())
+        return replace(self, folder=target)
 
 
 def results_beside(folder: Path, without: Collection[str] = ()) -> list[Results]:
@@ -138,7 +137,11 @@ def quality(results: Iterable[Results], config: SparseAttentionConfig) -> tuple[
 def _same(found: Mapping[str, Any], config: SparseAttentionConfig, **fields: Any) -> bool:
     """Whether two configurations give the same figures, both with `fields`: engines and records change none."""
     fields |= {"engine": "auto", "calibration": None, "extra": {}}
-    return replace(SparseAttentionConfig.from_dict(found), **fields) == replace(config, **fields)
+    try:
+        measured = SparseAttentionConfig.from_dict({**found, "engine": "auto"})
+    except ValueError:
+        return False  # a selector or law of somebody's own
+    return replace(measured, **fields) == replace(config, **fields)
 
 
 def _about(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +197,7 @@ def _bench_rows(summary: Mapping[str, Any], config: SparseAttentionConfig) -> It
             continue
         baseline = summary["break_even"][kind]["against"]
         for result in summary["results"]:
-            if result["kind"] != kind or result["method"] not in (baseline, OURS):
+            if result["kind"] != kind or result["method"] not in (baseline, _OURS):
                 continue
             metric, place = f"{kind}-{result['quantity']}", {"length": result["length"], **own}
             dense = result["method"] == baseline

@@ -26,7 +26,7 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.machine import find_device
 from hf_sparse.patching import patched
-from hf_sparse.policy import Policy, is_hub_id
+from hf_sparse.policy import Origin, Policy, is_hub_id
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.hub_io import UNREADABLE
 from hf_sparse.policy.origin import cached_commit
@@ -67,16 +67,12 @@ class ModelSource:
     """A model that was found and not loaded yet. Each part is read when it is asked for.
 
     Attributes:
-        location: What `from_pretrained` takes.
-        name: Hub id, or the last part of the path.
-        revision: Commit, branch or tag on the Hub; `None` for the default branch.
-        gguf_file: File in `location` that holds the model.
+        origin: Its folder, or its repository at a commit, branch or tag; the default branch without a revision.
+        gguf_file: File in the folder that holds the model.
         policy: The policy that named the model; `None` if the model was named itself.
     """
 
-    location: str
-    name: str
-    revision: str | None = None
+    origin: Origin
     gguf_file: str | None = None
     policy: Policy | None = None
 
@@ -100,13 +96,13 @@ class ModelSource:
                 return cls._of_policy(policy_files.load(path))
             if not (path / "config.json").is_file():
                 raise UserError(f"{name} holds no model: there is no config.json; pass a .gguf file by its own name")
-            return cls(str(path), path.resolve().name)
+            return cls(Origin(str(path.absolute())))
         if path.suffix == ".gguf":
             if not path.is_file():
                 raise UserError(f"{name}: no such file")
             if find_spec("gguf") is None:
                 raise UserError(f'reading {path.name} needs the package gguf: pip install "hf_sparse[gguf]"')
-            return cls(str(path.parent), path.name, gguf_file=path.name)
+            return cls(Origin(str(path.parent.absolute())), path.name)
         if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise UserError(f"{name} is not a model: pass {_WHAT}")
         if is_hub_id(name):
@@ -116,13 +112,27 @@ class ModelSource:
                 # No such file, no such repository, no Hub: it is a model, or the model's own error says what it is.
                 if not isinstance(error.__cause__, OSError):
                     raise
-        return cls(name, name, revision)
+        return cls(Origin(name, revision))
 
     @classmethod
-    def _of_policy(cls, loaded: policy_files.Loaded) -> ModelSource:
-        location, revision = loaded.source()
-        name = Path(location).resolve().name if Path(location).is_dir() else location
-        return cls(location, name, revision, policy=loaded.policy)
+    def _of_policy(cls, policy: Policy) -> ModelSource:
+        return cls(policy.model_origin(), policy=policy)
+
+    @property
+    def location(self) -> str:
+        """What `from_pretrained` takes: a Hub id or a folder."""
+        return str(self.origin.name)
+
+    @property
+    def name(self) -> str:
+        """Hub id, or the last part of the path."""
+        if self.gguf_file is not None or not self._is_here:
+            return self.gguf_file or self.location
+        return Path(self.location).resolve().name
+
+    @property
+    def _is_here(self) -> bool:
+        return Path(self.location).is_dir()
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -144,20 +154,16 @@ class ModelSource:
 
     def info(self) -> ModelInfo:
         """What identifies the model; reads the configuration, and local weights for their hash."""
-        return ModelInfo(
-            self.name,
-            self._fingerprint() or self.commit or "unknown",
-            self.max_positions,
-            self.config.model_type,
-        )
+        revision = self._fingerprint() if self._is_here else self.commit
+        return ModelInfo(self.name, revision or "unknown", self.max_positions, self.config.model_type)
 
     @property
     def commit(self) -> str | None:
         """The commit on the Hub, where it is known; `None` for a folder or file."""
-        if self.gguf_file is not None or Path(self.location).is_dir():
+        if self._is_here:
             return None
         commit: str | None = getattr(self.config, "_commit_hash", None)
-        return commit or cached_commit(self.location, self.revision)
+        return commit or cached_commit(self.location, self.origin.revision)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -181,16 +187,14 @@ class ModelSource:
         return model
 
     def _arguments(self) -> dict[str, Any]:
-        given = {"revision": self.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
+        given = {"revision": self.origin.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
         return {name: value for name, value in given.items() if value is not None}
 
-    def _fingerprint(self) -> str | None:
+    def _fingerprint(self) -> str:
         folder = Path(self.location)
         if self.gguf_file is not None:
             with (folder / self.gguf_file).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        if not folder.is_dir():
-            return None
         # As it is on disk: once loaded, it also says where it came from.
         digest = hashlib.sha256((folder / "config.json").read_bytes())
         for path in sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS):
@@ -257,9 +261,10 @@ def check_config(model: PreTrainedModel, config: SparseAttentionConfig) -> None:
 @contextmanager
 def _user_errors(source: ModelSource) -> Iterator[None]:
     """What transformers raises on a model that is absent, out of reach or damaged, as one line."""
-    local = Path(source.location).is_dir()
     advice = (
-        "" if local else "; pass a folder or a .gguf file, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+        ""
+        if source._is_here
+        else "; pass a folder or a .gguf file, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
     )
     try:
         yield
