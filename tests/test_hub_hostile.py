@@ -76,28 +76,12 @@ def test_shorter_than_announced(world: World) -> None:
         attempts(world, "evil/short", "evil/short")
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        "/etc/passwd",
-        "/",
-        "../../base",
-        "../base",
-        "./base",
-        "~/base",
-        "C:\\base",
-        "\\\\host\\share",
-        "org/base/../../x",
-        "org/base/config.json",
-        "file:///etc/passwd",
-        "https://example.com/org/base",
-        "org/base@main",
-        "org--base",
-        "org/base\n",
-        "",
-        pytest.param("x" * 10_000, id="long"),
-    ],
-)
+BASES = ["/etc/passwd", "/", "../../base", "../base", "./base", "~/base", "C:\\base", "\\\\host\\share", "org--base"]
+BASES += ["org/base/../../x", "org/base/config.json", "org/base@main", "org/base\n", "", "x" * 10_000]
+BASES += ["file:///etc/passwd", "https://example.com/org/base"]
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base[:20])
 def test_a_base_that_is_no_hub_id(base: str, world: World) -> None:
     world.add("evil/base", base_model=base)
     with world.hub.recording() as requests:
@@ -129,16 +113,6 @@ def test_policies_that_name_each_other(world: World) -> None:
         with world.hub.recording() as requests:
             refused(world.reader.attempt(load, name), "evil/")
         assert len(requests) < 60
-
-
-@pytest.mark.parametrize(
-    ("record", "word"),
-    [({"model_type": "gpt2"}, "gpt2"), ({"layers": 3}, "3"), ({"heads": {"1": 8}}, "8"), ({"heads": {"7": 4}}, "7")],
-)
-def test_calibrated_for_another_model(record: dict[str, Any], word: str, world: World) -> None:
-    world.add("evil/other", calibration=record)
-    refused(world.reader.attempt(load, "evil/other"), word)
-    refused(world.reader.attempt(patch, "evil/other"), word)
 
 
 @pytest.mark.parametrize(

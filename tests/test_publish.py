@@ -73,17 +73,6 @@ def test_a_card_from_a_model_and_its_results(tmp_path: Path, capsys: pytest.Capt
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_a_card_of_the_defaults_says_what_was_measured_with_them(tmp_path: Path) -> None:
-    results = tmp_path / "perplexity"
-    results.mkdir()
-    summary = (CARDS / "SmolLM2-135M-Instruct" / "perplexity" / "summary.json").read_text()
-    (results / "summary.json").write_text(summary)
-    assert run("card", "tiny-llama", "--results", results, "--output", tmp_path / "out") == 0
-    policy = read(tmp_path / "out" / NAME)
-    assert policy.config.to_dict() == json.loads(summary)["configs"]["grouped"]
-    assert len(policy.quality) == 15
-
-
 @pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", "gemma-3-270m"])
 def test_one_command_makes_a_published_folder_anew(name: str, tmp_path: Path) -> None:
     shutil.copytree(CARDS / name, tmp_path / name)
