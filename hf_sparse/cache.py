@@ -14,11 +14,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hf_sparse.kernels.quantised import QuantisedKeys, attach
+from hf_sparse.kernels.quantised import QuantisedKeys
 
 # Storage grows to the length it needs and this share on top, at least `_LEAST_SPARE` tokens.
 _SPARE = 1 / 8
 _LEAST_SPARE = 256
+
+# Keys by which a copy is told from other keys.
+_COMPARED = 16
 
 
 class SparseCache(DynamicCache):
@@ -86,9 +89,20 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             for part, new in zip(storage, (key_states, value_states), strict=True):
                 part.narrow(2, length, new.shape[2]).copy_(new)
             self._show(storage, total)
-        keys, values = self._states()
-        attach(keys, self.quantised)
-        return keys, values
+        return self._states()
+
+    def holds(self, key: Tensor) -> bool:
+        """Whether `key` `(batch, kv_heads, length, head_dim)` is what this layer holds, itself or a copy.
+
+        A copy is recognised by some of its vectors, the last one among them.
+        """
+        keys = self.keys
+        if not self.is_initialized or keys is None or keys.shape != key.shape or keys.device != key.device:
+            return False
+        if keys.data_ptr() == key.data_ptr() and keys.stride() == key.stride():
+            return True
+        some = torch.linspace(0, key.shape[2] - 1, _COMPARED, device=key.device).long()
+        return keys.dtype == key.dtype and bool(torch.equal(keys[:, :, some], key[:, :, some]))
 
     def reset(self) -> None:
         """Forget everything."""
@@ -190,3 +204,11 @@ def _version_of(keys: Tensor | None) -> int | None:
 def grow_in_place(cache: Cache) -> None:
     """Replace the layers of an empty cache that hold full attention by such as grow in place."""
     cache.layers = [SparseLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+
+
+def layer_that_holds(cache: Cache, layer: int, key: Tensor) -> SparseLayer | None:
+    """The layer of a cache that grows in place and holds `key`: that of index `layer`, or one it shares keys with."""
+    for found in (*cache.layers[layer : layer + 1], *cache.layers):
+        if isinstance(found, SparseLayer) and found.holds(key):
+            return found
+    return None

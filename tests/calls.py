@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hf_sparse import SparseAttentionConfig, engines
 from hf_sparse.call import AttentionCall, Selection
+from hf_sparse.selectors import Selector, find_selector
 
 
 def causal_intervals(
@@ -70,6 +72,22 @@ def inputs(
         torch.randn(heads, generator=generator, dtype=torch.float64).to(dtype) if sinks else None,
         dropout,
     )
+
+
+def select(selector: str | Selector, call: AttentionCall, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
+    """What a selector, built in or not, keeps with the sinks and recent keys of a configuration."""
+    return find_selector(selector).select(call, budgets, config.always)
+
+
+def run_engine(name: str, call: AttentionCall, selection: Selection) -> Tensor:
+    """What the engine of that name gives."""
+    return engines.attend(engines.find_engine(name), call, selection)
+
+
+def unavailable(name: str) -> str | None:
+    """Why there is no such engine on this machine."""
+    engine = engines.find_engine(name)
+    return None if engine is None else engine.unavailable_reason()
 
 
 def turned(states: Tensor) -> Tensor:
@@ -230,7 +248,7 @@ def random_selection(call: AttentionCall, rows_per_group: int, per_head: bool, s
     # The same candidates once more, as padding that is never allowed.
     columns = torch.cat([order, order[..., :3]], dim=-1)
     shell = Selection(columns, columns[..., None, :] < 0, rows_per_group, per_head)
-    visible = shell.members_of(visible_mask(call), kv_heads)
+    visible = shell.pairs_of(visible_mask(call), kv_heads)
     visible = visible.gather(-1, columns[..., None, :].expand(*visible.shape[:-1], -1))
     wanted = torch.rand(visible.shape, generator=generator) < 0.5
     wanted[..., kv_len:] = False

@@ -10,9 +10,8 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse.attention import LayerState, attend
-from hf_sparse.audit import LayerAudit
 from hf_sparse.call import AttentionCall
-from hf_sparse.row_errors import DenseRows, row_errors
+from hf_sparse.diagnostics import DenseBlock, LayerAudit, query_errors
 from tests import tiny
 from tests.sparse import SPARSE, every_selector, generated, sparse_model
 
@@ -39,7 +38,7 @@ def true_errors(inputs: AttentionCall, layer: int, **fields: Any) -> dict[str, T
     config = hf_sparse.SparseAttentionConfig(**{**vars(SPARSE), **fields})
     _, weights = attend(LayerState(layer, config), inputs, want_weights=True)
     assert weights is not None
-    return row_errors(DenseRows.of(inputs), weights > 0)
+    return query_errors(DenseBlock.of(inputs), weights > 0)
 
 
 @every_selector

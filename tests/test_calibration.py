@@ -25,7 +25,7 @@ from hf_sparse.calibration.target import Target
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
 from hf_sparse.policy import files as policy_files
-from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.selectors.grouped import GROUP_QUERIES
 from tests import small, tiny
 
 LENGTH = 1024
@@ -60,8 +60,8 @@ def result(folder: Path) -> Calibration:
 @given(longest=st.integers(512, 20_000), shortest=st.sampled_from([128, 512]))
 def test_curves_are_measured_at_whole_groups_within_the_text(longest: int, shortest: int) -> None:
     grid = visible_grid(shortest, longest)
-    assert all(shortest <= n <= longest and n % ROWS == 0 for n in grid)
-    assert grid[-1] == longest // ROWS * ROWS
+    assert all(shortest <= n <= longest and n % GROUP_QUERIES == 0 for n in grid)
+    assert grid[-1] == longest // GROUP_QUERIES * GROUP_QUERIES
     assert list(grid) == sorted(set(grid))
     assert all(low < n for n in grid for low in budget_grid(n))
 
@@ -96,7 +96,7 @@ def test_curves_are_errors_of_the_layers_own_output() -> None:
         weights = eager(input_ids=ids, use_cache=False, output_attentions=True).attentions
     for layer, curve in enumerate(curves):
         assert (curve.layer, curve.visible, curve.budgets) == (layer, length, (128, 181))
-        p = weights[layer][0, :, -ROWS:].double()
+        p = weights[layer][0, :, -GROUP_QUERIES:].double()
         v = values[layer].view(length, 2, 16).transpose(0, 1).repeat_interleave(2, dim=0).double()
         projection = eager.model.layers[layer].self_attn.o_proj.weight.double().view(32, 4, 16)
         whole = torch.einsum("ohd,hrd->ro", projection, p @ v).square().sum()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse import SparseAttentionConfig, rows
-from hf_sparse.rows import RowFacts
+from hf_sparse.ranges import VisibleRanges
 from tests import calls
 
 CALLS = {
@@ -26,10 +26,10 @@ LAWS = {
 
 
 def facts(intervals: Tensor, config: SparseAttentionConfig) -> tuple[object, ...]:
-    found = RowFacts(intervals)
+    found = VisibleRanges(intervals)
     law = config.budget(1)
     plan = found.plan(law, lambda longest: law.table(longest + 1).view(1, -1))
-    numbers = (found.rows, found.total, found.most_visible, found.last_visible, plan.dense, plan.dense_rows)
+    numbers = (found.rows, found.total, found.most_visible, found.last_visible, plan.dense, plan.dense_queries)
     tensors = (found.first, found.stop, found.seen, found.visible, plan.host, plan.budgets)
     return *numbers, *(x.tolist() for x in tensors), [found.causal(length) for length in (5, 6, 40)]
 
@@ -46,11 +46,11 @@ def test_few_rows_are_like_many(kind: str, law: str, monkeypatch: pytest.MonkeyP
 def test_facts_of_a_padded_batch(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sequences in 40 columns, 6 rows each, the second one with 37 columns of padding."""
     monkeypatch.setattr(rows, "_FEW", few)
-    found = RowFacts(calls.causal_intervals(6, 40, left=(0, 37)))
+    found = VisibleRanges(calls.causal_intervals(6, 40, left=(0, 37)))
     assert found.seen.tolist() == [[35, 36, 37, 38, 39, 40], [0, 0, 0, 1, 2, 3]]
     assert (found.rows, found.total, found.most_visible, found.last_visible) == (9, 231, 40, 40)
     assert not found.causal(40)
     law = LAWS["one law"].budget(1)
     plan = found.plan(law, lambda longest: law.table(longest + 1).view(1, -1))
-    assert plan.dense_rows == {"fewer than 8 visible keys": 3}
+    assert plan.dense_queries == {"fewer than 8 visible keys": 3}
     assert not plan.dense

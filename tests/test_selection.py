@@ -17,7 +17,7 @@ def test_every_row_and_head_is_one_member(rows_per_group: int, per_head: bool, h
     share = heads // kv_heads
     shell = Selection(torch.empty(0), torch.empty(0), rows_per_group, per_head)
     rows = torch.arange(2 * heads * 6 * 5).view(2, heads, 6, 5)
-    members = shell.members_of(rows, kv_heads)
+    members = shell.pairs_of(rows, kv_heads)
     groups = 6 // rows_per_group * (share if per_head else 1)
     size = rows_per_group * (1 if per_head else share)
     assert members.shape == (2, kv_heads, groups, size, 5)
@@ -49,7 +49,7 @@ def test_mask_and_counts_by_loops(rows_per_group: int, per_head: bool) -> None:
         for h in range(kv_heads):
             for g in range(groups):
                 for m in range(members):
-                    row = int(selection.members_of(place, kv_heads)[b, h, g, m, 0])
+                    row = int(selection.pairs_of(place, kv_heads)[b, h, g, m, 0])
                     for w in range(width):
                         if selection.allowed[b, h, g, m, w]:
                             expected.view(48, 9)[row, selection.columns[b, h, g, w]] = True
@@ -68,7 +68,7 @@ def test_padding_that_names_an_allowed_key_does_not_hide_it() -> None:
 
 def test_rows_of_a_call() -> None:
     call = calls.inputs(calls.causal_intervals(6, 9), 9, softcap=2.0, sinks=True, dropout=0.1)
-    part = call.rows(2, 5)
+    part = call.queries(2, 5)
     assert torch.equal(part.query, call.query[:, :, 2:5])
     assert torch.equal(part.visible, call.visible[:, 2:5])
     assert part.key is call.key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
+from hf_sparse.engines.reference import Reference
 from hf_sparse.errors import UserError
 from hf_sparse.patching import policy_of
 from hf_sparse.policy import Origin, Policy
@@ -309,6 +311,80 @@ def test_what_cannot_be_published_is_one_error(model: PreTrainedModel) -> None:
             hf_sparse.push_to_hub(model, "someone/x", token="hf_x", base_model=base_model)
     with pytest.raises(UserError, match=r"^cannot look at someone/x: HF_HUB_OFFLINE is set$"):
         hf_sparse.push_to_hub(model, "someone/x", token="hf_x", base_model="someone/base")
+
+
+class KeyNorm(hf_sparse.ScoreSelector):
+    """Keep the keys of smallest norm."""
+
+    name = "key-norm"
+
+    def score(self, query: Tensor, key: Tensor, call: Any) -> Tensor:
+        return -key.norm(dim=-1).repeat_interleave(call.group_size, dim=1).unsqueeze(2)
+
+
+class Mine(Reference):
+    """An engine of a user's own."""
+
+    name = "mine"
+
+
+def root(n: Tensor) -> Tensor:
+    return 2 * n.sqrt()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"selector": KeyNorm()}, "selector 'key-norm' is {}: publish one of grouped, topk, window"),
+        ({"engine": Mine()}, "engine 'mine' is {}: publish one of auto, reference, gather, cpu, triton"),
+        ({"law": root}, "law 'root' is {}: publish one of power, fixed, fraction, log"),
+    ],
+    ids=["selector", "engine", "law"],
+)
+def test_code_is_not_published(
+    fields: dict[str, Any], message: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = message.format(r"code of your own and cannot be published in sparse_config\.json") + "$"
+    model = hf_sparse.patch(_load(base), small.CONFIG, **fields)
+    for weights in (False, True):
+        with pytest.raises(UserError, match=message):
+            hf_sparse.save_pretrained(model, tmp_path / "new", weights=weights, tokenizer=small.tokenizer())
+        with pytest.raises(UserError, match=message):
+            hf_sparse.push_to_hub(model, "someone/x", weights=weights, base_model="a/b", token="hf_x")
+    with pytest.raises(UserError, match=message):
+        write(policy_of(model), tmp_path / NAME)
+    assert list(tmp_path.iterdir()) == []
+    # The configuration as a summary of results has it.
+    (tmp_path / NAME).write_text(json.dumps(policy_of(model).config.to_dict()))
+    capsys.readouterr()
+    for command in (["card", str(base), "--output", str(tmp_path / "new")], ["publish", str(base), "someone/x"]):
+        assert small.run_command(*command, "--policy", str(tmp_path)) == 2
+        printed = capsys.readouterr().err
+        assert re.search(message, printed.rstrip("\n"))
+        assert printed.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_results_of_selectors_of_ones_own_are_passed_over(base: Path, tmp_path: Path) -> None:
+    summary = {
+        "command": "attention-error",
+        "configs": {
+            "key-norm": replace(small.CONFIG, selector=KeyNorm()).to_dict(),
+            "root": replace(small.CONFIG, law=root).to_dict(),
+            "grouped": replace(small.CONFIG, engine=Mine()).to_dict(),
+        },
+        "documents": [{"document": "a.txt"}],
+        "about": {"model": {"name": "tiny-llama"}, "dtype": "float32", "device": "cpu"},
+        "results": [
+            {"method": method, "length": 64, "density": 0.5, "rows": 8}
+            | {error: {"mean": {"value": value, "low": 0.0, "high": 1.0}} for error in ("lost_mass", "output_error")}
+            for method, value in (("key-norm", 0.3), ("root", 0.2), ("grouped", 0.1))
+        ],
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    model = hf_sparse.patch(_load(base), small.CONFIG)
+    hf_sparse.save_pretrained(model, tmp_path / "saved", results=[tmp_path])
+    assert [row.value for row in read(tmp_path / "saved" / NAME).quality] == [0.1, 0.1]
 
 
 def test_patched_takes_a_policy_and_restores_what_was(base: Path, tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import hf_sparse
-from hf_sparse import engines, kernels, selectors
+from hf_sparse import kernels
 from hf_sparse.cache import SparseCache
 from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.kernels import gpu
 from hf_sparse.selectors import grouped
-from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.selectors.grouped import GROUP_QUERIES
 from tests import calls, tiny
 from tests.sparse import SPARSE
 from tests.test_engines import CALLS, layout
@@ -76,7 +76,7 @@ def check(call: AttentionCall, selection: Selection) -> None:
     out = engine.attend(call, selection)
     tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
     assert out.dtype == call.value.dtype
-    assert_close(out, engines.reference(call, selection), atol=tolerance, rtol=tolerance)
+    assert_close(out, calls.run_engine("reference", call, selection), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("kind", CALLS)
@@ -185,7 +185,7 @@ def test_selections_of_the_selectors(selector: str) -> None:
     call = calls.inputs(calls.causal_intervals(16, 130, left=(0,), right=(0,)), 130)
     config = SparseAttentionConfig(sink_keys=2, recent_keys=8)
     budgets = call.visible[:, None].clamp(max=24)
-    check(call, selectors.select(selector, call, budgets, config))
+    check(call, calls.select(selector, call, budgets, config))
 
 
 def grows(call: AttentionCall) -> AttentionCall:
@@ -205,7 +205,7 @@ def test_what_it_cannot_do_is_refused(change: Callable[[AttentionCall], Attentio
     call = CALLS["plain"]()
     selection = calls.random_selection(call, 3, False)
     with pytest.raises(UserError, match=reason):
-        engines.attend("triton", moved(change(call)), selection)
+        calls.run_engine("triton", moved(change(call)), selection)
 
 
 def test_no_gradients_are_asked_of_it_without_grad() -> None:
@@ -220,17 +220,17 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "is on cpu" in (engine.refusal(call) or "")
     assert "is on mps" in (gpu.refusal(torch.device("mps")) or "")
-    assert "no GPU" in (engines.why_not("triton") or "")
+    assert "no GPU" in (calls.unavailable("triton") or "")
     with pytest.raises(ValueError, match="engine 'triton' cannot run here: there is no GPU"):
         hf_sparse.patch(tiny.model("llama"), engine="triton")
     with monkeypatch.context() as old_gpu:
         old_gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
         assert "7.5" in (gpu.refusal(torch.device("cuda")) or "")
     monkeypatch.setattr(gpu, "find_spec", lambda _: None)
-    for reason in (engine.refusal(call), engines.why_not("triton")):
+    for reason in (engine.refusal(call), calls.unavailable("triton")):
         assert "pip install triton" in (reason or "")
     monkeypatch.setenv("HF_SPARSE_KERNELS", "0")
-    assert engines.why_not("triton") == "HF_SPARSE_KERNELS=0 is set"
+    assert calls.unavailable("triton") == "HF_SPARSE_KERNELS=0 is set"
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match="pip install triton"):
         importlib.reload(importlib.import_module(f"{kernels.__name__}.triton"))
@@ -358,7 +358,7 @@ GROUPS = {
     "decode": lambda: calls.causal_intervals(1, 300),
     "decode, padded": lambda: calls.causal_intervals(1, 300, left=(0, 100)),
     "sliding": lambda: calls.causal_intervals(7, 300, window=150),
-    "two groups": lambda: calls.causal_intervals(2 * ROWS, 300, left=(0, 100), right=(3, 0)),
+    "two groups": lambda: calls.causal_intervals(2 * GROUP_QUERIES, 300, left=(0, 100), right=(3, 0)),
 }
 
 
@@ -369,9 +369,9 @@ def test_grouped_by_triton_is_its_specification(kind: str) -> None:
     config = SparseAttentionConfig(sink_keys=3, recent_keys=10, engine="triton")
     assert grouped.uncompiled(moved(call), config) is None
     budgets = torch.minimum(call.visible[:, None], torch.randint(5, 70, (2, 4, 1)))
-    selection = selectors.select("grouped", moved(call), budgets.to(DEVICE), config)
+    selection = calls.select("grouped", moved(call), budgets.to(DEVICE), config)
     mask = selection.mask(4, 300).cpu()
-    expected = calls.select_grouped(call, budgets, 3, 10, min(ROWS, call.query.shape[2]), rough=True)
+    expected = calls.select_grouped(call, budgets, 3, 10, min(GROUP_QUERIES, call.query.shape[2]), rough=True)
     assert torch.equal(mask.sum(-1), budgets)
     assert torch.equal(selection.kept(4).cpu(), budgets)
     assert not (mask & ~calls.visible_mask(call)).any()

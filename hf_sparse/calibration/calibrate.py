@@ -29,6 +29,7 @@ from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import origin_of
 from hf_sparse.record import CalibrationRecord, Interval
 from hf_sparse.results import CALIBRATE, CALIBRATION, Row, check_folder, provenance, write_json
+from hf_sparse.selectors import selector_name
 from hf_sparse.share.source import ModelInfo, check_config
 from hf_sparse.support import SupportReport, inspect
 
@@ -189,7 +190,7 @@ def run_calibration(
     record = _record(about, base, support, fit, target, fitted, checked)
     record = replace(
         record,
-        selector=config.selector,
+        selector=selector_name(config.selector),
         reached=reached,
         reached_at=at,
         intervals=_intervals(fit, price, seed, made),

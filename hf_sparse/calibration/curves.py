@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_sparse import engines
 from hf_sparse.calibration.projection import output_weights
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.engines.reference import masked_weights, weighted_values
-from hf_sparse.observe import observed
-from hf_sparse.selectors import select
-from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.diagnostics import observed
+from hf_sparse.engines import ENGINES
+from hf_sparse.engines.common import masked_weights, weighted_values
+from hf_sparse.selectors import find_selector
+from hf_sparse.selectors.grouped import GROUP_QUERIES
 from hf_sparse.visibility import interval_to_mask
 
 SMALLEST = 96
@@ -63,10 +63,18 @@ def budget_grid(visible: int) -> tuple[int, ...]:
 def visible_grid(shortest: int, longest: int) -> tuple[int, ...]:
     """Visible keys at which curves are measured, two to an octave from `longest` down to `shortest`.
 
-    Multiples of `ROWS`, so that the last `ROWS` rows which see so many keys are one group of the grouped selector.
+    Multiples of `GROUP_QUERIES`, so that the last queries which see so many keys are one group of the grouped selector.
     """
-    halves = (round(longest / 2 ** (half / 2) / ROWS) for half in range(2 * longest.bit_length()))
-    return tuple(sorted({n * ROWS for blocks in halves if (n := min(blocks, longest // ROWS)) * ROWS >= shortest}))
+    halves = (round(longest / 2 ** (half / 2) / GROUP_QUERIES) for half in range(2 * longest.bit_length()))
+    return tuple(
+        sorted(
+            {
+                n * GROUP_QUERIES
+                for blocks in halves
+                if (n := min(blocks, longest // GROUP_QUERIES)) * GROUP_QUERIES >= shortest
+            }
+        )
+    )
 
 
 @torch.no_grad()
@@ -82,7 +90,7 @@ def error_curves(
     Args:
         model: Unpatched.
         input_ids: int64 `(length,)`.
-        visible: From `visible_grid`: where to measure, a block of `ROWS` rows each.
+        visible: From `visible_grid`: where to measure, a block of `GROUP_QUERIES` rows each.
         modules: The attention modules to measure, by layer.
         config: For the selector, `sink_keys` and `recent_keys`.
     """
@@ -91,7 +99,7 @@ def error_curves(
     def observer(layer: int, inputs: AttentionCall) -> None:
         if layer in modules:
             weights = output_weights(modules[layer], inputs.query.shape[1], inputs.value.shape[-1])
-            found.extend(_curve(layer, inputs.rows(n - ROWS, n), n, weights, config) for n in visible)
+            found.extend(_curve(layer, inputs.queries(n - GROUP_QUERIES, n), n, weights, config) for n in visible)
 
     with observed(model, observer):
         model(input_ids=input_ids[None].to(model.device), use_cache=False, logits_to_keep=1)
@@ -111,7 +119,7 @@ def _curve(
     budgets = budget_grid(visible)
     errors = []
     for keys in budgets:
-        selection = select(config.selector, block, block.visible.clamp(max=keys)[:, None], config)
-        delta = (engines.attend("gather", block, selection) - dense)[0]
+        selection = find_selector(config.selector).select(block, block.visible.clamp(max=keys)[:, None], config.always)
+        delta = (ENGINES["gather"].attend(block, selection) - dense)[0]
         errors.append(((delta @ gram) * delta).sum((1, 2)) / whole)
     return ErrorCurve(layer, visible, budgets, tuple(map(tuple, torch.stack(errors, dim=1).tolist())))

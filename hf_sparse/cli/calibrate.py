@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import LONGEST, split
 from hf_sparse.cli.options import DenseBelow, MinKeys, RecentKeys, RunOptions, SinkKeys, SparseOptions
 from hf_sparse.cli.runs import Outcome
-from hf_sparse.config import SelectorName, SparseAttentionConfig
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import load_documents
 from hf_sparse.measure.perplexity_tables import perplexity_cells
@@ -60,7 +60,7 @@ class CalibrationOptions:
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Accept a target at more tokens than laws are fitted to.")
     ] = False
-    selector: Annotated[str, typer.Option(help="grouped, topk or window.")] = SparseAttentionConfig.selector
+    selector: Annotated[str, typer.Option(help="grouped, topk or window.")] = "grouped"
     min_keys: MinKeys = SparseAttentionConfig.min_keys
     sink_keys: SinkKeys = SparseAttentionConfig.sink_keys
     recent_keys: RecentKeys = SparseAttentionConfig.recent_keys
@@ -81,7 +81,7 @@ class CalibrationOptions:
         names = ("min_keys", "sink_keys", "recent_keys", "dense_layers", "dense_below")
         config = SparseOptions(**{name: getattr(self, name) for name in names}).config()
         try:
-            return replace(config, selector=cast(SelectorName, self.selector))
+            return replace(config, selector=self.selector)
         except ValueError as error:
             raise UserError(str(error)) from error
 

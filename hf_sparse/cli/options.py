@@ -14,6 +14,7 @@ import typer
 
 from hf_sparse.checks import shown
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.engines import AUTO
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy as ReadPolicy
 from hf_sparse.policy import files as policy_files
@@ -103,7 +104,7 @@ class DataOptions:
 class SparseOptions:
     """Fields of `SparseAttentionConfig`, under the same names."""
 
-    law: Annotated[str, typer.Option(help="power, fixed, fraction or log.")] = SparseAttentionConfig.law
+    law: Annotated[str, typer.Option(help="power, fixed, fraction or log.")] = "power"
     alpha: Annotated[float, typer.Option(help="k(n) = alpha * n ** exponent.")] = SparseAttentionConfig.alpha
     exponent: Annotated[float, typer.Option(help="C of the power law, 0 to 1.")] = SparseAttentionConfig.exponent
     keys: Annotated[int | None, typer.Option(help="Keys of law fixed.")] = None
@@ -112,7 +113,7 @@ class SparseOptions:
     max_keys: Annotated[int | None, typer.Option(help="Most keys of a row.")] = None
     sink_keys: SinkKeys = SparseAttentionConfig.sink_keys
     recent_keys: RecentKeys = SparseAttentionConfig.recent_keys
-    engine: Annotated[str, typer.Option(help="auto or the name of an engine.")] = SparseAttentionConfig.engine
+    engine: Annotated[str, typer.Option(help="auto or the name of an engine.")] = AUTO
     dense_layers: Annotated[
         str | None,
         typer.Option(

@@ -1,7 +1,7 @@
 """Keys in 8 bits, kept up to date as tokens arrive: what kernels score all older keys with.
 
 `QuantisedKeys` belongs to the keys of one layer and grows with them: a cache layer keeps one from token to token
-(`hf_sparse.cache`), and a call without such a cache makes its own, shared by its blocks of rows.
+(`hf_sparse.cache`), and a call without such a cache makes its own, shared by its blocks of queries.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from hf_sparse.kernels.layout import Layout
 
 # Storage grows to the length it needs, an eighth on top, and this many keys.
 _LEAST_SPARE = 256
-
-# The attribute of a key tensor that names its `QuantisedKeys`.
-_ATTRIBUTE = "_hf_sparse_quantised"
 
 
 class QuantisedKeys:
@@ -77,14 +74,3 @@ class QuantisedKeys:
                 held = min(new.shape[2], part.shape[2])
                 new[:, :, :held] = part[:, :, :held]
         return grown
-
-
-def quantised_of(key: Tensor) -> QuantisedKeys:
-    """The keys in 8 bits that a cache keeps of these very keys, or none yet."""
-    found = getattr(key, _ATTRIBUTE, None)
-    return found if isinstance(found, QuantisedKeys) else QuantisedKeys()
-
-
-def attach(key: Tensor, quantised: QuantisedKeys) -> None:
-    """Say that `quantised` are those of `key`. Views and copies of it do not inherit them."""
-    setattr(key, _ATTRIBUTE, quantised)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hf_sparse.diagnostics import concentration
 from hf_sparse.lab.allocation import Curves, Law, best_uniform, by_error, by_mass, keys_of, uniform
 from hf_sparse.lab.bounds import FloatArray
 from hf_sparse.lab.curves import certified, error_curves, key_counts
@@ -17,7 +18,6 @@ from hf_sparse.lab.rows import shortened
 from hf_sparse.lab.sampling import LayerRows, visit_rows
 from hf_sparse.lab.subject import find_window, layers_of, longest_windows, row_lengths, subject_of, window_cell
 from hf_sparse.results import Row
-from hf_sparse.row_errors import row_shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ def measure(cell: Cell, setting: Setting) -> Row:
     found: list[Row] = []
 
     def visit(rows: LayerRows) -> None:
-        needed = row_shape(rows.dense)["keys_95"][0].mean(-1).tolist()
+        needed = concentration(rows.dense)["keys_95"][0].mean(-1).tolist()
         entry = error_curves(rows, layers[rows.layer]) | certified(rows, cell["alpha"]) | {"keys_95": needed}
         found.append({"layer": rows.layer, "n": rows.length, **shortened(entry)})
 

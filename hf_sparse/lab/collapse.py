@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hf_sparse.engines.reference import weighted_values
+from hf_sparse.engines.common import weighted_values
 from hf_sparse.lab.bounds import FloatArray
 from hf_sparse.lab.detectors import DISPERSED, EPSILON, KINDS, detect, kind_of, log_n_scaling, log_scaled, mixing
 from hf_sparse.lab.experiment import Cell, Experiment, Findings, Panel, Setting, Verdict
@@ -58,7 +58,7 @@ def measure(cell: Cell, setting: Setting) -> Row:
             scaled = detect(log_scaled(rows, cell["reference"]), rows.visible, SINKS)
             entry["scaled_effective"] = scaled["effective"]
         found.append({"layer": rows.layer, "n": rows.length, **shortened(entry)})
-        output = weighted_values(rows.dense.inputs, rows.dense.weights)[0]
+        output = weighted_values(rows.dense.call, rows.dense.weights)[0]
         outputs.setdefault(rows.layer, []).append((output, rows.values[:, rows.visible - 1]))
 
     with log_n_scaling(subject.model, cell["reference"]) if cell["scaled"] else nullcontext():

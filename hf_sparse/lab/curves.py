@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_sparse.engines.reference import weighted_values
+from hf_sparse.engines.common import weighted_values
 from hf_sparse.lab.certificates import certificate
 from hf_sparse.lab.sampling import LayerRows
 from hf_sparse.lab.subject import Layer
@@ -33,7 +33,7 @@ def error_curves(rows: LayerRows, layer: Layer) -> dict[str, list[list[float]]]:
     projection = layer.attention.o_proj.weight.detach().float().cpu()
     heads = len(rows.weights)
     parts = projection.view(len(projection), heads, -1)
-    exact = weighted_values(rows.dense.inputs, rows.dense.weights)[0].float()
+    exact = weighted_values(rows.dense.call, rows.dense.weights)[0].float()
     whole = torch.einsum("hrd,ohd->ro", exact, parts).square().sum(-1).clamp(min=1e-30)
     out: list[list[float]] = []
     for head in range(heads):
@@ -73,7 +73,7 @@ def certified(rows: LayerRows, alpha: float) -> dict[str, list[float]]:
     radius = (values - values.mean(1, keepdim=True)).norm(dim=-1).amax(-1)
     keep = torch.zeros_like(rows.weights).scatter_(-1, order[..., :kept], 1.0)
     sparse = rows.weights * keep / (1 - tau).float().unsqueeze(-1)
-    difference = weighted_values(rows.dense.inputs, (sparse - rows.weights)[None])[0]
+    difference = weighted_values(rows.dense.call, (sparse - rows.weights)[None])[0]
     found = {
         "lost": tau,
         "certified": torch.from_numpy(np.asarray(bound)),

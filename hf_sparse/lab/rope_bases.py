@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_sparse.diagnostics import concentration
 from hf_sparse.lab.bounds import FloatArray
 from hf_sparse.lab.experiment import Cell, Experiment, Findings, Panel, Setting, Verdict
 from hf_sparse.lab.model_norms import head_forms, logit_spread
@@ -24,7 +25,6 @@ from hf_sparse.lab.subject import (
     window_cell,
 )
 from hf_sparse.results import Row
-from hf_sparse.row_errors import row_shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def measure(cell: Cell, setting: Setting) -> Row:
     found: list[Row] = []
 
     def visit(rows: LayerRows) -> None:
-        shape = row_shape(rows.dense)
+        shape = concentration(rows.dense)
         entry = {
             "deviation": logit_spread(rows, SINKS)["deviation"],
             "keys_90": shape["keys_90"][0].mean(-1).tolist(),

@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse.call import AttentionCall
+from hf_sparse.diagnostics import DenseBlock, observed
 from hf_sparse.measure.windows import Window
-from hf_sparse.observe import observed
 from hf_sparse.patching import base_model
-from hf_sparse.row_errors import DenseRows
 
 NEAR = 0.9
 """Rows that stand for n visible keys see between this share of n and n."""
@@ -34,7 +33,7 @@ class LayerRows:
 
     layer: int
     length: int
-    dense: DenseRows
+    dense: DenseBlock
     logits: Tensor
     weights: Tensor
     visible: Tensor
@@ -47,7 +46,7 @@ class LayerRows:
     @property
     def values(self) -> Tensor:
         """float32 `(heads, length, value_dim)`, repeated over the GQA groups."""
-        inputs = self.dense.inputs
+        inputs = self.dense.call
         return inputs.value[0].float().repeat_interleave(inputs.group_size, 0)
 
 
@@ -98,7 +97,7 @@ def _take(inputs: AttentionCall, index: Tensor, length: int) -> AttentionCall:
 
 
 def _layer_rows(layer: int, length: int, inputs: AttentionCall) -> LayerRows:
-    dense = DenseRows.of(inputs)
+    dense = DenseBlock.of(inputs)
     logits = dense.scores[0] * inputs.scaling
     if inputs.softcap is not None:
         logits = inputs.softcap * torch.tanh(logits / inputs.softcap)

@@ -14,13 +14,16 @@ from typing import Any, NoReturn
 from huggingface_hub import hf_hub_download
 
 from hf_sparse.checks import shown
-from hf_sparse.config import ENGINES, SELECTORS, SparseAttentionConfig
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.custom import describe
+from hf_sparse.engines import AUTO, ENGINES
 from hf_sparse.errors import UserError
 from hf_sparse.files import write_whole
 from hf_sparse.laws import LAWS
 from hf_sparse.policy.hub_io import hub_errors
 from hf_sparse.policy.origin import Origin, is_hub_id
 from hf_sparse.policy.policy import Policy
+from hf_sparse.selectors import SELECTORS
 
 NAME = "sparse_config.json"
 """The name of the file in a folder or repository."""
@@ -31,6 +34,7 @@ MAX_BYTES = 4 << 20
 MAX_DEPTH = 20
 """Lists and objects inside one another."""
 
+_BUILT_IN = {"law": LAWS, "selector": SELECTORS, "engine": (AUTO, *ENGINES)}
 _INNERMOST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s*\]")
 _BETWEEN = re.compile(r",\n\s+")
 # An error is one line, whatever a hostile file holds.
@@ -119,19 +123,18 @@ def text_of(policy: Policy) -> str:
 
 
 def check_no_code(config: SparseAttentionConfig) -> None:
-    """Refuse a configuration that holds a selector, an engine or a law of the user's own.
+    """Refuse a configuration with a selector, an engine or a law of the user's own.
 
     Raises:
         UserError: naming the field and what may be published instead.
     """
-    for field, allowed in (("law", LAWS), ("selector", SELECTORS), ("engine", ENGINES)):
-        value = getattr(config, field)
-        if not isinstance(value, str):
-            name = getattr(value, "name", None) or getattr(value, "__name__", type(value).__name__)
-            raise UserError(
-                f"{field} {name!r} is code of your own and cannot be published in {NAME}: publish one of "
-                f"{', '.join(allowed)}"
-            )
+    for field, part in config.code.items():
+        raise UserError(_is_code(field, describe(part)["name"]))
+
+
+def _is_code(field: str, name: str) -> str:
+    allowed = ", ".join(_BUILT_IN[field])
+    return f"{field} {shown(name)} is code of your own and cannot be published in {NAME}: publish one of {allowed}"
 
 
 def _check_size(name: str, size: int) -> None:
@@ -155,6 +158,10 @@ def _parse(data: bytes) -> dict[str, Any]:
         level = [inner for outer in level for inner in _inside(outer)]
     if level:
         raise ValueError(f"it must be nested at most {MAX_DEPTH} deep")
+    for field in _BUILT_IN:
+        # As results name what they measured.
+        if isinstance(parsed.get(field), dict) and isinstance(parsed[field].get("name"), str):
+            raise ValueError(_is_code(field, parsed[field]["name"]))
     return parsed
 
 

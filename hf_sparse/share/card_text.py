@@ -79,7 +79,7 @@ def _law(config: SparseAttentionConfig) -> Iterator[str]:
         "fixed": f"k(n) = {config.keys}",
         "fraction": f"k(n) = ceil({config.fraction} · n)",
         "log": f"k(n) = ceil({config.alpha:.4g} · ln n)",
-    }[config.law]
+    }[str(config.law)]
     clamp = f"at least {config.min_keys}" + (f", at most {config.max_keys:,}" if config.max_keys else "")
     if config.per_head is None:
         yield f"`{formula}`, {clamp} and never more than n: {_budgets(config)}."
@@ -94,7 +94,7 @@ def _law(config: SparseAttentionConfig) -> Iterator[str]:
         dense = f"Layers that stay dense: {named or 'none'}."
     if below := config.budget().dense_below:
         dense += f" Rows that see fewer than {below:,} keys stay dense."
-    yield f"Selector `{config.selector}`: {_SELECTORS[config.selector]}. {dense}"
+    yield f"Selector `{config.selector}`: {_SELECTORS[str(config.selector)]}. {dense}"
 
 
 def _budgets(config: SparseAttentionConfig) -> str:

@@ -14,6 +14,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.files import inside, write_whole
 from hf_sparse.policy.quality import DENSE, QualityRow
 from hf_sparse.results import ROWS, SUMMARY, TABLES, command_of
+from hf_sparse.selectors import selector_name
 
 _OURS = "hf_sparse"  # as `bench` calls it
 _DECODE = "decode"  # as `perplexity` calls the policy itself, its targets read one at a time
@@ -71,7 +72,8 @@ class Results:
                 rows = list(_bench_rows(self.summary, config))
             else:
                 made = _perplexity_rows if self.kind == "perplexity" else _error_rows
-                rows = [row for method in self._methods(config) for row in made(self.summary, method, config.selector)]
+                name = selector_name(config.selector)
+                rows = [row for method in self._methods(config) for row in made(self.summary, method, name)]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.folder / SUMMARY} was not written by this release: it lacks {error}") from error
         if not rows:
@@ -188,7 +190,7 @@ def _error_rows(summary: Mapping[str, Any], method: str, name: str) -> Iterator[
 
 
 def _bench_rows(summary: Mapping[str, Any], config: SparseAttentionConfig) -> Iterator[QualityRow]:
-    about = summary["about"]
+    about, name = summary["about"], selector_name(config.selector)
     own = {"dtype": about["dtype"], "device": about["device_name"], "model": about["model"]["name"]}
     for kind, condition in summary["conditions"].items():
         # A layer alone is measured sparse, however few keys its rows see, and whichever layer it is.
@@ -203,14 +205,14 @@ def _bench_rows(summary: Mapping[str, Any], config: SparseAttentionConfig) -> It
             dense = result["method"] == baseline
             yield QualityRow(
                 metric=metric,
-                method=DENSE if dense else config.selector,
+                method=DENSE if dense else name,
                 density=None if dense else result.get("density"),
                 **_interval(result, "median"),
                 **place,
             )
             if dense:
                 speedup = _interval(result["ratio"], "median")
-                yield QualityRow(metric=f"{metric}-speedup", method=config.selector, **speedup, **place)
+                yield QualityRow(metric=f"{metric}-speedup", method=name, **speedup, **place)
 
 
 def _of(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Iterator[Mapping[str, Any]]:
