@@ -197,7 +197,7 @@ def test_a_slower_length_and_a_better_fixed_budget_are_named() -> None:
             ),
             "The calibration, for the 2 attention layers of `LlamaForCausalLM`, aimed at a perplexity ratio to dense "
             "of 1.01 and reached 1.008 at 8,192 tokens on held-out texts. It was fitted on a and b; held out: c. The "
-            "rows that were fitted see 256 to 8,192 keys; beyond, nothing is known.",
+            "queries that were fitted see 256 to 8,192 keys; beyond, the laws are extrapolated.",
         ),
     ],
 )

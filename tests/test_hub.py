@@ -66,15 +66,16 @@ def test_with_weights(world: World, logits: tuple[Tensor, Tensor]) -> None:
 
 
 def test_the_command_publishes_the_same_files(world: World, tmp_path: Path) -> None:
+    """For the default configuration, without and with weights."""
     summary = {
         "command": "perplexity",
-        "configs": {"topk": hf_sparse.SparseAttentionConfig(**FIELDS).to_dict()},
+        "configs": {"grouped": hf_sparse.SparseAttentionConfig().to_dict()},
         "documents": [{"document": "a.txt"}],
         "about": {"model": {"name": "base"}, "dtype": "float32", "device": "cpu"},
         "results": [
             {"method": method, "length": 64, "density": density, "tokens": 40, "perplexity": 2.0, "ratio": 1.0}
             | {"low": 0.9, "high": 1.1}
-            for method, density in (("dense", 1.0), ("topk", 0.5))
+            for method, density in (("dense", 1.0), ("grouped", 0.5))
         ],
         "adaptive_vs_fixed": [],
     }
@@ -82,16 +83,13 @@ def test_the_command_publishes_the_same_files(world: World, tmp_path: Path) -> N
     results.mkdir()
     (results / "summary.json").write_text(json.dumps(summary))
     (results / "perplexity.png").write_bytes(b"a plot")
-    (tmp_path / "policy.json").write_text(json.dumps(FIELDS))
-    options = ["--policy", str(tmp_path / "policy.json"), "--results", str(results)]
-    for weights in (False, True):
-        names = (f"ada/function-{weights}/", f"ada/command-{weights}/")
-        world.push(names[0][:-1], results=[str(results)], weights=weights)
-        more = ["--weights"] if weights else []
-        done = world.writer.call(command, "publish", BASE, names[1][:-1], *options, *more)
+    for name, more in (("light", []), ("whole", ["--weights"])):
+        names = (f"ada/{name}-function", f"ada/{name}-command")
+        world.push(names[0], fields={}, results=[str(results)], weights=bool(more))
+        done = world.writer.call(command, "publish", BASE, names[1], "--results", str(results), *more)
         assert done["code"] == 0, done
-        function, by_command = (world.files(name[:-1]) for name in names)
-        card = function["README.md"].decode().replace("function-", "command-")
+        function, by_command = map(world.files, names)
+        card = function["README.md"].decode().replace(f"{name}-function", f"{name}-command")
         assert by_command == function | {"README.md": card.encode()}
         assert {"perplexity/summary.json", "perplexity/perplexity.png"} <= set(function)
         assert len(json.loads(function[POLICY])["quality"]) == 3

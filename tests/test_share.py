@@ -187,7 +187,7 @@ def test_quality_goes_with_the_policy_until_its_configuration_changes(base: Path
     row = QualityRow(method="grouped", length=64, value=1.5, low=1.4, high=1.6, model="m", documents=("a.txt",))
     write(Policy(small.CONFIG, quality=(row,)), tmp_path / "one" / NAME)
     model = hf_sparse.patch(_load(base), tmp_path / "one")
-    for fields, kept, said in ({}, (row,), "1.5000"), ({"alpha": 3.0}, (), "Nothing was measured"):  # type: ignore[var-annotated]
+    for fields, kept, said in ({}, (row,), "1.5000"), ({"alpha": 3.0}, (), "Nothing was measured"):
         hf_sparse.patch(model, tmp_path / "one", **fields)
         hf_sparse.save_pretrained(model, tmp_path / "two")
         assert read(tmp_path / "two" / NAME).quality == kept
