@@ -1,4 +1,4 @@
-"""Where the evaluated model comes from: a Hub id, a folder or a GGUF file."""
+"""`ModelSource`: a model that a command names by a Hub id, a folder, a GGUF file or a policy."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from hf_sparse.support import SupportReport, inspect
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _WHAT = "a Hub id, a folder that holds a config.json or a .gguf file"
+_ADVICE = "pass a folder or a .gguf file, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
 _WEIGHTS = (".safetensors", ".bin")
 # What is read of each end of a weight file to tell two models in folders of the same name apart.
 _SAMPLE_BYTES = 1 << 20
@@ -137,7 +138,7 @@ class ModelSource:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The model's configuration."""
-        with _user_errors(self):
+        with self._user_errors():
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.location, **self._arguments())
         return config
 
@@ -167,24 +168,40 @@ class ModelSource:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        with _user_errors(self):
+        with self._user_errors():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.location, **self._arguments())
         return tokenizer
 
     def model(self, *, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
-        """The model in evaluation mode; see `load_model` for the arguments."""
+        """The model in evaluation mode.
+
+        Args:
+            dtype: One of `DTYPES`; `"auto"` is the dtype the weights are stored in, float32 for a GGUF file, whose
+                weights are dequantised.
+            device_map: A device such as `"cpu"` or `"cuda:0"`, `"auto"` to spread the model, or `None`.
+
+        Raises:
+            UserError: if the model cannot be found, reached or read, or is not taken with these.
+        """
         check_loading(dtype, device_map)
         arguments = self._arguments()
         if self.gguf_file is not None:
             arguments["quantization_config"] = GgufConfig(dequantize=True)
-        with _user_errors(self):
+        kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+        with self._user_errors():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                self.location,
-                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-                device_map=device_map,
-                **arguments,
+                self.location, dtype=kind, device_map=device_map, **arguments
             )
         return model
+
+    @contextmanager
+    def _user_errors(self) -> Iterator[None]:
+        """What transformers raises on a model that is absent, out of reach or damaged, as one line."""
+        try:
+            yield
+        except UNREADABLE as error:
+            advice = "" if self._is_here else f"; {_ADVICE}"
+            raise UserError(f"cannot read the model {self.name}: {first_line(error)}{advice}") from error
 
     def _arguments(self) -> dict[str, Any]:
         given = {"revision": self.origin.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
@@ -206,26 +223,8 @@ class ModelSource:
         return digest.hexdigest()[:16]
 
 
-def load_model(
-    name: str, *, dtype: str = "auto", device_map: str | None = None, revision: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelInfo]:
-    """Load a causal language model, its tokenizer and what identifies it.
-
-    Args:
-        name: Hub id, folder, or `.gguf` file (its weights are dequantised).
-        dtype: One of `DTYPES`; `"auto"` is the type the weights are stored in, float32 for a GGUF file.
-        device_map: A device such as `"cpu"` or `"cuda:0"`, `"auto"` to spread the model, or `None`.
-        revision: Commit, branch or tag on the Hub.
-
-    Raises:
-        UserError: if the model cannot be found, reached or read.
-    """
-    source = ModelSource.find(name, revision)
-    return source.model(dtype=dtype, device_map=device_map), source.tokenizer(), source.info()
-
-
 def check_loading(dtype: str, device_map: str | None) -> None:
-    """Refuse a type of numbers or a device that no model can be loaded with; see `load_model`.
+    """Refuse a dtype or a device that `ModelSource.model` does not take.
 
     Raises:
         UserError: naming it, and what there is.
@@ -236,11 +235,7 @@ def check_loading(dtype: str, device_map: str | None) -> None:
 
 
 def check_device(device_map: str | None) -> None:
-    """Refuse a `device_map` that `load_model` does not take.
-
-    Raises:
-        UserError: naming the devices that there are.
-    """
+    """Refuse a device that is not here: see `check_loading`."""
     if device_map not in (None, "auto"):
         find_device(device_map)
 
@@ -256,17 +251,3 @@ def check_config(model: PreTrainedModel, config: SparseAttentionConfig) -> None:
             pass
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-@contextmanager
-def _user_errors(source: ModelSource) -> Iterator[None]:
-    """What transformers raises on a model that is absent, out of reach or damaged, as one line."""
-    advice = (
-        ""
-        if source._is_here
-        else "; pass a folder or a .gguf file, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
-    )
-    try:
-        yield
-    except UNREADABLE as error:
-        raise UserError(f"cannot read the model {source.name}: {first_line(error)}{advice}") from error
