@@ -106,10 +106,12 @@ def run_publish(
     bundle = _bundle(model, options, weights=weights)
     check_publishable(bundle.policy)
     remote = _look(target, dry_run=dry_run)
-    mine = card_in(Path(model)) if _is_policy_folder(model) else None
+    card = remote.card
+    if card is None and _is_policy_folder(model):
+        card = card_in(Path(model))
     with TemporaryDirectory() as made:
         folder = Path(made)
-        bundle.write(folder, remote.repo_id, remote.card if remote.card is not None else mine)
+        bundle.write(folder, remote.repo_id, card)
         files = [{"path": name, "bytes": path.stat().st_size} for name, path in remote.additions(folder)]
         if dry_run:
             _show(remote, files, (folder / CARD).read_text(encoding="utf-8"), as_json=as_json)
@@ -200,8 +202,5 @@ def _checked(source: ModelSource, path: Path | None) -> tuple[Policy, Origin]:
         raise UserError(str(source.support))
     policy = (source.policy or Policy()) if path is None else policy_files.load(path)
     if policy.config.calibration is not None:
-        try:
-            check_calibration(policy.config.calibration, source.support, source.config)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_calibration(policy.config.calibration, source.support, source.config)
     return policy, replace(source.origin, revision=source.commit or source.origin.revision)

@@ -6,6 +6,7 @@ import warnings
 
 from transformers import PreTrainedConfig
 
+from hf_sparse.errors import UserError
 from hf_sparse.policy.origin import Origin
 from hf_sparse.policy.policy import Policy
 from hf_sparse.record import CalibrationRecord
@@ -21,7 +22,7 @@ def check_calibration(record: CalibrationRecord, support: SupportReport, config:
         config: The model's configuration.
 
     Raises:
-        ValueError: naming what differs.
+        UserError: (a `ValueError`) naming what differs.
     """
     kinds = {config.model_type, config.get_text_config().model_type}
     if record.model_type and record.model_type not in kinds:
@@ -62,4 +63,4 @@ def warn_of_another_base(policy: Policy, origin: Origin) -> bool:
 
 
 def _refuse(expected: str, found: str) -> None:
-    raise ValueError(f"the laws were calibrated for {expected}; this model has {found}")
+    raise UserError(f"the laws were calibrated for {expected}; this model has {found}")
