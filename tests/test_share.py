@@ -159,28 +159,22 @@ def test_results_of_the_default_configuration_are_found(base: Path, tmp_path: Pa
     assert not (tmp_path / "other").exists()
 
 
-def test_a_policy_made_by_hand_beside_weights(tmp_path: Path) -> None:
-    """The folder's own weights are what is meant."""
-    tiny.model("llama", seed=3).save_pretrained(tmp_path)
-    write(Policy(small.CONFIG), tmp_path / NAME)
-    loaded = hf_sparse.from_pretrained(tmp_path)
-    assert torch.equal(_logits(loaded), _logits(hf_sparse.patch(tiny.model("llama", seed=3), small.CONFIG)))
-
-
-def test_arguments_reach_the_base_model(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_which_base_is_loaded_and_how(model: PreTrainedModel, tmp_path: Path) -> None:
     hf_sparse.save_pretrained(model, tmp_path)
     given: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": "cpu", "quantization_config": None}
     loaded = hf_sparse.from_pretrained(tmp_path, use_cache=False, **given)
     assert loaded.dtype == torch.bfloat16
     assert not loaded.config.use_cache
-
-
-def test_another_base_may_be_named(model: PreTrainedModel, tmp_path: Path) -> None:
     hf_sparse.save_pretrained(model, tmp_path, base_model="someone/model", base_revision="a" * 40)
     assert read(tmp_path / NAME).base == Origin("someone/model", "a" * 40)
-    tiny.model("llama", seed=5).save_pretrained(tmp_path / "other")
-    loaded = hf_sparse.from_pretrained(tmp_path, base_model=tmp_path / "other")
-    assert torch.equal(_logits(loaded), _logits(hf_sparse.patch(tiny.model("llama", seed=5), small.CONFIG)))
+    other = tiny.model("llama", seed=5)
+    other.save_pretrained(tmp_path / "other")
+    named = hf_sparse.from_pretrained(tmp_path, base_model=tmp_path / "other")
+    write(Policy(small.CONFIG), tmp_path / "other" / NAME)  # by hand, beside weights: those are meant
+    beside = hf_sparse.from_pretrained(tmp_path / "other")
+    expected = _logits(hf_sparse.patch(other, small.CONFIG))
+    assert torch.equal(_logits(named), expected)
+    assert torch.equal(_logits(beside), expected)
 
 
 def test_quality_goes_with_the_policy_until_its_configuration_changes(base: Path, tmp_path: Path) -> None:
@@ -249,9 +243,7 @@ def test_another_revision_warns(origin: Origin, message: str | None) -> None:
             certain = warn_of_another_base(policy, origin)
         assert certain == (message is not None and origin.guess is None)
         assert len(caught) == (message is not None)
-    if message is not None:
-        with pytest.warns(UserWarning, match=message):
-            warn_of_another_base(policy, origin)
+        assert message is None or re.search(message, str(caught[0].message))
 
 
 def test_what_was_measured_of_another_model_does_not_go_with_this_one(base: Path, tmp_path: Path) -> None:
