@@ -16,7 +16,7 @@ from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy
 from hf_sparse.policy.files import NAME, read
-from hf_sparse.policy.quality import QualityRow
+from hf_sparse.policy.quality import QualityRecord
 from hf_sparse.share.card import TAGS, license_in, parse_card
 from hf_sparse.share.card import make_card as edit_card
 from hf_sparse.share.card_tables import losses
@@ -32,17 +32,17 @@ def make_card(policy: Policy, name: str, existing: str | None = None, **options:
     return edit_card(parse_card(existing, name), policy, name, **options)
 
 
-def row(length: int, value: float, low: float, high: float, **fields: Any) -> QualityRow:
+def row(length: int, value: float, low: float, high: float, **fields: Any) -> QualityRecord:
     fields = {"method": "grouped", "density": 0.25, "documents": ("a.txt", "b.txt"), "model": "m.gguf"} | fields
-    return QualityRow(length=length, value=value, low=low, high=high, dtype="float32", device="cpu", **fields)
+    return QualityRecord(length=length, value=value, low=low, high=high, dtype="float32", device="cpu", **fields)
 
 
 MEASURED = Policy(
     base_model="someone/model",
     revision="a" * 40,
     quality=(
-        QualityRow(metric="perplexity", method="dense", length=512, value=20.0),
-        QualityRow(metric="perplexity", method="grouped", length=512, value=20.246),
+        QualityRecord(metric="perplexity", method="dense", length=512, value=20.0),
+        QualityRecord(metric="perplexity", method="grouped", length=512, value=20.246),
         row(512, 1.0123, 1.001, 1.02),
         row(4096, 0.9987, 0.99, 1.01),
     ),
@@ -139,8 +139,8 @@ def test_what_was_measured_and_where_it_loses() -> None:
 
 def test_decoding_has_a_table_and_losses_of_its_own() -> None:
     decoded = (
-        QualityRow(metric="decoded_perplexity", method="dense", length=512, value=20.0),
-        QualityRow(metric="decoded_perplexity", method="grouped", length=512, value=20.1),
+        QualityRecord(metric="decoded_perplexity", method="dense", length=512, value=20.0),
+        QualityRecord(metric="decoded_perplexity", method="grouped", length=512, value=20.1),
         row(512, 1.005, 1.002, 1.01, metric="decoded_perplexity_ratio"),
     )
     text = make_card(replace(MEASURED, quality=MEASURED.quality + decoded), "name")
@@ -155,8 +155,8 @@ def test_a_slower_length_and_a_better_fixed_budget_are_named() -> None:
         row(512, 1.2, 1.1, 1.3, metric="ratio_to_fixed"),
         row(2048, 0.7, 0.6, 0.8, metric="generate-token-speedup"),
         row(4096, 1.4, 1.3, 1.5, metric="generate-token-speedup"),
-        QualityRow(metric="generate-token", method="dense", length=2048, value=0.5),
-        QualityRow(metric="generate-token", method="grouped", length=2048, value=0.7),
+        QualityRecord(metric="generate-token", method="dense", length=2048, value=0.5),
+        QualityRecord(metric="generate-token", method="grouped", length=2048, value=0.7),
     )
     said = "\n".join(losses(rows))
     assert "A fixed number of keys at equal cost is better, beyond what resampling explains, at 512 tokens." in said
@@ -286,7 +286,7 @@ BENCH = {
 
 def test_times_of_a_benchmark(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(BENCH))
-    rows = Results.read(tmp_path).rows(SparseAttentionConfig())
+    rows = Results.read(tmp_path).records(SparseAttentionConfig())
     assert [(row.metric, row.method, row.value) for row in rows] == [
         ("generate-token", "dense", 3.0),
         ("generate-token-speedup", "grouped", 1.5),
@@ -308,4 +308,4 @@ def test_results_of_another_configuration_are_refused() -> None:
 def test_a_damaged_summary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"slopes": [], "configs": {"grouped": {}}}')
     with pytest.raises(UserError, match="was not written by this release: it lacks 'about'"):
-        Results.read(tmp_path).rows(SparseAttentionConfig())
+        Results.read(tmp_path).records(SparseAttentionConfig())

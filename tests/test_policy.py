@@ -18,7 +18,7 @@ from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Origin, Policy, is_hub_id
 from hf_sparse.policy.files import MAX_BYTES, NAME, load, read, text_of, write
-from hf_sparse.policy.quality import QualityRow
+from hf_sparse.policy.quality import QualityRecord
 
 POLICY = Policy(
     SparseAttentionConfig(
@@ -29,8 +29,8 @@ POLICY = Policy(
     revision="0123456789abcdef0123456789abcdef01234567",
     versions={"hf_sparse": "0.1.0"},
     quality=(
-        QualityRow(metric="perplexity", method="dense", length=512, value=17.5, tokens=2048, documents=("a.txt",)),
-        QualityRow(method="grouped", length=512, value=1.01, low=1.0, high=1.02, density=0.5, model="m.gguf"),
+        QualityRecord(metric="perplexity", method="dense", length=512, value=17.5, tokens=2048, documents=("a.txt",)),
+        QualityRecord(method="grouped", length=512, value=1.01, low=1.0, high=1.02, density=0.5, model="m.gguf"),
     ),
 )
 
@@ -110,9 +110,9 @@ REFUSED: list[tuple[Any, str]] = [
     ({"revision": "../main"}, "revision must be a name, not a path"),
     ({"weights": "yes"}, "weights must be true or false; got 'yes'"),
     ({"versions": ["torch"]}, "versions must be a mapping"),
-    ({"quality": {"value": 1}}, "quality must be a list of rows"),
-    ({"quality": "good"}, "quality must be a list of rows"),
-    ({"quality": [3]}, "quality[0]: quality row must be a mapping; got 3"),
+    ({"quality": {"value": 1}}, "quality must be a list of records"),
+    ({"quality": "good"}, "quality must be a list of records"),
+    ({"quality": [3]}, "quality[0]: quality record must be a mapping; got 3"),
     ({"quality": [{}, {"speed": 3}]}, "quality[1]: fields must be among metric, method"),
     ({"quality": [{"value": "1.0"}]}, "quality[0]: value must be a finite number; got '1.0'"),
     ({"quality": [{"metric": "My Metric"}]}, "quality[0]: metric must be a name"),

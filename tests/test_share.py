@@ -22,7 +22,7 @@ from hf_sparse.patching import policy_of
 from hf_sparse.policy import Origin, Policy
 from hf_sparse.policy.files import NAME, read, write
 from hf_sparse.policy.origin import origin_of
-from hf_sparse.policy.quality import QualityRow
+from hf_sparse.policy.quality import QualityRecord
 from hf_sparse.policy.suitability import warn_of_another_base
 from tests import small, tiny
 
@@ -178,7 +178,7 @@ def test_which_base_is_loaded_and_how(model: PreTrainedModel, tmp_path: Path) ->
 
 
 def test_quality_goes_with_the_policy_until_its_configuration_changes(base: Path, tmp_path: Path) -> None:
-    row = QualityRow(method="grouped", length=64, value=1.5, low=1.4, high=1.6, model="m", documents=("a.txt",))
+    row = QualityRecord(method="grouped", length=64, value=1.5, low=1.4, high=1.6, model="m", documents=("a.txt",))
     write(Policy(small.CONFIG, quality=(row,)), tmp_path / "one" / NAME)
     model = hf_sparse.patch(_load(base), tmp_path / "one")
     for fields, kept, said in ({}, (row,), "1.5000"), ({"alpha": 3.0}, (), "Nothing was measured"):
@@ -247,7 +247,7 @@ def test_another_revision_warns(origin: Origin, message: str | None) -> None:
 
 
 def test_what_was_measured_of_another_model_does_not_go_with_this_one(base: Path, tmp_path: Path) -> None:
-    write(Policy(small.CONFIG, base_model="a/model", quality=(QualityRow(length=64, value=1.5),)), tmp_path / NAME)
+    write(Policy(small.CONFIG, base_model="a/model", quality=(QualityRecord(length=64, value=1.5),)), tmp_path / NAME)
     model: Any = _load(base)
     model.config._name_or_path = "a/other"
     with pytest.warns(UserWarning, match="made for a/model; this model is a/other"):

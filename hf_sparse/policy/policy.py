@@ -11,7 +11,7 @@ from hf_sparse.checks import check_mapping, check_name, check_text, check_versio
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy.origin import Origin, is_hub_id
-from hf_sparse.policy.quality import QualityRow
+from hf_sparse.policy.quality import QualityRecord
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Policy:
     revision: str | None = None
     weights: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
-    quality: tuple[QualityRow, ...] = ()
+    quality: tuple[QualityRecord, ...] = ()
     origin: Origin = field(default=Origin(), compare=False)
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Policy:
         if not isinstance(self.weights, bool):
             raise ValueError(f"weights must be true or false; got {shown(self.weights)}")
         object.__setattr__(self, "versions", check_versions("versions", self.versions))
-        object.__setattr__(self, "quality", _rows(self.quality))
+        object.__setattr__(self, "quality", _records(self.quality))
 
     @property
     def base(self) -> Origin:
@@ -89,7 +89,7 @@ class Policy:
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that `json.dumps` takes and `from_dict` gives back."""
         own = {name: getattr(self, name) for name in ("base_model", "revision", "weights")}
-        quality = [row.to_dict() for row in self.quality]
+        quality = [record.to_dict() for record in self.quality]
         return {**self.config.to_dict(), **own, "versions": dict(self.versions), "quality": quality}
 
     @classmethod
@@ -108,14 +108,14 @@ class Policy:
 _OWN = frozenset(f.name for f in fields(Policy)) - {"config", "origin"}
 
 
-def _rows(rows: Any) -> tuple[QualityRow, ...]:
-    """`rows` as quality rows: each may be one already, or what JSON holds of it."""
-    if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
-        raise ValueError(f"quality must be a list of rows; got {shown(rows)}")
+def _records(records: Any) -> tuple[QualityRecord, ...]:
+    """`records` as quality records: each may be one already, or what JSON holds of it."""
+    if isinstance(records, str | Mapping) or not isinstance(records, Sequence):
+        raise ValueError(f"quality must be a list of records; got {shown(records)}")
     out = []
-    for i, row in enumerate(rows):
+    for i, record in enumerate(records):
         try:
-            out.append(row if isinstance(row, QualityRow) else QualityRow.from_dict(row))
+            out.append(record if isinstance(record, QualityRecord) else QualityRecord.from_dict(record))
         except ValueError as error:
             raise ValueError(f"quality[{i}]: {error}") from None
     return tuple(out)

@@ -1,4 +1,4 @@
-"""`QualityRow`: one measured figure, as a policy carries it."""
+"""`QualityRecord`: one measured figure, as a policy carries it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from hf_sparse.checks import check_integer, check_mapping, check_name, check_names, check_number, check_text, shown
 
 DENSE = "dense"
-"""The method of a row that was measured with dense attention."""
+"""The method of a record that was measured with dense attention."""
 
 _METRIC = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
-class QualityRow:
+class QualityRecord:
     """One figure that was measured with the policy's configuration, or with the dense model beside it.
 
     `None` and an empty text mean: not said.
@@ -82,13 +82,13 @@ class QualityRow:
         return {name: value for name, value in out.items() if value not in (None, "", [])}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> QualityRow:
+    def from_dict(cls, data: Mapping[str, Any]) -> QualityRecord:
         """The inverse of `to_dict`.
 
         Raises:
             ValueError: for a field that does not exist, or a wrong value.
         """
-        check_mapping("quality row", data)
+        check_mapping("quality record", data)
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(data) - set(known))
         if unknown:

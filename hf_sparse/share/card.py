@@ -47,7 +47,7 @@ def make_card(
 
     Args:
         card: From `parse_card`; changed in place.
-        policy: What it is about; all figures are from its quality rows.
+        policy: What it is about; all figures are from its quality records.
         name: What `from_pretrained` is to be given: the repository, or the name of the folder.
         plots: Paths of images beside the card.
         license: Licence of the base model; an existing card's own goes before it.
@@ -100,15 +100,16 @@ def _eval_results(policy: Policy) -> list[EvalResult]:
         EvalResult(
             task_type=_TASK,
             dataset_type="text",
-            dataset_name=", ".join(row.documents) or "text",
-            metric_type=row.metric,
-            metric_name=f"{_METRICS[row.metric]} at {row.length:,} tokens{', dense' if row.method == DENSE else ''}",
-            metric_value=round(row.value, 6),
-            metric_args={"context_length": row.length}
-            | {name: value for name in _ARGUMENTS if (value := getattr(row, name)) is not None},
+            dataset_name=", ".join(record.documents) or "text",
+            metric_type=record.metric,
+            metric_name=f"{_METRICS[record.metric]} at {record.length:,} tokens"
+            + (", dense" if record.method == DENSE else ""),
+            metric_value=round(record.value, 6),
+            metric_args={"context_length": record.length}
+            | {name: value for name in _ARGUMENTS if (value := getattr(record, name)) is not None},
         )
-        for row in policy.quality
-        if row.metric in _METRICS
+        for record in policy.quality
+        if record.metric in _METRICS
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from hf_sparse.policy.quality import DENSE, QualityRow
+from hf_sparse.policy.quality import DENSE, QualityRecord
 
 _PERPLEXITIES = {
     "perplexity": "**Perplexity** of the same tokens, dense and sparse, after contexts of each length; the ratio is "
@@ -25,62 +25,62 @@ _TIMES = {
 }
 
 
-def measured(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
+def measured(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
     """Headings, tables and images.
 
     Args:
-        rows: Of one policy.
+        records: Of one policy.
         plots: Paths of images beside the card.
     """
     yield "### Measured"
-    if not rows:
+    if not records:
         yield "Nothing was measured with this configuration yet."
         return
     where: dict[tuple[str, str, str, tuple[str, ...]], dict[str, None]] = {}
-    for row in rows:
-        if row.documents:
-            what = "attention error" if row.metric in _ERRORS else "perplexity"
-            where.setdefault((row.model, row.dtype, row.device, row.documents), {})[what] = None
+    for record in records:
+        if record.documents:
+            what = "attention error" if record.metric in _ERRORS else "perplexity"
+            where.setdefault((record.model, record.dtype, record.device, record.documents), {})[what] = None
     for (model, dtype, device, documents), measures in where.items():
         stored = ", dequantised" if model.endswith(".gguf") else ""
         what = names(list(measures)).capitalize()
         yield f"{what}: weights `{model}`{stored}, {dtype} on {device}; texts: {names(documents)}."
-    yield from _perplexity(rows, plots)
-    yield from _attention_error(rows, plots)
-    yield from _speed(rows, plots)
+    yield from _perplexity(records, plots)
+    yield from _attention_error(records, plots)
+    yield from _speed(records, plots)
     yield "### Where it loses"
-    yield "\n".join(f"- {line}" for line in losses(rows))
+    yield "\n".join(f"- {line}" for line in losses(records))
 
 
-def _perplexity(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
-    values = {(row.metric, row.method == DENSE, row.length): row.value for row in rows}
+def _perplexity(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
+    values = {(record.metric, record.method == DENSE, record.length): record.value for record in records}
     header = ["context length", "dense", "sparse", "ratio", "95 % interval", "density"]
     for metric, text in _PERPLEXITIES.items():
         body = [
             [
-                f"{row.length:,}",
-                *(_cell(values.get((metric, dense, row.length)), ".2f") for dense in (True, False)),
-                f"{row.value:.4f}",
-                _interval(row, ".4f"),
-                _cell(row.density, ".3f"),
+                f"{record.length:,}",
+                *(_cell(values.get((metric, dense, record.length)), ".2f") for dense in (True, False)),
+                f"{record.value:.4f}",
+                _interval(record, ".4f"),
+                _cell(record.density, ".3f"),
             ]
-            for row in _ratios(rows, metric)
+            for record in _ratios(records, metric)
         ]
         if body:
             yield text
             yield _table(header, body)
-    if any(_ratios(rows, metric) for metric in _PERPLEXITIES):
+    if any(_ratios(records, metric) for metric in _PERPLEXITIES):
         yield from _images(plots, "perplexity/", "Perplexity ratio, perplexity and density against context length")
 
 
-def _attention_error(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
-    cells = {(row.metric, row.statistic, row.length): row for row in rows}
+def _attention_error(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
+    cells = {(record.metric, record.statistic, record.length): record for record in records}
     columns = [(metric, statistic) for metric in _ERRORS for statistic in ("mean", "worst")]
     body = []
     for metric, statistic, length in cells:
         if (metric, statistic) == columns[0]:
             found = [cells.get((*column, length)) for column in columns]
-            errors = ("-" if row is None else f"{row.value:.4f}" for row in found)
+            errors = ("-" if record is None else f"{record.value:.4f}" for record in found)
             body.append([f"{length:,}", *errors, _cell(cells[metric, statistic, length].density, ".3f")])
     if not body:
         return
@@ -93,9 +93,9 @@ def _attention_error(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterat
     yield from _images(plots, "attention-error/", "Attention error against visible keys")
 
 
-def _speed(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
-    values = {(row.metric, row.method == DENSE, row.length): row.value for row in rows}
-    found = _speedups(rows)
+def _speed(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
+    values = {(record.metric, record.method == DENSE, record.length): record.value for record in records}
+    found = _speedups(records)
     for metric, own in found.items():
         first = own[0]
         yield (
@@ -104,69 +104,69 @@ def _speed(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
         )
         body = [
             [
-                f"{row.length:,}",
-                *(_cell(values.get((metric, dense, row.length)), ".3g") for dense in (True, False)),
-                f"{row.value:.2f}",
-                _interval(row, ".2f"),
+                f"{record.length:,}",
+                *(_cell(values.get((metric, dense, record.length)), ".3g") for dense in (True, False)),
+                f"{record.value:.2f}",
+                _interval(record, ".2f"),
             ]
-            for row in own
+            for record in own
         ]
         yield _table(["length", "dense", "sparse", "ratio", "95 % interval"], body)
     if found:
         yield from _images(plots, "bench/", "Time against length")
 
 
-def losses(rows: Sequence[QualityRow]) -> Iterator[str]:
+def losses(records: Sequence[QualityRecord]) -> Iterator[str]:
     """Where dense attention, or a fixed budget, was measured to be better, and what was not measured: one line each."""
     for metric in _PERPLEXITIES:
-        yield from _perplexity_losses(metric, _ratios(rows, metric))
-    fixed = [row for row in rows if row.metric == "ratio_to_fixed"]
+        yield from _perplexity_losses(metric, _ratios(records, metric))
+    fixed = [record for record in records if record.metric == "ratio_to_fixed"]
     if fixed:
         what = "A fixed number of keys at equal cost is better, beyond what resampling explains,"
         yield _lengths(what, fixed, _surely_above_one)
-    if not any(row.metric == _ERRORS[0] for row in rows):
+    if not any(record.metric == _ERRORS[0] for record in records):
         yield "Attention error was not measured."
-    found = _speedups(rows)
+    found = _speedups(records)
     for metric, own in found.items():
-        yield _lengths(f"Slower than dense ({_TIMES.get(metric, metric)})", own, lambda row: row.value < 1)
+        yield _lengths(f"Slower than dense ({_TIMES.get(metric, metric)})", own, lambda record: record.value < 1)
     if not found:
         yield "Speed was not measured."
 
 
-def _perplexity_losses(metric: str, ratios: Sequence[QualityRow]) -> Iterator[str]:
+def _perplexity_losses(metric: str, ratios: Sequence[QualityRecord]) -> Iterator[str]:
     decoding = " in decoding" if metric != "perplexity" else ""
     if not ratios:
         yield f"Perplexity{decoding} was not measured."
         return
-    worst = max(ratios, key=lambda row: row.value)
+    worst = max(ratios, key=lambda record: record.value)
     yield (
         f"Perplexity{decoding} against dense is worst at {worst.length:,} tokens, with a ratio of {worst.value:.4f} "
         f"({_interval(worst, '.4f')})."
     )
     yield _lengths(f"Dense is better{decoding}, beyond what resampling explains,", ratios, _surely_above_one)
-    longest = max(row.length for row in ratios)
+    longest = max(record.length for record in ratios)
     yield f"Perplexity{decoding} was measured up to {longest:,} tokens, and not beyond."
 
 
-def _ratios(rows: Sequence[QualityRow], metric: str) -> list[QualityRow]:
-    return [row for row in rows if row.metric == f"{metric}_ratio"]
+def _ratios(records: Sequence[QualityRecord], metric: str) -> list[QualityRecord]:
+    return [record for record in records if record.metric == f"{metric}_ratio"]
 
 
-def _speedups(rows: Sequence[QualityRow]) -> dict[str, list[QualityRow]]:
+def _speedups(records: Sequence[QualityRecord]) -> dict[str, list[QualityRecord]]:
     """Kind of time -> its ratios to dense."""
-    out: dict[str, list[QualityRow]] = {}
-    for row in rows:
-        if row.metric.endswith(_SPEEDUP):
-            out.setdefault(row.metric.removesuffix(_SPEEDUP), []).append(row)
+    out: dict[str, list[QualityRecord]] = {}
+    for record in records:
+        if record.metric.endswith(_SPEEDUP):
+            out.setdefault(record.metric.removesuffix(_SPEEDUP), []).append(record)
     return out
 
 
-def _surely_above_one(row: QualityRow) -> bool:
-    return (row.low or 0) > 1
+def _surely_above_one(record: QualityRecord) -> bool:
+    return (record.low or 0) > 1
 
 
-def _lengths(what: str, rows: Sequence[QualityRow], holds: Callable[[QualityRow], bool]) -> str:
-    lengths = [f"{row.length:,}" for row in rows if holds(row)]
+def _lengths(what: str, records: Sequence[QualityRecord], holds: Callable[[QualityRecord], bool]) -> str:
+    lengths = [f"{record.length:,}" for record in records if holds(record)]
     return f"{what} at {names(lengths)} tokens." if lengths else f"{what} at no length that was measured."
 
 
@@ -174,16 +174,16 @@ def _images(plots: Sequence[str], folder: str, text: str) -> Iterator[str]:
     return (f"![{text}]({path})" for path in plots if path.startswith(folder))
 
 
-def _interval(row: QualityRow, form: str) -> str:
-    return "-" if row.low is None or row.high is None else f"{row.low:{form}} to {row.high:{form}}"
+def _interval(record: QualityRecord, form: str) -> str:
+    return "-" if record.low is None or record.high is None else f"{record.low:{form}} to {record.high:{form}}"
 
 
 def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---:"] * len(header), *rows])
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---:"] * len(header), *lines])
 
 
 def names(names: Sequence[str]) -> str:
