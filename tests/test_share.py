@@ -24,9 +24,11 @@ from hf_sparse.policy.files import NAME, read, write
 from hf_sparse.policy.origin import origin_of
 from hf_sparse.policy.quality import QualityRecord
 from hf_sparse.policy.suitability import warn_of_another_base
+from hf_sparse.selectors import parse_selector
 from tests import small, tiny
 
 IDS = tiny.tokens(1, 80)
+KEY_NORM = parse_selector(f"{Path(__file__).parents[1]}/scripts/selectors/key_norm.py:KeyNorm")
 FITS = CalibrationRecord(model_type="llama", layers=2, heads={0: 4, 1: 4})
 
 
@@ -305,15 +307,6 @@ def test_what_cannot_be_published_is_one_error(model: PreTrainedModel) -> None:
         hf_sparse.push_to_hub(model, "someone/x", token="hf_x", base_model="someone/base")
 
 
-class KeyNorm(hf_sparse.ScoreSelector):
-    """Keep the keys of smallest norm."""
-
-    name = "key-norm"
-
-    def score(self, query: Tensor, key: Tensor, call: Any) -> Tensor:
-        return -key.norm(dim=-1).repeat_interleave(call.group_size, dim=1).unsqueeze(2)
-
-
 class Mine(Reference):
     """An engine of a user's own."""
 
@@ -327,7 +320,7 @@ def root(n: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"selector": KeyNorm()}, "selector 'key-norm' is {}: publish one of grouped, topk, window"),
+        ({"selector": KEY_NORM}, "selector 'key-norm' is {}: publish one of grouped, topk, window"),
         ({"engine": Mine()}, "engine 'mine' is {}: publish one of auto, reference, gather, cpu, triton"),
         ({"law": root}, "law 'root' is {}: publish one of power, fixed, fraction, log"),
     ],
@@ -361,7 +354,7 @@ def test_results_of_selectors_of_ones_own_are_passed_over(base: Path, tmp_path: 
     summary = {
         "command": "attention-error",
         "configs": {
-            "key-norm": replace(small.CONFIG, selector=KeyNorm()).to_dict(),
+            "key-norm": replace(small.CONFIG, selector=KEY_NORM).to_dict(),
             "root": replace(small.CONFIG, law=root).to_dict(),
             "grouped": replace(small.CONFIG, engine=Mine()).to_dict(),
         },
@@ -376,7 +369,7 @@ def test_results_of_selectors_of_ones_own_are_passed_over(base: Path, tmp_path: 
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     model = hf_sparse.patch(_load(base), small.CONFIG)
     hf_sparse.save_pretrained(model, tmp_path / "saved", results=[tmp_path])
-    assert [row.value for row in read(tmp_path / "saved" / NAME).quality] == [0.1, 0.1]
+    assert [record.value for record in read(tmp_path / "saved" / NAME).quality] == [0.1, 0.1]
 
 
 def test_patched_takes_a_policy_and_restores_what_was(base: Path, tmp_path: Path) -> None:
