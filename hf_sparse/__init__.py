@@ -3,11 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse.cache import SparseCache
+from hf_sparse.call import AlwaysKept, AttentionCall, Selection
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.diagnostics import audit, observed
+from hf_sparse.engines import Engine
 from hf_sparse.monitor import SparsityReport
-from hf_sparse.observe import audit, observed
 from hf_sparse.patching import is_patched, patch, patched, report, unpatch
 from hf_sparse.record import CalibrationRecord
+from hf_sparse.selectors import ScoreSelector, Selector
 from hf_sparse.share import from_pretrained, push_to_hub, save_pretrained
 from hf_sparse.support import SupportReport, inspect
 
@@ -17,7 +20,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlwaysKept",
+    "AttentionCall",
     "CalibrationRecord",
+    "Engine",
+    "ScoreSelector",
+    "Selection",
+    "Selector",
     "SparseAttentionConfig",
     "SparseCache",
     "SparsityReport",

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
-from hf_sparse import engines, selectors
+from hf_sparse import engines
+from hf_sparse.cache import SparseLayer, layer_that_holds
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import dense
-from hf_sparse.engines.reference import masked_weights, weighted_values
-from hf_sparse.kernels.quantised import quantised_of
-from hf_sparse.laws import Budget
+from hf_sparse.engines.common import masked_weights, weighted_values
+from hf_sparse.groups import align, leading_dense
+from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.monitor import LayerCounters
-from hf_sparse.rows import Plan
-from hf_sparse.selectors.grouped import ROWS, uncompiled
-from hf_sparse.selectors.spans import OVERSAMPLING
-from hf_sparse.visibility import as_bool, interval_mask, interval_to_mask, intervals_of, is_intervals
+from hf_sparse.plan import BudgetPlan, BudgetTable
+from hf_sparse.ranges import VisibleRanges, seen_through
+from hf_sparse.selectors import Selector, find_selector
+from hf_sparse.visibility import as_bool, interval_mask, interval_to_mask, is_packed
 
 NAME = "hf_sparse"
 """The name under which the attention and the mask function are registered with transformers."""
@@ -51,11 +52,20 @@ HARMLESS = frozenset(
 REFUSED = frozenset({"position_bias", "indices", "block_indices", "sinks", "alibi", "head_mask", "attention_bias"})
 """Arguments that change the result in ways this function does not know: refused, never ignored."""
 
-# Elements of scores that a block of rows may form: rows x heads x columns scored.
+# Elements of scores that a block of queries may form: queries x heads x keys scored.
 _BLOCK_ELEMENTS = 1 << 23
-_MOST_ROWS = 1024
+_LEAST_QUERIES, _MOST_QUERIES = 64, 1024
 
-Observer = Callable[[int, AttentionCall], None]
+_COPIED = "left out keys that padding hides inside a text, and keep a copy of all others"
+_ROUNDED_ANEW = "rounded all cached keys to 8 bits anew: what the model attends to is not what its cache holds"
+_UNCOMPILED = "looked for keys without compiled kernels, which is slower than dense attention"
+
+
+class Observer(Protocol):
+    """Sees every call of a layer before the layer does anything with it."""
+
+    def __call__(self, layer: int, call: AttentionCall, /) -> None:
+        """Look at a call of the layer of that index."""
 
 
 @dataclass
@@ -65,49 +75,70 @@ class LayerState:
     Attributes:
         layer: Index of the layer.
         config: The patch's configuration.
-        dense: Why the whole layer runs dense, or `None`.
+        dense_reason: Why the whole layer runs dense, or `None`.
         counters: What the layer did so far.
-        observer: Called with every call's inputs before anything else, or `None`.
-        fitted_to: Most visible keys that the laws were fitted on; the first row that sees more warns. `None` for no
+        observer: Called with every call before anything else, or `None`.
+        fitted_to: Most visible keys that the laws were fitted on; the first query that sees more warns. `None` for no
             limit.
+        budgets: Budgets by visible keys, which layers with the same law share.
+        cache: The cache of the last forward pass, if it had one.
     """
 
     layer: int
     config: SparseAttentionConfig
-    dense: str | None = None
+    dense_reason: str | None = None
     counters: LayerCounters = field(default_factory=LayerCounters)
     observer: Observer | None = None
     fitted_to: int | None = None
-    _table: Tensor | None = None
+    budgets: BudgetTable = None  # type: ignore[assignment]
+    cache: ref[Cache] | None = None
+
+    def __post_init__(self) -> None:
+        if self.budgets is None:
+            self.budgets = BudgetTable(self.config.budget(self.layer))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "cache": None}  # A copy of a model has no forward pass under way.
 
     @cached_property
-    def law(self) -> Budget:
-        """The budget of this layer: one object for all layers with the same one."""
-        return _same(self.config.budget(self.layer))
+    def selector(self) -> Selector:
+        """The rule that chooses keys."""
+        return find_selector(self.config.selector)
 
-    def table(self, longest: int) -> Tensor:
-        """Kept keys for any number of visible keys up to `longest`: int64 `(heads or 1, longest + 1 or more)`."""
-        if self._table is None or self._table.shape[-1] <= longest:
-            table = self.law.table(1 << longest.bit_length())
-            self._table = table.view(-1, table.shape[-1])
-        return self._table
+    @cached_property
+    def engine(self) -> engines.Engine | None:
+        """What attends to them; `None` for the fastest that can."""
+        return engines.find_engine(self.config.engine)
+
+    def plan(self, ranges: VisibleRanges) -> BudgetPlan | None:
+        """The budgets of a call; `None` for a layer that runs dense."""
+        return None if self.dense_reason is not None else self.budgets.plan(ranges)
+
+    def held(self, key: Tensor) -> SparseLayer | None:
+        """The layer of the forward pass's cache that holds `key`, if it is one of ours."""
+        cache = None if self.cache is None else self.cache()
+        return None if cache is None else layer_that_holds(cache, self.layer, key)
+
+    def quantised(self, key: Tensor) -> QuantisedKeys:
+        """`key` in 8 bits as the cache keeps it, or nothing yet."""
+        if held := self.held(key):
+            return held.quantised
+        cache = None if self.cache is None else self.cache()
+        if cache is not None and any(isinstance(own, SparseLayer) for own in cache.layers[self.layer :][:1]):
+            self.counters.slow[_ROUNDED_ANEW] += 1
+        return QuantisedKeys()
 
     def warn_beyond_fit(self, visible: int) -> None:
-        """Say, once, that a row sees more keys than the laws were fitted on."""
+        """Say, once, that a query sees more keys than the laws were fitted on."""
         if self.fitted_to is None or visible <= self.fitted_to:
             return
         warnings.warn(
-            f"a row sees {visible:,} keys, {visible / self.fitted_to:.3g} times the {self.fitted_to:,} that the laws "
+            f"a query sees {visible:,} keys, {visible / self.fitted_to:.3g} times the {self.fitted_to:,} that the laws "
             "were fitted on at most: beyond that, their quality was not measured",
             UserWarning,
             stacklevel=2,
         )
         self.fitted_to = None
-
-
-@lru_cache
-def _same(law: Budget) -> Budget:
-    return law
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -144,6 +175,35 @@ def sparse_attention_forward(
         RuntimeError: If the module was not patched, or no mask reached it.
         ValueError: For an argument in `REFUSED`.
     """
+    state, mask = _checked(module, attention_mask, kwargs)
+    seen = seen_through(mask, query.shape[0], query.shape[2], key.shape[2])
+    call = AttentionCall(
+        query,
+        key,
+        value,
+        query.new_empty(0, dtype=torch.int32) if seen is None else seen.visible.intervals,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap,
+        s_aux,
+        dropout if module.training else 0.0,
+        known_ranges=None if seen is None else seen.ranges,
+    )
+    want_weights = bool(kwargs.get("output_attentions"))
+    if seen is None:
+        out, weights = _attend_masked(state, call, mask[..., : key.shape[2]], want_weights=want_weights)
+    elif (shown := seen.visible.shown) is None:
+        out, weights = attend(state, call, want_weights=want_weights)
+    else:
+        state.counters.slow[_COPIED] += 1
+        out, weights = attend(state, _without_hidden(state, call, shown), want_weights=want_weights)
+        if weights is not None:
+            place = shown[:, None, None].expand_as(weights)
+            weights = weights.new_zeros(*weights.shape[:3], key.shape[2]).scatter_add(3, place, weights)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _checked(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[LayerState, Tensor]:
+    """What a patched module knows, and its mask; refused where attention would not be what the model asks for."""
     state: LayerState | None = getattr(module, STATE, None)
     if state is None:
         raise RuntimeError(
@@ -153,211 +213,127 @@ def sparse_attention_forward(
     for name in REFUSED & kwargs.keys():
         if kwargs[name] is not None:
             raise ValueError(f"{type(module).__name__} passes {name!r} to its attention, which hf_sparse cannot honour")
-    if attention_mask is None:
+    if mask is None:
         raise RuntimeError(
             f"no mask reached {type(module).__name__} (layer {state.layer}): without it, causality and padding would "
             "be lost. The model does not build its masks through transformers' mask interface, or the mask function "
             f"{NAME!r} is no longer registered"
         )
-    intervals = _intervals(attention_mask, query, key)
-    if intervals is None and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+    if not (is_packed(mask) or mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(
             f"attention_mask of 4 dimensions must be bool (True where visible) or floating point (added to scores); "
-            f"got {str(attention_mask.dtype).removeprefix('torch.')}"
+            f"got {str(mask.dtype).removeprefix('torch.')}"
         )
-    inputs = AttentionCall(
-        query,
-        key,
-        value,
-        query.new_empty(0, dtype=torch.int32) if intervals is None else intervals,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap,
-        s_aux,
-        dropout if module.training else 0.0,
-    )
-    want_weights = bool(kwargs.get("output_attentions"))
-    if intervals is None:
-        out, weights = _attend_masked(state, inputs, attention_mask[..., : key.shape[2]], want_weights=want_weights)
-    else:
-        if state.observer is not None:
-            state.observer(state.layer, inputs)
-        out, weights = attend(state, inputs, want_weights=want_weights)
-    return out.transpose(1, 2).contiguous(), weights
+    return state, mask
 
 
-def _intervals(mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
-    """Intervals of the rows, int32 `(batch, 1, q_len, 2)`, or `None` if the mask is not made of intervals."""
-    if is_intervals(mask):
-        return mask
-    intervals = intervals_of(mask[..., : key.shape[2]])
-    return None if intervals is None else intervals.to(torch.int32)[:, None].expand(query.shape[0], 1, -1, -1)
+def _without_hidden(state: LayerState, call: AttentionCall, shown: Tensor) -> AttentionCall:
+    """The same call with copies of the keys and values at `shown` alone, which the cache keeps where it can."""
+    held = None if torch.is_grad_enabled() else state.held(call.key)
+    if held is None:
+        return call.with_keys(shown)
+    key, value, quantised = held.without_hidden(shown)
+    return replace(call, key=key, value=value, quantised=quantised)
 
 
 def _attend_masked(
-    state: LayerState, inputs: AttentionCall, mask: Tensor, *, want_weights: bool
+    state: LayerState, call: AttentionCall, mask: Tensor, *, want_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Dense attention under a mask that intervals cannot express, counted as such."""
     visible = as_bool(mask)
-    heads, rows = inputs.query.shape[1:3]
-    seen = mask.new_full((inputs.query.shape[0], rows), inputs.key.shape[2], dtype=torch.int64)
+    heads, queries = call.query.shape[1:3]
+    seen = mask.new_full((call.query.shape[0], queries), call.key.shape[2], dtype=torch.int64)
     if visible is not None:
-        seen = visible[:, 0].sum(-1).expand_as(seen)
+        seen = visible[:, 0].view(torch.uint8).sum(-1, dtype=torch.int32).long().expand_as(seen)
     alive = int((seen > 0).sum())
     state.counters.count(alive, int(seen.sum()), heads, {"mask is not an interval": alive})
-    weights = masked_weights(inputs, visible) if want_weights and visible is not None else None
-    return dense.attend_masked(inputs, mask), weights
+    weights = masked_weights(call, visible) if want_weights and visible is not None else None
+    return dense.attend_masked(call, mask), weights
 
 
-def attend(state: LayerState, inputs: AttentionCall, *, want_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-    """One attention call of one layer, a block of rows at a time, counted.
+def attend(state: LayerState, call: AttentionCall, *, want_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    """One attention call of one layer, counted.
 
     Args:
         state: The layer's configuration and counters.
-        inputs: The whole call.
+        call: The whole call.
         want_weights: Whether to form and return the attention weights, at n x n cost.
 
     Returns:
         `(batch, heads, q_len, value_dim)`, and the weights `(batch, heads, q_len, kv_len)` or `None`.
     """
-    heads, rows = inputs.query.shape[1:3]
-    facts = inputs.facts
-    if facts.last_visible > inputs.key.shape[2]:
+    if state.observer is not None:
+        state.observer(state.layer, call)
+    ranges, heads = call.ranges, call.query.shape[1]
+    if ranges.last_visible > call.key.shape[2]:
         raise ValueError(
-            f"the mask lets rows see {facts.last_visible} keys, but layer {state.layer} has {inputs.key.shape[2]}: a "
+            f"the mask lets queries see {ranges.last_visible} keys, but layer {state.layer} has {call.key.shape[2]}: a "
             "cache whose layers differ in length is not supported"
         )
-    state.warn_beyond_fit(facts.most_visible)
-    plan = None if state.dense is not None else facts.plan(state.law, state.table)
-    if plan is None or plan.dense:
-        reasons = {state.dense: facts.rows} if state.dense is not None else plan.dense_rows if plan is not None else {}
-        state.counters.count(facts.rows, facts.total, heads, reasons)
-        if not want_weights:
-            return dense.attend(inputs), None
-        mask = interval_to_mask(inputs.intervals, inputs.key.shape[2])
-        weights = masked_weights(inputs, mask)
-        return weighted_values(inputs, weights), weights
+    state.warn_beyond_fit(ranges.most_visible)
+    plan = state.plan(ranges)
+    if plan is not None and not plan.dense:
+        return _attend_sparsely(state, call, plan, want_weights=want_weights)
+    reasons = {str(state.dense_reason): ranges.queries} if plan is None else plan.dense_queries
+    state.counters.count(ranges.queries, ranges.total, heads, reasons)
+    if not want_weights:
+        return dense.attend(call), None
+    weights = masked_weights(call, interval_to_mask(call.intervals, call.key.shape[2]))
+    return weighted_values(call, weights), weights
 
-    budgets, shift, parts, weight_parts, kept = plan.budgets, None, [], [], []
-    padded = inputs
-    if state.config.selector == "grouped":
-        if reason := uncompiled(inputs, state.config):
-            state.counters.uncompiled[reason] += 1
-        padded = replace(inputs, quantised=quantised_of(inputs.key))
-        if rows > 1 and not want_weights and (start := _dense_rows(inputs, plan)):
-            parts.append(dense.attend(inputs.rows(0, start).visible_part()))
-            kept.append(facts.visible[:, None, :start].expand(-1, heads, -1))
-            padded, budgets, rows = padded.rows(start, rows), budgets[..., start:], rows - start
-        if rows > 1:
-            padded, budgets, shift = _align(padded, budgets)
-        else:
-            # The last row, also where all rows before it were dense.
-            budgets = plan.host[..., -1:]
-    sparse_parts: list[Tensor] = []
-    step = _block_rows(padded, state.config.selector, plan.most)
-    for start in range(0, padded.query.shape[2], step):
-        block = padded if rows == 1 else padded.rows(start, min(padded.query.shape[2], start + step))
-        with _as_given(inputs):
-            selection = selectors.select(
-                state.config.selector, block, budgets[:, :, start : start + step], state.config
-            )
+
+def _attend_sparsely(
+    state: LayerState, call: AttentionCall, plan: BudgetPlan, *, want_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention a block of queries at a time: `selector` chooses keys, and `engine` attends to them."""
+    selector, ranges = state.selector, call.ranges
+    heads, queries = call.query.shape[1:3]
+    if reason := selector.uncompiled_reason(call):
+        state.counters.slow[f"{_UNCOMPILED} ({reason})"] += 1
+    outs, weights, kept, budgets = [], [], [], plan.budgets
+    sparse = replace(call, known_ranges=ranges)
+    if selector.ranks_quantised and call.quantised is None:
+        sparse = replace(sparse, quantised=state.quantised(call.key))
+    size = selector.group_queries
+    if size > 1 and queries > 1 and not want_weights and (start := leading_dense(call, plan, size)):
+        outs.append(dense.attend(call.queries(0, start).visible_part()))
+        kept.append(ranges.visible[:, None, :start].expand(-1, heads, -1))
+        sparse, budgets = sparse.queries(start, queries), budgets[..., start:]
+    rest = sparse.query.shape[2]
+    aligned = align(sparse, budgets, size)
+    length, step = aligned.call.query.shape[2], _block_queries(aligned.call, selector, plan.most)
+    parts: list[Tensor] = []
+    for start in range(0, length, step):
+        block = aligned.call if length <= step else aligned.call.queries(start, min(length, start + step))
+        with _without_autocast(call):
+            selection = selector.select(block, aligned.budgets[..., start : start + step], state.config.always)
             kept.append(selection.kept(heads))
             if want_weights:
-                weights = masked_weights(block, selection.mask(heads, inputs.key.shape[2]))
-                weight_parts.append(weights)
-                sparse_parts.append(weighted_values(block, weights))
+                weights.append(masked_weights(block, selection.mask(heads, call.key.shape[2])))
+                parts.append(weighted_values(block, weights[-1]))
             else:
-                sparse_parts.append(engines.attend(_engine(state.config, block), block, selection))
-    state.counters.count(facts.rows, facts.total, heads, plan.dense_rows, kept)
-    outs = [_joined(x) for x in (sparse_parts, weight_parts)]
-    if shift is not None:
-        outs = [None if x is None else _unalign(x, shift, rows) for x in outs]
-    assert outs[0] is not None
-    return torch.cat([*parts, outs[0]], dim=2) if parts else outs[0], outs[1]
+                parts.append(engines.attend(state.engine, block, selection))
+    state.counters.count(ranges.queries, ranges.total, heads, plan.dense_queries, kept)
+    outs.append(aligned.restored(_joined(parts), rest))
+    return _joined(outs), aligned.restored(_joined(weights), rest) if weights else None
 
 
-def _as_given(inputs: AttentionCall) -> AbstractContextManager[Any]:
-    """Selectors and engines take numbers as they are and say themselves how exactly they calculate: no autocast."""
-    kind = inputs.query.device.type
+def _without_autocast(call: AttentionCall) -> AbstractContextManager[Any]:
+    """Selectors and engines run in the given dtype."""
+    kind = call.query.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _joined(parts: list[Tensor]) -> Tensor | None:
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    return torch.cat(parts, dim=2)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _dense_rows(inputs: AttentionCall, plan: Plan) -> int:
-    """Rows at the start of a call that keep all that they see, in whole groups: dense attention is faster for them."""
-    facts = inputs.facts
-    if (facts.first != facts.first[:1]).any() or (facts.stop != facts.stop[:1]).any():
-        return 0  # The groups of sequences that are padded differently do not end at the same row.
-    whole = (plan.host >= (facts.stop - facts.first)[:, None]).all(1).all(0) & (facts.stop[0] > facts.first[0])
-    count = int(whole.long().cumprod(0).sum())
-    position = int(facts.stop[0, 0] - 1 - facts.first[0].min())
-    return max(0, (position + count) // ROWS * ROWS - position)
-
-
-def _engine(config: SparseAttentionConfig, inputs: AttentionCall) -> str:
-    if config.engine != "auto":
-        return config.engine
-    # The exact selector has formed all scores already, and its rows share no keys: masking costs less than copying
-    # keys for each row.
-    if config.selector == "topk":
-        return "reference"
-    if inputs.key.is_cuda:
-        return "gather" if engines.refusal("triton", inputs) else "triton"
-    return "gather" if engines.refusal("cpu", inputs) else "cpu"
-
-
-def _block_rows(inputs: AttentionCall, selector: str, most: int) -> int:
-    """Rows of a block if no row keeps more than `most` keys."""
-    batch, heads = inputs.query.shape[:2]
-    kv_len = inputs.key.shape[2]
-    # The exact selector scores every key for every row, the grouped one those that a group's pool has room for. (Its
-    # votes, where they come from PyTorch, bound what they form by themselves.)
-    columns = kv_len if selector == "topk" else max(1024, min(kv_len, OVERSAMPLING * most))
-    return min(_MOST_ROWS, max(1, _BLOCK_ELEMENTS // (batch * heads * columns) // ROWS) * ROWS)
-
-
-def _align(inputs: AttentionCall, budgets: Tensor) -> tuple[AttentionCall, Tensor, Tensor | None]:
-    """Shift each sequence so that its groups start at its own first token, wherever padding or a cache put it.
-
-    A group is then the same rows whether a text is alone, padded, in a batch or split over calls.
-
-    Returns:
-        Inputs and budgets with empty rows around, a whole number of groups of them if more than one, and the
-        shift of each sequence: int64 `(batch,)`; `None` if all is in its place already.
-    """
-    rows = inputs.query.shape[2]
-    first, stop = inputs.intervals[:, 0].long().unbind(-1)
-    alive = stop > first
-    index = torch.arange(rows, device=first.device)
-    # The position of a row in its text is its last visible key, counted from the text's first visible key.
-    start = inputs.text_start
-    head = torch.where(alive, index, rows).amin(-1).clamp(max=rows - 1)
-    position = stop.gather(1, head[:, None])[:, 0] - 1 - start
-    shift = (position - head) % ROWS
-    length = rows + int(shift.max())
-    if length > ROWS:
-        length = -(-length // ROWS) * ROWS
-    if length == rows and not bool(shift.any()):
-        return replace(inputs, origin=start), budgets, None
-    source = torch.arange(length, device=first.device) - shift[:, None]
-    inside = (source >= 0) & (source < rows)
-    source = source.clamp(0, rows - 1)
-    query = inputs.query.gather(
-        2, source[:, None, :, None].expand(-1, inputs.query.shape[1], -1, inputs.query.shape[3])
-    )
-    intervals = inputs.intervals.gather(2, source[:, None, :, None].expand(-1, -1, -1, 2)) * inside[:, None, :, None]
-    budgets = budgets.gather(2, source[:, None].expand(-1, budgets.shape[1], -1)) * inside[:, None]
-    aligned = replace(inputs, query=query, intervals=intervals.to(torch.int32), origin=start)
-    return aligned, budgets, shift
-
-
-def _unalign(rows_out: Tensor, shift: Tensor, rows: int) -> Tensor:
-    source = torch.arange(rows, device=shift.device) + shift[:, None]
-    return rows_out.gather(2, source[:, None, :, None].expand(-1, rows_out.shape[1], -1, rows_out.shape[3]))
+def _block_queries(call: AttentionCall, selector: Selector, most: int) -> int:
+    """Queries of a block, whole groups, if no query keeps more than `most` keys."""
+    batch, heads = call.query.shape[:2]
+    whole = selector.group_queries * -(-_LEAST_QUERIES // selector.group_queries)
+    fit = _BLOCK_ELEMENTS // (batch * heads * selector.scored_keys(call, most))
+    return min(max(1, _MOST_QUERIES // whole), max(1, fit // whole)) * whole
 
 
 def register() -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any
 
+from hf_sparse import custom
+from hf_sparse.call import AlwaysKept
 from hf_sparse.checks import check_choice, check_extra, check_integer, check_number, shown, split_unknown
-from hf_sparse.laws import LAWS, Budget, LawName
+from hf_sparse.engines import AUTO, ENGINES, Engine
+from hf_sparse.laws import LAWS, Budget, Law, LawName
 from hf_sparse.record import CalibrationRecord
-
-SelectorName = Literal["grouped", "topk", "window"]
-EngineName = Literal["auto", "reference", "gather", "cpu", "triton"]
-SELECTORS: tuple[str, ...] = get_args(SelectorName)
-ENGINES: tuple[str, ...] = get_args(EngineName)
+from hf_sparse.selectors import SELECTORS, Selector
 
 SCHEMA_VERSION = 1
 
@@ -25,27 +24,28 @@ HeadLaw = tuple[float, float]
 
 @dataclass(frozen=True)
 class SparseAttentionConfig:
-    """What a row keeps: a budget law, the selector that spends it and the engine that attends to the result.
+    """What a query keeps: a budget law, the selector that spends it and the engine that attends to the result.
 
     Args:
         alpha: Factor of the `power` and `log` laws.
         exponent: C of the power law k(n) = alpha * n ** C, in `[0, 1]`.
-        law: `"power"`, `"fixed"` (needs `keys`), `"fraction"` (needs `fraction`) or `"log"`: see `Budget`.
-        keys: Keys a row keeps under `law="fixed"`.
-        fraction: Share of its visible keys that a row keeps under `law="fraction"`, in `(0, 1]`.
-        min_keys: A row never keeps fewer keys than this (or all it sees).
-        max_keys: A row never keeps more keys than this; `None` for no limit.
+        law: `"power"`, `"fixed"` (needs `keys`), `"fraction"` (needs `fraction`), `"log"`, or a function n -> k of your
+            own: see `Budget`.
+        keys: Keys that a query keeps under `law="fixed"`.
+        fraction: Share of its visible keys that a query keeps under `law="fraction"`, in `(0, 1]`.
+        min_keys: A query never keeps fewer keys than this (or all it sees).
+        max_keys: A query never keeps more keys than this; `None` for no limit.
         sink_keys: First visible keys that are always kept, counted in the budget.
         recent_keys: Most recent visible keys that are always kept, counted in the budget. Where the budget is
             smaller than `sink_keys + recent_keys`, the recent keys go first.
-        selector: `"grouped"` (rows of a group share their keys), `"topk"` (exact, per row) or `"window"` (sinks
-            and the most recent keys).
-        engine: `"auto"` (the fastest that can take a call), `"cpu"` (compiled kernels; `"native"` in
-            releases before 0.2), `"triton"` (kernels for GPUs), `"gather"` (any device) or `"reference"` (dense,
-            masked: the specification).
+        selector: `"grouped"` (neighbouring queries share candidate keys), `"topk"` (exact, for each query), `"window"`
+            (sinks and the most recent keys), or a `Selector` of your own.
+        engine: `"auto"` (the fastest that can take a call), `"cpu"` (compiled kernels; files of earlier releases say
+            `"native"`), `"triton"` (kernels for GPUs), `"gather"` (any device), `"reference"` (dense, masked: the
+            specification), or an `Engine` of your own.
         dense_layers: Indices of layers left dense. `None` means the first layer, where sparsity costs most, and
             every sliding-window layer, whose cost is bounded already.
-        dense_below: A row that sees fewer keys than this keeps them all; `hf-sparse bench` prints the length from
+        dense_below: A query that sees fewer keys than this keeps them all. `hf-sparse bench` prints the length from
             which sparse attention is faster on a machine.
         per_head: Calibrated laws: layer index -> one `(alpha, exponent)` for each query head; `None` for one law
             for all. Layers without an entry follow `alpha` and `exponent`. Only with `law="power"`.
@@ -58,15 +58,15 @@ class SparseAttentionConfig:
 
     alpha: float = 8.0
     exponent: float = 0.5
-    law: LawName = "power"
+    law: LawName | Law = "power"
     keys: int | None = None
     fraction: float | None = None
     min_keys: int = 128
     max_keys: int | None = None
     sink_keys: int = 4
     recent_keys: int = 64
-    selector: SelectorName = "grouped"
-    engine: EngineName = "auto"
+    selector: str | Selector = "grouped"
+    engine: str | Engine = AUTO
     dense_layers: tuple[int, ...] | None = None
     dense_below: int = DENSE_BELOW
     per_head: Mapping[int, tuple[HeadLaw, ...]] | None = field(default=None, hash=False)
@@ -75,12 +75,14 @@ class SparseAttentionConfig:
 
     def __post_init__(self) -> None:
         # Spellings of earlier releases, which published files have.
-        if self.engine == "native":  # type: ignore[comparison-overlap]
+        if self.engine == "native":
             object.__setattr__(self, "engine", "cpu")
         if self.dense_below is None:
             object.__setattr__(self, "dense_below", DENSE_BELOW)
-        for name, allowed in (("law", LAWS), ("selector", SELECTORS), ("engine", ENGINES)):
-            check_choice(name, getattr(self, name), allowed)
+        if not callable(self.law):
+            check_choice("law", self.law, LAWS)
+        _check_part("selector", self.selector, Selector, SELECTORS)
+        _check_part("engine", self.engine, Engine, (AUTO, *ENGINES))
         check_number("alpha", self.alpha, above=0.0)
         check_number("exponent", self.exponent, least=0.0, most=1.0)
         for name in ("min_keys", "max_keys", "keys"):
@@ -108,6 +110,17 @@ class SparseAttentionConfig:
             raise ValueError(f"calibration must be a CalibrationRecord or None; got {shown(self.calibration)}")
         object.__setattr__(self, "extra", check_extra("extra", self.extra, _KNOWN))
 
+    @property
+    def always(self) -> AlwaysKept:
+        """The keys that every query keeps within its budget."""
+        return AlwaysKept(self.sink_keys, self.recent_keys)
+
+    @property
+    def code(self) -> dict[str, Any]:
+        """The fields that hold a user's own code, which no file can hold: name -> value."""
+        parts = {name: getattr(self, name) for name in ("law", "selector", "engine")}
+        return {name: part for name, part in parts.items() if not isinstance(part, str)}
+
     def budget(self, layer: int | None = None) -> Budget:
         """The budget of `layer`, or of a layer without a calibrated law when `layer` is `None`."""
         alpha: float | tuple[float, ...] = self.alpha
@@ -127,8 +140,9 @@ class SparseAttentionConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary that `json.dumps` takes and `from_dict` gives back."""
+        """A dictionary that `json.dumps` takes and `from_dict` gives back, unless parts of it are `code`."""
         out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        out |= {name: custom.describe(part) for name, part in self.code.items()}
         out["dense_layers"] = None if self.dense_layers is None else list(self.dense_layers)
         if self.per_head is not None:
             out["per_head"] = {str(layer): [list(law) for law in laws] for layer, laws in self.per_head.items()}
@@ -149,6 +163,22 @@ class SparseAttentionConfig:
 
 
 _KNOWN = frozenset(f.name for f in fields(SparseAttentionConfig)) - {"extra"}
+
+
+def _check_part(name: str, value: Any, kind: type[Any], names: Iterable[str]) -> None:
+    """Refuse what is neither one of the built-in `names` nor a part of a user's own with a name of its own."""
+    names = tuple(names)
+    if not isinstance(value, kind):
+        allowed = ", ".join(names)
+        if isinstance(value, str) and value in names:
+            return
+        raise ValueError(f"{name} must be one of {allowed}, or a {kind.__name__} of your own; got {shown(value)}")
+    if not isinstance(value.name, str) or not value.name or value.name in names:
+        raise ValueError(
+            f"{name}: {type(value).__name__}.name must be a name that no built-in {name} has; got {shown(value.name)}"
+        )
+    if isinstance(value, Selector):
+        check_integer(f"{name}: {type(value).__name__}.group_queries", value.group_queries, least=1)
 
 
 def _normalise_layers(layers: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Budget laws: how many keys k(n) a row that sees n keys attends to.
+"""Budget laws: how many keys k(n) a query that sees n keys attends to.
 
 The power law k(n) = alpha * n^C is the adaptive window of arXiv 2404.02690 (abstract and section 7); the other
 laws exist to be compared with it, at equal cost (`match_cost`). Nothing in here knows about models.
@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from hf_sparse.errors import UserError
+
 LawName = Literal["power", "fixed", "fraction", "log"]
 LAWS: tuple[str, ...] = get_args(LawName)
+
+Law = Callable[[Tensor], Tensor]
+"""A law of a user's own: visible keys n, float64 of any shape, to keys k(n) of the same shape, before clamping."""
 
 # ceil() of a product that is a whole number in exact arithmetic must not depend on the last bit of pow().
 _ROUNDING_GUARD = 1e-9
@@ -32,12 +37,13 @@ class Budget:
     | `fixed`    | keys                                |
     | `fraction` | ceil(fraction * n)                  |
     | `log`      | ceil(alpha * ln n)                  |
+    | a function | ceil(function(n))                   |
 
-    Then k is clamped to `[min_keys, max_keys]`, and to n: a row cannot keep more than it sees. A row that sees
+    Then k is clamped to `[min_keys, max_keys]`, and to n: a query cannot keep more than it sees. A query that sees
     fewer than `dense_below` keys keeps them all. `alpha` and `exponent` may be tuples, one value per head.
     """
 
-    law: LawName = "power"
+    law: LawName | Law = "power"
     alpha: float | tuple[float, ...] = 8.0
     exponent: float | tuple[float, ...] = 0.5
     keys: int = 512
@@ -67,6 +73,8 @@ class Budget:
                 k = self.fraction * n
             case "log":
                 k = alpha * n.clamp(min=1).log()
+            case law:
+                k = _own(law, n)
         k = (k * (1 - _ROUNDING_GUARD)).ceil().clamp(min=self.min_keys, max=self.max_keys)
         k = torch.where(n < self.dense_below, n, torch.minimum(k, n))
         return k.to(torch.int64).to(visible.device)
@@ -76,8 +84,46 @@ class Budget:
         return self(torch.arange(longest + 1, device="cpu"))
 
 
+def bisect(
+    holds: Callable[[float], bool], low: float, high: float, steps: int = 60, *, logarithmic: bool = False
+) -> tuple[float, float]:
+    """The interval in which a monotone condition turns from true to false, after `steps` halvings of `[low, high]`.
+
+    Args:
+        holds: True at low values, false from some value on. It is not called with `low` or `high`: if it holds
+            everywhere the result ends at `high`, if nowhere it starts at `low`.
+        low: Lower end.
+        high: Upper end.
+        steps: Halvings.
+        logarithmic: Whether to halve the logarithm of the interval; both ends must be above 0.
+    """
+    if logarithmic:
+        low, high = bisect(lambda value: holds(math.exp(value)), math.log(low), math.log(high), steps)
+        return math.exp(low), math.exp(high)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low, high
+
+
+def _own(law: Law, n: Tensor) -> Tensor:
+    """k(n) by a law of a user's own, checked."""
+    name = getattr(law, "__name__", type(law).__name__)
+    k = law(n)
+    if not isinstance(k, Tensor) or k.shape != n.shape:
+        found = tuple(k.shape) if isinstance(k, Tensor) else type(k).__name__
+        raise UserError(
+            f"law {name!r} must map a float64 tensor of visible keys to kept keys of the same shape, {tuple(n.shape)}; "
+            f"got {found}"
+        )
+    k = k.to(torch.float64)
+    if not bool(k.isfinite().all()):
+        raise UserError(f"law {name!r} must give finite numbers of keys; got {k[~k.isfinite()][0].item()}")
+    return k
+
+
 def total_cost(budget: Budget, lengths: Iterable[int]) -> int:
-    """Attended keys, summed over the causal rows (n = 1 ... L) of one sequence for each L in `lengths`."""
+    """Attended keys, summed over the causal queries (n = 1 ... L) of one sequence for each L in `lengths`."""
     lengths = list(lengths)
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths must be positive numbers of tokens, got {lengths}")
@@ -110,12 +156,7 @@ def match_cost(budget: Budget, law: LawName, lengths: Iterable[int], exponent: f
     if law == "fixed":
         low = 1.0
     # The cost is a non-decreasing step function of the parameter: bisect to the step, then take the nearer side.
-    for _ in range(60):
-        middle = (low + high) / 2
-        if total_cost(with_parameter(middle), lengths) < target:
-            low = middle
-        else:
-            high = middle
+    low, high = bisect(lambda value: total_cost(with_parameter(value), lengths) < target, low, high)
     candidates = [with_parameter(math.floor(low)), with_parameter(math.ceil(high))] if law == "fixed" else []
     candidates += [with_parameter(low), with_parameter(high)]
     return min(candidates, key=lambda b: abs(total_cost(b, lengths) - target))

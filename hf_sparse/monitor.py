@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -16,23 +17,23 @@ _MOST_WAITING = 1 << 10
 
 @dataclass
 class LayerCounters:
-    """What one layer did since it was patched. Pad rows do not count.
+    """What one layer did since it was patched. Pad tokens do not count.
 
     Attributes:
         calls: Attention calls.
-        rows: Query rows, over all sequences.
-        visible: Visible keys, summed over the rows.
+        queries: Query positions, over all sequences.
+        visible: Visible keys, summed over the queries.
         heads: Query heads of the layer; 0 before any call.
-        dense_rows: Rows that attended to every visible key, by reason.
-        uncompiled: Calls whose keys PyTorch looked for and no compiled kernel, which is slow, by reason.
+        dense_queries: Queries that attended to every visible key, by reason.
+        slow: Calls that took longer than they need to, by what they did.
     """
 
     calls: int = 0
-    rows: int = 0
+    queries: int = 0
     visible: int = 0
     heads: int = 0
-    dense_rows: Counter[str] = field(default_factory=Counter)
-    uncompiled: Counter[str] = field(default_factory=Counter)
+    dense_queries: Counter[str] = field(default_factory=Counter)
+    slow: Counter[str] = field(default_factory=Counter)
     # Keys that all heads kept alike, and on the layer's device those that each of them kept. Reading the latter
     # would make a GPU wait, so that they are added up there and read for the report; and many together, for a sum of
     # few numbers takes a decoded token as much time as one of many.
@@ -42,19 +43,24 @@ class LayerCounters:
     _waiting: int = 0
 
     def count(
-        self, rows: int, visible: int, heads: int, dense_rows: dict[str, int], kept: list[Tensor] | None = None
+        self,
+        queries: int,
+        visible: int,
+        heads: int,
+        dense_queries: Mapping[str, int],
+        kept: Sequence[Tensor] | None = None,
     ) -> None:
         """Add one call.
 
         Args:
-            rows: Query rows that see a key.
-            visible: Visible keys, summed over the rows.
+            queries: Queries that see a key.
+            visible: Visible keys, summed over the queries.
             heads: Query heads of the layer.
-            dense_rows: Reason -> rows that ran dense for it.
-            kept: int64 `(batch, heads, rows)`, kept keys, in parts; `None` if all visible keys were.
+            dense_queries: Reason -> queries that ran dense for it.
+            kept: int64 `(batch, heads, q_len)`, kept keys, in parts; `None` if all visible keys were.
         """
         self.calls += 1
-        self.rows += rows
+        self.queries += queries
         self.visible += visible
         self.heads = heads
         if kept is None:
@@ -64,12 +70,12 @@ class LayerCounters:
             self._waiting += part.numel()
         if self._waiting > _MOST_WAITING:
             self._add_up()
-        for reason, number in dense_rows.items():
+        for reason, number in dense_queries.items():
             if number:
-                self.dense_rows[reason] += number
+                self.dense_queries[reason] += number
 
     def kept(self) -> list[int]:
-        """Attended keys, summed over the rows, for each query head."""
+        """Attended keys, summed over the queries, for each query head."""
         self._add_up()
         own = [0] * self.heads if self._kept is None else self._kept.tolist()
         return [number + self._kept_by_all for number in own]
@@ -84,18 +90,19 @@ class LayerCounters:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What a patched model did: `str()` is a table, one line per layer.
+    """What a patched model did: `str()` is a table, one line for all layers that did the same.
 
     Attributes:
-        rows: One dictionary per layer and query head: `layer`, `head`, `calls`, `rows`, `mean_visible`,
-            `mean_keys`, `density`, `dense_rows` (reason -> rows).
+        rows: One dictionary per layer and query head: `layer`, `head`, `calls`, `rows` (queries), `visible` and `kept`
+            (keys, summed over the queries), `mean_visible`, `mean_keys`, `density` (kept / visible), `dense_rows`
+            (reason -> queries).
         density: Kept over visible keys, over all layers, dense ones included; in `[0, 1]`, NaN before any call.
         notes: What else cost time and could be avoided, a line each.
         audit: After `hf_sparse.audit(model)` one dictionary per sparse layer and query head: `layer`, `head`, `rows`
-            (measured), `retained_mass`, `least_retained_mass` (softmax mass of the kept keys under dense attention:
-            mean row, worst row), `output_error` and `largest_output_error` (norm of what the head's output is off,
-            over the norm of its dense output, on the activations that the layer was given: errors of earlier layers
-            are not in it).
+            (queries measured), `retained_mass`, `least_retained_mass` (softmax mass of the kept keys under dense
+            attention: mean query, worst query), `output_error` and `largest_output_error` (norm of what the head's
+            output is off, over the norm of its dense output, on the activations that the layer was given: errors of
+            earlier layers are not in it).
     """
 
     rows: list[dict[str, Any]]
@@ -106,36 +113,17 @@ class SparsityReport:
     def __str__(self) -> str:
         if math.isnan(self.density):
             return "\n".join(["nothing was attended to yet: there is no density", *self.notes])
-        header = ("layer", "heads", "calls", "rows", "mean visible", "mean keys", "density", "dense rows")
-        lines = [header]
-        for layer in dict.fromkeys(row["layer"] for row in self.rows):
-            heads = [row for row in self.rows if row["layer"] == layer]
-            one = heads[0]
-            keys = [row["mean_keys"] for row in heads]
-            density = sum(row["density"] for row in heads) / len(heads)
-            spread = f"{min(keys):.1f}" if max(keys) - min(keys) < 0.05 else f"{min(keys):.1f}-{max(keys):.1f}"
-            reasons = ", ".join(f"{number} ({reason})" for reason, number in one["dense_rows"].items())
-            lines.append(
-                (
-                    str(layer),
-                    str(len(heads)),
-                    str(one["calls"]),
-                    str(one["rows"]),
-                    f"{one['mean_visible']:.1f}",
-                    spread,
-                    f"{density:.3f}",
-                    reasons or "-",
-                )
-            )
-        whole = [*_aligned(lines), f"density {self.density:.3f} (kept / visible keys, all layers)"]
+        header = ("layers", "heads", "calls", "queries", "mean visible", "mean keys", "density", "dense queries")
+        lines = _folded((layer, _line(list(heads))) for layer, heads in groupby(self.rows, lambda row: row["layer"]))
+        whole = [*_aligned([header, *lines]), f"density {self.density:.3f} (kept / visible keys, all layers)"]
         return "\n".join([*whole, *self.notes, *self._audit_lines()])
 
     def _audit_lines(self) -> list[str]:
         if not self.audit:
             return []
-        lines = [("layer", "rows audited", "retained mass", "worst row", "output error", "worst row")]
-        for layer in dict.fromkeys(row["layer"] for row in self.audit):
-            heads = [row for row in self.audit if row["layer"] == layer]
+        lines = [("layer", "queries audited", "retained mass", "worst query", "output error", "worst query")]
+        for layer, found in groupby(self.audit, lambda row: row["layer"]):
+            heads = list(found)
             mass, error = (sum(row[name] for row in heads) / len(heads) for name in ("retained_mass", "output_error"))
             least = min(row["least_retained_mass"] for row in heads)
             largest = max(row["largest_output_error"] for row in heads)
@@ -143,6 +131,37 @@ class SparsityReport:
                 (str(layer), str(heads[0]["rows"]), f"{mass:.4f}", f"{least:.4f}", f"{error:.4f}", f"{largest:.4f}")
             )
         return ["", *_aligned(lines)]
+
+
+def _line(heads: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the heads of one layer did."""
+    one = heads[0]
+    keys = [row["mean_keys"] for row in heads]
+    density = sum(row["density"] for row in heads) / len(heads)
+    reasons = ", ".join(f"{number} ({reason})" for reason, number in one["dense_rows"].items())
+    return (
+        str(len(heads)),
+        str(one["calls"]),
+        str(one["rows"]),
+        f"{one['mean_visible']:.1f}",
+        f"{min(keys):.1f}" if max(keys) - min(keys) < 0.05 else f"{min(keys):.1f}-{max(keys):.1f}",
+        f"{density:.3f}",
+        reasons or "-",
+    )
+
+
+def _folded(lines: Iterable[tuple[int, tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """One line for all layers that have the same, with their indices before it: `1-4, 6`."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for layer, line in lines:
+        alike.setdefault(line, []).append(layer)
+    return [(_ranges(layers), *line) for line, layers in alike.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs = [list(run) for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    ends = [[number for _, number in run] for run in runs]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ends)
 
 
 def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
@@ -158,30 +177,25 @@ def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def make_report(layers: dict[int, LayerCounters], notes: tuple[str, ...] = ()) -> SparsityReport:
+def make_report(layers: Mapping[int, LayerCounters], notes: Sequence[str] = ()) -> SparsityReport:
     """The report of a model from the counters of its layers, and what else there is to say."""
-    rows: list[dict[str, Any]] = []
-    total_kept = total_visible = 0.0
-    for layer, counters in sorted(layers.items()):
-        for head, kept in enumerate(counters.kept()):
-            rows.append(
-                {
-                    "layer": layer,
-                    "head": head,
-                    "calls": counters.calls,
-                    "rows": counters.rows,
-                    "mean_visible": counters.visible / max(1, counters.rows),
-                    "mean_keys": kept / max(1, counters.rows),
-                    "density": kept / max(1, counters.visible),
-                    "dense_rows": dict(counters.dense_rows),
-                }
-            )
-            total_kept += kept
-            total_visible += counters.visible
-    uncompiled = sum((counters.uncompiled for counters in layers.values()), Counter[str]())
-    slower = tuple(
-        f"{number} attention calls looked for keys without compiled kernels, which chooses alike and is slower than "
-        f"dense attention ({reason})"
-        for reason, number in uncompiled.items()
-    )
-    return SparsityReport(rows, total_kept / total_visible if total_visible else float("nan"), (*notes, *slower))
+    rows: list[dict[str, Any]] = [
+        {
+            "layer": layer,
+            "head": head,
+            "calls": counters.calls,
+            "rows": counters.queries,
+            "visible": counters.visible,
+            "kept": kept,
+            "mean_visible": counters.visible / max(1, counters.queries),
+            "mean_keys": kept / max(1, counters.queries),
+            "density": kept / max(1, counters.visible),
+            "dense_rows": dict(counters.dense_queries),
+        }
+        for layer, counters in sorted(layers.items())
+        for head, kept in enumerate(counters.kept())
+    ]
+    kept, visible = (sum(row[name] for row in rows) for name in ("kept", "visible"))
+    slow = sum((counters.slow for counters in layers.values()), Counter[str]())
+    slower = tuple(f"{number} attention calls {what}" for what, number in slow.items())
+    return SparsityReport(rows, kept / visible if visible else float("nan"), (*notes, *slower))

@@ -70,6 +70,11 @@ class SupportReport:
         """The layers of a hybrid model that have a sliding window; none of another model."""
         return tuple(layer.layer for layer in self.layers if self.hybrid and layer.sliding_window is not None)
 
+    def default_dense_reasons(self) -> dict[int, str]:
+        """Layer -> why it stays dense by default: it is the first one, or has a sliding window in a hybrid model."""
+        reasons = {min(layer.layer for layer in self.layers): "first layer"}
+        return reasons | dict.fromkeys(self.sliding_layers, "sliding window")
+
     def __str__(self) -> str:
         if not self.supported:
             return f"{self.architecture} cannot be patched: {'; '.join(self.reasons)}"

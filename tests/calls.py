@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hf_sparse import SparseAttentionConfig, engines
 from hf_sparse.call import AttentionCall, Selection
+from hf_sparse.selectors import Selector, find_selector
 
 
 def causal_intervals(
@@ -70,6 +72,22 @@ def inputs(
         torch.randn(heads, generator=generator, dtype=torch.float64).to(dtype) if sinks else None,
         dropout,
     )
+
+
+def select(selector: str | Selector, call: AttentionCall, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
+    """What a selector, built in or not, keeps with the sinks and recent keys of a configuration."""
+    return find_selector(selector).select(call, budgets, config.always)
+
+
+def run_engine(name: str, call: AttentionCall, selection: Selection) -> Tensor:
+    """What the engine of that name gives."""
+    return engines.attend(engines.find_engine(name), call, selection)
+
+
+def unavailable(name: str) -> str | None:
+    """Why there is no such engine on this machine."""
+    engine = engines.find_engine(name)
+    return None if engine is None else engine.unavailable_reason()
 
 
 def turned(states: Tensor) -> Tensor:
@@ -140,9 +158,7 @@ def select_window(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_k
     return out
 
 
-def select_grouped(
-    call: AttentionCall, budgets: Tensor, sink_keys: int, recent_keys: int, size: int, *, rough: bool = False
-) -> Tensor:
+def select_grouped(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_keys: int, size: int) -> Tensor:
     """The specification of the grouped selector: bool `(batch, heads, rows, kv_len)`.
 
     Args:
@@ -151,7 +167,6 @@ def select_grouped(
         sink_keys: As in the configuration.
         recent_keys: The same.
         size: Rows in a group.
-        rough: Whether votes come from vectors in 8 bits.
     """
     out = torch.zeros(*call.query.shape[:3], call.key.shape[2], dtype=torch.bool)
     budgets = budgets.expand(call.query.shape[:3])
@@ -160,7 +175,7 @@ def select_grouped(
             rows = [row for row in range(start, start + size) if call.visible[b, row] > 0]
             for kv_head in range(call.key.shape[1] if rows else 0):
                 heads = range(kv_head * call.group_size, (kv_head + 1) * call.group_size)
-                _keep(call, budgets, sink_keys, recent_keys, rough, b, rows, heads, out)
+                _keep(call, budgets, sink_keys, recent_keys, b, rows, heads, out)
     return out
 
 
@@ -169,7 +184,6 @@ def _keep(
     budgets: Tensor,
     sink_keys: int,
     recent_keys: int,
-    rough: bool,
     b: int,
     rows: list[int],
     heads: range,
@@ -195,7 +209,7 @@ def _keep(
             out[b, head, row] = keep
             query = call.query[b, head, row] * call.scaling
             exact = key @ query
-            scores = torch.where(older, quantised(key) @ quantised(query), exact) if rough else exact
+            scores = torch.where(older, quantised(key) @ quantised(query), exact)
             if call.softcap is not None:
                 scores = call.softcap * (scores / call.softcap).tanh()
             votes += scores.masked_fill(~visible, -torch.inf).double().softmax(-1)
@@ -208,9 +222,9 @@ def _keep(
         out[b, head, row, _highest(exact, torch.cat([local, pool[pool >= start]]), rest)] = True
 
 
-def _highest(values: Tensor, columns: Tensor, number: int) -> Tensor:
-    """The `number` columns with the highest values; of equal ones the most recent."""
-    best = sorted(columns.tolist(), key=lambda j: (-values[j].item(), -j))
+def _highest(values: Tensor, positions: Tensor, number: int) -> Tensor:
+    """The `number` positions with the highest values; of equal ones the most recent."""
+    best = sorted(positions.tolist(), key=lambda j: (-values[j].item(), -j))
     return torch.tensor(best[:number], dtype=torch.int64)
 
 
@@ -220,21 +234,21 @@ def quantised(states: Tensor) -> Tensor:
     return (states / scale).round() * scale
 
 
-def random_selection(call: AttentionCall, rows_per_group: int, per_head: bool, seed: int = 0) -> Selection:
+def random_selection(call: AttentionCall, queries_per_group: int, per_head: bool, seed: int = 0) -> Selection:
     """A selection of visible keys without rhyme or reason: shuffled candidates, each allowed to some members."""
     generator = torch.Generator().manual_seed(seed)
     batch, rows = call.query.shape[0], call.query.shape[2]
     kv_heads, kv_len = call.key.shape[1:3]
-    groups = rows // rows_per_group * (call.group_size if per_head else 1)
+    groups = rows // queries_per_group * (call.group_size if per_head else 1)
     order = torch.rand(batch, kv_heads, groups, kv_len, generator=generator).argsort(-1)
     # The same candidates once more, as padding that is never allowed.
-    columns = torch.cat([order, order[..., :3]], dim=-1)
-    shell = Selection(columns, columns[..., None, :] < 0, rows_per_group, per_head)
-    visible = shell.members_of(visible_mask(call), kv_heads)
-    visible = visible.gather(-1, columns[..., None, :].expand(*visible.shape[:-1], -1))
+    positions = torch.cat([order, order[..., :3]], dim=-1)
+    shell = Selection(positions, positions[..., None, :] < 0, queries_per_group, per_head)
+    visible = shell.pairs_of(visible_mask(call), kv_heads)
+    visible = visible.gather(-1, positions[..., None, :].expand(*visible.shape[:-1], -1))
     wanted = torch.rand(visible.shape, generator=generator) < 0.5
     wanted[..., kv_len:] = False
-    return Selection(columns, visible & wanted, rows_per_group, per_head)
+    return Selection(positions, visible & wanted, queries_per_group, per_head)
 
 
 def _double(call: AttentionCall) -> AttentionCall:

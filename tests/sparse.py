@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig, attention
-from hf_sparse.config import SELECTORS
+from hf_sparse.selectors import SELECTORS
 from tests import tiny
 
 SPARSE = SparseAttentionConfig(

@@ -10,9 +10,8 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse.attention import LayerState, attend
-from hf_sparse.audit import LayerAudit
 from hf_sparse.call import AttentionCall
-from hf_sparse.row_errors import DenseRows, row_errors
+from hf_sparse.diagnostics import DenseBlock, LayerAudit, query_errors
 from tests import tiny
 from tests.sparse import SPARSE, every_selector, generated, sparse_model
 
@@ -39,7 +38,7 @@ def true_errors(inputs: AttentionCall, layer: int, **fields: Any) -> dict[str, T
     config = hf_sparse.SparseAttentionConfig(**{**vars(SPARSE), **fields})
     _, weights = attend(LayerState(layer, config), inputs, want_weights=True)
     assert weights is not None
-    return row_errors(DenseRows.of(inputs), weights > 0)
+    return query_errors(DenseBlock.of(inputs), weights > 0)
 
 
 @every_selector
@@ -90,10 +89,10 @@ def test_generation_is_audited_and_goes_on_as_before(selector: str) -> None:
     report = hf_sparse.report(model)
     # 4 rows of the prompts, then one of each of 11 further calls, twice.
     assert {row["rows"] for row in report.audit} <= set(range(2 * 11, 2 * 15 + 1))
-    assert "rows audited" in str(report)
+    assert "queries audited" in str(report)
     hf_sparse.audit(model, rows=0)
     assert hf_sparse.report(model).audit == []
-    assert "rows audited" not in str(hf_sparse.report(model))
+    assert "queries audited" not in str(hf_sparse.report(model))
 
 
 def test_an_audit_that_makes_no_sense_is_refused() -> None:

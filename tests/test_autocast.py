@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hf_sparse
-from tests import tiny
+from tests import calls, tiny
 from tests.sparse import SPARSE
 
 IDS = tiny.tokens(2, 200)
@@ -25,7 +25,7 @@ def logits(**fields: str) -> torch.Tensor:
 @pytest.mark.parametrize("selector", ["grouped", "topk", "window"])
 @pytest.mark.parametrize("engine", ["auto", "gather", "cpu"])
 def test_engines_agree(selector: str, engine: str) -> None:
-    if reason := hf_sparse.engines.why_not(engine):
+    if reason := calls.unavailable(engine):
         pytest.skip(reason)
     torch.testing.assert_close(
         logits(selector=selector, engine=engine), logits(selector=selector, engine="reference"), atol=0.05, rtol=0.05

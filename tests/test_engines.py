@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from hf_sparse import engines, selectors
+from hf_sparse import SparseAttentionConfig
 from hf_sparse.call import AttentionCall
-from hf_sparse.config import ENGINES, SparseAttentionConfig
-from hf_sparse.engines import dense
+from hf_sparse.engines import ENGINES, dense
 from hf_sparse.errors import UserError
 from tests import calls
 
 # Triton has tests of its own: it computes no gradients, and takes long where it is interpreted.
-NAMES = [name for name in ENGINES if name not in ("auto", "triton") and engines.why_not(name) is None]
+NAMES = [name for name in ENGINES if name not in ("auto", "triton") and calls.unavailable(name) is None]
 FAST = [name for name in NAMES if name != "reference"]
 WITH_GRADIENTS = [name for name in NAMES if name != "cpu"]
 
@@ -48,18 +47,18 @@ MANY = calls.causal_intervals(1, 2000, left=(0, 300))
 LAYOUTS = [(1, True), (1, False), (3, False), (6, True)]
 
 
-def layout(call: AttentionCall, rows_per_group: int) -> int:
-    return min(rows_per_group, call.query.shape[2])
+def layout(call: AttentionCall, queries_per_group: int) -> int:
+    return min(queries_per_group, call.query.shape[2])
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("rows_per_group", "per_head"), LAYOUTS)
+@pytest.mark.parametrize(("queries_per_group", "per_head"), LAYOUTS)
 @pytest.mark.parametrize("kind", CALLS)
-def test_engine_is_the_loops(name: str, kind: str, rows_per_group: int, per_head: bool) -> None:
+def test_engine_is_the_loops(name: str, kind: str, queries_per_group: int, per_head: bool) -> None:
     call = CALLS[kind]()
-    selection = calls.random_selection(call, layout(call, rows_per_group), per_head)
+    selection = calls.random_selection(call, layout(call, queries_per_group), per_head)
     mask = selection.mask(call.query.shape[1], call.key.shape[2])
-    out = engines.attend(name, call, selection)
+    out = calls.run_engine(name, call, selection)
     assert out.dtype == call.value.dtype
     assert_close(out.double(), calls.attend(call, mask), atol=1e-5, rtol=1e-5)
 
@@ -70,11 +69,11 @@ def test_engine_is_the_loops(name: str, kind: str, rows_per_group: int, per_head
 def test_a_decoded_row_of_many_keys(name: str, per_head: bool, threads: int) -> None:
     call = calls.inputs(MANY, 2000, sinks=True)
     selection = calls.random_selection(call, 1, per_head)
-    expected = engines.attend("reference", call, selection)
+    expected = calls.run_engine("reference", call, selection)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        assert_close(engines.attend(name, call, selection), expected)
+        assert_close(calls.run_engine(name, call, selection), expected)
     finally:
         torch.set_num_threads(before)
 
@@ -85,9 +84,9 @@ def test_a_decoded_row_of_many_keys(name: str, per_head: bool, threads: int) -> 
 def test_half_precision(name: str, kind: str, dtype: torch.dtype, tolerance: float) -> None:
     call = CALLS[kind](dtype=dtype, dim=32)
     selection = calls.random_selection(call, layout(call, 3), False)
-    out = engines.attend(name, call, selection)
+    out = calls.run_engine(name, call, selection)
     assert out.dtype == dtype
-    assert_close(out, engines.reference(call, selection), atol=tolerance, rtol=tolerance)
+    assert_close(out, calls.run_engine("reference", call, selection), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,7 +97,7 @@ def test_rows_without_keys_give_zeros(name: str, kind: str) -> None:
     allowed = selection.allowed.clone()
     allowed[:, :, 0] = False
     selection = replace(selection, allowed=allowed)
-    out = engines.attend(name, call, selection)
+    out = calls.run_engine(name, call, selection)
     assert out.isfinite().all()
     assert (out[:, :, :3] == 0).all()
     assert (out[:, :, 3:] != 0).any()
@@ -108,9 +107,9 @@ def test_rows_without_keys_give_zeros(name: str, kind: str) -> None:
 def test_chunks_do_not_show(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     call = CALLS["both"]()
     selection = calls.random_selection(call, 1, True)
-    whole = engines.gather(call, selection)
+    whole = calls.run_engine("gather", call, selection)
     monkeypatch.setattr(importlib.import_module("hf_sparse.engines.gather"), "_CHUNK_BYTES", chunk)
-    assert_close(engines.gather(call, selection), whole)
+    assert_close(calls.run_engine("gather", call, selection), whole)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,10 +123,10 @@ def test_strides_do_not_matter(name: str) -> None:
         key=torch.cat([call.key, call.key], dim=2)[:, :, :11],
         value=call.value.transpose(1, 2).contiguous().transpose(1, 2),
     )
-    expected = engines.attend(name, call, selection)
-    assert_close(engines.attend(name, odd, selection), expected)
+    expected = calls.run_engine(name, call, selection)
+    assert_close(calls.run_engine(name, odd, selection), expected)
     turned = replace(call, key=calls.turned(call.key), value=calls.turned(call.value))
-    assert_close(engines.attend(name, turned, selection), expected)
+    assert_close(calls.run_engine(name, turned, selection), expected)
 
 
 def differentiable(call: AttentionCall) -> list[Tensor]:
@@ -141,7 +140,7 @@ def test_gradients_are_those_of_the_reference(name: str, kind: str) -> None:
     call = CALLS[kind](dtype=torch.float64)
     inputs = differentiable(call)
     selection = calls.random_selection(call, 3, False)
-    outs = [engines.attend(engine, call, selection) for engine in (name, "reference")]
+    outs = [calls.run_engine(engine, call, selection) for engine in (name, "reference")]
     assert outs[0].dtype == torch.float64
     assert_close(*outs)
     upstream = torch.randn(outs[0].shape, dtype=torch.float64)
@@ -159,7 +158,7 @@ def test_gradcheck(name: str, kind: str) -> None:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *sinks: Tensor) -> Tensor:
         changed = replace(call, query=query, key=key, value=value, sinks=sinks[0] if sinks else None)
-        return engines.attend(name, changed, selection)
+        return calls.run_engine(name, changed, selection)
 
     assert torch.autograd.gradcheck(attend, differentiable(call), fast_mode=True)
 
@@ -171,10 +170,10 @@ def test_only_kept_keys_get_a_gradient(name: str) -> None:
     selection = calls.random_selection(call, 6, False)
     mask = selection.mask(4, 11)
     mask[..., 5:] = False
-    columns = torch.arange(11).expand(2, 2, 1, 11)
-    allowed = selection.members_of(mask, 2)
-    selection = replace(selection, columns=columns, allowed=allowed)
-    grads = torch.autograd.grad(engines.attend(name, call, selection).sum(), [key, value])
+    positions = torch.arange(11).expand(2, 2, 1, 11)
+    allowed = selection.pairs_of(mask, 2)
+    selection = replace(selection, positions=positions, allowed=allowed)
+    grads = torch.autograd.grad(calls.run_engine(name, call, selection).sum(), [key, value])
     for grad in grads:
         assert (grad[:, :, 5:] == 0).all()
         assert (grad[:, :, :5] != 0).any()
@@ -183,11 +182,11 @@ def test_only_kept_keys_get_a_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", [*WITH_GRADIENTS, "dense"])
 def test_dropout_drops_weights_and_keeps_the_mean(name: str) -> None:
     call = CALLS["plain"]()
-    selection = selectors.select("topk", call, call.visible[:, None], SparseAttentionConfig())
+    selection = calls.select("topk", call, call.visible[:, None], SparseAttentionConfig())
 
     def attend(dropout: float) -> Tensor:
         changed = replace(call, dropout=dropout)
-        return dense.attend(changed) if name == "dense" else engines.attend(name, changed, selection)
+        return dense.attend(changed) if name == "dense" else calls.run_engine(name, changed, selection)
 
     exact = attend(0.0)
     draws = torch.stack([attend(0.3) for _ in range(600)])
@@ -221,12 +220,6 @@ def test_dense_under_any_mask(kind: str, form: str) -> None:
     assert_close(out[alive].double(), expected[alive], atol=1e-5, rtol=1e-5)
 
 
-def test_unknown_engine() -> None:
-    call = CALLS["plain"]()
-    with pytest.raises(ValueError, match="fastest"):
-        engines.attend("fastest", call, calls.random_selection(call, 1, True))
-
-
 @pytest.mark.skipif("cpu" not in NAMES, reason="there are no compiled kernels here")
 def test_a_gradient_to_the_attention_sinks_alone_is_not_lost() -> None:
     call = CALLS["sinks"]()
@@ -234,6 +227,6 @@ def test_a_gradient_to_the_attention_sinks_alone_is_not_lost() -> None:
     call.sinks.requires_grad_()
     selection = calls.random_selection(call, 3, False)
     with pytest.raises(UserError, match="no backward pass"):
-        engines.attend("cpu", call, selection)
+        calls.run_engine("cpu", call, selection)
     with torch.no_grad():
-        engines.attend("cpu", call, selection)
+        calls.run_engine("cpu", call, selection)

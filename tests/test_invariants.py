@@ -19,11 +19,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_sparse
-from hf_sparse import SparseAttentionConfig, attention, engines, selectors
+from hf_sparse import SparseAttentionConfig, attention
 from hf_sparse.call import AttentionCall
-from hf_sparse.config import ENGINES, SELECTORS
-from hf_sparse.engines.reference import masked_weights
-from tests import tiny
+from hf_sparse.engines import ENGINES
+from hf_sparse.engines.common import masked_weights
+from hf_sparse.selectors import SELECTORS
+from tests import calls, tiny
 from tests.sparse import (
     SPARSE,
     assert_same,
@@ -41,7 +42,7 @@ from tests.sparse import (
 )
 
 # Triton takes long where it is interpreted, and has a model of its own in test_triton.py.
-ENGINE_NAMES = tuple(name for name in ENGINES if name not in ("auto", "triton") and engines.why_not(name) is None)
+ENGINE_NAMES = tuple(name for name in ENGINES if name not in ("auto", "triton") and calls.unavailable(name) is None)
 
 # 1. With a budget that covers everything, a patched model is the model.
 
@@ -338,17 +339,17 @@ def _visible(inputs: AttentionCall) -> Tensor:
 @every_selector
 @every_architecture
 def test_invariant_08_more_budget_never_lowers_retained_mass(name: str, selector: str) -> None:
-    calls: list[AttentionCall] = []
+    seen: list[AttentionCall] = []
     model = tiny.model(name)
-    with hf_sparse.observed(model, lambda layer, inputs: calls.append(inputs)):
+    with hf_sparse.observed(model, lambda layer, call: seen.append(call)):
         tiny.logits(model, tiny.tokens(2, 64))
-    assert len(calls) == tiny.LAYERS
-    for inputs in calls:
+    assert len(seen) == tiny.LAYERS
+    for inputs in seen:
         smaller, before = torch.zeros(2, 4, 64, 64, dtype=torch.bool), torch.zeros(2, 4, 64)
         for fraction in (0.05, 0.1, 0.2, 0.5, 1.0):
             config = replace(SPARSE, law="fraction", fraction=fraction, min_keys=1)
             budgets = config.budget()(inputs.visible)[:, None]
-            mask = selectors.select(selector, inputs, budgets, config).mask(4, 64)
+            mask = calls.select(selector, inputs, budgets, config).mask(4, 64)
             mass = retained_mass(inputs, mask)
             # What a row kept it still keeps, so that no kind of measure can get worse.
             assert not (smaller & ~mask).any()
@@ -385,11 +386,11 @@ def test_invariant_08_on_a_real_model(real_model: tuple[PreTrainedModel, Tensor]
     def observe(layer: int, inputs: AttentionCall) -> None:
         if layer % 10:
             return
-        late = inputs.rows(512, LONG)
+        late = inputs.queries(512, LONG)
         for fraction, found in masses.items():
             config = replace(SPARSE, law="fraction", fraction=fraction)
             budgets = config.budget()(late.visible)[:, None]
-            mask = selectors.select(selector, late, budgets, config).mask(late.query.shape[1], LONG)
+            mask = calls.select(selector, late, budgets, config).mask(late.query.shape[1], LONG)
             found.append(float(retained_mass(late, mask).mean()))
 
     with hf_sparse.observed(model, observe):
@@ -425,9 +426,9 @@ def test_invariant_09_report_counts(name: str, cache: str) -> None:
     windows = [tiny.WINDOW if name in tiny.SLIDING else 40, tiny.WINDOW if name == "mistral" else 40]
     with captured_weights() as used:
         step_by_step(model, ids, mask, cache, [30, *[1] * 10])
-    for layer, calls in used.items():
-        assert len(calls) == 11
-        for weights in calls:
+    for layer, found in used.items():
+        assert len(found) == 11
+        for weights in found:
             kept[layer] += (weights > 0).sum((0, 2, 3))
     for layer, window in enumerate(windows):
         visible[layer] = sum(min(n + 1, window) for length in (40, 23) for n in range(length))
@@ -497,12 +498,12 @@ def test_invariant_10_attention_is_the_models_own(name: str, selector: str) -> N
 def test_invariant_10_sinks_keep_their_mass_when_keys_are_dropped() -> None:
     ids = tiny.tokens(2, 40)
     model = sparse_model("gpt_oss", "topk")
-    calls: list[AttentionCall] = []
-    with hf_sparse.observed(model, lambda layer, inputs: calls.append(inputs)):
+    seen: list[AttentionCall] = []
+    with hf_sparse.observed(model, lambda layer, call: seen.append(call)):
         tiny.logits(model, ids)
     with captured_weights() as used:
         tiny.logits(model, ids)
-    inputs, weights = calls[0], used[0][0]
+    inputs, weights = seen[0], used[0][0]
     assert inputs.sinks is not None
     scores = inputs.query @ inputs.key.repeat_interleave(2, 1).transpose(-1, -2) * inputs.scaling
     exp = scores.exp() * (weights > 0)
@@ -520,13 +521,13 @@ def test_rows_that_keep_everything_are_attended_densely_with_the_same_result(
     with torch.no_grad(), hf_sparse.patched(model, **fields):
         cache = model(ids[:, :split], use_cache=True).past_key_values if split else None
         seen: list[int] = []
-        count = attention._dense_rows
-        monkeypatch.setattr(attention, "_dense_rows", lambda *given: seen.append(count(*given)) or seen[-1])
+        count = attention.leading_dense
+        monkeypatch.setattr(attention, "leading_dense", lambda *given: seen.append(count(*given)) or seen[-1])
         fast = model(ids[:, split:], past_key_values=cache).logits
         report = hf_sparse.report(model)
     # Whole groups of the text: rows 0 to 127, of which the first `split` belong to an earlier call.
     assert set(seen) == {128 - split}
-    monkeypatch.setattr(attention, "_dense_rows", lambda *_: 0)
+    monkeypatch.setattr(attention, "leading_dense", lambda *_: 0)
     with torch.no_grad(), hf_sparse.patched(model, **fields):
         cache = model(ids[:, :split], use_cache=True).past_key_values if split else None
         slow = model(ids[:, split:], past_key_values=cache).logits

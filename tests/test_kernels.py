@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import hf_sparse
-from hf_sparse import SparseAttentionConfig, engines, selectors
+from hf_sparse import SparseAttentionConfig
 from hf_sparse.cache import SparseCache
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.cpu import build
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.selectors import compiled
-from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.selectors.grouped import GROUP_QUERIES
 from tests import calls, tiny
 
-needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+needs_kernels = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=str(cpu.unsupported_reason()))
 
 
 def decoded(parts: tuple[Tensor, Tensor], length: int) -> Tensor:
@@ -77,7 +77,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("rows", "kv_len", "heads", "kv_heads"),
-    [(1, 900, 3, 1), (1, 900, 10, 2), (1, 300, 18, 1), (1, 300, 2, 2), (7, 200, 4, 2), (2 * ROWS, 400, 3, 1)],
+    [(1, 900, 3, 1), (1, 900, 10, 2), (1, 300, 18, 1), (1, 300, 2, 2), (7, 200, 4, 2), (2 * GROUP_QUERIES, 400, 3, 1)],
 )
 def test_the_kernels_keep_what_they_should(
     kind: str, rows: int, kv_len: int, heads: int, kv_heads: int, softcap: float | None
@@ -87,12 +87,33 @@ def test_the_kernels_keep_what_they_should(
     config = SparseAttentionConfig(sink_keys=3, recent_keys=10)
     for shape in ((1, heads, 1), (1, 1, 1)):
         budgets = torch.minimum(call.visible[:, None], torch.randint(5, 70, shape)).expand(2, shape[1], -1)
-        selection = compiled.select_compiled(call, budgets, config, min(ROWS, rows))
+        selection = compiled.select_compiled(call, budgets, config.always, min(GROUP_QUERIES, rows))
         mask = selection.mask(heads, kv_len)
-        expected = calls.select_grouped(call, budgets, 3, 10, min(ROWS, rows), rough=True)
+        expected = calls.select_grouped(call, budgets, 3, 10, min(GROUP_QUERIES, rows))
         assert torch.equal(mask.sum(-1), budgets.expand(2, heads, -1))
         assert torch.equal(selection.kept(heads), mask.sum(-1))
         assert (mask & expected).sum() >= 0.98 * expected.sum()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 7, 2 * GROUP_QUERIES])
+def test_the_same_keys_are_kept_without_a_compiler(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where 8 bits are coarse: one component of each key is large, and of no use to any query.
+
+    Ranked by exact scores, about one kept key in ten would be another one.
+    """
+    call = calls.inputs(calls.causal_intervals(rows, 900, left=(0, 30)), 900, dim=16)
+    key, query = call.key.clone(), call.query.clone()
+    key[..., 0] = 60.0
+    query[..., 0] = 0.0
+    call = replace(call, key=key, query=query)
+    budgets = call.visible[:, None].clamp(max=60)
+    config = SparseAttentionConfig(sink_keys=2, recent_keys=8)
+    compiled_mask = calls.select("grouped", call, budgets, config).mask(4, 900)
+    monkeypatch.setattr(compiled, "unsupported_reason", lambda _: "a test wants none")
+    plain_mask = calls.select("grouped", call, budgets, config).mask(4, 900)
+    assert torch.equal(compiled_mask.sum(-1), plain_mask.sum(-1))
+    assert (compiled_mask & plain_mask).sum() >= 0.99 * compiled_mask.sum()
 
 
 @needs_kernels
@@ -106,7 +127,7 @@ def test_a_key_that_outweighs_everything_is_found(rows: int) -> None:
         key[:, :, wanted] = 8
         key[:, :, wanted + 1] = 7
         changed = replace(call, key=key)
-        mask = selectors.select(
+        mask = calls.select(
             "grouped", changed, torch.full((2, 1, rows), 90), SparseAttentionConfig(sink_keys=0, recent_keys=70)
         ).mask(4, 500)
         assert mask[..., wanted : wanted + 2].all()
@@ -121,7 +142,7 @@ def test_threads_change_nothing(rows: int) -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            masks.append(selectors.select("grouped", call, budgets, SparseAttentionConfig()).mask(4, 9000))
+            masks.append(calls.select("grouped", call, budgets, SparseAttentionConfig()).mask(4, 9000))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*masks)
@@ -141,7 +162,7 @@ def test_the_best_of_very_many_are_found_wherever_they_lie(places: str) -> None:
     budget = min(500, int(strong.sum())) + 16 + 64
     config = SparseAttentionConfig(sink_keys=16, recent_keys=64)
     call = replace(call, query=query, key=key)
-    mask = selectors.select("grouped", call, torch.full((2, 1, 1), budget), config).mask(2, 9000)
+    mask = calls.select("grouped", call, torch.full((2, 1, 1), budget), config).mask(2, 9000)
     assert torch.equal(mask[..., 16:8936].sum(-1), (mask & strong).sum(-1))
     assert (mask.sum(-1) == budget).all()
 
@@ -150,9 +171,7 @@ def test_the_best_of_very_many_are_found_wherever_they_lie(places: str) -> None:
 def test_equal_keys_of_very_many_are_kept_from_the_most_recent_on() -> None:
     call = calls.inputs(calls.causal_intervals(1, 9000), 9000, dim=16)
     call = replace(call, key=call.key[:, :, :1].expand(-1, -1, 9000, -1).contiguous())
-    mask = selectors.select("grouped", call, torch.full((2, 1, 1), 1000), SparseAttentionConfig(sink_keys=4)).mask(
-        4, 9000
-    )
+    mask = calls.select("grouped", call, torch.full((2, 1, 1), 1000), SparseAttentionConfig(sink_keys=4)).mask(4, 9000)
     assert mask[..., :4].all()
     assert mask[..., -996:].all()
     assert (mask.sum(-1) == 1000).all()
@@ -184,7 +203,7 @@ import sys, torch
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.cpu import build
 from tests import test_kernels
-assert cpu.why_not() is None, cpu.why_not()
+assert cpu.unsupported_reason() is None, cpu.unsupported_reason()
 torch.save([cpu.lanes(), [test_kernels.attended(rows) for rows in (1, 128)]], sys.argv[1])
 """
 
@@ -192,8 +211,8 @@ torch.save([cpu.lanes(), [test_kernels.attended(rows) for rows in (1, 128)]], sy
 def attended(rows: int) -> tuple[Tensor, Tensor]:
     """What is kept by, and comes out of, a call of so many rows."""
     call = calls.inputs(calls.causal_intervals(rows, 900), 900, heads=6, kv_heads=2, dim=20)
-    selection = selectors.select("grouped", call, torch.full((2, 1, rows), 90), SparseAttentionConfig())
-    return selection.mask(6, 900), engines.attend("cpu", call, selection)
+    selection = calls.select("grouped", call, torch.full((2, 1, rows), 90), SparseAttentionConfig())
+    return selection.mask(6, 900), calls.run_engine("cpu", call, selection)
 
 
 @needs_kernels
@@ -219,7 +238,7 @@ from hf_sparse.kernels import cpu
 from hf_sparse.kernels.cpu import build
 from tests import tiny
 model = tiny.model("llama")
-print(cpu.why_not())
+print(cpu.unsupported_reason())
 try:
     hf_sparse.patch(model, engine="cpu")
 except ValueError as error:
@@ -258,9 +277,7 @@ def test_keys_that_are_no_numbers_do_not_hold_a_call_up(rows: int, number: float
     call = calls.inputs(calls.causal_intervals(rows, 500), 500, dim=16)
     key = call.key.clone()
     key[:, :, 100:103] = number
-    selection = selectors.select(
-        "grouped", replace(call, key=key), torch.full((2, 1, rows), 90), SparseAttentionConfig()
-    )
+    selection = calls.select("grouped", replace(call, key=key), torch.full((2, 1, rows), 90), SparseAttentionConfig())
     assert (selection.kept(4) == 90).all()
 
 
@@ -274,7 +291,7 @@ def test_defaults_of_pytorch_do_not_matter(default: torch.dtype | torch.device, 
 
     def attended() -> Tensor:
         fresh = replace(call, intervals=call.intervals.clone())
-        return engines.attend("cpu", fresh, selectors.select("grouped", fresh, budgets, config))
+        return calls.run_engine("cpu", fresh, calls.select("grouped", fresh, budgets, config))
 
     expected, before = attended(), torch.get_default_dtype()
     if isinstance(default, torch.device):
@@ -294,8 +311,8 @@ def test_defaults_of_pytorch_do_not_matter(default: torch.dtype | torch.device, 
 def test_lists_are_no_longer_than_the_text(name: str, rows: int) -> None:
     call = calls.inputs(calls.causal_intervals(rows, 600), 600, dim=16)
     config = SparseAttentionConfig(**{name: 1_000_000})
-    selection = selectors.select("grouped", call, torch.full((2, 1, rows), 90), config)
-    assert selection.columns.shape[-1] <= 608 + 192
+    selection = calls.select("grouped", call, torch.full((2, 1, rows), 90), config)
+    assert selection.positions.shape[-1] <= 608 + 192
     assert (selection.kept(4) == 90).all()
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from hf_sparse import SparseAttentionConfig
 from hf_sparse.call import AttentionCall
-from hf_sparse.row_errors import MASSES, DenseRows, row_errors, row_shape
-from hf_sparse.selectors import select
+from hf_sparse.diagnostics import MASSES, DenseBlock, concentration, query_errors
 from hf_sparse.visibility import interval_to_mask
-from tests.calls import causal_intervals
+from tests.calls import causal_intervals, select
 from tests.calls import inputs as make_inputs
 
 CALLS = {
@@ -67,7 +66,7 @@ def one_row(call: AttentionCall, batch: int, head: int, row: int) -> tuple[np.nd
 def test_errors_are_those_of_plain_loops(name: str) -> None:
     call = CALLS[name]
     keep = random_keep(call)
-    errors = row_errors(DenseRows.of(call), keep)
+    errors = query_errors(DenseBlock.of(call), keep)
     compared = 0
     for batch, head, row in itertools.product(*map(range, call.query.shape[:3])):
         if call.visible[batch, row] == 0:
@@ -94,7 +93,7 @@ def test_errors_are_those_of_plain_loops(name: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_shape_of_rows_is_that_of_plain_loops(name: str) -> None:
     call = CALLS[name]
-    shape = row_shape(DenseRows.of(call))
+    shape = concentration(DenseBlock.of(call))
     for batch, head, row in itertools.product(*map(range, call.query.shape[:3])):
         if call.visible[batch, row] == 0:
             continue
@@ -110,9 +109,9 @@ def test_shape_of_rows_is_that_of_plain_loops(name: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_identities(name: str) -> None:
     call = CALLS[name]
-    dense = DenseRows.of(call)
+    dense = DenseBlock.of(call)
     keep = random_keep(call, seed=1)
-    errors = row_errors(dense, keep)
+    errors = query_errors(dense, keep)
     seen = (call.visible > 0)[:, None].expand_as(errors["l1"])
     mass = errors["retained_mass"]
     lost = 1 - mass
@@ -136,11 +135,11 @@ def test_identities(name: str) -> None:
 
 def test_padding_rows_have_no_errors() -> None:
     call = CALLS["padded"]
-    dense = DenseRows.of(call)
+    dense = DenseBlock.of(call)
     padding = (call.visible == 0)[:, None].expand(-1, call.query.shape[1], -1)
     assert padding.any()
     assert not padding.all()
-    for values in (row_errors(dense, random_keep(call)) | row_shape(dense)).values():
+    for values in (query_errors(dense, random_keep(call)) | concentration(dense)).values():
         assert torch.equal(values.isnan(), padding)
 
 
@@ -151,8 +150,8 @@ def test_errors_do_not_depend_on_padding() -> None:
     keep = random_keep(alone)
     wide = torch.zeros(1, padded.query.shape[1], 10, 10, dtype=torch.bool)
     wide[:, :, 3:, 3:] = keep
-    for name, values in row_errors(DenseRows.of(alone), keep).items():
-        torch.testing.assert_close(row_errors(DenseRows.of(padded), wide)[name][:, :, 3:], values)
+    for name, values in query_errors(DenseBlock.of(alone), keep).items():
+        torch.testing.assert_close(query_errors(DenseBlock.of(padded), wide)[name][:, :, 3:], values)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -160,7 +159,7 @@ def test_keeping_everything_is_without_error(name: str) -> None:
     call = CALLS[name]
     everything = interval_to_mask(call.intervals, call.key.shape[2]).expand(-1, call.query.shape[1], -1, -1)
     seen = call.visible[:, None].expand(-1, call.query.shape[1], -1) > 0
-    errors = row_errors(DenseRows.of(call), everything)
+    errors = query_errors(DenseBlock.of(call), everything)
     assert (errors.pop("retained_mass")[seen] == 1).all()
     for values in errors.values():
         assert (values[seen] == 0).all()
@@ -168,14 +167,14 @@ def test_keeping_everything_is_without_error(name: str) -> None:
 
 def test_no_other_keys_of_the_same_number_keep_more_mass() -> None:
     call = make_inputs(causal_intervals(1, 9, left=(0,), right=(0,)), 9)
-    dense = DenseRows.of(call)
+    dense = DenseBlock.of(call)
     for k in (1, 3, 6):
         budgets = torch.full((1, 1, 1), k)
-        best = row_errors(dense, select("topk", call, budgets, ZERO).mask(4, 9))
+        best = query_errors(dense, select("topk", call, budgets, ZERO).mask(4, 9))
         for subset in itertools.combinations(range(9), k):
             keep = torch.zeros(1, 4, 1, 9, dtype=torch.bool)
             keep[..., list(subset)] = True
-            other = row_errors(dense, keep)
+            other = query_errors(dense, keep)
             assert (other["retained_mass"] <= best["retained_mass"] + 1e-6).all()
             assert (other["l1"] >= best["l1"] - 1e-6).all()
 
@@ -183,13 +182,13 @@ def test_no_other_keys_of_the_same_number_keep_more_mass() -> None:
 @pytest.mark.parametrize("name", ["group of 4", "sliding window", "everything"])
 def test_more_budget_never_lowers_the_retained_mass(name: str) -> None:
     call = CALLS[name]
-    dense = DenseRows.of(call)
+    dense = DenseBlock.of(call)
     heads, kv_len = call.query.shape[1], call.key.shape[2]
     masses = []
     for k in range(1, kv_len + 1):
         budgets = call.visible.clamp(max=k)[:, None]
         keep = select("topk", call, budgets, ZERO).mask(heads, kv_len)
-        masses.append(row_errors(dense, keep)["retained_mass"].nan_to_num(1.0))
+        masses.append(query_errors(dense, keep)["retained_mass"].nan_to_num(1.0))
     for less, more in itertools.pairwise(masses):
         assert (more >= less - 1e-6).all()
     assert (masses[-1] == 1).all()
@@ -199,7 +198,7 @@ def test_more_budget_never_lowers_the_retained_mass(name: str) -> None:
 def test_a_flat_row_needs_its_share_of_keys(n: int) -> None:
     call = make_inputs(torch.tensor([[[[0, n]]]], dtype=torch.int32), n)
     flat = AttentionCall(torch.zeros_like(call.query), call.key, call.value, call.intervals, call.scaling)
-    shape = row_shape(DenseRows.of(flat))
+    shape = concentration(DenseBlock.of(flat))
     torch.testing.assert_close(shape["entropy"], torch.full((1, 4, 1), math.log(n)), rtol=1e-4, atol=1e-5)
     for mass in MASSES:
         needed = shape[f"keys_{mass * 100:.0f}"]
@@ -209,18 +208,18 @@ def test_a_flat_row_needs_its_share_of_keys(n: int) -> None:
 
 def test_the_keys_needed_are_enough_and_one_less_is_not() -> None:
     call = CALLS["causal"]
-    dense = DenseRows.of(call)
+    dense = DenseBlock.of(call)
     for mass in MASSES:
-        needed = row_shape(dense)[f"keys_{mass * 100:.0f}"].long()
+        needed = concentration(dense)[f"keys_{mass * 100:.0f}"].long()
         for less, enough in ((0, True), (1, False)):
             budgets = (needed - less).clamp(min=1)
             keep = select("topk", call, budgets, ZERO).mask(4, 12)
-            kept = row_errors(dense, keep)["retained_mass"]
+            kept = query_errors(dense, keep)["retained_mass"]
             some = needed > 1
             assert ((kept[some] >= mass - 1e-6) == enough).all()
 
 
 def test_low_precision_inputs_give_float32_errors() -> None:
     call = make_inputs(causal_intervals(6, 6), 6, dtype=torch.bfloat16)
-    errors = row_errors(DenseRows.of(call), random_keep(call))
+    errors = query_errors(DenseBlock.of(call), random_keep(call))
     assert {values.dtype for values in errors.values()} == {torch.float32}

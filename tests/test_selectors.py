@@ -11,12 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_sparse import SparseAttentionConfig, selectors
+from hf_sparse import SparseAttentionConfig
 from hf_sparse.call import AttentionCall, Selection
-from hf_sparse.config import SELECTORS
 from hf_sparse.kernels.quantised import QuantisedKeys
-from hf_sparse.selectors import compiled, voting
-from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.selectors import SELECTORS, aggregation, compiled
+from hf_sparse.selectors.grouped import GROUP_QUERIES
 from tests import calls
 
 INTERVALS = {
@@ -29,7 +28,7 @@ INTERVALS = {
     "nothing": lambda rows, kv: calls.causal_intervals(rows, kv, right=(rows, 0)),
 }
 ROWS_OF = {
-    "grouped": st.sampled_from([1, 2, 7, ROWS, 2 * ROWS]),
+    "grouped": st.sampled_from([1, 2, 7, GROUP_QUERIES, 2 * GROUP_QUERIES]),
     "topk": st.integers(1, 20),
     "window": st.integers(1, 20),
 }
@@ -43,7 +42,7 @@ def selector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """The name of each selector; of the grouped one twice, for PyTorch looks for keys where there are no kernels."""
     name: str = request.param
     if name == WITHOUT_KERNELS:
-        monkeypatch.setattr(compiled.cpu, "refusal", lambda *_: "a test wants none")
+        monkeypatch.setattr(compiled, "unsupported_reason", lambda _: "a test wants none")
         return "grouped"
     return name
 
@@ -86,7 +85,7 @@ def problems(draw: st.DrawFn, selector: str) -> tuple[AttentionCall, Tensor, Spa
 
 def select(problem: tuple[AttentionCall, Tensor, SparseAttentionConfig]) -> Selection:
     call, budgets, config = problem
-    return selectors.select(config.selector, call, budgets, config)
+    return calls.select(config.selector, call, budgets, config)
 
 
 @with_fixture
@@ -96,8 +95,8 @@ def test_each_row_keeps_its_budget_of_keys_that_it_sees(selector: str, data: st.
     selection = select(problem)
     heads, kv_len = call.query.shape[1], call.key.shape[2]
     mask = selection.mask(heads, kv_len)
-    assert selection.columns.min() >= 0
-    assert selection.columns.max() < kv_len
+    assert selection.positions.min() >= 0
+    assert selection.positions.max() < kv_len
     assert torch.equal(mask.sum(-1), budgets.expand(mask.shape[:3]))
     # As many as were named: no key is named twice to one row.
     assert torch.equal(selection.kept(heads), mask.sum(-1))
@@ -106,7 +105,7 @@ def test_each_row_keeps_its_budget_of_keys_that_it_sees(selector: str, data: st.
 
 @pytest.mark.parametrize("kind", INTERVALS)
 @pytest.mark.parametrize("kv_len", [0, 20, 1500])
-@pytest.mark.parametrize("rows", [1, 7, ROWS, 2 * ROWS])
+@pytest.mark.parametrize("rows", [1, 7, GROUP_QUERIES, 2 * GROUP_QUERIES])
 def test_budgets_of_every_kind(selector: str, kind: str, kv_len: int, rows: int) -> None:
     """As above, for all combinations."""
     kv_len += rows
@@ -117,7 +116,7 @@ def test_budgets_of_every_kind(selector: str, kind: str, kv_len: int, rows: int)
     config = SparseAttentionConfig(sink_keys=2, recent_keys=3)
     for most in (1, 5, 100, 190, kv_len):
         budgets = call.visible[:, None].clamp(max=most)
-        selection = selectors.select(selector, call, budgets, config)
+        selection = calls.select(selector, call, budgets, config)
         mask = selection.mask(2, kv_len)
         assert torch.equal(mask.sum(-1), budgets.expand(-1, 2, -1))
         assert torch.equal(selection.kept(2), mask.sum(-1))
@@ -149,8 +148,8 @@ def test_of_equal_scores_the_most_recent_key_wins(selector: str, dtype: torch.dt
     expected = torch.zeros(2, 4, 8, 64, dtype=torch.bool)
     for row in range(8):
         expected[:, :, row, 64 - 8 + row + 1 - 5 : 64 - 8 + row + 1] = True
-    assert torch.equal(selectors.select("topk", call, budgets, config).mask(4, 64), expected)
-    grouped = selectors.select(selector, call, budgets, config).mask(4, 64)
+    assert torch.equal(calls.select("topk", call, budgets, config).mask(4, 64), expected)
+    grouped = calls.select(selector, call, budgets, config).mask(4, 64)
     assert torch.equal(grouped, expected)
 
 
@@ -172,12 +171,12 @@ def test_grouped_keeps_the_recent_keys_of_every_row(
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("kind", INTERVALS)
-@pytest.mark.parametrize("rows", [1, 7, 2 * ROWS])
+@pytest.mark.parametrize("rows", [1, 7, 2 * GROUP_QUERIES])
 def test_grouped_is_its_specification(
     kind: str, rows: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By PyTorch, in float64, for every kind of rows: key for key. `test_kernels.py` has the same for the kernels."""
-    monkeypatch.setattr(voting, "_CHUNK_ELEMENTS", 10_000)
+    monkeypatch.setattr(aggregation, "_CHUNK_ELEMENTS", 10_000)
     for seed, (extra, most, sink_keys, recent_keys) in enumerate(
         [(60, 12, 2, 3), (60, 90, 0, 0), (200, 40, 4, 8), (0, 30, 1, 1), (200, 100, 0, 20)]
     ):
@@ -186,8 +185,8 @@ def test_grouped_is_its_specification(
         config = SparseAttentionConfig(sink_keys=sink_keys, recent_keys=recent_keys)
         for most_of_heads in (torch.tensor([most]), torch.tensor([most // 3, most, 2, most // 2])):
             budgets = torch.minimum(call.visible[:, None], most_of_heads[:, None])
-            mask = selectors.select("grouped", call, budgets, config).mask(4, kv_len)
-            expected = calls.select_grouped(call, budgets, sink_keys, recent_keys, min(ROWS, rows))
+            mask = calls.select("grouped", call, budgets, config).mask(4, kv_len)
+            expected = calls.select_grouped(call, budgets, sink_keys, recent_keys, min(GROUP_QUERIES, rows))
             assert torch.equal(mask, expected)
 
 
@@ -198,22 +197,22 @@ def test_grouped_is_topk_where_nothing_is_shared(selector: str, kind: str) -> No
     call = calls.inputs(INTERVALS[kind](1, 50), 50, heads=2, kv_heads=2)
     config = SparseAttentionConfig(sink_keys=2, recent_keys=4)
     budgets = call.visible[:, None].clamp(max=11)
-    grouped, topk = (selectors.select(name, call, budgets, config).mask(2, 50) for name in (selector, "topk"))
+    grouped, topk = (calls.select(name, call, budgets, config).mask(2, 50) for name in (selector, "topk"))
     assert torch.equal(grouped, topk)
 
 
 @every_way_of_grouped
 def test_the_blocks_of_rows_of_a_call_share_its_quantised_keys(selector: str) -> None:
     """What earlier rows left behind, or a cache kept, changes nothing."""
-    rows, kv_len = 3 * ROWS, 1500
+    rows, kv_len = 3 * GROUP_QUERIES, 1500
     call = calls.inputs(calls.causal_intervals(rows, kv_len, left=(0, 77)), kv_len)
     config = SparseAttentionConfig(alpha=2.0, min_keys=8, sink_keys=2, recent_keys=16, dense_below=0)
     budgets = config.budget()(call.visible)[:, None]
     together = replace(call, quantised=QuantisedKeys())
-    for start in range(0, rows, ROWS):
-        part = budgets[:, :, start : start + ROWS]
+    for start in range(0, rows, GROUP_QUERIES):
+        part = budgets[:, :, start : start + GROUP_QUERIES]
         alone, shared = (
-            selectors.select(selector, x.rows(start, start + ROWS), part, config).mask(4, kv_len)
+            calls.select(selector, x.queries(start, start + GROUP_QUERIES), part, config).mask(4, kv_len)
             for x in (call, together)
         )
         assert torch.equal(alone, shared)
@@ -231,7 +230,7 @@ def test_the_one_key_is_found(selector: str, wanted: int, pad: int) -> None:
     call = replace(call, query=call.query + 5, key=key)
     config = SparseAttentionConfig(sink_keys=2, recent_keys=8)
     budgets = torch.full((2, 1, 2), 2 + 8 + 2)
-    mask = selectors.select(selector, call, budgets, config).mask(4, kv_len)
+    mask = calls.select(selector, call, budgets, config).mask(4, kv_len)
     assert mask[..., wanted].all()
 
 
@@ -239,7 +238,7 @@ def test_the_one_key_is_found(selector: str, wanted: int, pad: int) -> None:
 @pytest.mark.parametrize("kv_len", [400, 3000])
 def test_grouped_ranks_by_what_its_rows_attend_to(selector: str, kv_len: int) -> None:
     """A key that every row of the group wants is kept by every row."""
-    call = calls.inputs(calls.causal_intervals(ROWS, kv_len), kv_len)
+    call = calls.inputs(calls.causal_intervals(GROUP_QUERIES, kv_len), kv_len)
     key = call.key.clone()
     wanted = [30, 77, 200]
     # Point every query of a key head the same way, and these keys with it.
@@ -247,17 +246,17 @@ def test_grouped_ranks_by_what_its_rows_attend_to(selector: str, kv_len: int) ->
     key[:, :, wanted] = 3.0
     call = replace(call, query=query, key=key)
     config = SparseAttentionConfig(sink_keys=0, recent_keys=8)
-    budgets = torch.full((2, 1, ROWS), ROWS + 8 + 3)
-    mask = selectors.select(selector, call, budgets, config).mask(4, kv_len)
+    budgets = torch.full((2, 1, GROUP_QUERIES), GROUP_QUERIES + 8 + 3)
+    mask = calls.select(selector, call, budgets, config).mask(4, kv_len)
     assert mask[..., wanted].all()
 
 
 def test_sinks_are_kept_by_every_selector(selector: str) -> None:
     """From the budget on that recent and sink keys need, also where that is less than a group has rows."""
-    call = calls.inputs(calls.causal_intervals(ROWS, 400, left=(0, 37)), 400)
+    call = calls.inputs(calls.causal_intervals(GROUP_QUERIES, 400, left=(0, 37)), 400)
     config = SparseAttentionConfig(sink_keys=4, recent_keys=8)
-    budgets = torch.full((2, 1, ROWS), 12)
-    mask = selectors.select(selector, call, budgets, config).mask(4, 400)
+    budgets = torch.full((2, 1, GROUP_QUERIES), 12)
+    mask = calls.select(selector, call, budgets, config).mask(4, 400)
     assert mask[0, ..., :4].all()
     assert mask[1, ..., 37:41].all()
 
@@ -265,10 +264,10 @@ def test_sinks_are_kept_by_every_selector(selector: str) -> None:
 @every_way_of_grouped
 @pytest.mark.parametrize("kv_len", [400, 3000])
 def test_grouped_keeps_the_sinks(selector: str, kv_len: int) -> None:
-    call = calls.inputs(calls.causal_intervals(ROWS, kv_len, left=(0, 37)), kv_len)
+    call = calls.inputs(calls.causal_intervals(GROUP_QUERIES, kv_len, left=(0, 37)), kv_len)
     config = SparseAttentionConfig(sink_keys=4, recent_keys=8)
-    budgets = torch.full((2, 1, ROWS), ROWS + 8 + 4)
-    mask = selectors.select(selector, call, budgets, config).mask(4, kv_len)
+    budgets = torch.full((2, 1, GROUP_QUERIES), GROUP_QUERIES + 8 + 4)
+    mask = calls.select(selector, call, budgets, config).mask(4, kv_len)
     assert mask[0, ..., :4].all()
     assert mask[1, ..., 37:41].all()
 
@@ -276,18 +275,18 @@ def test_grouped_keeps_the_sinks(selector: str, kv_len: int) -> None:
 def test_budgets_are_spent_where_older_keys_weigh_nothing(selector: str) -> None:
     """All weight on the recent keys: in float32 the weights of the older ones are zero, and they are kept alike."""
     kv_len = 3000
-    call = calls.inputs(calls.causal_intervals(ROWS, kv_len, left=(0, 2000)), kv_len)
-    key = torch.where(torch.arange(kv_len)[:, None] < kv_len - ROWS, -20.0, 20.0).expand_as(call.key)
+    call = calls.inputs(calls.causal_intervals(GROUP_QUERIES, kv_len, left=(0, 2000)), kv_len)
+    key = torch.where(torch.arange(kv_len)[:, None] < kv_len - GROUP_QUERIES, -20.0, 20.0).expand_as(call.key)
     call = replace(call, query=torch.full_like(call.query, 20.0), key=key)
     config = SparseAttentionConfig(sink_keys=0, recent_keys=8)
     for more in (1, 10, 100):
-        budgets = torch.full((2, 1, ROWS), ROWS + 8 + more)
-        mask = selectors.select(selector, call, budgets, config).mask(4, kv_len)
-        assert torch.equal(mask.sum(-1), budgets.expand(2, 4, ROWS))
+        budgets = torch.full((2, 1, GROUP_QUERIES), GROUP_QUERIES + 8 + more)
+        mask = calls.select(selector, call, budgets, config).mask(4, kv_len)
+        assert torch.equal(mask.sum(-1), budgets.expand(2, 4, GROUP_QUERIES))
         assert not (mask & ~calls.visible_mask(call)).any()
 
 
-@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("rows", [1, GROUP_QUERIES])
 @pytest.mark.parametrize("change", [calls.turned, lambda key: key[..., :1].expand_as(key)], ids=["turned", "expanded"])
 def test_strides_do_not_matter(selector: str, change: Callable[[Tensor], Tensor], rows: int) -> None:
     """Numbers of a key that lie far from each other, or that are one and the same."""
@@ -296,23 +295,23 @@ def test_strides_do_not_matter(selector: str, change: Callable[[Tensor], Tensor]
     key = change(call.key)
     assert key.stride(3) != 1
     masks = [
-        selectors.select(selector, replace(call, key=x), budgets, config).mask(4, 800) for x in (key, key.contiguous())
+        calls.select(selector, replace(call, key=x), budgets, config).mask(4, 800) for x in (key, key.contiguous())
     ]
     assert torch.equal(*masks)
 
 
 def test_a_row_keeps_what_it_keeps_whoever_its_neighbours_are(selector: str) -> None:
     """Each sequence of a batch, each block of groups, alone and together; padded or not."""
-    rows, kv_len = 3 * ROWS, 1500
+    rows, kv_len = 3 * GROUP_QUERIES, 1500
     pad = 77
     together = calls.inputs(calls.causal_intervals(rows, kv_len, left=(0, pad)), kv_len)
     config = SparseAttentionConfig(alpha=2.0, min_keys=8, sink_keys=2, recent_keys=16, dense_below=0)
     budgets = config.budget()(together.visible)[:, None]
-    mask = selectors.select(selector, together, budgets, config).mask(4, kv_len)
-    for start in range(0, rows, ROWS):
-        block = together.rows(start, start + ROWS)
-        alone = selectors.select(selector, block, budgets[:, :, start : start + ROWS], config).mask(4, kv_len)
-        assert torch.equal(alone, mask[:, :, start : start + ROWS])
+    mask = calls.select(selector, together, budgets, config).mask(4, kv_len)
+    for start in range(0, rows, GROUP_QUERIES):
+        block = together.queries(start, start + GROUP_QUERIES)
+        alone = calls.select(selector, block, budgets[:, :, start : start + GROUP_QUERIES], config).mask(4, kv_len)
+        assert torch.equal(alone, mask[:, :, start : start + GROUP_QUERIES])
     for b, cut in ((0, 0), (1, pad)):
         alone_call = replace(
             together,
@@ -321,21 +320,15 @@ def test_a_row_keeps_what_it_keeps_whoever_its_neighbours_are(selector: str) -> 
             value=together.value[b : b + 1, :, cut:],
             intervals=together.intervals[b : b + 1] - cut,
         )
-        alone = selectors.select(selector, alone_call, budgets[b : b + 1], config).mask(4, kv_len - cut)
+        alone = calls.select(selector, alone_call, budgets[b : b + 1], config).mask(4, kv_len - cut)
         assert torch.equal(alone, mask[b : b + 1, ..., cut:])
-
-
-def test_unknown_selector() -> None:
-    call = calls.inputs(calls.causal_intervals(1, 4), 4)
-    with pytest.raises(ValueError, match="best"):
-        selectors.select("best", call, call.visible[:, None], SparseAttentionConfig())
 
 
 def test_selection_carries_no_gradient_and_leaves_the_call_alone(selector: str) -> None:
     call = calls.inputs(calls.causal_intervals(8, 30), 30)
     before = [call.query.clone(), call.key.clone(), call.intervals.clone()]
     call.query.requires_grad_()
-    selection = selectors.select(selector, call, torch.full((2, 1, 8), 5), SparseAttentionConfig())
-    assert not selection.columns.requires_grad
+    selection = calls.select(selector, call, torch.full((2, 1, 8), 5), SparseAttentionConfig())
+    assert not selection.positions.requires_grad
     for tensor, copy in zip([call.query, call.key, call.intervals], before, strict=True):
         assert torch.equal(tensor, copy)

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import hf_sparse
-from hf_sparse import engines, kernels, selectors
+from hf_sparse import engines, kernels
 from hf_sparse.cache import SparseCache
-from hf_sparse.call import AttentionCall, Selection
+from hf_sparse.call import AlwaysKept, AttentionCall, Selection
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.kernels import gpu
-from hf_sparse.selectors import grouped
-from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.selectors import aggregation
+from hf_sparse.selectors.grouped import GROUP_QUERIES, Grouped, select_by
 from tests import calls, tiny
 from tests.sparse import SPARSE
 from tests.test_engines import CALLS, layout
@@ -33,11 +33,11 @@ from tests.test_engines import CALLS, layout
 pytest.importorskip("triton", reason="triton is not installed")
 tl = importlib.import_module("triton.language")
 interpreter = importlib.import_module("triton.runtime.interpreter")
-engine = importlib.import_module("hf_sparse.engines.triton")
 common = importlib.import_module("hf_sparse.kernels.triton.common")
-voting = importlib.import_module("hf_sparse.kernels.triton.votes")
+voting = importlib.import_module("hf_sparse.kernels.triton.aggregate")
 quantise = importlib.import_module("hf_sparse.kernels.triton.quantise").quantise
 
+ENGINE = engines.ENGINES["triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -57,7 +57,7 @@ def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work is cut into as many parts as it can be."""
-    monkeypatch.setattr(common, "_processors", lambda _: 1 << 20)
+    monkeypatch.setattr(common, "_multiprocessors", lambda _: 1 << 20)
 
 
 def moved(call: AttentionCall) -> AttentionCall:
@@ -67,16 +67,16 @@ def moved(call: AttentionCall) -> AttentionCall:
 
 
 def placed(selection: Selection) -> Selection:
-    return replace(selection, columns=selection.columns.to(DEVICE), allowed=selection.allowed.to(DEVICE))
+    return replace(selection, positions=selection.positions.to(DEVICE), allowed=selection.allowed.to(DEVICE))
 
 
 def check(call: AttentionCall, selection: Selection) -> None:
     """The engine gives what the reference gives."""
     call, selection = moved(call), placed(selection)
-    out = engine.attend(call, selection)
+    out = ENGINE.attend(call, selection)
     tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
     assert out.dtype == call.value.dtype
-    assert_close(out, engines.reference(call, selection), atol=tolerance, rtol=tolerance)
+    assert_close(out, calls.run_engine("reference", call, selection), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("kind", CALLS)
@@ -85,11 +85,11 @@ def test_engine_is_the_reference(kind: str) -> None:
     check(call, calls.random_selection(call, layout(call, 3), False))
 
 
-@pytest.mark.parametrize(("rows_per_group", "per_head"), [(1, True), (1, False), (6, True)])
+@pytest.mark.parametrize(("queries_per_group", "per_head"), [(1, True), (1, False), (6, True)])
 @pytest.mark.parametrize("kind", ["both", "values wider"])
-def test_layouts(kind: str, rows_per_group: int, per_head: bool) -> None:
+def test_layouts(kind: str, queries_per_group: int, per_head: bool) -> None:
     call = CALLS[kind]()
-    check(call, calls.random_selection(call, rows_per_group, per_head))
+    check(call, calls.random_selection(call, queries_per_group, per_head))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -143,7 +143,7 @@ class Recorder:
 @pytest.mark.parametrize("programs", [1, 7, 264, 10_000])
 @pytest.mark.parametrize("steps", [0, 1, 5, 64, 1000])
 def test_parts_cover_all_steps(programs: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "_processors", lambda _: 132)
+    monkeypatch.setattr(common, "_multiprocessors", lambda _: 132)
     parts, each = common.parts_for(torch.device("cpu"), programs, steps, most=64, programs_each=2)
     assert 1 <= parts <= 64
     assert parts * each >= steps > (parts - 1) * each or steps == 0
@@ -154,16 +154,16 @@ def test_parts_cover_all_steps(programs: int, steps: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("cut", [False, True])
 def test_rows_without_keys_give_zeros(kind: str, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if cut:
-        monkeypatch.setattr(common, "_processors", lambda _: 1 << 20)
+        monkeypatch.setattr(common, "_multiprocessors", lambda _: 1 << 20)
     call = CALLS[kind]()
     selection = calls.random_selection(call, 3, False)
     selection.allowed[:, :, 0] = False
     call, selection = moved(call), placed(selection)
-    out = engine.attend(call, selection)
+    out = ENGINE.attend(call, selection)
     assert (out[:, :, :3] == 0).all()
     assert (out[:, :, 3:] != 0).any()
-    none = replace(selection, columns=selection.columns[..., :0], allowed=selection.allowed[..., :0])
-    assert (engine.attend(call, none) == 0).all()
+    none = replace(selection, positions=selection.positions[..., :0], allowed=selection.allowed[..., :0])
+    assert (ENGINE.attend(call, none) == 0).all()
 
 
 def test_strides_do_not_matter() -> None:
@@ -177,7 +177,7 @@ def test_strides_do_not_matter() -> None:
         value=call.value.transpose(2, 3).contiguous().transpose(2, 3),
     )
     wide = torch.cat([selection.allowed, selection.allowed], dim=-1)[..., : selection.allowed.shape[-1]]
-    check(odd, replace(selection, allowed=wide, columns=selection.columns.mT.contiguous().mT))
+    check(odd, replace(selection, allowed=wide, positions=selection.positions.mT.contiguous().mT))
 
 
 @pytest.mark.parametrize("selector", ["grouped", "topk", "window"])
@@ -185,7 +185,7 @@ def test_selections_of_the_selectors(selector: str) -> None:
     call = calls.inputs(calls.causal_intervals(16, 130, left=(0,), right=(0,)), 130)
     config = SparseAttentionConfig(sink_keys=2, recent_keys=8)
     budgets = call.visible[:, None].clamp(max=24)
-    check(call, selectors.select(selector, call, budgets, config))
+    check(call, calls.select(selector, call, budgets, config))
 
 
 def grows(call: AttentionCall) -> AttentionCall:
@@ -196,7 +196,7 @@ def grows(call: AttentionCall) -> AttentionCall:
     ("change", "reason"),
     [
         (grows, "no backward pass"),
-        (lambda call: replace(call, dropout=0.1), "drop no weights"),
+        (lambda call: replace(call, dropout=0.1), "dropout is not supported"),
         (lambda call: replace(call, query=call.query.double()), "torch.float32, torch.float64"),
         (lambda call: replace(call, value=torch.zeros(2, 2, 11, 512)), "512"),
     ],
@@ -205,7 +205,7 @@ def test_what_it_cannot_do_is_refused(change: Callable[[AttentionCall], Attentio
     call = CALLS["plain"]()
     selection = calls.random_selection(call, 3, False)
     with pytest.raises(UserError, match=reason):
-        engines.attend("triton", moved(change(call)), selection)
+        calls.run_engine("triton", moved(change(call)), selection)
 
 
 def test_no_gradients_are_asked_of_it_without_grad() -> None:
@@ -218,48 +218,48 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
     call = CALLS["plain"]()
     monkeypatch.setattr(gpu, "interprets", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "is on cpu" in (engine.refusal(call) or "")
-    assert "is on mps" in (gpu.refusal(torch.device("mps")) or "")
-    assert "no GPU" in (engines.why_not("triton") or "")
+    assert "is on cpu" in (ENGINE.unsupported_reason(call) or "")
+    assert "is on mps" in (gpu.unsupported_reason(torch.device("mps")) or "")
+    assert "no GPU" in (calls.unavailable("triton") or "")
     with pytest.raises(ValueError, match="engine 'triton' cannot run here: there is no GPU"):
         hf_sparse.patch(tiny.model("llama"), engine="triton")
     with monkeypatch.context() as old_gpu:
         old_gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-        assert "7.5" in (gpu.refusal(torch.device("cuda")) or "")
+        assert "7.5" in (gpu.unsupported_reason(torch.device("cuda")) or "")
     monkeypatch.setattr(gpu, "find_spec", lambda _: None)
-    for reason in (engine.refusal(call), engines.why_not("triton")):
+    for reason in (ENGINE.unsupported_reason(call), calls.unavailable("triton")):
         assert "pip install triton" in (reason or "")
     monkeypatch.setenv("HF_SPARSE_KERNELS", "0")
-    assert engines.why_not("triton") == "HF_SPARSE_KERNELS=0 is set"
+    assert calls.unavailable("triton") == "HF_SPARSE_KERNELS=0 is set"
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match="pip install triton"):
         importlib.reload(importlib.import_module(f"{kernels.__name__}.triton"))
 
 
 def plain_votes(
-    members: Tensor, keys: Tensor, certain: Tensor, begin: Tensor, low: Tensor, first: Tensor | None
+    members: Tensor, keys: Tensor, kept_lse: Tensor, past_start: Tensor, past_stop: Tensor, first: Tensor | None
 ) -> Tensor:
     """Votes by their definition, in float64."""
     scores = torch.einsum("bhgmd,bhnd->bhgmn", members.double(), keys.double())
     column = torch.arange(keys.shape[2])
-    seen = ((column >= begin[..., None]) & (column < low[..., None]))[:, None, :, None]
+    seen = ((column >= past_start[..., None]) & (column < past_stop[..., None]))[:, None, :, None]
     if first is not None:
         seen = seen & (column >= first[..., None])
     scores = scores.masked_fill(~seen, -torch.inf)
-    total = torch.cat([scores, certain.double()[..., None]], dim=-1).logsumexp(-1, keepdim=True)
+    total = torch.cat([scores, kept_lse.double()[..., None]], dim=-1).logsumexp(-1, keepdim=True)
     return (scores - total).exp().masked_fill(~seen, 0).nan_to_num(0).sum(3)
 
 
 def voters(groups: int, size: int, length: int, dim: int = 64, batch: int = 1, kv_heads: int = 2) -> dict[str, Tensor]:
     """Groups of members at the end of a text, with what each has besides the older keys."""
     generator = torch.Generator().manual_seed(size)
-    low = (length - 5 - torch.arange(groups).flip(0) * 11).expand(batch, groups)
+    past_stop = (length - 5 - torch.arange(groups).flip(0) * 11).expand(batch, groups)
     return {
         "members": torch.randn(batch, kv_heads, groups, size, dim, generator=generator) * 2 * dim**-0.5,
         "keys": torch.randn(batch, kv_heads, length, dim, generator=generator),
-        "certain": 7 + torch.randn(batch, kv_heads, groups, size, generator=generator),
-        "begin": torch.full((batch, groups), 3),
-        "low": low.contiguous(),
+        "kept_lse": 7 + torch.randn(batch, kv_heads, groups, size, generator=generator),
+        "past_start": torch.full((batch, groups), 3),
+        "past_stop": past_stop.contiguous(),
     }
 
 
@@ -268,7 +268,7 @@ def check_votes(members: Tensor, keys: Tensor, first: Tensor | None = None, **re
     whole, scales = quantise(keys.to(DEVICE))
     on_device = {name: x.to(DEVICE) for name, x in rest.items()}
     own_first = None if first is None else first.to(DEVICE)
-    out = voting.votes(members.to(DEVICE), whole, scales, first=own_first, **on_device).cpu()
+    out = voting.aggregated_scores(members.to(DEVICE), whole, scales, first=own_first, **on_device).cpu()
     assert out.dtype == torch.float32
     dequantised = [
         (q * scale[..., None]).cpu() for q, scale in ((whole, scales), quantise(members.flatten(2, 3).to(DEVICE)))
@@ -299,7 +299,7 @@ def test_votes_of_parts_of_the_keys(size: int) -> None:
 def test_few_members_vote_like_many(monkeypatch: pytest.MonkeyPatch) -> None:
     call = voters(1, 8, 300)
     few = check_votes(**call)
-    monkeypatch.setattr(voting, "MOST_MEMBERS", 0)
+    monkeypatch.setattr(voting, "MOST_PAIRS", 0)
     assert_close(check_votes(**call), few)
 
 
@@ -307,8 +307,8 @@ def test_few_members_vote_like_many(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_votes_in_sliding_windows(kv_heads: int) -> None:
     """Members of a group do not all see its oldest keys; some see none of them."""
     call = voters(2, 20, 300)
-    call["begin"] = torch.tensor([[100, 150]])
-    first = call["begin"][:, None, :, None] + torch.arange(20).expand(1, kv_heads, 2, 20) * 10
+    call["past_start"] = torch.tensor([[100, 150]])
+    first = call["past_start"][:, None, :, None] + torch.arange(20).expand(1, kv_heads, 2, 20) * 10
     first[..., 1, -1] = 300
     out = check_votes(**call, first=first)
     assert (out[0, :, 0, :100] == 0).all()
@@ -316,11 +316,11 @@ def test_votes_in_sliding_windows(kv_heads: int) -> None:
 
 def test_groups_without_older_keys_and_members_without_votes() -> None:
     call = voters(3, 20, 200, batch=2)
-    call["low"][0] = torch.tensor([0, 3, 150])
-    call["begin"][1, 2] = 190
-    call["certain"][0, 0, 2, :5] = torch.inf
-    call["certain"][:, :, :, 7] = -torch.inf
-    call["certain"][1, 1, 0] = torch.inf
+    call["past_stop"][0] = torch.tensor([0, 3, 150])
+    call["past_start"][1, 2] = 190
+    call["kept_lse"][0, 0, 2, :5] = torch.inf
+    call["kept_lse"][:, :, :, 7] = -torch.inf
+    call["kept_lse"][1, 1, 0] = torch.inf
     out = check_votes(**call)
     assert out.isfinite().all()
     assert (out[0, :, :2] == 0).all()
@@ -335,7 +335,7 @@ def test_keys_in_longer_storage() -> None:
     rest = {name: x.to(DEVICE) for name, x in call.items() if name not in ("members", "keys")}
     members = call["members"].to(DEVICE)
     parts = [
-        voting.votes(members, w, s, **rest)
+        voting.aggregated_scores(members, w, s, **rest)
         for w, s in ((whole[:, :, :160], scales[:, :, :160]), quantise(call["keys"].to(DEVICE)))
     ]
     assert_close(*parts)
@@ -358,7 +358,7 @@ GROUPS = {
     "decode": lambda: calls.causal_intervals(1, 300),
     "decode, padded": lambda: calls.causal_intervals(1, 300, left=(0, 100)),
     "sliding": lambda: calls.causal_intervals(7, 300, window=150),
-    "two groups": lambda: calls.causal_intervals(2 * ROWS, 300, left=(0, 100), right=(3, 0)),
+    "two groups": lambda: calls.causal_intervals(2 * GROUP_QUERIES, 300, left=(0, 100), right=(3, 0)),
 }
 
 
@@ -366,17 +366,16 @@ GROUPS = {
 def test_grouped_by_triton_is_its_specification(kind: str) -> None:
     """Votes have 8 significant bits: where two are nearly equal, another key may win."""
     call = calls.inputs(GROUPS[kind](), 300, dim=16)
-    config = SparseAttentionConfig(sink_keys=3, recent_keys=10, engine="triton")
-    assert grouped.uncompiled(moved(call), config) is None
+    assert aggregation.triton_unsupported_reason(moved(call)) is None
     budgets = torch.minimum(call.visible[:, None], torch.randint(5, 70, (2, 4, 1)))
-    selection = selectors.select("grouped", moved(call), budgets.to(DEVICE), config)
+    selection = select_by(aggregation.by_triton, moved(call), budgets, AlwaysKept(3, 10))
     mask = selection.mask(4, 300).cpu()
-    expected = calls.select_grouped(call, budgets, 3, 10, min(ROWS, call.query.shape[2]), rough=True)
+    expected = calls.select_grouped(call, budgets, 3, 10, min(GROUP_QUERIES, call.query.shape[2]))
     assert torch.equal(mask.sum(-1), budgets)
     assert torch.equal(selection.kept(4).cpu(), budgets)
     assert not (mask & ~calls.visible_mask(call)).any()
     assert (mask & expected).sum() >= 0.98 * expected.sum()
-    assert selection.columns.shape[-1] % 16 == 0
+    assert selection.positions.shape[-1] % 16 == 0
 
 
 @torch.no_grad()
@@ -389,8 +388,10 @@ def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model(name).to(DEVICE)
     ids, mask, _ = (x if isinstance(x, list) else x.to(DEVICE) for x in tiny.padded([90, 70], "left"))
     ways: list[Any] = []
-    votes = voting.votes
-    monkeypatch.setattr(voting, "votes", lambda *args, **rest: ways.append(args[1].dtype) or votes(*args, **rest))
+    votes = voting.aggregated_scores
+    monkeypatch.setattr(
+        voting, "aggregated_scores", lambda *args, **rest: ways.append(args[1].dtype) or votes(*args, **rest)
+    )
 
     def logits(name: str) -> Tensor:
         hf_sparse.patch(model, SPARSE, engine=name)
@@ -405,7 +406,9 @@ def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < hf_sparse.report(model).density < 0.6
         return torch.cat(out, dim=1)[mask.bool()]
 
-    by_triton = logits("triton")
+    with monkeypatch.context() as as_on_a_gpu:
+        as_on_a_gpu.setattr(Grouped, "select", lambda self, *given: select_by(aggregation.by_triton, *given))
+        by_triton = logits("triton")
     assert set(ways) == {torch.int8}
     assert hf_sparse.report(model).notes == ()
     by_gather = logits("gather")
@@ -432,7 +435,7 @@ def test_compiles_for_gpus(capability: str, tmp_path: Path) -> None:
         "_join_parts": 1 + 1,
         "_quantise": 2,
         "_totals": 2,
-        "_votes": 2,
+        "_aggregate": 2,
         "_scores": 2 + 1,
         "_sums": 2 + 1,
     }

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from hf_sparse.bench.layer import SPARSE
 from hf_sparse.cache import SparseCache
-from hf_sparse.observe import observed
+from hf_sparse.diagnostics import observed
 from hf_sparse.patching import base_model
 
 STATIC = "static-cache"

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 import hf_sparse
 from hf_sparse.bench.shapes import Shape
 from hf_sparse.call import AttentionCall
+from hf_sparse.diagnostics import observed
 from hf_sparse.errors import UserError
-from hf_sparse.observe import observed
 from hf_sparse.patching import base_model
 
 SCORE_STD = 2.5

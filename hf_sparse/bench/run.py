@@ -53,10 +53,10 @@ def evaluate(cells: Sequence[Cell], results: ResultFile, about: Row) -> list[Row
         for cell in bar:
             bar.set_postfix_str(f"{cell.kind} {cell.length:,}")
             machine = {name: value for name, value in about.items() if name != "commit"}
-            key = row_key(command=COMMAND, kind=cell.kind, length=cell.length, **cell.facts, **machine)
+            key = row_key(command=COMMAND, kind=cell.kind, length=cell.length, **cell.ranges, **machine)
             if key not in done:
                 place = {"key": key, "command": COMMAND, "kind": cell.kind, "length": cell.length}
-                results.append({**place, **cell.facts, "methods": cell.measure(), **about})
+                results.append({**place, **cell.ranges, "methods": cell.measure(), **about})
                 done = results.rows()
             out.append(done[key])
     return out

@@ -18,12 +18,13 @@ from hf_sparse.bench.summary import summarise
 from hf_sparse.bench.tables import bench_tables
 from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integers, read_policy
 from hf_sparse.cli.runs import Outcome, write_outcome
-from hf_sparse.config import SELECTORS, SparseAttentionConfig
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.machine import find_device
 from hf_sparse.measure.processes import process_state
 from hf_sparse.measure.windows import check_lengths
 from hf_sparse.results import ROWS, ResultFile, check_folder
+from hf_sparse.selectors import SELECTORS
 from hf_sparse.share.source import DTYPES, ModelSource
 
 _FULL = {
@@ -81,7 +82,7 @@ class BenchOptions:
     repeats: Annotated[int, typer.Option(min=1, help="Fewest rounds of a measurement.")] = 3
     seconds: Annotated[float, typer.Option(min=0, help="Rounds go on for this long.")] = 5.0
     leave_out: Annotated[str, typer.Option(help=f"Dense methods not to measure: some of {', '.join(_OPTIONAL)}.")] = ""
-    selector: Annotated[str, typer.Option(help=f"{', '.join(SELECTORS)}.")] = SparseAttentionConfig.selector
+    selector: Annotated[str, typer.Option(help=f"{', '.join(SELECTORS)}.")] = "grouped"
     text: Annotated[
         str | None,
         typer.Option(help="With a MODEL: text to read; see perplexity.", show_default="Python's language reference"),
@@ -111,7 +112,7 @@ class BenchOptions:
         if self.selector not in SELECTORS:
             raise UserError(f"selector must be one of {', '.join(SELECTORS)}; got {self.selector!r}")
         if self.selector != SparseAttentionConfig.selector:
-            config = replace(config, selector=self.selector)  # type: ignore[arg-type]
+            config = replace(config, selector=self.selector)
         left_out = names | {"flex"} if self.quick else names
         return Plan(lengths, config, self.new_tokens, left_out, self.repeats, self.seconds, run.seed)
 

@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse.cli.options import DataOptions, RunOptions
-from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure import attention_error, attention_summary, perplexity, perplexity_summary, plots
 from hf_sparse.measure.attention_tables import comparison_cells, error_cells, layer_cells, shape_cells, slope_cells
@@ -164,7 +163,7 @@ def run_attention_error(
     windows = [window for window in ready.windows if window.length == lengths[-1]]
     results = ResultFile(ready.folder / ROWS)
     rows = attention_error.evaluate(ready.model, windows, lengths, methods, results, ready.about, rows_per_length)
-    shown = attention_error.CALIBRATED if attention_error.CALIBRATED in methods else SparseAttentionConfig.selector
+    shown = attention_error.CALIBRATED if attention_error.CALIBRATED in methods else "grouped"
     with results.summed_up():
         summary = attention_summary.summarise(rows, ready.about["seed"])
         tables = [cells(summary) for cells in (error_cells, shape_cells, slope_cells, comparison_cells)]

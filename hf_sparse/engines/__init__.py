@@ -1,58 +1,50 @@
 """Engines: attend to exactly the keys of a selection. `reference` is the specification of all others."""
 
+from __future__ import annotations
+
 from torch import Tensor
 
 from hf_sparse.call import AttentionCall, Selection
-from hf_sparse.engines import cpu as compiled
-from hf_sparse.engines import triton
-from hf_sparse.engines.gather import attend as gather
-from hf_sparse.engines.reference import attend as reference
+from hf_sparse.engines.base import Engine
+from hf_sparse.engines.cpu import Cpu
+from hf_sparse.engines.gather import Gather
+from hf_sparse.engines.reference import Reference
+from hf_sparse.engines.triton import Triton
 from hf_sparse.errors import UserError
-from hf_sparse.kernels import cpu, gpu
 
-__all__ = ["attend", "gather", "reference", "refusal", "why_not"]
+__all__ = ["AUTO", "ENGINES", "Engine", "attend", "choose", "find_engine"]
 
+AUTO = "auto"
+"""The name that lets `choose` choose."""
 
-def why_not(name: str) -> str | None:
-    """Why the engine called `name` cannot run on this machine; `None` if it can."""
-    match name:
-        case "cpu":
-            return cpu.why_not()
-        case "triton":
-            return gpu.why_not()
-        case _:
-            return None
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (Reference(), Gather(), Cpu(), Triton())}
+"""The engines by name."""
 
 
-def refusal(name: str, inputs: AttentionCall) -> str | None:
-    """Why the engine called `name` cannot attend in this call; `None` if it can."""
-    match name:
-        case "cpu":
-            return compiled.refusal(inputs)
-        case "triton":
-            return triton.refusal(inputs)
-        case _:
-            return None
+def find_engine(engine: str | Engine) -> Engine | None:
+    """The engine that a configuration names, or holds; `None` for `"auto"`."""
+    if isinstance(engine, Engine):
+        return engine
+    return None if engine == AUTO else ENGINES[engine]
 
 
-def attend(name: str, inputs: AttentionCall, selection: Selection) -> Tensor:
-    """Run the engine called `name`: `(batch, heads, rows, value_dim)` in the dtype of the values.
+def choose(call: AttentionCall, selection: Selection) -> Engine:
+    """The fastest engine that can attend to `selection` in `call`."""
+    if selection.shares_nothing:
+        # Masking all keys costs less than copying keys for each query and head.
+        return ENGINES["reference"]
+    fast = ENGINES["triton" if call.key.is_cuda else "cpu"]
+    return ENGINES["gather"] if fast.unsupported_reason(call) else fast
 
-    A row without keys gives zeros.
+
+def attend(engine: Engine | None, call: AttentionCall, selection: Selection) -> Tensor:
+    """Attention by an engine, or by the fastest one that can: `(batch, heads, q_len, value_dim)`.
 
     Raises:
-        UserError: Where `refusal` has a reason.
+        UserError: If `engine` cannot attend in this call.
     """
-    if reason := refusal(name, inputs):
-        raise UserError(f"engine {name!r} cannot attend here: {reason}; engine 'auto' takes one that can")
-    match name:
-        case "reference":
-            return reference(inputs, selection)
-        case "gather":
-            return gather(inputs, selection)
-        case "cpu":
-            return compiled.attend(inputs, selection)
-        case "triton":
-            return triton.attend(inputs, selection)
-        case _:
-            raise ValueError(f"unknown engine {name!r}")
+    if engine is None:
+        return choose(call, selection).attend(call, selection)
+    if reason := engine.unsupported_reason(call):
+        raise UserError(f"engine {engine.name!r} cannot attend here: {reason}; engine 'auto' takes one that can")
+    return engine.attend(call, selection)

@@ -1,4 +1,4 @@
-"""The engine for processors: compiled kernels gather kept keys and values by tiles that stay in the cache."""
+"""The engine for CPUs: compiled kernels gather kept keys and values by tiles that stay in the cache."""
 
 from __future__ import annotations
 
@@ -6,37 +6,46 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_sparse.call import AttentionCall, Selection
+from hf_sparse.engines.base import Engine
 from hf_sparse.kernels import cpu
 
 
-def refusal(inputs: AttentionCall) -> str | None:
-    """Why the kernels cannot attend in this call; `None` if they can."""
-    if inputs.learns:
-        return "the compiled kernels have no backward pass"
-    if inputs.dropout:
-        return "the compiled kernels drop no weights"
-    return cpu.refusal(inputs.key, inputs.value)
+class Cpu(Engine):
+    """Attention by kernels that are compiled for this machine's CPU."""
 
+    name = "cpu"
 
-def attend(inputs: AttentionCall, selection: Selection) -> Tensor:
-    """Attend to the kept keys alone: `(batch, heads, rows, value_dim)`. Only where there is no `refusal`."""
-    missing = -selection.columns.shape[-1] % cpu.TILE
-    columns, allowed, scores = (
-        None if x is None else (F.pad(x, (0, missing)) if missing else x.contiguous())
-        for x in (selection.columns, selection.allowed, selection.scores)
-    )
-    assert columns is not None
-    assert allowed is not None
-    out = cpu.attend(
-        inputs.scaled_query,
-        inputs.key,
-        inputs.value,
-        columns,
-        allowed,
-        size=selection.rows_per_group,
-        per_head=selection.per_head,
-        scores=None if scores is None else scores.float(),
-        sinks=None if inputs.sinks is None else inputs.sinks.float().contiguous(),
-        softcap=inputs.softcap,
-    )
-    return out.to(inputs.value.dtype)
+    def unavailable_reason(self) -> str | None:
+        """Why there are no compiled kernels: see `Engine.unavailable_reason`."""
+        return cpu.unsupported_reason()
+
+    def unsupported_reason(self, call: AttentionCall) -> str | None:
+        """Gradients, dropout, other devices and dtypes: see `Engine.unsupported_reason`."""
+        if call.learns:
+            return "the compiled kernels have no backward pass"
+        if call.dropout:
+            return "attention dropout is not supported by the compiled kernels"
+        return cpu.unsupported_reason(call.key, call.value)
+
+    def attend(self, call: AttentionCall, selection: Selection) -> Tensor:
+        """Attention to the kept keys where they lie: see `Engine.attend`."""
+        missing = -selection.positions.shape[-1] % cpu.TILE
+        positions, allowed, scores = (
+            None if x is None else (F.pad(x, (0, missing)) if missing else x.contiguous())
+            for x in (selection.positions, selection.allowed, selection.scores)
+        )
+        assert positions is not None
+        assert allowed is not None
+        out = cpu.attend(
+            call.scaled_query,
+            call.key,
+            call.value,
+            positions,
+            allowed,
+            size=selection.queries_per_group,
+            per_head=selection.per_head,
+            scores=None if scores is None else scores.float(),
+            sinks=None if call.sinks is None else call.sinks.float().contiguous(),
+            softcap=call.softcap,
+        )
+        return out.to(call.value.dtype)

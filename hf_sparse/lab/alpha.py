@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from hf_sparse.calibration.projection import output_weights
+from hf_sparse.diagnostics import concentration
 from hf_sparse.lab import fits, probe
 from hf_sparse.lab.bounds import certificate, max_entry_floor, output_bound
 from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
 from hf_sparse.lab.fits import FloatArray
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.topk import NORMS, top_k_errors
-from hf_sparse.measure.equal_cost import last_true
+from hf_sparse.laws import bisect
 from hf_sparse.results import Row
-from hf_sparse.row_errors import row_shape
 
 ALPHA = {"small": 2.0, "full": 8.0}
 """The law alpha sqrt(n) whose cost all others have."""
@@ -45,7 +45,6 @@ OURS = "per head, by error"
 BOUNDS = ("lost", "certified", "max_entry", "floor", "output", "output_bound")
 
 _GRID = [(alpha, exponent) for exponent in (0.0, 0.25, 0.5, 0.75, 1.0) for alpha in np.geomspace(0.01, 4096, 60)]
-_STEPS = 60
 
 
 def cells(setting: Setting) -> Sequence[Cell]:
@@ -60,7 +59,7 @@ def measure(cell: Cell, setting: Setting) -> Row:
     layers = {layer.index: layer for layer in probe.layers_of(model)}
 
     def look(sample: probe.Sample) -> Row:
-        needed = row_shape(sample.dense)["keys_95"][0].mean(-1).tolist()
+        needed = concentration(sample.dense)["keys_95"][0].mean(-1).tolist()
         return head_errors(sample, layers[sample.layer], cell["alpha"]) | {"keys_95": needed}
 
     window, lengths = probe.find_window(cell, setting), probe.row_lengths(cell["length"], cell["least"])
@@ -151,7 +150,8 @@ def keys_of(law: Law, lengths: Sequence[int]) -> FloatArray:
 
 def spend(make: Callable[[float], Law], lengths: Sequence[int], cost: float) -> Law:
     """The law `make(x)`, whose keys grow with x > 0, of at most `cost` keys a query, mean over heads and n."""
-    return make(last_true(lambda x: bool(keys_of(make(x), lengths).mean() < cost), 1e-8, 1e8, _STEPS))
+    cheap, _ = bisect(lambda x: bool(keys_of(make(x), lengths).mean() < cost), 1e-8, 1e8, logarithmic=True)
+    return make(cheap)
 
 
 def laws_of(curves: Curves, cost: float) -> dict[str, Law]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_sparse.engines.reference import weighted_values
+from hf_sparse.engines.common import weighted_values
 from hf_sparse.lab import fits, probe
 from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
 from hf_sparse.lab.plots import Panel
@@ -58,7 +58,7 @@ def measure(cell: Cell, setting: Setting) -> Row:
     mixed: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def look(sample: Sample) -> Row:
-        output = weighted_values(sample.dense.inputs, sample.dense.weights)[0]
+        output = weighted_values(sample.dense.call, sample.dense.weights)[0]
         mixed.setdefault(sample.layer, []).append((output, sample.values[:, sample.visible - 1]))
         entry = detect(sample.logits, sample.visible, SINKS)
         if cell["scaled"]:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.call import AttentionCall
+from hf_sparse.diagnostics import DenseBlock, observed
 from hf_sparse.errors import UserError
 from hf_sparse.lab.experiment import Cell, Setting
 from hf_sparse.lab.fits import FloatArray, shortened
 from hf_sparse.measure.windows import Window
-from hf_sparse.observe import observed
 from hf_sparse.patching import base_model
 from hf_sparse.results import Row
-from hf_sparse.row_errors import DenseRows
 from hf_sparse.support import attention_modules
 
 QUERIES = {"small": 4, "full": 16}
@@ -140,7 +139,7 @@ class Sample:
 
     layer: int
     length: int
-    dense: DenseRows
+    dense: DenseBlock
     logits: Tensor
     weights: Tensor
     visible: Tensor
@@ -168,7 +167,7 @@ class Sample:
             dropout=0.0,
             origin=inputs.text_start.cpu(),
         )
-        dense, visible = DenseRows.of(inputs), inputs.visible[0]
+        dense, visible = DenseBlock.of(inputs), inputs.visible[0]
         logits = dense.scores[0] * inputs.scaling
         if inputs.softcap is not None:
             logits = inputs.softcap * torch.tanh(logits / inputs.softcap)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_sparse.diagnostics import concentration
 from hf_sparse.lab import fits, probe
 from hf_sparse.lab.bounds import rope_scales
 from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
@@ -15,7 +16,6 @@ from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.scales import head_forms, logit_spread
 from hf_sparse.measure.perplexity import token_nll
 from hf_sparse.results import Row
-from hf_sparse.row_errors import row_shape
 
 FACTORS = {"small": (None, 0.1, 1.0, 10.0), "full": (None, 0.01, 0.1, 1.0, 10.0, 100.0)}
 """Factors of the base of RoPE; `None` for no position embedding."""
@@ -38,7 +38,7 @@ def measure(cell: Cell, setting: Setting) -> Row:
     def look(sample: probe.Sample) -> Row:
         return {
             "deviation": logit_spread(sample)["deviation"],
-            "keys_90": row_shape(sample.dense)["keys_90"][0].mean(-1).tolist(),
+            "keys_90": concentration(sample.dense)["keys_90"][0].mean(-1).tolist(),
             "first_keys": sample.weights[..., : probe.SINKS].sum(-1).mean(-1).tolist(),
         }
 

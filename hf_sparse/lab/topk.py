@@ -11,7 +11,7 @@ and dropped keys:
 | output, l_2      | tau norm(mu_tail - mu_head)       | tau norm(mu_tail) |
 
 These are equalities; that total variation is the lost mass, and the output identity, are also in arXiv 2512.07647.
-`hf_sparse.row_errors` measures any selection on a model's tensors; here many k share one sort, in float64.
+`hf_sparse.diagnostics` measures any selection on a model's tensors; here many k share one sort, in float64.
 """
 
 from __future__ import annotations

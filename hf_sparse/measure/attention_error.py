@@ -16,21 +16,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_sparse.call import AttentionCall
-from hf_sparse.config import SelectorName, SparseAttentionConfig
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.diagnostics import observed
 from hf_sparse.errors import UserError
 from hf_sparse.laws import Budget, LawName, match_cost
 from hf_sparse.measure.equal_cost import matched, with_dense_layers
 from hf_sparse.measure.layer_errors import DENSE, Columns, layer_errors
 from hf_sparse.measure.processes import my_share, process_state, repair_together
 from hf_sparse.measure.windows import Window
-from hf_sparse.observe import observed
 from hf_sparse.patching import base_model
 from hf_sparse.results import ResultFile, Row, row_key
-from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.selectors.grouped import GROUP_QUERIES
 from hf_sparse.support import SupportReport
 
 COMMAND = "attention-error"
-ADAPTIVE: SelectorName = "topk"
+ADAPTIVE = "topk"
 """The method that the others are compared with, where there is one law for all heads."""
 
 CALIBRATED = "calibrated"
@@ -147,7 +147,7 @@ def measure(
 def _first_rows(lengths: Sequence[int], rows_per_length: int | None) -> list[int]:
     shorter = [0, *lengths[:-1]]
     wanted = shorter if rows_per_length is None else [max(0, length - rows_per_length) for length in lengths]
-    return [start // ROWS * ROWS for start in wanted]
+    return [start // GROUP_QUERIES * GROUP_QUERIES for start in wanted]
 
 
 def evaluate(

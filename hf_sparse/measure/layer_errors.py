@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.row_errors import DenseRows, row_errors, row_shape
-from hf_sparse.selectors import select
-from hf_sparse.selectors.grouped import ROWS
+from hf_sparse.diagnostics import DenseBlock, concentration, query_errors
+from hf_sparse.selectors import find_selector
+from hf_sparse.selectors.grouped import GROUP_QUERIES
 from hf_sparse.visibility import interval_to_mask
 
 Columns = dict[str, list[float]]
@@ -35,7 +35,7 @@ def layer_errors(
     Args:
         layer: Index of the layer, for laws calibrated per layer.
         inputs: The attention call of one sequence, all of its rows.
-        start: First row; a multiple of `ROWS`, where the groups of the grouped selector begin.
+        start: First row; a multiple of `GROUP_QUERIES`, where the groups of the grouped selector begin.
         stop: Row after the last.
         methods: Configurations by name. Of each its selector, `sink_keys`, `recent_keys` and budget law are used, or
             all keys if it names the layer in `dense_layers`.
@@ -44,14 +44,17 @@ def layer_errors(
         For each method, and for `"dense"`, one list over the query heads by name:
 
         - `visible`, `kept`: mean keys that a row sees and keeps; `density`: their ratio;
-        - of each metric of `row_errors` (for `"dense"`, of `row_shape`) the `<metric>_mean` over the rows, and
+        - of each metric of `query_errors` (for `"dense"`, of `concentration`) the `<metric>_mean` over the rows, and
           `<metric>_worst`, the mean of the worst 1 % of them, one row at least. Worst is the lowest retained mass and
           the highest of anything else;
         - `frobenius`: the Frobenius norm of the error in the measured rows of the attention matrix.
 
         Padding rows count nowhere.
     """
-    blocks = [_block_values(layer, inputs.rows(i, min(i + ROWS, stop)), methods) for i in range(start, stop, ROWS)]
+    blocks = [
+        _block_values(layer, inputs.queries(i, min(i + GROUP_QUERIES, stop)), methods)
+        for i in range(start, stop, GROUP_QUERIES)
+    ]
     visible = inputs.visible[:, start:stop].flatten().cpu()
     seen = visible > 0
     mean_visible = visible[seen].double().mean().item()
@@ -86,16 +89,17 @@ def _block_values(layer: int, inputs: AttentionCall, methods: Mapping[str, Spars
     for kv_head in range(inputs.key.shape[1]):
         mine = slice(kv_head * share, (kv_head + 1) * share)
         part = _cut(inputs, kv_head, mine)
-        dense = DenseRows.of(part)
-        values = {(DENSE, metric): value for metric, value in row_shape(dense).items()}
+        dense = DenseBlock.of(part)
+        values = {(DENSE, metric): value for metric, value in concentration(dense).items()}
         values[DENSE, "kept"] = inputs.visible.unsqueeze(1).expand(-1, share, -1)
         for name, config in methods.items():
             kept = budgets[name].expand(-1, heads, -1)[:, mine]
             if layer in (config.dense_layers or ()):
                 keep = interval_to_mask(part.intervals, part.key.shape[2]).expand(-1, share, -1, -1)
             else:
-                keep = select(config.selector, part, kept, config).mask(share, part.key.shape[2])
-            values |= {(name, metric): value for metric, value in row_errors(dense, keep).items()}
+                selection = find_selector(config.selector).select(part, kept, config.always)
+                keep = selection.mask(share, part.key.shape[2])
+            values |= {(name, metric): value for metric, value in query_errors(dense, keep).items()}
             values[name, "kept"] = kept
         parts.append(values)
     return {key: torch.cat([part[key].cpu() for part in parts], dim=1) for key in parts[0]}

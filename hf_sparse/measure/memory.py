@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from hf_sparse.attention import LayerState, attend
 from hf_sparse.call import AttentionCall
-from hf_sparse.config import SELECTORS, SparseAttentionConfig
-from hf_sparse.engines.reference import masked_weights, weighted_values
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.engines.common import masked_weights, weighted_values
 from hf_sparse.errors import UserError
+from hf_sparse.selectors import SELECTORS
 from hf_sparse.visibility import interval_to_mask
 
 METHODS = ("eager", "masked-sdpa", "sdpa", *SELECTORS)

@@ -1,34 +1,42 @@
-"""Selectors: which keys a block of query rows keeps, given how many each row may keep."""
+"""Selectors: which keys a block of queries keeps, given how many each query may keep."""
 
-from torch import Tensor
+from __future__ import annotations
 
-from hf_sparse.call import AttentionCall, Selection
-from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.selectors.grouped import select_grouped
-from hf_sparse.selectors.topk import select_topk
-from hf_sparse.selectors.window import select_window
+from hf_sparse import custom
+from hf_sparse.errors import UserError
+from hf_sparse.selectors.base import ScoreSelector, Selector
+from hf_sparse.selectors.grouped import Grouped
+from hf_sparse.selectors.topk import TopK
+from hf_sparse.selectors.window import Window
 
-__all__ = ["select", "select_grouped", "select_topk", "select_window"]
+__all__ = ["SELECTORS", "ScoreSelector", "Selector", "find_selector", "parse_selector", "selector_name"]
+
+SELECTORS: dict[str, Selector] = {selector.name: selector for selector in (Grouped(), TopK(), Window())}
+"""The built-in selectors by name."""
 
 
-def select(name: str, inputs: AttentionCall, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
-    """Run the selector called `name`.
+def find_selector(selector: str | Selector) -> Selector:
+    """The selector that a configuration names, or holds.
 
-    Args:
-        name: One of `hf_sparse.config.SELECTORS`.
-        inputs: The block of rows. For `"grouped"`, whole groups: see `hf_sparse.selectors.grouped.ROWS`.
-        budgets: int64 `(batch, heads or 1, rows)`: keys that each row keeps, at most what it sees.
-        config: For `sink_keys` and `recent_keys`.
-
-    Returns:
-        A selection in which every row has exactly its budget of keys, all of them visible to it.
+    Raises:
+        KeyError: For a name that is not built in.
     """
-    match name:
-        case "grouped":
-            return select_grouped(inputs, budgets, config)
-        case "topk":
-            return select_topk(inputs, budgets, config)
-        case "window":
-            return select_window(inputs, budgets, config)
-        case _:
-            raise ValueError(f"unknown selector {name!r}")
+    return SELECTORS[selector] if isinstance(selector, str) else selector
+
+
+def selector_name(selector: str | Selector) -> str:
+    """What records, tables and plots call a selector."""
+    return selector if isinstance(selector, str) else selector.name
+
+
+def parse_selector(text: str) -> str | Selector:
+    """The selector that a command line names: a built-in one, or `"path/to/file.py:ClassName"`.
+
+    Raises:
+        UserError: If there is none of that name, or the file or the class in it cannot be used.
+    """
+    if text in SELECTORS:
+        return text
+    if ":" in text:
+        return custom.load(text, Selector, "selector")
+    raise UserError(f"selector must be one of {', '.join(SELECTORS)}, or path/to/file.py:ClassName; got {text!r}")

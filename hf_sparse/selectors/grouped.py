@@ -1,15 +1,15 @@
-"""The grouped selector: members of a group vote on every older key, and each picks its own of the best.
+"""The grouped selector: the pairs of a group rank the past keys together, and each picks its own of the best.
 
-A group is 64 neighbouring rows, or the one row of a decoding step, over the heads of a GQA group. One set of keys for
-all its members is a dense matrix product, which is what hardware is good at. Each member keeps its own sinks and recent
-keys. The older keys that the members want most together, `OVERSAMPLING` times as many as any of them has room for, are
-the group's pool; with the rest of its budget, a member keeps the keys of the pool, and the other local ones, that have
-its own highest scores. In one pass over a whole text, the keys of a row so depend a little on the other rows of its
-group.
+A group is 64 neighbouring queries, or the one query of a decoding step, over the heads of a GQA group. One set of keys
+for all its (query, head) pairs is a dense matrix product, which is what hardware is good at. Each pair keeps its own
+sinks and recent window. The past keys with the highest aggregated scores, `OVERSAMPLING` times as many as any pair has
+room for, are the group's candidates; with its remaining budget, a pair keeps the candidates, and the other local keys,
+that have its own highest exact scores. In one pass over a whole text, the keys of a query so depend a little on the
+other queries of its group.
 
-Compiled kernels do all of this on processors, and the votes on GPUs, with 8-bit scores for the votes. Everything else
-runs on PyTorch, with exact scores for the votes: the same choice but for votes that are nearly equal, and slower than
-dense attention.
+Compiled kernels do all of this on CPUs, and the ranking on GPUs; everything else runs on PyTorch, from the same 8-bit
+numbers, and is slower than dense attention. Sums are rounded in other places: of two keys whose aggregated scores agree
+to less than a percent, another may become a candidate.
 """
 
 from __future__ import annotations
@@ -20,66 +20,78 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_sparse.call import AttentionCall, Selection, accurate, members_of, take_rows
-from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.selectors import compiled, voting
-from hf_sparse.selectors.spans import Spans
-from hf_sparse.selectors.topk import largest
+from hf_sparse.call import AlwaysKept, AttentionCall, Selection, accurate, pairs_of, take_keys
+from hf_sparse.selectors import aggregation, compiled
+from hf_sparse.selectors.base import Selector, largest
+from hf_sparse.selectors.layout import OVERSAMPLING, GroupLayout
 
-ROWS = 64
-"""Query rows in a group. A block of rows given to the selector is cut into groups of this many from its start."""
+GROUP_QUERIES = 64
+"""Queries in a group of a prefill."""
 
-# Engines read columns this many at a time.
+# Engines read keys this many at a time.
 _TILE = 16
 
 
-def uncompiled(inputs: AttentionCall, config: SparseAttentionConfig) -> str | None:
-    """Why PyTorch looks for the keys of this call, and no compiled kernel; `None` if one does."""
-    return voting.refusal(inputs) if voting.for_gpus(inputs, config) else compiled.refusal(inputs)
+@dataclass(frozen=True)
+class Grouped(Selector):
+    """Keep what the queries of a group and their heads attend to most: near top-k, at a fraction of its cost."""
+
+    name: str = "grouped"
+    group_queries: int = GROUP_QUERIES
+    ranks_quantised: bool = True
+
+    def select(self, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Selection:
+        """The keys of whole groups, or of fewer queries than one as a group: see `Selector.select`."""
+        if self.uncompiled_reason(call) is not None:
+            return select_by(aggregation.by_pytorch, call, budgets, always)
+        if call.key.is_cuda:
+            return select_by(aggregation.by_triton, call, budgets, always)
+        return compiled.select_compiled(call, budgets, always, min(GROUP_QUERIES, call.query.shape[2]))
+
+    def scored_keys(self, call: AttentionCall, most: int) -> int:
+        """Exact scores are those of candidates: see `Selector.scored_keys`. Aggregation bounds what it forms itself."""
+        return max(1024, min(call.key.shape[2], OVERSAMPLING * most))
+
+    def uncompiled_reason(self, call: AttentionCall) -> str | None:
+        """Why PyTorch looks for the keys of this call, and no compiled kernel; `None` if one does."""
+        return aggregation.triton_unsupported_reason(call) if call.key.is_cuda else compiled.unsupported_reason(call)
 
 
 @torch.no_grad()
-def select_grouped(inputs: AttentionCall, budgets: Tensor, config: SparseAttentionConfig) -> Selection:
-    """Give each row its recent keys and its sinks, and each of its heads the best of the other keys it is offered.
+def select_by(aggregate: aggregation.Aggregate, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Selection:
+    """Give each query its recent window and its sinks, and each of its heads the best of its candidates.
 
     Args:
-        inputs: Query rows: a whole number of groups of `ROWS` rows, or fewer rows than that as one group.
-        budgets: int64 `(batch, heads or 1, rows)`, on the device of the call or on the CPU.
-        config: For `sink_keys`, `recent_keys` and `engine`.
+        aggregate: Ranks past keys.
+        call: A whole number of groups of `GROUP_QUERIES` queries, or fewer queries than that as one group.
+        budgets: int64 `(batch, heads or 1, q_len)`.
+        always: Sinks and recent window.
     """
-    size = min(ROWS, inputs.query.shape[2])
-    kernels = uncompiled(inputs, config) is None
-    if kernels and not voting.for_gpus(inputs, config):
-        return compiled.select_compiled(inputs, budgets, config, size)
-    spans = Spans.of(inputs, budgets, config, size)
-    return _select(inputs, spans, voting.votes_in_8_bits if kernels else voting.exact_votes)
-
-
-def _select(inputs: AttentionCall, spans: Spans, vote: voting.Vote) -> Selection:
-    kv_heads, last = inputs.key.shape[1], inputs.key.shape[2] - 1
-    members = members_of(inputs.query, kv_heads, spans.size).to(accurate(inputs.query.dtype)) * inputs.scaling
-    near = _Near.of(spans)
-    columns = near.columns.clamp(max=last).expand(-1, kv_heads, -1, -1)
-    if spans.votes_wanted:
-        certain = voting.capped(_scores(members, inputs.key, columns), inputs.softcap)
-        certain = certain.masked_fill(~near.counted, -torch.inf).logsumexp(-1)
-        certain = certain.masked_fill(spans.stop <= spans.first, torch.inf)
-        pool, in_pool = _best_older(vote(members, inputs, certain, spans), spans)
+    layout = GroupLayout.of(call, budgets, always, min(GROUP_QUERIES, call.query.shape[2]))
+    kv_heads, last = call.key.shape[1], call.key.shape[2] - 1
+    pairs = pairs_of(call.query, kv_heads, layout.size).to(accurate(call.query.dtype)) * call.scaling
+    near = _Near.of(layout)
+    positions = near.positions.clamp(max=last).expand(-1, kv_heads, -1, -1)
+    if layout.ranked:
+        kept_lse = aggregation.capped(_scores(pairs, call.key, positions), call.softcap)
+        kept_lse = kept_lse.masked_fill(~near.counted, -torch.inf).logsumexp(-1)
+        kept_lse = kept_lse.masked_fill(layout.stop <= layout.first, torch.inf)
+        past, is_candidate = _best_past(aggregate(pairs, call, kept_lse, layout), layout)
     else:
-        pool, in_pool = _all_older(spans)
-    width = pool.shape[-1] + columns.shape[-1]
+        past, is_candidate = _all_past(layout)
+    width = past.shape[-1] + positions.shape[-1]
     missing = -width % _TILE if width else _TILE
-    pool, in_pool = F.pad(pool.clamp(max=last), (missing, 0)), F.pad(in_pool, (missing, 0))
+    past, is_candidate = F.pad(past.clamp(max=last), (missing, 0)), F.pad(is_candidate, (missing, 0))
 
     # From the oldest offered key to the most recent: of equal scores the last one wins.
-    columns = torch.cat([pool, columns], dim=-1)
-    offered = in_pool.unsqueeze(3) & (pool.unsqueeze(3) >= spans.start.unsqueeze(-1))
+    positions = torch.cat([past, positions], dim=-1)
+    offered = is_candidate.unsqueeze(3) & (past.unsqueeze(3) >= layout.start.unsqueeze(-1))
     offered = torch.cat([offered, near.offered], dim=-1)
-    scores = _scores(members, inputs.key, columns)
-    best, taken = largest(scores.masked_fill(~offered, -torch.inf), spans.rest, spans.most_rest)
+    scores = _scores(pairs, call.key, positions)
+    best, taken = largest(scores.masked_fill(~offered, -torch.inf), layout.free, layout.most_free)
     allowed = torch.zeros_like(offered).scatter_(-1, best, taken)
-    allowed[..., pool.shape[-1] :] |= near.kept
-    return Selection(columns, allowed, spans.size, per_head=False, scores=scores, number=spans.budget)
+    allowed[..., past.shape[-1] :] |= near.kept
+    return Selection(positions, allowed, layout.size, per_head=False, scores=scores, number=layout.budget)
 
 
 @dataclass(frozen=True)
@@ -87,52 +99,52 @@ class _Near:
     """Sinks and local keys of each group.
 
     Attributes:
-        columns: int64 `(batch, 1, groups, width)`, padded with columns that may not exist.
-        kept: bool `(batch, kv_heads, groups, members, width)`: what a member keeps in any case.
+        positions: int64 `(batch, 1, groups, width)`, padded with positions that may not exist.
+        kept: bool `(batch, kv_heads, groups, pairs, width)`: what a pair keeps in any case.
         offered: What it may keep, of the same shape.
-        counted: What it sees and no vote is about, of the same shape.
+        counted: What it sees and is not ranked, of the same shape.
     """
 
-    columns: Tensor
+    positions: Tensor
     kept: Tensor
     offered: Tensor
     counted: Tensor
 
     @classmethod
-    def of(cls, spans: Spans) -> _Near:
-        columns = torch.cat([_from(spans.oldest, spans.sinks), _from(spans.low, spans.local)], dim=-1)
-        is_local = torch.arange(columns.shape[-1], device=columns.device) >= spans.sinks
-        begin, low, place = (x.unsqueeze(3) for x in (spans.begin, spans.low, columns))
-        first, stop, start, recent = (x.unsqueeze(-1) for x in (spans.first, spans.stop, spans.start, spans.recent))
+    def of(cls, layout: GroupLayout) -> _Near:
+        positions = torch.cat([_from(layout.oldest, layout.sinks), _from(layout.low, layout.local)], dim=-1)
+        is_local = torch.arange(positions.shape[-1], device=positions.device) >= layout.sinks
+        begin, low, place = (x.unsqueeze(3) for x in (layout.begin, layout.low, positions))
+        first, stop, start, recent = (x.unsqueeze(-1) for x in (layout.first, layout.stop, layout.start, layout.recent))
         seen = (place >= first) & (place < stop) & (is_local == (place >= low))
         return cls(
-            columns,
+            positions,
             seen & ((place < start) | (is_local & (place >= recent))),
             seen & is_local & (place >= start) & (place < recent),
             seen & (is_local | (place < begin)),
         )
 
 
-def _all_older(spans: Spans) -> tuple[Tensor, Tensor]:
-    """All older keys of each group, int64 `(batch, kv_heads, groups, width)`, and which of them there are."""
-    pool = _from(spans.begin, spans.most_in_pool).expand(-1, spans.pool.shape[1], -1, -1)
-    return pool, pool - spans.begin < spans.pool.unsqueeze(-1)
+def _all_past(layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    """All past keys of each group, int64 `(batch, kv_heads, groups, width)`, and which of them there are."""
+    past = _from(layout.begin, layout.most_candidates).expand(-1, layout.candidates.shape[1], -1, -1)
+    return past, past - layout.begin < layout.candidates.unsqueeze(-1)
 
 
-def _best_older(votes: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-    """The pool of each group by the votes on its older keys: as `_all_older`, rising."""
-    column = torch.arange(votes.shape[-1], device=votes.device)
-    votes = votes.masked_fill((column < spans.begin) | (column >= spans.low), -torch.inf)
-    pool, taken = largest(votes, spans.pool, spans.most_in_pool)
-    pool, order = pool.sort(dim=-1)
-    return pool, taken.gather(-1, order)
+def _best_past(scores: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+    """The candidates of each group by aggregated scores: as `_all_past`, rising."""
+    position = torch.arange(scores.shape[-1], device=scores.device)
+    scores = scores.masked_fill((position < layout.begin) | (position >= layout.low), -torch.inf)
+    past, taken = largest(scores, layout.candidates, layout.most_candidates)
+    past, order = past.sort(dim=-1)
+    return past, taken.gather(-1, order)
 
 
 def _from(start: Tensor, width: int) -> Tensor:
-    """`width` columns from `start` `(..., 1)` on."""
+    """`width` positions from `start` `(..., 1)` on."""
     return start + torch.arange(width, device=start.device)
 
 
-def _scores(members: Tensor, key: Tensor, columns: Tensor) -> Tensor:
-    """Scores of the members of each group for the keys at `columns`, before any soft cap."""
-    return members @ take_rows(key, columns).to(members.dtype).transpose(-1, -2)
+def _scores(pairs: Tensor, key: Tensor, positions: Tensor) -> Tensor:
+    """Scores of the pairs of each group for the keys at `positions`, before any soft cap."""
+    return pairs @ take_keys(key, positions).to(pairs.dtype).transpose(-1, -2)

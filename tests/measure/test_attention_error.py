@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse import SparseAttentionConfig
+from hf_sparse.diagnostics import DenseBlock, concentration, query_errors
 from hf_sparse.errors import UserError
 from hf_sparse.laws import total_cost
 from hf_sparse.measure import attention_error
@@ -22,12 +23,10 @@ from hf_sparse.measure.equal_cost import kept_keys
 from hf_sparse.measure.layer_errors import DENSE, layer_errors
 from hf_sparse.measure.windows import Window
 from hf_sparse.results import ResultFile, Row, provenance
-from hf_sparse.row_errors import DenseRows, row_errors, row_shape
-from hf_sparse.selectors import select
 from hf_sparse.share.source import ModelInfo
 from hf_sparse.support import inspect
 from tests import tiny
-from tests.calls import causal_intervals
+from tests.calls import causal_intervals, select
 from tests.calls import inputs as make_inputs
 
 LENGTHS = [64, 150]
@@ -60,18 +59,18 @@ def test_streamed_statistics_are_those_of_whole_matrices(selector: Any, options:
     call = make_inputs(intervals, length, softcap=5.0, sinks=True)
     config = replace(CONFIG, selector=selector)
     budgets = config.budget(0)(call.visible)[:, None]
-    dense = DenseRows.of(call)
+    dense = DenseBlock.of(call)
     blocks = [slice(i, i + 64) for i in range(0, length, 64)]
-    parts = [select(selector, call.rows(b.start, b.stop), budgets[:, :, b], config).mask(4, length) for b in blocks]
+    parts = [select(selector, call.queries(b.start, b.stop), budgets[:, :, b], config).mask(4, length) for b in blocks]
     keep = torch.cat(parts, dim=2)
-    whole = row_errors(dense, keep) | row_shape(dense)
+    whole = query_errors(dense, keep) | concentration(dense)
     rows = slice(start, length)
     seen = call.visible[0, rows] > 0
     found = layer_errors(0, call, start, length, {"m": config})
     for metric, values in whole.items():
         own = values[0, :, rows][:, seen].double()
         order = own.sort(dim=-1, descending=metric != "retained_mass").values
-        columns = found[DENSE] if metric in row_shape(dense) else found["m"]
+        columns = found[DENSE] if metric in concentration(dense) else found["m"]
         assert columns[f"{metric}_mean"] == pytest.approx(own.mean(-1).tolist(), rel=1e-4, abs=1e-6)
         assert columns[f"{metric}_worst"] == pytest.approx(order[:, :2].mean(-1).tolist(), rel=1e-4, abs=1e-6)
     frobenius = whole["l2"][0, :, rows][:, seen].square().sum(-1).sqrt()

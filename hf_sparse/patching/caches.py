@@ -6,7 +6,7 @@ Both hooks hang on the model itself, go when it is unpatched, and are copied and
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MethodType
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from hf_sparse.attention import LayerState
 from hf_sparse.cache import SparseCache, grow_in_place
 
 # The method by which transformers' `generate` makes the cache that nobody passed to it.
@@ -43,16 +44,20 @@ class CacheHooks:
 class _BeforeForward:
     """Runs before the forward pass of a patched model.
 
+    It tells every layer which cache the pass has, so that attention finds the keys in 8 bits that belong to it.
+
     Attributes:
+        states: What the patched attention modules know.
         concatenated_calls: Forward passes in which a cache made new tensors of all its keys and values.
         concatenated_bytes: What it copied for that.
     """
 
     def __init__(self) -> None:
-        self.reset()
+        self.reset(())
 
-    def reset(self) -> None:
-        """Count anew."""
+    def reset(self, states: Sequence[LayerState]) -> None:
+        """Count anew, for layers that were patched anew."""
+        self.states = states
         self.concatenated_calls = 0
         self.concatenated_bytes = 0
 
@@ -69,12 +74,18 @@ class _BeforeForward:
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         cache = kwargs.get(_CACHE)
+        compiling = torch.compiler.is_compiling()
+        changed = None
         if cache is not None:
             self._count(cache)
-            return None
-        if torch.compiler.is_compiling() or not _makes_a_cache(model, args, kwargs):
-            return None
-        return args, kwargs | {_CACHE: SparseCache(model.config)}
+        elif not compiling and _makes_a_cache(model, args, kwargs):
+            cache = SparseCache(model.config)
+            changed = args, kwargs | {_CACHE: cache}
+        if not compiling:
+            held = ref(cache) if isinstance(cache, Cache) else None
+            for state in self.states:
+                state.cache = held
+        return changed
 
     def _count(self, cache: Any) -> None:
         layers = cache.layers if isinstance(cache, Cache) else []

@@ -1,4 +1,4 @@
-"""`patch` and its inverse: with `own_configs` and `cache_hooks`, the only place that touches a model's modules."""
+"""`patch` and its inverse."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_sparse import engines
 from hf_sparse.attention import NAME, STATE, LayerState, register
-from hf_sparse.audit import LayerAudit
-from hf_sparse.cache_hooks import CacheHooks, install, remove
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.engines import find_engine
 from hf_sparse.laws import warn_if_too_slow
 from hf_sparse.monitor import SparsityReport, make_report
-from hf_sparse.own_configs import OwnConfigs, asked_for
+from hf_sparse.patching.caches import CacheHooks, install, remove
+from hf_sparse.patching.configs import OwnConfigs, asked_for
+from hf_sparse.plan import BudgetTable
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import origin_of
@@ -89,21 +89,25 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
             "that one first"
         )
     reasons = _dense_reasons(support, config)
-    if reason := engines.why_not(config.engine):
-        raise ValueError(f"engine {config.engine!r} cannot run here: {reason}; engine 'auto' does without")
+    engine = find_engine(config.engine)
+    if engine is not None and (reason := engine.unavailable_reason()):
+        raise ValueError(f"engine {engine.name!r} cannot run here: {reason}; engine 'auto' does without")
     if config.calibration is not None:
         check_calibration(config.calibration, support, base.config)
     warn_if_too_slow(config.budget())
     _hold(base, policy)
     sparse = [layer.layer for layer in support.layers if layer.layer not in reasons]
+    # Layers with the same law share its budgets.
+    tables = {law: BudgetTable(law) for law in {config.budget(layer.layer) for layer in support.layers}}
     for layer in support.layers:
-        module = base.get_submodule(layer.name)
-        state = LayerState(layer.layer, config, reasons.get(layer.layer))
-        # One layer sees what all see: it alone warns of rows longer than those that the laws were fitted on.
+        law = config.budget(layer.layer)
+        state = LayerState(layer.layer, config, reasons.get(layer.layer), budgets=tables[law])
+        # One layer sees what all see: it alone warns of queries that see more than the laws were fitted on.
         if config.calibration is not None and layer.layer == min(sparse, default=None):
             state.fitted_to = config.calibration.fitted_to or None
-        setattr(module, STATE, state)
-    getattr(base, _HANDLE).hooks.forward.reset()
+        setattr(base.get_submodule(layer.name), STATE, state)
+    handle: _Patch = getattr(base, _HANDLE)
+    handle.hooks.forward.reset(list(states(base).values()))
     return model
 
 
@@ -136,6 +140,7 @@ def patched(model: ModelT, config: ConfigLike = None, **fields: Any) -> Iterator
             _hold(base, policy)
             for module, state in before.items():
                 setattr(module, STATE, state)
+            getattr(base, _HANDLE).hooks.forward.states = list(before.values())
         else:
             unpatch(model)
 
@@ -156,10 +161,11 @@ def report(model: nn.Module) -> SparsityReport:
         raise ValueError(f"{type(base).__name__} is not patched: there is nothing to report")
     handle: _Patch = getattr(base, _HANDLE)
     found = sorted(states(base).values(), key=lambda state: state.layer)
-    audits = [state.observer.report() for state in found if isinstance(state.observer, LayerAudit)]
+    # Not every observer has something to report.
+    audits: list[list[dict[str, Any]]] = [getattr(state.observer, "report", list)() for state in found]
     notes = (*handle.hooks.forward.notes(), *_notes_of_others(base))
     counted = make_report({state.layer: state.counters for state in found}, notes)
-    return replace(counted, audit=[row for rows in audits for row in rows])
+    return replace(counted, audit=[head for heads in audits for head in heads])
 
 
 def policy_of(model: nn.Module) -> Policy:
@@ -215,11 +221,10 @@ def _policy(model: PreTrainedModel, config: ConfigLike, fields: Mapping[str, Any
     elif config is None or isinstance(config, SparseAttentionConfig):
         policy = Policy(config or SparseAttentionConfig())
     elif isinstance(config, str | os.PathLike):
-        loaded = policy_files.load(config)
-        policy = loaded.policy
+        policy = policy_files.load(config)
         origin = origin_of(model)
         # A model may also come from the weights beside its policy.
-        if origin.name != loaded.location and warn_of_another_base(policy, origin):
+        if origin.name != policy.origin.name and warn_of_another_base(policy, origin):
             policy = replace(policy, quality=())
     else:
         raise TypeError(
@@ -254,7 +259,4 @@ def _dense_reasons(support: SupportReport, config: SparseAttentionConfig) -> dic
             )
     if config.dense_layers is not None:
         return dict.fromkeys(config.dense_layers, "in dense_layers")
-    reasons = {min(layers): "first layer"}
-    if support.hybrid:
-        reasons |= {layer.layer: "sliding window" for layer in support.layers if layer.sliding_window is not None}
-    return reasons
+    return support.default_dense_reasons()

@@ -1,0 +1,121 @@
+"""The visible ranges of a call on the CPU: worked out once, and shared by all layers that are called with one mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from hf_sparse.visibility import Visible, is_packed, visible_in
+
+# Up to this many queries are read as Python numbers: one operation on a tensor takes as long as a hundred of those,
+# which counts for a decoded token.
+_FEW = 64
+
+# Masks whose ranges are remembered: one for each kind of layer, and for several models or devices in turn.
+_REMEMBERED = 8
+
+
+class VisibleRanges:
+    """The visible intervals of a call on the CPU, and what follows from them.
+
+    On a GPU, reading a tensor waits for all work before it: here that happens once for all layers.
+
+    Args:
+        intervals: int32 `(batch, 1, q_len, 2)`, on the device of the call.
+        first: The first key that each query sees: int64 `(batch, q_len)`, on the CPU; read from `intervals` if `None`.
+        stop: The key after the last one.
+
+    Attributes:
+        queries: Queries that see a key.
+        total: Visible keys, summed over the queries.
+        few: Whether there are so few queries that Python's numbers are quicker than tensors.
+        most_visible: Keys that the query with the most of them sees.
+        last_visible: No query sees keys from this position on; at least 1.
+        plans: What was worked out from these ranges, by what it was worked out for.
+    """
+
+    def __init__(self, intervals: Tensor, first: Tensor | None = None, stop: Tensor | None = None) -> None:
+        if first is None or stop is None:
+            first, stop = (x.contiguous() for x in intervals[:, 0].cpu().long().unbind(-1))
+        self.intervals, self.first, self.stop = intervals, first, stop
+        self.plans: dict[Any, Any] = {}
+        self.few = first.numel() <= _FEW
+        self._spans: list[tuple[int, int]] | None = None
+        if self.few:
+            self._spans = spans = list(zip(first.flatten().tolist(), stop.flatten().tolist(), strict=True))
+            counts = [stop - first for first, stop in spans]
+            self.queries = sum(count > 0 for count in counts)
+            self.total = sum(counts)
+            self.most_visible = max(counts, default=0)
+            self.last_visible: int = max(1, *(stop for _, stop in spans))
+        else:
+            self.queries = int((self.seen > 0).sum())
+            self.total = int(self.seen.sum())
+            self.most_visible = int(self.seen.max())
+            self.last_visible = max(1, int(stop.max()))
+
+    def part(self, start: int, stop: int, intervals: Tensor) -> VisibleRanges:
+        """Those of the queries `start` to `stop` alone, which have these `intervals`."""
+        first, after = (x[:, start:stop].contiguous() for x in (self.first, self.stop))
+        return VisibleRanges(intervals, first, after)
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Keys that a query sees: int64 `(batch, q_len)`."""
+        return self.stop - self.first
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """The same on the device of the call."""
+        return self.seen.to(self.intervals.device)
+
+    def causal(self, kv_len: int) -> bool:
+        """Whether every query sees exactly the keys up to its own, the last query being that of the last key."""
+        length = self.first.shape[1]
+        if self._spans is not None:
+            own = [(0, kv_len - length + 1 + query) for query in range(length)]
+            return self._spans == own * len(self.first)
+        if ("causal", kv_len) not in self.plans:
+            stop = torch.arange(kv_len - length, kv_len, device="cpu") + 1
+            self.plans["causal", kv_len] = bool(((self.first == 0) & (self.stop == stop)).all())
+        return bool(self.plans["causal", kv_len])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the queries of a call see, and the same on the CPU."""
+
+    visible: Visible
+    ranges: VisibleRanges
+
+
+_remembered: list[tuple[ref[Tensor], int | None, tuple[int, ...], Seen | None]] = []
+
+
+def seen_through(mask: Tensor, batch: int, q_len: int, kv_len: int) -> Seen | None:
+    """What a mask lets queries see, or `None` if it is not made of intervals; worked out once for all layers.
+
+    Args:
+        mask: From `interval_mask`, or a user's own 4-D mask.
+        batch: Number of sequences.
+        q_len: Number of queries.
+        kv_len: Number of keys.
+    """
+    version = None if mask.is_inference() else mask._version
+    sizes = (batch, q_len, kv_len)
+    for known, at, of, seen in _remembered:
+        if known() is mask and at == version and of == sizes:
+            return seen
+    visible = Visible.unpacked(mask, q_len) if is_packed(mask) else visible_in(mask[..., :kv_len])
+    made = None
+    if visible is not None:
+        visible = visible.expanded(batch)
+        made = Seen(visible, VisibleRanges(visible.intervals))
+    _remembered.insert(0, (ref(mask), version, sizes, made))
+    del _remembered[_REMEMBERED:]
+    return made

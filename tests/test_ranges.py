@@ -1,0 +1,55 @@
+"""Visible ranges and budgets of a call: few queries, read as Python numbers, are like many, read as tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_sparse import SparseAttentionConfig, ranges
+from hf_sparse.plan import BudgetTable
+from hf_sparse.ranges import VisibleRanges
+from tests import calls
+
+CALLS = {
+    "causal": lambda: calls.causal_intervals(5, 5),
+    "decode": lambda: calls.causal_intervals(1, 40),
+    "left": lambda: calls.causal_intervals(6, 40, left=(0, 37)),
+    "right": lambda: calls.causal_intervals(6, 6, right=(2, 0)),
+    "static": lambda: calls.causal_intervals(3, 40, spare=8),
+    "nothing": lambda: torch.zeros(1, 1, 2, 2, dtype=torch.int32),
+}
+LAWS = {
+    "one law": SparseAttentionConfig(alpha=2.0, min_keys=4, dense_below=8),
+    "all dense": SparseAttentionConfig(dense_below=100),
+    "full budgets": SparseAttentionConfig(law="fraction", fraction=1.0, dense_below=8),
+}
+
+
+def known(intervals: Tensor, config: SparseAttentionConfig) -> tuple[object, ...]:
+    found = VisibleRanges(intervals)
+    plan = BudgetTable(config.budget(1)).plan(found)
+    numbers = (found.queries, found.total, found.most_visible, found.last_visible, plan.dense, plan.dense_queries)
+    tensors = (found.first, found.stop, found.seen, found.visible, plan.budgets)
+    return *numbers, *(x.tolist() for x in tensors), [found.causal(length) for length in (5, 6, 40)]
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("kind", CALLS)
+def test_few_queries_are_like_many(kind: str, law: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = known(CALLS[kind](), LAWS[law])
+    monkeypatch.setattr(ranges, "_FEW", 0)
+    assert known(CALLS[kind](), LAWS[law]) == few
+
+
+@pytest.mark.parametrize("few", [64, 0])
+def test_ranges_of_a_padded_batch(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sequences in 40 columns, 6 rows each, the second one with 37 columns of padding."""
+    monkeypatch.setattr(ranges, "_FEW", few)
+    found = VisibleRanges(calls.causal_intervals(6, 40, left=(0, 37)))
+    assert found.seen.tolist() == [[35, 36, 37, 38, 39, 40], [0, 0, 0, 1, 2, 3]]
+    assert (found.queries, found.total, found.most_visible, found.last_visible) == (9, 231, 40, 40)
+    assert not found.causal(40)
+    plan = BudgetTable(LAWS["one law"].budget(1)).plan(found)
+    assert plan.dense_queries == {"fewer than 8 visible keys": 3}
+    assert not plan.dense
