@@ -34,11 +34,11 @@ Policy = Annotated[
     typer.Option(help="sparse_config.json, or a folder with one; options that are given go before it."),
 ]
 
-MinKeys = Annotated[int, typer.Option(help="Fewest keys of a row.")]
+MinKeys = Annotated[int, typer.Option(help="Fewest keys of a query.")]
 SinkKeys = Annotated[int, typer.Option(help="First keys, always kept.")]
 RecentKeys = Annotated[int, typer.Option(help="Last keys, always kept.")]
 DenseBelow = Annotated[
-    int | None, typer.Option(help="Rows that see fewer keys stay dense.", show_default=str(DENSE_BELOW))
+    int | None, typer.Option(help="Queries that see fewer keys stay dense.", show_default=str(DENSE_BELOW))
 ]
 
 # The largest number in a list: more tokens than any model reads at once.
@@ -64,7 +64,7 @@ class RunOptions(Run):
     seed: Seed = 0
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for rows, summary and plots.", show_default="results/MODEL-COMMAND; results/theory"),
+        typer.Option(help="Folder of records, summary, plots.", show_default="results/MODEL-COMMAND; results/theory"),
     ] = None
     revision: Revision = None
     as_json: Json = False
@@ -113,7 +113,7 @@ class SparseOptions:
     keys: Annotated[int | None, typer.Option(help="Keys of law fixed.")] = None
     fraction: Annotated[float | None, typer.Option(help="Share of law fraction.")] = None
     min_keys: MinKeys = SparseAttentionConfig.min_keys
-    max_keys: Annotated[int | None, typer.Option(help="Most keys of a row.")] = None
+    max_keys: Annotated[int | None, typer.Option(help="Most keys of a query.")] = None
     sink_keys: SinkKeys = SparseAttentionConfig.sink_keys
     recent_keys: RecentKeys = SparseAttentionConfig.recent_keys
     engine: Annotated[str, typer.Option(help="auto or the name of an engine.")] = AUTO

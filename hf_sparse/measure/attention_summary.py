@@ -11,7 +11,7 @@ import numpy as np
 from hf_sparse.errors import UserError
 from hf_sparse.measure.attention_error import COMMAND
 from hf_sparse.measure.methods import CALIBRATED, EXACT
-from hf_sparse.measure.statistics import CONFIDENCE, FloatArray, log_slope, percentile_interval
+from hf_sparse.measure.statistics import CONFIDENCE, FloatArray, estimate, log_slope, percentile_interval
 from hf_sparse.results import DENSE, Record, Summary, describe
 
 ERRORS = ("lost_mass", "l1", "max_entry", "l2", "output_error")
@@ -148,8 +148,7 @@ class _Cells:
 
     def with_interval(self, method: str, column: str, index: int) -> dict[str, float]:
         """The value at one length, with its interval."""
-        low, high = percentile_interval(self.draws(method, column)[:, index])
-        return {"value": float(self.mean(method, column)[index]), "low": low, "high": high}
+        return estimate(self.mean(method, column)[index], self.draws(method, column)[:, index])
 
 
 def _columns(row: Record) -> dict[str, FloatArray]:
