@@ -32,7 +32,7 @@ def last_true(holds: Callable[[float], bool], low: float, high: float, steps: in
 
 
 def kept_keys(config: SparseAttentionConfig, layers: Sequence[LayerSupport], lengths: Sequence[int]) -> float:
-    """Keys that prefills of `lengths` tokens attend to, summed over the query positions and heads of `layers`.
+    """Keys that prefills of `lengths` tokens attend to, summed over the queries and heads of `layers`.
 
     Args:
         config: With `dense_layers` spelled out: see `with_dense_layers`.

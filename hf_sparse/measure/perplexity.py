@@ -120,8 +120,8 @@ def measure(
 
     Returns:
         `tokens`; `nll`, their sum in nats; `block_nll`, sums over blocks of `BLOCK_TOKENS`; `density` (kept / visible
-        keys, all layers); `sparse_density`, the same without `sliding_layers`; `mean_keys` that a query position and
-        head keeps; `rows`, query positions summed over the layers, and `dense_rows` of them by reason (both `None` for
+        keys, all layers); `sparse_density`, the same without `sliding_layers`; `mean_keys` that a query and
+        head keeps; `rows`, queries summed over the layers, and `dense_rows` of them by reason (both `None` for
         the dense model, whose keys are not counted); `seconds` of the forward pass or passes.
 
     Raises:
