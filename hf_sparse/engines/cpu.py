@@ -17,7 +17,7 @@ class Cpu(Engine):
 
     def unavailable_reason(self) -> str | None:
         """Why there are no compiled kernels: see `Engine.unavailable_reason`."""
-        return cpu.why_not()
+        return cpu.unsupported_reason()
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Gradients, dropout, other devices and dtypes: see `Engine.unsupported_reason`."""
@@ -25,7 +25,7 @@ class Cpu(Engine):
             return "the compiled kernels have no backward pass"
         if call.dropout:
             return "attention dropout is not supported by the compiled kernels"
-        return cpu.refusal(call.key, call.value)
+        return cpu.unsupported_reason(call.key, call.value)
 
     def attend(self, call: AttentionCall, selection: Selection) -> Tensor:
         """Attention to the kept keys where they lie: see `Engine.attend`."""

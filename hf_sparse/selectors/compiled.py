@@ -14,7 +14,7 @@ def unsupported_reason(call: AttentionCall) -> str | None:
     """Why the kernels cannot select for this call; `None` if they can."""
     if call.key.shape[3] % 4:
         return f"the compiled kernels take heads of a multiple of 4 components, not {call.key.shape[3]}"
-    return cpu.refusal(call.key)
+    return cpu.unsupported_reason(call.key)
 
 
 def select_compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> Selection:
