@@ -312,7 +312,7 @@ def test_lists_are_no_longer_than_the_text(name: str, rows: int) -> None:
     call = calls.inputs(calls.causal_intervals(rows, 600), 600, dim=16)
     config = SparseAttentionConfig(**{name: 1_000_000})
     selection = calls.select("grouped", call, torch.full((2, 1, rows), 90), config)
-    assert selection.columns.shape[-1] <= 608 + 192
+    assert selection.positions.shape[-1] <= 608 + 192
     assert (selection.kept(4) == 90).all()
 
 

@@ -67,7 +67,7 @@ def moved(call: AttentionCall) -> AttentionCall:
 
 
 def placed(selection: Selection) -> Selection:
-    return replace(selection, columns=selection.columns.to(DEVICE), allowed=selection.allowed.to(DEVICE))
+    return replace(selection, positions=selection.positions.to(DEVICE), allowed=selection.allowed.to(DEVICE))
 
 
 def check(call: AttentionCall, selection: Selection) -> None:
@@ -85,11 +85,11 @@ def test_engine_is_the_reference(kind: str) -> None:
     check(call, calls.random_selection(call, layout(call, 3), False))
 
 
-@pytest.mark.parametrize(("rows_per_group", "per_head"), [(1, True), (1, False), (6, True)])
+@pytest.mark.parametrize(("queries_per_group", "per_head"), [(1, True), (1, False), (6, True)])
 @pytest.mark.parametrize("kind", ["both", "values wider"])
-def test_layouts(kind: str, rows_per_group: int, per_head: bool) -> None:
+def test_layouts(kind: str, queries_per_group: int, per_head: bool) -> None:
     call = CALLS[kind]()
-    check(call, calls.random_selection(call, rows_per_group, per_head))
+    check(call, calls.random_selection(call, queries_per_group, per_head))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -162,7 +162,7 @@ def test_rows_without_keys_give_zeros(kind: str, cut: bool, monkeypatch: pytest.
     out = ENGINE.attend(call, selection)
     assert (out[:, :, :3] == 0).all()
     assert (out[:, :, 3:] != 0).any()
-    none = replace(selection, columns=selection.columns[..., :0], allowed=selection.allowed[..., :0])
+    none = replace(selection, positions=selection.positions[..., :0], allowed=selection.allowed[..., :0])
     assert (ENGINE.attend(call, none) == 0).all()
 
 
@@ -177,7 +177,7 @@ def test_strides_do_not_matter() -> None:
         value=call.value.transpose(2, 3).contiguous().transpose(2, 3),
     )
     wide = torch.cat([selection.allowed, selection.allowed], dim=-1)[..., : selection.allowed.shape[-1]]
-    check(odd, replace(selection, allowed=wide, columns=selection.columns.mT.contiguous().mT))
+    check(odd, replace(selection, allowed=wide, positions=selection.positions.mT.contiguous().mT))
 
 
 @pytest.mark.parametrize("selector", ["grouped", "topk", "window"])
@@ -375,7 +375,7 @@ def test_grouped_by_triton_is_its_specification(kind: str) -> None:
     assert torch.equal(selection.kept(4).cpu(), budgets)
     assert not (mask & ~calls.visible_mask(call)).any()
     assert (mask & expected).sum() >= 0.98 * expected.sum()
-    assert selection.columns.shape[-1] % 16 == 0
+    assert selection.positions.shape[-1] % 16 == 0
 
 
 @torch.no_grad()

@@ -164,7 +164,7 @@ def read_policy(name: str | None, own: ReadPolicy | None) -> SparseAttentionConf
         UserError: if it cannot be read, or something in it is wrong.
     """
     try:
-        policy = own if name is None else policy_files.load(name).policy
+        policy = own if name is None else policy_files.load(name)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     return None if policy is None else policy.config

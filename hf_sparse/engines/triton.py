@@ -43,15 +43,15 @@ class Triton(Engine):
 
     def attend(self, call: AttentionCall, selection: Selection) -> Tensor:
         """Attention to the kept keys where they lie: see `Engine.attend`."""
-        from hf_sparse.kernels.triton.attend import attend as attend_to_columns
+        from hf_sparse.kernels.triton.attend import attend as attend_to_positions
 
-        return attend_to_columns(
+        return attend_to_positions(
             call.query,
             call.key,
             call.value,
-            selection.columns,
+            selection.positions,
             selection.allowed,
-            selection.rows_per_group,
+            selection.queries_per_group,
             scaling=call.scaling,
             softcap=call.softcap,
             sinks=call.sinks,
