@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.files import check_writable, write_whole
 from hf_sparse.machine import device_name, process_state
+from hf_sparse.policy.quality import DENSE as DENSE
 from hf_sparse.tables import Table, markdown_table
 
 Record = dict[str, Any]
@@ -28,9 +29,6 @@ Summary = dict[str, Any]
 CellT = TypeVar("CellT")
 
 ROWS, SUMMARY, TABLES = "rows.jsonl", "summary.json", "tables.md"
-
-DENSE = "dense"
-"""Name under which records and summaries hold dense attention."""
 
 CALIBRATE = "calibrate"
 CALIBRATION = "calibration.json"
