@@ -25,7 +25,6 @@ from hf_sparse.share.source import ModelSource, check_config
 
 # Tokens of text on which a real layer's inputs are captured, at most; beyond that length they are repeated.
 _CAPTURED = 8192
-_CHARS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,7 @@ class Subject:
         info = source.info()
         captured = min(_CAPTURED, info.max_positions or _CAPTURED)
         lengths = sorted({*plan.written, *([captured] if plan.alone else [])})
-        documents = load_documents(
-            [] if text is None else [text], count=1, min_chars=_CHARS_PER_TOKEN * (lengths[-1] + 1)
-        )
+        documents = load_documents([] if text is None else [text], count=1, tokens=lengths[-1] + 1)
         windows = cut_windows(documents[:1], source.tokenizer(), lengths, targets=1)
         prompts = {window.length: window.input_ids for window in windows}
         made = source.model(dtype=dtype, device_map=device)

@@ -16,9 +16,9 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.equal_cost import matched
 from hf_sparse.measure.perplexity import evaluate
-from hf_sparse.measure.perplexity_summary import Summary, summarise
+from hf_sparse.measure.perplexity_summary import summarise
 from hf_sparse.measure.windows import Window
-from hf_sparse.results import ResultFile, Row, row_key
+from hf_sparse.results import ResultFile, Row, Summary, row_key
 from hf_sparse.support import SupportReport
 
 

@@ -17,11 +17,10 @@ from hf_sparse.bench.subject import Plan, Subject
 from hf_sparse.bench.summary import summarise
 from hf_sparse.bench.tables import bench_tables
 from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integers, read_policy
-from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.machine import find_device
-from hf_sparse.measure.processes import process_state
+from hf_sparse.machine import find_device, process_state
+from hf_sparse.measure.run import Outcome, write_outcome
 from hf_sparse.measure.windows import check_lengths
 from hf_sparse.results import ROWS, ResultFile, check_folder
 from hf_sparse.selectors import SELECTORS

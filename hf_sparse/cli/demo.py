@@ -10,12 +10,12 @@ import torch
 
 import hf_sparse
 from hf_sparse.cli.options import DataOptions, RunOptions
-from hf_sparse.cli.runs import Ready, check, is_main_process, run_attention_error, run_perplexity
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.measure.attention_error import make_methods as make_error_methods
-from hf_sparse.measure.perplexity import make_methods
-from hf_sparse.measure.tables import text_table
+from hf_sparse.machine import is_main_process
+from hf_sparse.measure.methods import error_methods, perplexity_methods
+from hf_sparse.measure.run import Ready, check, run_attention_error, run_perplexity
 from hf_sparse.share.source import ModelSource
+from hf_sparse.tables import text_table
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -51,11 +51,11 @@ def run_demo(name: str, run: RunOptions) -> None:
     say(f"{report}\n\nafter {texts['prompt']!r} it writes")
     say(f"  dense:  {texts['dense']!r}\n  sparse: {texts['sparse']!r}")
     config = SparseAttentionConfig()
-    methods = make_methods(_METHODS, config, _LENGTHS)
+    methods = perplexity_methods(_METHODS, config, _LENGTHS, source.support)
     say(f"\nperplexity of the same {_TARGETS} tokens of {_DOCUMENTS} documents, after more and more context:\n")
     perplexity = run_perplexity(_in(ready, _PERPLEXITY), methods)
     say(f"{text_table(*perplexity.tables[0])}\n\nattention error against dense, every law at equal cost:\n")
-    compared = make_error_methods(config, _LENGTHS)
+    compared = error_methods(None, config, _LENGTHS, source.support)
     error = run_attention_error(_in(ready, _ATTENTION_ERROR), _LENGTHS, compared, _ROWS_PER_LENGTH)
     say(f"{text_table(*error.tables[0])}\n\nrows, summaries, tables and plots: {ready.folder}")
     if run.as_json and is_main_process():

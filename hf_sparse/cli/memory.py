@@ -12,9 +12,9 @@ import torch
 
 from hf_sparse.bench import prefill_memory
 from hf_sparse.bench.shapes import Shape, check_shape
-from hf_sparse.cli.runs import Outcome, write_outcome
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure import memory, plot_memory
+from hf_sparse.measure.run import Outcome, write_outcome
 from hf_sparse.measure.tables import Table
 from hf_sparse.results import check_folder, software
 
