@@ -150,8 +150,6 @@ class ResultFile:
             out.setdefault(record["key"], record)
         return out
 
-    rows = records  # the former name
-
     @contextmanager
     def summed_up(self) -> Iterator[None]:
         """A `with` block that summarises records: an error caused by records of an earlier run is told in one line.
@@ -309,4 +307,4 @@ def _named(model: Mapping[str, Any]) -> str:
 
 # Former names, for the rooms that are not renamed yet.
 Row = Record
-row_key = record_key
+record_key = record_key

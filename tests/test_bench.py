@@ -234,7 +234,7 @@ def test_a_cell_is_not_measured_twice(tmp_path: Path) -> None:
     first = evaluate([cell(8)], results, about)
     again = evaluate([Cell("decode", 8, {"inputs": "x"}, never), cell(16)], results, {"threads": 1, "commit": "b"})
     assert again[0] == first[0]
-    assert [row["length"] for row in results.rows().values()] == [8, 16]
+    assert [row["length"] for row in results.records().values()] == [8, 16]
     assert len({evaluate([cell(8, **facts)], results, about)[0]["key"] for facts in ({}, {"inputs": "y"})}) == 2
     assert evaluate([cell(8)], results, {"threads": 2, "commit": "a"})[0]["key"] != first[0]["key"]
 

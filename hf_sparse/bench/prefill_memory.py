@@ -20,7 +20,7 @@ from hf_sparse.bench.shapes import Shape, random_model
 from hf_sparse.bench.timing import with_peak
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.measure.tables import Table
+from hf_sparse.tables import Table
 
 KEY = "prefill"
 """The key of a summary under which the rows of `evaluate` stand."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hf_sparse.results import ResultFile, Row, row_key
+from hf_sparse.results import Record, ResultFile, record_key
 
 COMMAND = "bench"
 
@@ -36,7 +36,7 @@ class Cell:
     measure: Callable[[], dict[str, dict[str, Any]]]
 
 
-def evaluate(cells: Sequence[Cell], results: ResultFile, about: Row) -> list[Row]:
+def evaluate(cells: Sequence[Cell], results: ResultFile, about: Record) -> list[Record]:
     """Measure every cell that `results` does not hold yet, and give the rows of all.
 
     All methods of a cell are measured together or not at all: only then can their times be compared.
@@ -47,16 +47,16 @@ def evaluate(cells: Sequence[Cell], results: ResultFile, about: Row) -> list[Row
         about: Machine, versions, threads and seed; what of it decides times is part of the key.
     """
     results.repair()
-    done = results.rows()
+    done = results.records()
     out = []
     with tqdm(cells, desc=COMMAND, unit="cell") as bar:
         for cell in bar:
             bar.set_postfix_str(f"{cell.kind} {cell.length:,}")
             machine = {name: value for name, value in about.items() if name != "commit"}
-            key = row_key(command=COMMAND, kind=cell.kind, length=cell.length, **cell.ranges, **machine)
+            key = record_key(command=COMMAND, kind=cell.kind, length=cell.length, **cell.ranges, **machine)
             if key not in done:
                 place = {"key": key, "command": COMMAND, "kind": cell.kind, "length": cell.length}
                 results.append({**place, **cell.ranges, "methods": cell.measure(), **about})
-                done = results.rows()
+                done = results.records()
             out.append(done[key])
     return out

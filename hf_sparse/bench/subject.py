@@ -20,7 +20,7 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.machine import device_name
 from hf_sparse.measure.data import load_documents
 from hf_sparse.measure.windows import cut_windows
-from hf_sparse.results import Row, software
+from hf_sparse.results import Record, software
 from hf_sparse.share.source import ModelSource, check_config
 
 # Tokens of text on which a real layer's inputs are captured, at most; beyond that length they are repeated.
@@ -72,7 +72,7 @@ class Subject:
         prompts: int64 `(length,)` by length.
     """
 
-    about: Row
+    about: Record
     inputs: LayerInputs | None
     generation: Generation | None
     prompts: dict[int, Tensor]
@@ -146,7 +146,7 @@ class Subject:
                 yield Cell("padded", n, facts, partial(self.generation.from_padded, self.prompts[n], *often))
 
 
-def _about(model: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> Row:
+def _about(model: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> Record:
     return {
         "model": model,
         "dtype": str(dtype).removeprefix("torch."),

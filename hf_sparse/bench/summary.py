@@ -12,7 +12,7 @@ import numpy as np
 from hf_sparse.bench import end_to_end, layer
 from hf_sparse.bench.layer import SPARSE
 from hf_sparse.bench.run import LAYER_KINDS
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 Summary = dict[str, Any]
 
@@ -32,7 +32,7 @@ _CONFIDENCE = 0.95
 _FACTS = ("warm_up", "peak_mib", "density", "output_error", "same_tokens")
 
 
-def summarise(rows: Sequence[Row]) -> Summary:
+def summarise(rows: Sequence[Record]) -> Summary:
     """The summary of `run.evaluate`'s rows.
 
     Returns:

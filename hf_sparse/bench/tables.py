@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_sparse.bench.layer import SPARSE
 from hf_sparse.bench.summary import Summary, is_layer
-from hf_sparse.measure.tables import Table
+from hf_sparse.tables import Table
 
 TITLES = {
     ("decode", "seconds"): "decode, one layer, n cached keys",

@@ -18,9 +18,9 @@ from hf_sparse.errors import UserError
 from hf_sparse.machine import process_state
 from hf_sparse.measure.data import load_documents
 from hf_sparse.measure.run import Outcome
-from hf_sparse.measure.tables import markdown_table
 from hf_sparse.results import CALIBRATE, TABLES, check_folder
 from hf_sparse.share.source import ModelSource, check_loading
+from hf_sparse.tables import markdown_table
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from hf_sparse.bench.shapes import Shape, check_shape
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure import memory, plot_memory
 from hf_sparse.measure.run import Outcome, write_outcome
-from hf_sparse.measure.tables import Table
 from hf_sparse.results import check_folder, software
+from hf_sparse.tables import Table
 
 # Processes in which each prefill is measured.
 _REPEATS = 3

@@ -10,7 +10,7 @@ from hf_sparse.bench.shapes import Shape
 from hf_sparse.cli import main
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure import memory
-from hf_sparse.measure.tables import markdown_table
+from hf_sparse.tables import markdown_table
 from tests.small import run_command
 
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")

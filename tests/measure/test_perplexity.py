@@ -249,9 +249,9 @@ def test_whatever_decides_a_number_is_measured_anew(
             now["dtype"] = "bfloat16"
         case "targets":
             window = dataclasses.replace(window, targets=window.targets[1:])
-    before = len(results.rows())
+    before = len(results.records())
     evaluate(model, [window], perplexity_methods(["window"], config, LENGTHS, SUPPORT), results, now)
-    assert len(results.rows()) - before == (1 if change == "method" else 2)
+    assert len(results.records()) - before == (1 if change == "method" else 2)
 
 
 def test_summary_agrees_with_plain_sums(rows: list[Record]) -> None:
