@@ -303,8 +303,3 @@ def _model(found: Any) -> Mapping[str, Any] | None:
 
 def _named(model: Mapping[str, Any]) -> str:
     return f"{model.get('name')} ({model.get('revision', 'random weights')})"
-
-
-# Former names, for the rooms that are not renamed yet.
-Row = Record
-record_key = record_key
