@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.files import check_writable, write_whole
 from hf_sparse.machine import device_name, process_state
+from hf_sparse.policy.quality import DENSE as DENSE
 from hf_sparse.tables import Table, markdown_table
 
 Record = dict[str, Any]
@@ -28,9 +29,6 @@ Summary = dict[str, Any]
 CellT = TypeVar("CellT")
 
 ROWS, SUMMARY, TABLES = "rows.jsonl", "summary.json", "tables.md"
-
-DENSE = "dense"
-"""Name under which records and summaries hold dense attention."""
 
 CALIBRATE = "calibrate"
 CALIBRATION = "calibration.json"
@@ -157,8 +155,6 @@ class ResultFile:
                 raise self._broken(f"line {number} is not a record: {first_line(error)}") from error
             out.setdefault(record["key"], record)
         return out
-
-    rows = records  # the former name
 
     @contextmanager
     def summed_up(self) -> Iterator[None]:
@@ -313,8 +309,3 @@ def _model(found: Any) -> Mapping[str, Any] | None:
 
 def _named(model: Mapping[str, Any]) -> str:
     return f"{model.get('name')} ({model.get('revision', 'random weights')})"
-
-
-# Former names, for the rooms that are not renamed yet.
-Row = Record
-row_key = record_key

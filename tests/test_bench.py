@@ -270,7 +270,7 @@ def test_nothing_is_measured_twice(tmp_path: Path) -> None:
     assert records(64, 80)[0] == first
     [other] = records(64, alpha=3.0)
     assert other["key"] != first["key"]
-    assert [record["length"] for record in ResultFile(tmp_path / "rows").rows().values()] == [64, 80, 64]
+    assert [record["length"] for record in ResultFile(tmp_path / "rows").records().values()] == [64, 80, 64]
 
 
 def test_shapes_have_names_or_numbers() -> None:

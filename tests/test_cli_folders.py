@@ -21,6 +21,7 @@ PERPLEXITY = f"perplexity tiny-llama {DATA} --methods window"
 COMMANDS = [
     PERPLEXITY,
     "attention-error tiny-llama --text texts --lengths 48,96 --device cpu",
+    "retrieval tiny-llama --text texts --lengths 48,96 --codes 1 --device cpu",
     "calibrate tiny-llama --text texts --device cpu",
     "bench tiny-llama --decode 64 --prefill none --cached none --generate none --text texts/text0.txt --device cpu",
     "bench --shape 4/2/16 --decode 64 --prefill none --cached none --generate none --device cpu",
@@ -34,7 +35,7 @@ NEVER = (
     "hf_sparse.share.source.ModelSource.model",
     "hf_sparse.bench.run.random_model",
     "hf_sparse.cli.bench.evaluate",
-    "hf_sparse.lab.lab.run",
+    "hf_sparse.lab.run.run",
     "hf_sparse.cli.memory.evaluate",
 )
 
@@ -149,7 +150,7 @@ def test_a_folder_where_a_file_belongs_is_refused(
 
 @pytest.mark.usefixtures("_unmeasured")
 @pytest.mark.parametrize("line", [b"", b"garbage", b"[1]", b'"key"', b"{}", b'{"key": 5}', b'{"key": "\xff"}'])
-@pytest.mark.parametrize(("command", "name"), [(PERPLEXITY, "rows.jsonl"), (COMMANDS[2], "probes.jsonl")])
+@pytest.mark.parametrize(("command", "name"), [(PERPLEXITY, "rows.jsonl"), (COMMANDS[3], "probes.jsonl")])
 def test_a_line_that_is_no_row_is_refused_before_anything_is_measured(
     command: str, name: str, line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

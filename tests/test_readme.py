@@ -11,7 +11,7 @@ import pytest
 from hf_sparse.bench import memory
 from hf_sparse.measure import perplexity_summary
 from hf_sparse.measure.perplexity_tables import method_cells, overview_cells, perplexity_cells, verdict_cells
-from hf_sparse.measure.tables import markdown_table
+from hf_sparse.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -281,7 +281,7 @@ def plot_memory(summary: Summary, path: Path) -> None:
     dense = {method for method, own in series.items() if own[0]["mean_keys"] is None}
     for axes, title, methods in zip(panels, ("dense", "sparse"), (dense, series.keys() - dense | {SDPA}), strict=True):
         for method in sorted(methods, key=list(series).index):
-            draw_method(axes, method, series[method], "peak_mib", summary["exponents"].get(method))
+            draw_method(axes, list(series), method, series[method], "peak_mib", summary["exponents"].get(method))
         axes.set_title(title)
         finish_panel(axes, {each["length"] for each in summary["results"]})
     seen = any(each["peak_mib"] > 0 for each in summary["results"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +49,15 @@ def plot_bench(summary: Summary, path: Path) -> None:
     drawing.savefig(path, dpi=150)
 
 
-def draw_method(axes: Axes, method: str, results: list[Summary], value: str, exponent: float | None) -> None:
+def draw_method(
+    axes: Axes, methods: Sequence[str], method: str, results: list[Summary], value: str, exponent: float | None
+) -> None:
     """Draw the line of a method, with the fitted exponent of length in its label.
 
     Args:
         axes: Where to draw.
-        method: Its name.
+        methods: All that are drawn.
+        method: One of them.
         results: Each with a `length`, by length, and the interval `low` to `high` if it has one.
         value: The key of what is drawn.
         exponent: `None` if there is none.
@@ -67,7 +71,7 @@ def draw_method(axes: Axes, method: str, results: list[Summary], value: str, exp
         [each[value] for each in results],
         yerr=bars,
         capsize=2,
-        **style(method),
+        **style(method, methods),
         label=method if exponent is None else f"{method}: n$^{{{exponent:.2f}}}$",
     )
 
@@ -97,8 +101,9 @@ def _draw(axes: Axes, summary: Summary, task: str, quantity: str) -> None:
         series.keys() - {SPARSE, BASELINES[task]},
         key=lambda name: (-series[name][-1]["length"], series[name][-1]["median"]),
     )
-    for method in [SPARSE, BASELINES[task], *others][:_MOST_LINES]:
-        draw_method(axes, method, series[method], "median", exponents[method])
+    drawn = [SPARSE, BASELINES[task], *others][:_MOST_LINES]
+    for method in drawn:
+        draw_method(axes, drawn, method, series[method], "median", exponents[method])
     if quantity == "seconds" and len(series) < _MOST_LINES:
         density = {row["length"]: row["density"] for row in series[SPARSE]}
         n = [row["length"] for row in baseline]

@@ -16,6 +16,7 @@ from hf_sparse.bench.layer import Found, time_decode, time_prefill
 from hf_sparse.bench.shapes import Shape, check_shape, random_model
 from hf_sparse.bench.tasks import COMMAND, LAYER_TASKS, TASKS, BenchSettings
 from hf_sparse.kernels import cpu
+from hf_sparse.kernels.cpu import build
 from hf_sparse.measure.data import load_documents
 from hf_sparse.measure.windows import cut_windows
 from hf_sparse.results import Record, ResultFile, provenance, record_key, resume
@@ -151,7 +152,7 @@ def cpu_capability(device: torch.device) -> dict[str, str | int | None] | None:
     """
     if device.type != "cpu":
         return None
-    bits = 32 * cpu.lanes() if cpu.why_not() is None else None
+    bits = 32 * cpu.lanes() if build.unsupported_reason() is None else None
     return {"torch": torch.backends.cpu.get_cpu_capability(), "kernel_vector_bits": bits}
 
 

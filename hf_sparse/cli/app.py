@@ -119,9 +119,7 @@ def attention_error(
     data: DataOptions,
     run: RunOptions,
     sparse: SparseOptions,
-    rows: Annotated[int, typer.Option(min=1, help="Query positions measured before each length.")] = (
-        errors.ROWS_PER_LENGTH
-    ),
+    rows: Annotated[int, typer.Option(min=1, help="Queries measured before each length.")] = (errors.ROWS_PER_LENGTH),
     methods: Annotated[
         str | None,
         typer.Option(help=f"Selectors and laws, {_OWN_SELECTOR}.", show_default="all laws, then all selectors"),
@@ -259,4 +257,4 @@ def _print(outcome: Outcome, folder: Path, run: RunOptions) -> None:
         print(json.dumps(outcome.summary))
     else:
         print(f"{outcome}\n\nintervals: 95 %, bootstrap over {outcome.summary['resampled']}")
-        print(f"rows, summary, tables and plot: {folder}")
+        print(f"records, summary, tables and plot: {folder}")

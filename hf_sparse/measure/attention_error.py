@@ -1,7 +1,7 @@
 """Attention-matrix error: how far sparse attention is from dense attention on the dense model's own activations.
 
-The model runs dense, once per document, over the longest length. Attention is causal, so the rows before position L
-are the last rows of a prefill of L tokens: one pass serves every length. At different lengths these are different
+The model runs dense, once per document, over the longest length. Attention is causal, so the queries before position L
+are the last ones of a prefill of L tokens: one pass serves every length. At different lengths these are different
 tokens of the text, unlike in the perplexity evaluation, which needs a pass per length.
 """
 
@@ -25,7 +25,7 @@ from hf_sparse.results import DENSE, Record, ResultFile, identity, record_key, r
 COMMAND = "attention-error"
 
 ROWS_PER_LENGTH = 128
-"""Query positions measured before each length."""
+"""Queries measured before each length."""
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def measure(
 
     Returns:
         For each length, one dictionary per method and one for `"dense"`: `length`, `method`, `rows`, the number of
-        rows measured, and `columns`: `layer`, `head`, `windowed` (whether a sliding window hides keys, so that
+        queries measured, and `columns`: `layer`, `head`, `windowed` (whether a sliding window hides keys, so that
         `visible` does not grow with the length) and the columns of `layer_errors`, one entry per layer and head.
 
     Raises:

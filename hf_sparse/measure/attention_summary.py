@@ -11,7 +11,7 @@ import numpy as np
 from hf_sparse.errors import UserError
 from hf_sparse.measure.attention_error import COMMAND
 from hf_sparse.measure.methods import CALIBRATED, EXACT
-from hf_sparse.measure.statistics import CONFIDENCE, FloatArray, log_slope, percentile_interval
+from hf_sparse.measure.statistics import CONFIDENCE, FloatArray, estimate, log_slope, percentile_interval
 from hf_sparse.results import DENSE, Record, Summary, describe
 
 ERRORS = ("lost_mass", "l1", "max_entry", "l2", "output_error")
@@ -24,7 +24,7 @@ SHAPES = (*NEEDED, "entropy")
 """Metrics of dense attention itself."""
 
 STATISTICS = ("mean", "worst")
-"""Over the rows of a head: their mean, and the mean of the worst 1 %."""
+"""Over the queries of a head: their mean, and the mean of the worst 1 %."""
 
 SAMPLES = 2000
 
@@ -33,7 +33,7 @@ MOST_DENSE = 0.5
 error falls to 0 by no power of n."""
 
 
-def summarise(rows: Sequence[Record], seed: int) -> Summary:
+def summarise(records: Sequence[Record], seed: int) -> Summary:
     """Summarise records of `evaluate`: every method on the same documents and lengths, `dense` among them.
 
     Values are means over documents, layers and heads of what `layer_errors` keeps of a head. Layers in which a sliding
@@ -44,8 +44,8 @@ def summarise(rows: Sequence[Record], seed: int) -> Summary:
     Returns:
         A dictionary for `json.dumps`:
 
-        - `results`: for each method and length `rows` (measured per head), `visible`, `kept`, `density`; under the
-          name of each metric, `mean` and `worst`, each a `value` with `low` and `high`; `lost_mass` is there beside
+        - `results`: for each method and length `rows` (queries measured per head), `visible`, `kept`, `density`; under
+          the name of each metric, `mean` and `worst`, each a `value` with `low` and `high`; `lost_mass` is there beside
           `retained_mass`; `frobenius` has one value;
         - `slopes`: for each method, metric and statistic the least-squares line through (ln n, ln value), where n is
           the mean of the visible keys: `slope` with `low` and `high`, `intercept`, and `lengths`, the lengths it goes
@@ -63,14 +63,14 @@ def summarise(rows: Sequence[Record], seed: int) -> Summary:
     Raises:
         UserError: (a `ValueError`) if a sliding window hides keys in every layer.
     """
-    cells = _Cells.of(rows, seed)
+    cells = _Cells.of(records, seed)
     methods = [method for method in cells.methods if method != DENSE]
     reference = next(name for name in (CALIBRATED, EXACT, *methods) if name in methods)
     metrics = {method: NEEDED if method == DENSE else ERRORS for method in cells.methods}
-    described = describe(COMMAND, rows)
+    described = describe(COMMAND, records)
     return {
         **described,
-        "results": [_result(cells, rows, method, length) for method in cells.methods for length in cells.lengths],
+        "results": [_result(cells, records, method, length) for method in cells.methods for length in cells.lengths],
         "slopes": [
             {
                 "method": method,
@@ -91,14 +91,14 @@ def summarise(rows: Sequence[Record], seed: int) -> Summary:
             for metric in ERRORS
             for statistic in STATISTICS
         ],
-        "layers": [row for method in cells.methods for row in _layers(rows, method, cells.lengths[-1])],
+        "layers": [row for method in cells.methods for row in _layers(records, method, cells.lengths[-1])],
         "methods": methods,
         "lengths": cells.lengths,
         "resampled": "documents" if len(described["documents"]) > 1 else "layers and heads",
         "seed": seed,
         "samples": SAMPLES,
         "confidence": CONFIDENCE,
-        "configs": {row["method"]: row["config"] for row in rows if row["config"] is not None},
+        "configs": {row["method"]: row["config"] for row in records if row["config"] is not None},
     }
 
 
@@ -117,11 +117,11 @@ class _Cells:
     shares: FloatArray
 
     @classmethod
-    def of(cls, rows: Sequence[Record], seed: int) -> _Cells:
-        methods = list(dict.fromkeys(row["method"] for row in rows))
-        lengths = sorted({row["length"] for row in rows})
-        documents = list(dict.fromkeys(row["text_sha256"] for row in rows))
-        columns = {(row["method"], row["length"], row["text_sha256"]): _columns(row) for row in rows}
+    def of(cls, records: Sequence[Record], seed: int) -> _Cells:
+        methods = list(dict.fromkeys(row["method"] for row in records))
+        lengths = sorted({row["length"] for row in records})
+        documents = list(dict.fromkeys(row["text_sha256"] for row in records))
+        columns = {(row["method"], row["length"], row["text_sha256"]): _columns(row) for row in records}
         growing = ~next(iter(columns.values()))["windowed"].astype(bool)
         if not growing.any():
             raise UserError("a sliding window hides keys in every layer: there is no error against n to sum up")
@@ -148,13 +148,12 @@ class _Cells:
 
     def with_interval(self, method: str, column: str, index: int) -> dict[str, float]:
         """The value at one length, with its interval."""
-        low, high = percentile_interval(self.draws(method, column)[:, index])
-        return {"value": float(self.mean(method, column)[index]), "low": low, "high": high}
+        return estimate(self.mean(method, column)[index], self.draws(method, column)[:, index])
 
 
-def _columns(row: Record) -> dict[str, FloatArray]:
-    """The columns of a row as arrays, the lost mass among them."""
-    out = {name: np.asarray(column, dtype=np.float64) for name, column in row["columns"].items()}
+def _columns(record: Record) -> dict[str, FloatArray]:
+    """The columns of a record as arrays, the lost mass among them."""
+    out = {name: np.asarray(column, dtype=np.float64) for name, column in record["columns"].items()}
     for statistic in STATISTICS:
         if f"l1_{statistic}" in out:
             # Not 1 - retained mass, of which rounding to six digits leaves little where little is lost.
@@ -162,10 +161,10 @@ def _columns(row: Record) -> dict[str, FloatArray]:
     return out
 
 
-def _result(cells: _Cells, rows: Sequence[Record], method: str, length: int) -> dict[str, Any]:
+def _result(cells: _Cells, records: Sequence[Record], method: str, length: int) -> dict[str, Any]:
     index = cells.lengths.index(length)
     out: dict[str, Any] = {"method": method, "length": length}
-    out["rows"] = next(row["rows"] for row in rows if row["length"] == length)
+    out["rows"] = next(row["rows"] for row in records if row["length"] == length)
     for name in ("visible", "kept", "density"):
         out[name] = float(cells.mean(method, name)[index])
     for metric in SHAPES if method == DENSE else ("retained_mass", *ERRORS):
@@ -206,8 +205,8 @@ def _comparison(cells: _Cells, method: str, reference: str, column: str) -> dict
     return out
 
 
-def _layers(rows: Sequence[Record], method: str, length: int) -> list[dict[str, Any]]:
-    found = [_columns(row) for row in rows if row["method"] == method and row["length"] == length]
+def _layers(records: Sequence[Record], method: str, length: int) -> list[dict[str, Any]]:
+    found = [_columns(row) for row in records if row["method"] == method and row["length"] == length]
     layers = found[0]["layer"]
     means = {name: np.mean([columns[name] for columns in found], axis=0) for name in found[0]}
     out = []

@@ -24,7 +24,7 @@ def sum_counts(
 
     Returns:
         `density` (kept / visible keys), `sparse_density` (the same without `sliding_layers`), `mean_keys` kept by a
-        query position and head, `rows` (query positions, summed over the layers), and `dense_rows`, those of them
+        query and head, `rows` (queries, summed over the layers), and `dense_rows`, those of them
         that ran dense, by reason.
     """
     earlier = {(row["layer"], row["head"]): row for row in before.rows} if before else {}

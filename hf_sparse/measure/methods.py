@@ -44,7 +44,7 @@ def perplexity_methods(
     """`"dense"`, and each of `names` with its configuration.
 
     - a selector (`topk`, `grouped`, `window` or `path/to/file.py:ClassName`): `config` with that selector;
-    - `fixed` and `fixed-grouped`: the same number of keys at every query position, such that prefills of all `lengths`
+    - `fixed` and `fixed-grouped`: the same number of keys for every query, such that prefills of all `lengths`
       together attend to as many keys as under `config`, over all heads and layers;
     - `uniform`: one power law with the default exponent in all heads, at the same cost, with the selector of `config`;
     - `decode`: `config` itself, and `decode-topk` the same with the selector `topk`: the predicted tokens are read one

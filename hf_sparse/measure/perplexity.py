@@ -10,17 +10,16 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import Cache, PreTrainedModel
 
 import hf_sparse
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.machine import is_main_process, my_share
 from hf_sparse.measure.counts import sum_counts
+from hf_sparse.measure.evaluation import measure_each
 from hf_sparse.measure.methods import DECODED, Methods
 from hf_sparse.measure.windows import Window
-from hf_sparse.results import Record, ResultFile, identity, record_key, resume
+from hf_sparse.results import Record, ResultFile
 
 COMMAND = "perplexity"
 
@@ -119,9 +118,9 @@ def measure(
         sliding_layers: Sliding-window layers of a hybrid model, which `sparse_density` leaves out.
 
     Returns:
-        `tokens`; `nll`, their sum in nats; `block_nll`, sums over blocks of `BLOCK_TOKENS`; `density` (kept / visible
-        keys, all layers); `sparse_density`, the same without `sliding_layers`; `mean_keys` that a query position and
-        head keeps; `rows`, query positions summed over the layers, and `dense_rows` of them by reason (both `None` for
+        `tokens`; `nll`, their sum in nats; `block_nll`, sums over blocks of `block_tokens`; `density` (kept / visible
+        keys, all layers); `sparse_density`, the same without `sliding_layers`; `mean_keys` that a query and
+        head keeps; `rows`, queries summed over the layers, and `dense_rows` of them by reason (both `None` for
         the dense model, whose keys are not counted); `seconds` of the forward pass or passes.
 
     Raises:
@@ -145,6 +144,7 @@ def measure(
         raise UserError(f"the likelihoods of {window.document} are not finite in {model.dtype}: try another --dtype")
     return {
         "tokens": len(nll),
+        "block_tokens": BLOCK_TOKENS,
         "nll": nll.sum().item(),
         "block_nll": [nll[start : start + BLOCK_TOKENS].sum().item() for start in range(0, len(nll), BLOCK_TOKENS)],
         **counts,
@@ -155,9 +155,7 @@ def measure(
 def evaluate(
     model: PreTrainedModel, windows: Sequence[Window], methods: Methods, results: ResultFile, about: Record
 ) -> list[Record]:
-    """Measure every window with every method that `results` does not hold yet, and return the records of all.
-
-    Under `accelerate launch` each process takes its share; all get all records.
+    """Measure every window under every method, as `measure_each` does.
 
     Args:
         model: The model, unpatched; it is patched for each sparse measurement and restored.
@@ -167,32 +165,8 @@ def evaluate(
         about: From `provenance`; written into every record.
     """
     sliding_layers = hf_sparse.inspect(model).sliding_layers
-    configs = {name: None if config is None else config.to_dict() for name, config in methods.items()}
-    model_key = identity(about)
-    cells = {
-        record_key(command=COMMAND, model=model_key, window=window.sha256, method=name, config=configs[name]): (
-            window,
-            name,
-        )
-        for window in windows
-        for name in methods
-    }
 
-    def measured(missing: dict[str, tuple[Window, str]]) -> Iterator[tuple[str, Record]]:
-        mine = my_share(list(missing.items()), lambda item: item[1][0].length)
-        for key, (window, name) in tqdm(mine, desc=COMMAND, unit="run", disable=not is_main_process()):
-            found = measure(model, window, methods[name], decode=name in DECODED, sliding_layers=sliding_layers)
-            yield (
-                key,
-                {
-                    "command": COMMAND,
-                    "method": name,
-                    **window.about(),
-                    **found,
-                    "block_tokens": BLOCK_TOKENS,
-                    "config": configs[name],
-                    **about,
-                },
-            )
+    def measured(window: Window, name: str) -> Record:
+        return measure(model, window, methods[name], decode=name in DECODED, sliding_layers=sliding_layers)
 
-    return resume(results, cells, measured)
+    return measure_each(COMMAND, windows, methods, results, about, measured)

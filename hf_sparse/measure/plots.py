@@ -77,7 +77,11 @@ def figure(width: float, height: float) -> Figure:
 def length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
     """Make x a log axis with a tick at each length."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(lengths), [f"{length:,}" for length in lengths])
+    _x_axis(axes, lengths, label)
+
+
+def _x_axis(axes: Axes, ticks: Sequence[int], label: str) -> None:
+    axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(label)
     axes.grid(visible=True, alpha=0.25)
@@ -202,7 +206,7 @@ def _draw(
             for j, method in enumerate([DENSE, *methods[i * size : (i + 1) * size]]):
                 x, estimates = _points(summary, panel, method)
                 # Side by side, so that lines and intervals do not cover one another.
-                aside = 0.01 * (j - size / 2) if method != DENSE else 0.0
+                aside = 0.01 * (0, -1, 1, 2)[j]
                 span = 100.0 if panel.by_depth else math.log2(lengths[-1] / lengths[0]) or 1.0
                 handles[method] = axes.errorbar(
                     [at + span * aside if panel.by_depth else at * 2 ** (span * aside) for at in x],
@@ -211,17 +215,17 @@ def _draw(
                     capsize=2,
                     label=_label(method, summary) + (notes or {}).get(method, ""),
                     linestyle="--" if method == DENSE else "-",
+                    zorder=3 if method == DENSE else 2,
                     **style(method, methods),
                 )
             if panel.band:
                 dense = [record for record in summary["results"] if record["method"] == DENSE]
                 axes.fill_between(lengths, [panel.band(record) for record in dense], color="#DDDDDD", zorder=0)
     for axes, panel in [each for row in grid for each in zip(row, panels, strict=True)]:
-        length_axis(axes, lengths, "context length (tokens)")
         if panel.by_depth:
-            axes.set_xscale("linear")
-            axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100"])
-            axes.set_xlabel("depth of the code in the text (%)")
+            _x_axis(axes, range(0, 101, 25), "depth of the code in the text (%)")
+        else:
+            length_axis(axes, lengths, "context length (tokens)")
         panel.scale(axes)
         axes.set(title=panel.title, ylabel=panel.label)
     about, documents = summary["about"], len(summary["documents"])

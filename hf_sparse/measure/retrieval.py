@@ -11,24 +11,23 @@ import hashlib
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_sparse
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.machine import is_main_process, my_share
 from hf_sparse.measure.counts import sum_counts
+from hf_sparse.measure.evaluation import measure_each
 from hf_sparse.measure.methods import Methods
 from hf_sparse.measure.perplexity import applied, decoded_nll, prefill
 from hf_sparse.measure.windows import Window
-from hf_sparse.results import Record, ResultFile, identity, record_key, resume
+from hf_sparse.results import Record, ResultFile
 
 COMMAND = "retrieval"
 
@@ -75,7 +74,7 @@ class Prompt:
     """A text with codes in it, and the questions about them.
 
     Attributes:
-        window: Where the text comes from; its length is that of the text with the longest question and its answer.
+        window: Where the text comes from.
         input_ids: int64 `(length,)`: the text with the codes, and what a chat template puts before it.
         questions: One for each code, by depth.
     """
@@ -83,6 +82,15 @@ class Prompt:
     window: Window
     input_ids: Tensor
     questions: Sequence[Question]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text with the longest question and its answer."""
+        return self.window.length
+
+    def about(self) -> Record:
+        """What records say of the prompt."""
+        return {**self.window.about(), "prompt_sha256": self.sha256}
 
     @property
     def sha256(self) -> str:
@@ -227,44 +235,16 @@ def evaluate(
     results: ResultFile,
     about: Record,
 ) -> list[Record]:
-    """Measure every prompt with every method that `results` does not hold yet, and return the records of all.
-
-    Under `accelerate launch` each process takes its share; all get all records.
+    """Ask for the codes of every prompt under every method, as `measure_each` does.
 
     Args:
         model: The model, unpatched; it is patched for each sparse measurement and restored.
         tokenizer: Its tokenizer.
         prompts: From `make_prompts`.
         methods: Configurations by name.
-        results: Where records are appended: those of `measure`, with `key`, `command`, `method`, `prompt_sha256`, what
-            `Window.about` says, `config` and what is in `about`.
+        results: Where records are appended.
         about: From `provenance`; written into every record.
     """
-    configs = {name: None if config is None else config.to_dict() for name, config in methods.items()}
-    model_key = identity(about)
-    cells = {
-        record_key(command=COMMAND, model=model_key, prompt=prompt.sha256, method=name, config=configs[name]): (
-            prompt,
-            name,
-        )
-        for prompt in prompts
-        for name in methods
-    }
-
-    def measured(missing: dict[str, tuple[Prompt, str]]) -> Iterator[tuple[str, Record]]:
-        mine = my_share(list(missing.items()), lambda item: item[1][0].window.length)
-        for key, (prompt, name) in tqdm(mine, desc=COMMAND, unit="run", disable=not is_main_process()):
-            yield (
-                key,
-                {
-                    "command": COMMAND,
-                    "method": name,
-                    **prompt.window.about(),
-                    "prompt_sha256": prompt.sha256,
-                    **measure(model, tokenizer, prompt, methods[name]),
-                    "config": configs[name],
-                    **about,
-                },
-            )
-
-    return resume(results, cells, measured)
+    return measure_each(
+        COMMAND, prompts, methods, results, about, lambda each, name: measure(model, tokenizer, each, methods[name])
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_sparse.measure.retrieval import COMMAND
-from hf_sparse.measure.statistics import CONFIDENCE, SAMPLES, FloatArray, bootstrap_means, percentile_interval
+from hf_sparse.measure.statistics import CONFIDENCE, SAMPLES, FloatArray, bootstrap_means, estimate
 from hf_sparse.results import DENSE, Record, Summary, describe
 from hf_sparse.tables import Table
 
@@ -57,9 +57,9 @@ def summarise(records: Sequence[Record], seed: int) -> Summary:
                 {
                     **place,
                     "questions": correct[i, j].size,
-                    "accuracy": _estimate(correct[i, j].mean(), draws[0][:, i, j]),
-                    "nats": _estimate(nats[i, j].mean(), draws[1][:, i, j]),
-                    "accuracy_above_dense": _estimate(
+                    "accuracy": estimate(correct[i, j].mean(), draws[0][:, i, j]),
+                    "nats": estimate(nats[i, j].mean(), draws[1][:, i, j]),
+                    "accuracy_above_dense": estimate(
                         correct[i, j].mean() - correct[dense, j].mean(), draws[0][:, i, j] - draws[0][:, dense, j]
                     ),
                     **{name: _mean(own, name) for name in ("density", "answer_density", "mean_keys", "seconds")},
@@ -121,15 +121,10 @@ def _draws(values: FloatArray, seed: int) -> FloatArray:
     return bootstrap_means(flat, np.ones(questions), seed=seed).reshape(-1, methods, lengths)
 
 
-def _estimate(value: float, draws: FloatArray) -> dict[str, float]:
-    low, high = percentile_interval(draws)
-    return {"value": float(value), "low": low, "high": high}
-
-
 def _mean(records: Sequence[Record], name: str) -> float | None:
     values = [record[name] for record in records]
     return None if None in values else float(np.mean(values))
 
 
-def _interval(estimate: dict[str, Any]) -> str:
-    return f"{estimate['low']:.3f} to {estimate['high']:.3f}"
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['low']:.3f} to {row['high']:.3f}"

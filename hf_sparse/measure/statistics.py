@@ -50,6 +50,12 @@ def percentile_interval(draws: FloatArray, confidence: float = CONFIDENCE) -> tu
     return float(low), float(high)
 
 
+def estimate(value: float, draws: FloatArray) -> dict[str, float]:
+    """A `value` with the ends of its interval, `low` and `high`, for a summary."""
+    low, high = percentile_interval(draws)
+    return {"value": float(value), "low": low, "high": high}
+
+
 def quartiles(values: FloatArray | Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median and third quartile of `values`, of any shape."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])

@@ -221,11 +221,10 @@ def _policy(model: PreTrainedModel, config: ConfigLike, fields: Mapping[str, Any
     elif config is None or isinstance(config, SparseAttentionConfig):
         policy = Policy(config or SparseAttentionConfig())
     elif isinstance(config, str | os.PathLike):
-        loaded = policy_files.load(config)
-        policy = loaded.policy
+        policy = policy_files.load(config)
         origin = origin_of(model)
         # A model may also come from the weights beside its policy.
-        if origin.name != loaded.location and warn_of_another_base(policy, origin):
+        if origin.name != policy.origin.name and warn_of_another_base(policy, origin):
             policy = replace(policy, quality=())
     else:
         raise TypeError(

@@ -180,7 +180,7 @@ def test_a_short_window_is_refused(model: PreTrainedModel) -> None:
         measure(model, window(100), [64, 101], {}, 64)
 
 
-# make_methods: the same cost for every law.
+# error_methods: the same cost for every law.
 
 
 def test_laws_cost_the_same(model: PreTrainedModel) -> None:
