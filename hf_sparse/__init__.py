@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse.cache import SparseCache
+from hf_sparse.call import AlwaysKept, AttentionCall, Selection
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.diagnostics import audit, observed
 from hf_sparse.engines import Engine
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlwaysKept",
+    "AttentionCall",
     "CalibrationRecord",
     "Engine",
     "ScoreSelector",
+    "Selection",
     "Selector",
     "SparseAttentionConfig",
     "SparseCache",

@@ -56,7 +56,7 @@ REFUSED = frozenset({"position_bias", "indices", "block_indices", "sinks", "alib
 _BLOCK_ELEMENTS = 1 << 23
 _LEAST_QUERIES, _MOST_QUERIES = 64, 1024
 
-_COPIED = "left out keys that padding hides inside a text, and copied all others"
+_COPIED = "left out keys that padding hides inside a text, and keep a copy of all others"
 _ROUNDED_ANEW = "rounded all cached keys to 8 bits anew: what the model attends to is not what its cache holds"
 _UNCOMPILED = "looked for keys without compiled kernels, which is slower than dense attention"
 
@@ -114,14 +114,17 @@ class LayerState:
         """The budgets of a call; `None` for a layer that runs dense."""
         return None if self.dense_reason is not None else self.budgets.plan(ranges)
 
+    def held(self, key: Tensor) -> SparseLayer | None:
+        """The layer of the forward pass's cache that holds `key`, if it is one of ours."""
+        cache = None if self.cache is None else self.cache()
+        return None if cache is None else layer_that_holds(cache, self.layer, key)
+
     def quantised(self, key: Tensor) -> QuantisedKeys:
         """`key` in 8 bits as the cache keeps it, or nothing yet."""
+        if held := self.held(key):
+            return held.quantised
         cache = None if self.cache is None else self.cache()
-        if cache is None:
-            return QuantisedKeys()
-        if found := layer_that_holds(cache, self.layer, key):
-            return found.quantised
-        if any(isinstance(own, SparseLayer) for own in cache.layers[self.layer : self.layer + 1]):
+        if cache is not None and any(isinstance(own, SparseLayer) for own in cache.layers[self.layer :][:1]):
             self.counters.slow[_ROUNDED_ANEW] += 1
         return QuantisedKeys()
 
@@ -192,7 +195,7 @@ def sparse_attention_forward(
         out, weights = attend(state, call, want_weights=want_weights)
     else:
         state.counters.slow[_COPIED] += 1
-        out, weights = attend(state, call.with_keys(shown), want_weights=want_weights)
+        out, weights = attend(state, _without_hidden(state, call, shown), want_weights=want_weights)
         if weights is not None:
             place = shown[:, None, None].expand_as(weights)
             weights = weights.new_zeros(*weights.shape[:3], key.shape[2]).scatter_add(3, place, weights)
@@ -222,6 +225,15 @@ def _checked(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> 
             f"got {str(mask.dtype).removeprefix('torch.')}"
         )
     return state, mask
+
+
+def _without_hidden(state: LayerState, call: AttentionCall, shown: Tensor) -> AttentionCall:
+    """The same call with copies of the keys and values at `shown` alone, which the cache keeps where it can."""
+    held = None if torch.is_grad_enabled() else state.held(call.key)
+    if held is None:
+        return call.with_keys(shown)
+    key, value, quantised = held.without_hidden(shown)
+    return replace(call, key=key, value=value, quantised=quantised)
 
 
 def _attend_masked(

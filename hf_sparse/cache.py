@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
+from hf_sparse.call import take_keys
 from hf_sparse.kernels.quantised import QuantisedKeys
 
 # Storage grows to the length it needs and this share on top, at least `_LEAST_SPARE` tokens.
@@ -63,6 +64,8 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         # `keys` as last put there by this class, and how often they had been written to, to notice others who do so.
         self._shown: Tensor | None = None
         self._version: int | None = None
+        # A copy without the keys that padding hides inside of texts, and the positions of those in it.
+        self._without_hidden: tuple[Tensor, SparseLayer] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         self._notice_changes()
@@ -104,6 +107,23 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         some = torch.linspace(0, key.shape[2] - 1, _COMPARED, device=key.device).long()
         return keys.dtype == key.dtype and bool(torch.equal(keys[:, :, some], key[:, :, some]))
 
+    @torch.no_grad()
+    def without_hidden(self, shown: Tensor) -> tuple[Tensor, Tensor, QuantisedKeys]:
+        """Keys and values at the positions `shown`, int64 `(batch, number)`, alone, and these keys in 8 bits.
+
+        The copy is kept, and grows with this layer: for a new token, one key and value are copied.
+        """
+        kept = self._without_hidden
+        length = 0 if kept is None else kept[0].shape[1]
+        if kept is None or length > shown.shape[1] or not torch.equal(kept[0], shown[:, :length]):
+            length, kept = 0, (shown, SparseLayer())
+        layer = kept[1]
+        if length < shown.shape[1]:
+            added = shown[:, None, length:].expand(-1, self._states()[0].shape[1], -1)
+            layer.update(*(take_keys(part, added) for part in self._states()))
+        self._without_hidden = (shown, layer)
+        return *layer._states(), layer.quantised
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
@@ -113,6 +133,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Remove the last tokens: `-tokens_to_remove` of them. The storage stays."""
         self._notice_changes()
         super().crop(tokens_to_remove)
+        self._without_hidden = None
         self._remember()
         self.quantised.crop(self.get_seq_length())
 
@@ -138,6 +159,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _start_anew(self) -> None:
         self._storage = None
+        self._without_hidden = None
         self.quantised = QuantisedKeys()
         self._remember()
 
@@ -192,6 +214,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if not length:
             return
         self._notice_changes()
+        self._without_hidden = None
         storage = self._states() if self._storage is None else self._storage
         self._show((change(storage[0]), change(storage[1])), length)
 

@@ -43,8 +43,8 @@ class Visible:
     Attributes:
         intervals: int32 `(batch, 1, q_len, 2)`: query i sees the keys `first <= j < stop`; `(0, 0)` for a pad token.
         shown: int64 `(batch, number)`, if keys inside of texts are hidden: the positions of the keys that intervals
-            count, rising; shorter lists are filled up with any position, which no query sees. `None` if intervals
-            count all keys.
+            count, rising. Shorter lists begin with other positions, which no query sees, so that a new token is the
+            last entry of every list. `None` if intervals count all keys.
     """
 
     intervals: Tensor
@@ -254,8 +254,10 @@ def _without_padding(intervals: Tensor, real: Tensor) -> Visible:
 def _left_out(intervals: Tensor, shown: Tensor) -> Visible:
     """Intervals `(batch, q_len, 2)` counted in the keys that are `shown` alone, bool `(batch, kv_length)`."""
     before = F.pad(shown.long().cumsum(-1), (1, 0))
-    number = max(1, int(before[:, -1].max()))
-    # In their order, those that are shown first.
-    positions = shown.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :number]
-    bounds = [before.gather(1, bound) for bound in intervals.unbind(-1)]
-    return Visible(torch.stack(bounds, dim=-1)[:, None], positions)
+    count = before[:, -1:]
+    number = max(1, int(count.max()))
+    # In their order, those that are shown last.
+    positions = shown.to(torch.int8).argsort(dim=-1, stable=True)[:, -number:]
+    first, stop = (before.gather(1, bound) for bound in intervals.unbind(-1))
+    seen = (stop > first)[..., None]
+    return Visible((torch.stack([first, stop], dim=-1) + (number - count)[..., None]).mul(seen)[:, None], positions)

@@ -158,9 +158,7 @@ def select_window(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_k
     return out
 
 
-def select_grouped(
-    call: AttentionCall, budgets: Tensor, sink_keys: int, recent_keys: int, size: int, *, rough: bool = False
-) -> Tensor:
+def select_grouped(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_keys: int, size: int) -> Tensor:
     """The specification of the grouped selector: bool `(batch, heads, rows, kv_len)`.
 
     Args:
@@ -169,7 +167,6 @@ def select_grouped(
         sink_keys: As in the configuration.
         recent_keys: The same.
         size: Rows in a group.
-        rough: Whether votes come from vectors in 8 bits.
     """
     out = torch.zeros(*call.query.shape[:3], call.key.shape[2], dtype=torch.bool)
     budgets = budgets.expand(call.query.shape[:3])
@@ -178,7 +175,7 @@ def select_grouped(
             rows = [row for row in range(start, start + size) if call.visible[b, row] > 0]
             for kv_head in range(call.key.shape[1] if rows else 0):
                 heads = range(kv_head * call.group_size, (kv_head + 1) * call.group_size)
-                _keep(call, budgets, sink_keys, recent_keys, rough, b, rows, heads, out)
+                _keep(call, budgets, sink_keys, recent_keys, b, rows, heads, out)
     return out
 
 
@@ -187,7 +184,6 @@ def _keep(
     budgets: Tensor,
     sink_keys: int,
     recent_keys: int,
-    rough: bool,
     b: int,
     rows: list[int],
     heads: range,
@@ -213,7 +209,7 @@ def _keep(
             out[b, head, row] = keep
             query = call.query[b, head, row] * call.scaling
             exact = key @ query
-            scores = torch.where(older, quantised(key) @ quantised(query), exact) if rough else exact
+            scores = torch.where(older, quantised(key) @ quantised(query), exact)
             if call.softcap is not None:
                 scores = call.softcap * (scores / call.softcap).tanh()
             votes += scores.masked_fill(~visible, -torch.inf).double().softmax(-1)

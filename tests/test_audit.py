@@ -89,10 +89,10 @@ def test_generation_is_audited_and_goes_on_as_before(selector: str) -> None:
     report = hf_sparse.report(model)
     # 4 rows of the prompts, then one of each of 11 further calls, twice.
     assert {row["rows"] for row in report.audit} <= set(range(2 * 11, 2 * 15 + 1))
-    assert "rows audited" in str(report)
+    assert "queries audited" in str(report)
     hf_sparse.audit(model, rows=0)
     assert hf_sparse.report(model).audit == []
-    assert "rows audited" not in str(hf_sparse.report(model))
+    assert "queries audited" not in str(hf_sparse.report(model))
 
 
 def test_an_audit_that_makes_no_sense_is_refused() -> None:

@@ -7,18 +7,21 @@ import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_sparse
 from hf_sparse.cache import SparseCache, SparseLayer
 from hf_sparse.call import AttentionCall
 from hf_sparse.kernels.layout import Layout
-from hf_sparse.kernels.quantised import QuantisedKeys, quantised_of
+from hf_sparse.kernels.quantised import QuantisedKeys
+from hf_sparse.selectors import aggregation, compiled
 from tests import tiny
 from tests.sparse import SPARSE, generated, sparse_model
 
@@ -134,15 +137,89 @@ def test_running_keys_in_8_bits_are_those_of_the_keys(change: str | None) -> Non
     layer = SparseLayer()
     for seed, length in enumerate([50, *[1] * 40, 700, 3]):
         keys, _ = layer.update(*states(length, seed=seed))
-        in_8_bits(quantised_of(keys), keys)
+        in_8_bits(layer.quantised, keys)
     if change is not None:
         CHANGES[change](layer)
     batch = 2 if layer.keys is None else layer.keys.shape[0]
     for seed, length in enumerate([1, 30, 1]):
         keys, _ = layer.update(*states(length, batch, seed + 100))
-        assert quantised_of(keys) is layer.quantised
-        assert quantised_of(keys[:, :, :]) is not layer.quantised
+        assert layer.holds(keys)
         assert_those_of(keys, layer.quantised)
+
+
+def test_a_layer_knows_what_it_holds() -> None:
+    layer = SparseLayer()
+    keys, _ = layer.update(*states(300))
+    assert layer.holds(keys)
+    assert layer.holds(keys.clone())
+    assert layer.holds(keys.transpose(1, 2).contiguous().transpose(1, 2))
+    for other in (keys[:, :, 1:], keys * 2, keys.double(), keys.roll(1, dims=2), keys[:1]):
+        assert not layer.holds(other)
+    layer.update(*states(1))
+    assert not layer.holds(keys)
+
+
+def test_the_copy_without_hidden_keys_grows_with_its_layer() -> None:
+    layer = SparseLayer()
+    layer.update(*states(50))
+    shown = torch.tensor([[0, 1, 3, *range(5, 50)], [2, *range(3, 50)]])
+
+    def check() -> Tensor:
+        keys, values, quantised = layer.without_hidden(shown)
+        index = shown[:, None, :, None].expand(-1, HEADS, -1, DIM)
+        assert torch.equal(keys, layer.keys.gather(2, index))
+        assert torch.equal(values, layer.values.gather(2, index))
+        assert_those_of(keys, quantised)
+        return keys
+
+    storage = check().data_ptr()
+    for seed in range(3):
+        layer.update(*states(1, seed=seed))
+        shown = torch.nn.functional.pad(shown, (0, 1), value=50 + seed)
+        assert check().data_ptr() == storage
+    layer.reorder_cache(torch.tensor([1, 1]))
+    shown = shown[[1, 1]]
+    check()
+    layer.crop(-3)
+    shown = shown[:, :-3]
+    check()
+    shown = shown[:, 4:]
+    check()
+
+
+class CopiedKeys:
+    """Attention that is given keys other than those that the cache has handed out."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.change = change
+
+    def __call__(self, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hf_sparse.attention.sparse_attention_forward(module, query, self.change(key), *args, **kwargs)
+
+
+@pytest.mark.parametrize(("factor", "noted"), [(1.0, False), (1.5, True)])
+def test_copies_of_cached_keys_are_rounded_once(factor: float, noted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may attend to a copy of its cache. Keys that are changed after it are rounded anew, and it is said."""
+    model = hf_sparse.patch(tiny.model("llama"), alpha=1.0, dense_below=0, dense_layers=[], min_keys=24, recent_keys=8)
+    functions = ALL_ATTENTION_FUNCTIONS._global_mapping
+    monkeypatch.setitem(functions, hf_sparse.attention.NAME, CopiedKeys(lambda key: factor * key))
+    rounded: list[int] = []
+
+    def counting(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
+        rounded.append(stop - start)
+        layout.quantise(key, start, stop, out)
+
+    layout = aggregation.LAYOUT
+    monkeypatch.setattr(aggregation, "LAYOUT", replace(layout, quantise=counting))
+    monkeypatch.setattr(compiled, "unsupported_reason", lambda _: "a test wants none")
+    cache = SparseCache(model.config)
+    with torch.no_grad():
+        model(tiny.tokens(1, 200), past_key_values=cache)
+        rounded.clear()
+        for seed in range(3):
+            model(tiny.tokens(1, 1, seed), past_key_values=cache)
+    assert set(rounded) == ({201, 202, 203} if noted else {1})
+    assert any("rounded all cached keys" in note for note in hf_sparse.report(model).notes) == noted
 
 
 def test_keys_are_not_quantised_twice() -> None:
@@ -232,13 +309,14 @@ def test_what_was_made_in_inference_mode_can_be_continued_outside() -> None:
 def test_a_copy_of_a_cache_goes_its_own_way(copied: Callable[[Any], Any]) -> None:
     cache = SparseCache(tiny.config("llama"))
     keys, _ = cache.update(*states(40), layer_idx=0)
-    in_8_bits(quantised_of(keys), keys)
+    in_8_bits(cache.layers[0].quantised, keys)
     twin = copied(cache)
     cache.update(*states(20, seed=1), layer_idx=0)
     ours, _ = twin.update(*states(20, seed=2), layer_idx=0)
     assert torch.equal(ours, torch.cat([states(40)[0], states(20, seed=2)[0]], dim=2))
     assert torch.equal(cache.layers[0].keys[:, :, 40:], states(20, seed=1)[0])
-    assert_those_of(ours, quantised_of(ours))
+    assert twin.layers[0].holds(ours)
+    assert_those_of(ours, twin.layers[0].quantised)
 
 
 def test_full_attention_grows_in_place_and_the_rest_is_stock() -> None:
@@ -353,6 +431,8 @@ def test_decoding_selects_alike_with_any_cache(left: int) -> None:
     """One row with keys in 8 bits that the cache keeps, and with such as are made anew: the same output."""
     state = hf_sparse.attention.LayerState(0, replace(SPARSE, min_keys=16))
     layer = SparseLayer()
+    cache = Cache(layers=[layer])
+    state.cache = ref(cache)
     layer.update(*states(6000 + left))
     for seed in range(20):
         keys, values = layer.update(*states(1, seed=seed))
@@ -366,5 +446,4 @@ def test_decoding_selects_alike_with_any_cache(left: int) -> None:
             hf_sparse.attention.attend(state, AttentionCall(queries, *pair, intervals, 1.0))[0]
             for pair in ((keys, values), (keys.clone(), values.clone()))
         )
-        assert quantised_of(keys) is layer.quantised
         assert torch.equal(kept, anew)

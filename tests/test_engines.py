@@ -220,12 +220,6 @@ def test_dense_under_any_mask(kind: str, form: str) -> None:
     assert_close(out[alive].double(), expected[alive], atol=1e-5, rtol=1e-5)
 
 
-def test_unknown_engine() -> None:
-    call = CALLS["plain"]()
-    with pytest.raises(ValueError, match="fastest"):
-        calls.run_engine("fastest", call, calls.random_selection(call, 1, True))
-
-
 @pytest.mark.skipif("cpu" not in NAMES, reason="there are no compiled kernels here")
 def test_a_gradient_to_the_attention_sinks_alone_is_not_lost() -> None:
     call = CALLS["sinks"]()

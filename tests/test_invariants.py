@@ -339,12 +339,12 @@ def _visible(inputs: AttentionCall) -> Tensor:
 @every_selector
 @every_architecture
 def test_invariant_08_more_budget_never_lowers_retained_mass(name: str, selector: str) -> None:
-    calls: list[AttentionCall] = []
+    seen: list[AttentionCall] = []
     model = tiny.model(name)
-    with hf_sparse.observed(model, lambda layer, inputs: calls.append(inputs)):
+    with hf_sparse.observed(model, lambda layer, call: seen.append(call)):
         tiny.logits(model, tiny.tokens(2, 64))
-    assert len(calls) == tiny.LAYERS
-    for inputs in calls:
+    assert len(seen) == tiny.LAYERS
+    for inputs in seen:
         smaller, before = torch.zeros(2, 4, 64, 64, dtype=torch.bool), torch.zeros(2, 4, 64)
         for fraction in (0.05, 0.1, 0.2, 0.5, 1.0):
             config = replace(SPARSE, law="fraction", fraction=fraction, min_keys=1)
@@ -498,12 +498,12 @@ def test_invariant_10_attention_is_the_models_own(name: str, selector: str) -> N
 def test_invariant_10_sinks_keep_their_mass_when_keys_are_dropped() -> None:
     ids = tiny.tokens(2, 40)
     model = sparse_model("gpt_oss", "topk")
-    calls: list[AttentionCall] = []
-    with hf_sparse.observed(model, lambda layer, inputs: calls.append(inputs)):
+    seen: list[AttentionCall] = []
+    with hf_sparse.observed(model, lambda layer, call: seen.append(call)):
         tiny.logits(model, ids)
     with captured_weights() as used:
         tiny.logits(model, ids)
-    inputs, weights = calls[0], used[0][0]
+    inputs, weights = seen[0], used[0][0]
     assert inputs.sinks is not None
     scores = inputs.query @ inputs.key.repeat_interleave(2, 1).transpose(-1, -2) * inputs.scaling
     exp = scores.exp() * (weights > 0)
@@ -521,13 +521,13 @@ def test_rows_that_keep_everything_are_attended_densely_with_the_same_result(
     with torch.no_grad(), hf_sparse.patched(model, **fields):
         cache = model(ids[:, :split], use_cache=True).past_key_values if split else None
         seen: list[int] = []
-        count = attention._dense_rows
-        monkeypatch.setattr(attention, "_dense_rows", lambda *given: seen.append(count(*given)) or seen[-1])
+        count = attention.leading_dense
+        monkeypatch.setattr(attention, "leading_dense", lambda *given: seen.append(count(*given)) or seen[-1])
         fast = model(ids[:, split:], past_key_values=cache).logits
         report = hf_sparse.report(model)
     # Whole groups of the text: rows 0 to 127, of which the first `split` belong to an earlier call.
     assert set(seen) == {128 - split}
-    monkeypatch.setattr(attention, "_dense_rows", lambda *_: 0)
+    monkeypatch.setattr(attention, "leading_dense", lambda *_: 0)
     with torch.no_grad(), hf_sparse.patched(model, **fields):
         cache = model(ids[:, :split], use_cache=True).past_key_values if split else None
         slow = model(ids[:, split:], past_key_values=cache).logits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,15 +77,96 @@ def test_a_users_own_mask_with_holes_runs_dense_and_exact(name: str, form: str) 
     assert hf_sparse.report(model).rows[0]["dense_rows"] == {"mask is not an interval": 80}
 
 
+HOLES = [11, 12, 13, 25]
+
+
+def with_holes(length: int = 40, short: int = 29) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch whose first text has padding in its middle, its padding mask, and that text without the hidden tokens."""
+    ids, mask, _ = tiny.padded([length, short], "left")
+    mask[0, HOLES] = 0
+    return ids, mask, ids[:1, mask[0].bool()]
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-def test_padding_in_the_middle_runs_dense_and_exact(name: str) -> None:
-    ids, mask, _ = tiny.padded([40, 29], "left")
-    mask[0, 11:14] = 0
+def test_padding_inside_a_text_is_exact_with_all_keys(name: str) -> None:
+    ids, mask, _ = with_holes()
     model = tiny.model(name)
     own = tiny.logits(model, ids, mask)
-    ours = tiny.logits(hf_sparse.patch(model, SPARSE), ids, mask)
+    ours = tiny.logits(hf_sparse.patch(model, SPARSE, law="fraction", fraction=1.0), ids, mask)
     assert ours.isfinite().all()
     assert_same(ours[mask.bool()], own[mask.bool()])
+
+
+@every_selector
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_padding_inside_a_text_is_no_reason_to_run_dense(name: str, selector: str) -> None:
+    """The same logits, and the same counts, as of the text without the tokens that nobody sees."""
+    ids, mask, alone = with_holes()
+    model = sparse_model(name, selector)
+    together = tiny.logits(model, ids, mask)
+    kept = [row["kept"] for row in hf_sparse.report(model).rows]
+    assert hf_sparse.report(model).density < 0.75
+    assert any("padding hides" in note for note in hf_sparse.report(model).notes)
+    model = sparse_model(name, selector)
+    assert_same(together[0, mask[0].bool()], tiny.logits(model, alone)[0])
+    neighbour = ids[1:, mask[1].bool()]
+    assert_same(together[1, mask[1].bool()], tiny.logits(model, neighbour)[0])
+    assert kept == [row["kept"] for row in hf_sparse.report(model).rows]
+
+
+@every_selector
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_padding_inside_a_text_is_decoded_as_in_a_prefill(name: str, selector: str) -> None:
+    """Token by token, the cache holding hidden keys: what the text without them gives."""
+    ids, mask, alone = with_holes()
+    model = sparse_model(name, selector)
+    steps, place = [], tiny.positions(mask)
+    cache = hf_sparse.SparseCache(model.config)
+    with torch.no_grad():
+        for start, stop in ((0, 30), *((i, i + 1) for i in range(30, 40))):
+            part = slice(start, stop)
+            step = model(
+                ids[:, part], attention_mask=mask[:, :stop], position_ids=place[:, part], past_key_values=cache
+            )
+            steps.append(step.logits)
+    found = torch.cat(steps, dim=1)
+    assert found[mask.bool()].isfinite().all()
+    assert_same(found[0, mask[0].bool()][-10:], step_by_step_logits(model, alone)[-10:])
+
+
+def step_by_step_logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits of one text, its last 10 tokens one at a time."""
+    cache = hf_sparse.SparseCache(model.config)
+    with torch.no_grad():
+        parts = [model(ids[:, :-10], past_key_values=cache).logits]
+        for i in range(ids.shape[1] - 10, ids.shape[1]):
+            parts.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+    return torch.cat(parts, dim=1)[0]
+
+
+@every_selector
+def test_weights_behind_hidden_keys_are_those_that_were_used(selector: str) -> None:
+    ids, mask, _ = with_holes()
+    model = sparse_model("llama", selector)
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, position_ids=tiny.positions(mask), output_attentions=True)
+    for weights in out.attentions:
+        assert weights.shape == (2, 4, 40, 40)
+        assert (weights[0, ..., HOLES] == 0).all()
+        assert_same(weights[0, :, mask[0].bool()].sum(-1), torch.ones(4, 36))
+        assert (weights.triu(1) == 0).all()
+
+
+def test_generate_finds_pad_tokens_inside_an_unmasked_prompt() -> None:
+    """`generate` makes such a mask of a prompt that has no mask and holds the pad token's id."""
+    model = sparse_model("llama", "topk")
+    prompt = tiny.tokens(1, 40).clamp(min=1)
+    prompt[0, HOLES] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(prompt, **options)[0, 40:]
+    assert hf_sparse.report(model).density < 0.75
+    alone = model.generate(prompt[:, prompt[0] != 0], **options)[0, 36:]
+    assert tokens.tolist() == alone.tolist()
 
 
 @every_selector

@@ -130,14 +130,23 @@ def test_default_layers_left_dense_say_why() -> None:
     assert rows_of(model, 0)[0]["density"] < 1.0
 
 
-def test_a_mask_with_holes_says_that_it_ran_dense() -> None:
+def test_a_mask_that_is_no_interval_says_that_it_ran_dense() -> None:
     model = hf_sparse.patch(tiny.model("llama"), CONFIG)
-    mask = torch.ones(1, 30, dtype=torch.long)
-    mask[0, 10:13] = 0
-    tiny.logits(model, tiny.tokens(1, 30), mask)
+    own = torch.arange(30)
+    mask = (own <= own[:, None]) & ((own % 3 == 0) | (own == own[:, None]))
+    tiny.logits(model, tiny.tokens(1, 30), mask[None, None])
     row = rows_of(model, 0)[0]
     assert row["density"] == 1.0
     assert row["dense_rows"]["mask is not an interval"] == row["rows"]
+
+
+def test_layers_that_did_the_same_share_a_line() -> None:
+    model = hf_sparse.patch(tiny.model("llama", num_hidden_layers=5), CONFIG, dense_layers=[3])
+    tiny.logits(model, tiny.tokens(1, 30))
+    lines = str(hf_sparse.report(model)).splitlines()
+    assert [line.split("  ")[0].strip() or line.split()[0] for line in lines[1:3]] == ["0-2, 4", "3"]
+    assert len(lines) == 4
+    assert sorted({row["layer"] for row in hf_sparse.report(model).rows}) == [0, 1, 2, 3, 4]
 
 
 def test_before_any_call_and_after_reset() -> None:

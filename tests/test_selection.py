@@ -21,7 +21,7 @@ def test_every_row_and_head_is_one_member(rows_per_group: int, per_head: bool, h
     groups = 6 // rows_per_group * (share if per_head else 1)
     size = rows_per_group * (1 if per_head else share)
     assert members.shape == (2, kv_heads, groups, size, 5)
-    assert torch.equal(shell.rows_of(members, heads), rows)
+    assert torch.equal(shell.queries_of(members, heads), rows)
     # A group holds consecutive rows, of heads that share one key head.
     for kv_head in range(kv_heads):
         for group in range(groups):

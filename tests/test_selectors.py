@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_sparse import SparseAttentionConfig
 from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.kernels.quantised import QuantisedKeys
-from hf_sparse.selectors import SELECTORS, compiled, voting
+from hf_sparse.selectors import SELECTORS, aggregation, compiled
 from hf_sparse.selectors.grouped import GROUP_QUERIES
 from tests import calls
 
@@ -42,7 +42,7 @@ def selector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """The name of each selector; of the grouped one twice, for PyTorch looks for keys where there are no kernels."""
     name: str = request.param
     if name == WITHOUT_KERNELS:
-        monkeypatch.setattr(compiled.cpu, "refusal", lambda *_: "a test wants none")
+        monkeypatch.setattr(compiled, "unsupported_reason", lambda _: "a test wants none")
         return "grouped"
     return name
 
@@ -176,7 +176,7 @@ def test_grouped_is_its_specification(
     kind: str, rows: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By PyTorch, in float64, for every kind of rows: key for key. `test_kernels.py` has the same for the kernels."""
-    monkeypatch.setattr(voting, "_CHUNK_ELEMENTS", 10_000)
+    monkeypatch.setattr(aggregation, "_CHUNK_ELEMENTS", 10_000)
     for seed, (extra, most, sink_keys, recent_keys) in enumerate(
         [(60, 12, 2, 3), (60, 90, 0, 0), (200, 40, 4, 8), (0, 30, 1, 1), (200, 100, 0, 20)]
     ):
@@ -212,7 +212,7 @@ def test_the_blocks_of_rows_of_a_call_share_its_quantised_keys(selector: str) ->
     for start in range(0, rows, GROUP_QUERIES):
         part = budgets[:, :, start : start + GROUP_QUERIES]
         alone, shared = (
-            calls.select(selector, x.rows(start, start + GROUP_QUERIES), part, config).mask(4, kv_len)
+            calls.select(selector, x.queries(start, start + GROUP_QUERIES), part, config).mask(4, kv_len)
             for x in (call, together)
         )
         assert torch.equal(alone, shared)
@@ -309,7 +309,7 @@ def test_a_row_keeps_what_it_keeps_whoever_its_neighbours_are(selector: str) -> 
     budgets = config.budget()(together.visible)[:, None]
     mask = calls.select(selector, together, budgets, config).mask(4, kv_len)
     for start in range(0, rows, GROUP_QUERIES):
-        block = together.rows(start, start + GROUP_QUERIES)
+        block = together.queries(start, start + GROUP_QUERIES)
         alone = calls.select(selector, block, budgets[:, :, start : start + GROUP_QUERIES], config).mask(4, kv_len)
         assert torch.equal(alone, mask[:, :, start : start + GROUP_QUERIES])
     for b, cut in ((0, 0), (1, pad)):
@@ -322,12 +322,6 @@ def test_a_row_keeps_what_it_keeps_whoever_its_neighbours_are(selector: str) -> 
         )
         alone = calls.select(selector, alone_call, budgets[b : b + 1], config).mask(4, kv_len - cut)
         assert torch.equal(alone, mask[b : b + 1, ..., cut:])
-
-
-def test_unknown_selector() -> None:
-    call = calls.inputs(calls.causal_intervals(1, 4), 4)
-    with pytest.raises(ValueError, match="best"):
-        calls.select("best", call, call.visible[:, None], SparseAttentionConfig())
 
 
 def test_selection_carries_no_gradient_and_leaves_the_call_alone(selector: str) -> None:

@@ -11,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_sparse import attention
-from hf_sparse.rows import Plan
+from hf_sparse.plan import BudgetPlan
 from hf_sparse.visibility import interval_mask
 from tests import tiny
 from tests.sparse import (
@@ -91,12 +91,12 @@ def test_an_ignored_argument_breaks_the_invariants(ignored: str, name: str, monk
 def test_a_budget_by_the_length_of_the_buffer_breaks_the_invariants(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap that the package exists to avoid: n taken from the shape of the keys."""
 
-    def by_shape(self: Plan) -> Tensor:
-        seen = self._facts.seen
-        k = self._table[:, torch.full_like(seen, self._facts.last_visible)].transpose(0, 1)
+    def by_shape(self: BudgetPlan) -> Tensor:
+        seen = self._ranges.seen
+        k = self._table[:, torch.full_like(seen, self._ranges.last_visible)].transpose(0, 1)
         return torch.minimum(k, seen[:, None])
 
-    monkeypatch.setattr(Plan, "host", property(by_shape))
+    monkeypatch.setattr(BudgetPlan, "budgets", property(by_shape))
     with pytest.raises(AssertionError):
         padding("llama", "topk", "left")
     with pytest.raises(AssertionError):

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import hf_sparse
-from hf_sparse import kernels
+from hf_sparse import engines, kernels
 from hf_sparse.cache import SparseCache
-from hf_sparse.call import AttentionCall, Selection
+from hf_sparse.call import AlwaysKept, AttentionCall, Selection
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.kernels import gpu
-from hf_sparse.selectors import grouped
-from hf_sparse.selectors.grouped import GROUP_QUERIES
+from hf_sparse.selectors import aggregation
+from hf_sparse.selectors.grouped import GROUP_QUERIES, Grouped, select_by
 from tests import calls, tiny
 from tests.sparse import SPARSE
 from tests.test_engines import CALLS, layout
@@ -33,11 +33,11 @@ from tests.test_engines import CALLS, layout
 pytest.importorskip("triton", reason="triton is not installed")
 tl = importlib.import_module("triton.language")
 interpreter = importlib.import_module("triton.runtime.interpreter")
-engine = importlib.import_module("hf_sparse.engines.triton")
 common = importlib.import_module("hf_sparse.kernels.triton.common")
 voting = importlib.import_module("hf_sparse.kernels.triton.votes")
 quantise = importlib.import_module("hf_sparse.kernels.triton.quantise").quantise
 
+ENGINE = engines.ENGINES["triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -73,7 +73,7 @@ def placed(selection: Selection) -> Selection:
 def check(call: AttentionCall, selection: Selection) -> None:
     """The engine gives what the reference gives."""
     call, selection = moved(call), placed(selection)
-    out = engine.attend(call, selection)
+    out = ENGINE.attend(call, selection)
     tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
     assert out.dtype == call.value.dtype
     assert_close(out, calls.run_engine("reference", call, selection), atol=tolerance, rtol=tolerance)
@@ -159,11 +159,11 @@ def test_rows_without_keys_give_zeros(kind: str, cut: bool, monkeypatch: pytest.
     selection = calls.random_selection(call, 3, False)
     selection.allowed[:, :, 0] = False
     call, selection = moved(call), placed(selection)
-    out = engine.attend(call, selection)
+    out = ENGINE.attend(call, selection)
     assert (out[:, :, :3] == 0).all()
     assert (out[:, :, 3:] != 0).any()
     none = replace(selection, columns=selection.columns[..., :0], allowed=selection.allowed[..., :0])
-    assert (engine.attend(call, none) == 0).all()
+    assert (ENGINE.attend(call, none) == 0).all()
 
 
 def test_strides_do_not_matter() -> None:
@@ -196,7 +196,7 @@ def grows(call: AttentionCall) -> AttentionCall:
     ("change", "reason"),
     [
         (grows, "no backward pass"),
-        (lambda call: replace(call, dropout=0.1), "drop no weights"),
+        (lambda call: replace(call, dropout=0.1), "dropout is not supported"),
         (lambda call: replace(call, query=call.query.double()), "torch.float32, torch.float64"),
         (lambda call: replace(call, value=torch.zeros(2, 2, 11, 512)), "512"),
     ],
@@ -218,7 +218,7 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
     call = CALLS["plain"]()
     monkeypatch.setattr(gpu, "interprets", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "is on cpu" in (engine.refusal(call) or "")
+    assert "is on cpu" in (ENGINE.unsupported_reason(call) or "")
     assert "is on mps" in (gpu.refusal(torch.device("mps")) or "")
     assert "no GPU" in (calls.unavailable("triton") or "")
     with pytest.raises(ValueError, match="engine 'triton' cannot run here: there is no GPU"):
@@ -227,7 +227,7 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
         old_gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
         assert "7.5" in (gpu.refusal(torch.device("cuda")) or "")
     monkeypatch.setattr(gpu, "find_spec", lambda _: None)
-    for reason in (engine.refusal(call), calls.unavailable("triton")):
+    for reason in (ENGINE.unsupported_reason(call), calls.unavailable("triton")):
         assert "pip install triton" in (reason or "")
     monkeypatch.setenv("HF_SPARSE_KERNELS", "0")
     assert calls.unavailable("triton") == "HF_SPARSE_KERNELS=0 is set"
@@ -366,12 +366,11 @@ GROUPS = {
 def test_grouped_by_triton_is_its_specification(kind: str) -> None:
     """Votes have 8 significant bits: where two are nearly equal, another key may win."""
     call = calls.inputs(GROUPS[kind](), 300, dim=16)
-    config = SparseAttentionConfig(sink_keys=3, recent_keys=10, engine="triton")
-    assert grouped.uncompiled(moved(call), config) is None
+    assert aggregation.triton_unsupported_reason(moved(call)) is None
     budgets = torch.minimum(call.visible[:, None], torch.randint(5, 70, (2, 4, 1)))
-    selection = calls.select("grouped", moved(call), budgets.to(DEVICE), config)
+    selection = select_by(aggregation.by_triton, moved(call), budgets, AlwaysKept(3, 10))
     mask = selection.mask(4, 300).cpu()
-    expected = calls.select_grouped(call, budgets, 3, 10, min(GROUP_QUERIES, call.query.shape[2]), rough=True)
+    expected = calls.select_grouped(call, budgets, 3, 10, min(GROUP_QUERIES, call.query.shape[2]))
     assert torch.equal(mask.sum(-1), budgets)
     assert torch.equal(selection.kept(4).cpu(), budgets)
     assert not (mask & ~calls.visible_mask(call)).any()
@@ -405,7 +404,9 @@ def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < hf_sparse.report(model).density < 0.6
         return torch.cat(out, dim=1)[mask.bool()]
 
-    by_triton = logits("triton")
+    with monkeypatch.context() as as_on_a_gpu:
+        as_on_a_gpu.setattr(Grouped, "select", lambda self, *given: select_by(aggregation.by_triton, *given))
+        by_triton = logits("triton")
     assert set(ways) == {torch.int8}
     assert hf_sparse.report(model).notes == ()
     by_gather = logits("gather")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from hf_sparse import visibility
-from hf_sparse.visibility import interval_mask, interval_to_mask, intervals_of, is_intervals
+from hf_sparse.visibility import Visible, interval_mask, interval_to_mask, is_packed, visible_in
 
 MaskFunction = Callable[..., Any]
 
@@ -37,9 +39,25 @@ def on_both_paths(arguments: dict[str, Any]) -> Tensor:
             results.append(interval_mask(**arguments))
     finally:
         visibility._SMALL_MASK = before
-    assert torch.equal(*results)
     assert results[0].dtype == results[1].dtype
+    assert torch.equal(*(as_mask(result, arguments) for result in results))
     return results[0]
+
+
+def as_mask(out: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """What comes out of `interval_mask`, as bool `(batch, 1, q_len, kv_len)`."""
+    return shown_mask(Visible.unpacked(out, arguments["q_length"]), arguments["kv_length"]) if is_packed(out) else out
+
+
+def shown_mask(visible: Visible, kv_len: int) -> Tensor:
+    """What queries see, by loops."""
+    batch, _, q_len, _ = visible.intervals.shape
+    out = torch.zeros(batch, 1, q_len, kv_len, dtype=torch.bool)
+    for b in range(batch):
+        positions = range(kv_len) if visible.shown is None else visible.shown[b].tolist()
+        for query, (first, stop) in enumerate(visible.intervals[b, 0].tolist()):
+            out[b, 0, query, list(positions[first:stop])] = True
+    return out
 
 
 def brute_force(arguments: dict[str, Any]) -> Tensor:
@@ -106,16 +124,14 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 def test_intervals_are_the_mask(arguments: dict[str, Any]) -> None:
     out = on_both_paths(arguments)
     expected = brute_force(arguments)
-    if is_intervals(out):
-        assert out.shape == (arguments["batch_size"], 1, arguments["q_length"], 2)
-        assert torch.equal(interval_to_mask(out, arguments["kv_length"]), expected)
-        empty = out[..., 0] >= out[..., 1]
-        assert (out[empty] == 0).all()
-    else:
-        # The bool mask itself, and only where intervals could not have said it.
-        whole = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
-        assert torch.equal(out, whole)
-        assert not is_made_of_intervals(whole)
+    assert is_packed(out)
+    assert torch.equal(as_mask(out, arguments), expected)
+    visible = Visible.unpacked(out, arguments["q_length"])
+    assert visible.intervals.shape == (arguments["batch_size"], 1, arguments["q_length"], 2)
+    empty = visible.intervals[..., 0] >= visible.intervals[..., 1]
+    assert (visible.intervals[empty] == 0).all()
+    # Keys are left out only where intervals over all keys could not have said it.
+    assert visible.shown is None or not is_made_of_intervals(expected)
 
 
 @pytest.mark.parametrize("attention_mask", [None, torch.ones(2, 9, dtype=torch.bool)])
@@ -133,10 +149,37 @@ def test_padding_by_hand(path: str) -> None:
     assert out[1, 0].tolist() == [[0, 1], [0, 2], [0, 3], [0, 0], [0, 0]]
 
 
-def test_decoding_after_right_padding_is_no_interval(path: str) -> None:
-    padding = torch.tensor([[1, 1, 0, 0, 1]], dtype=torch.bool)
-    out = interval_mask(1, 1, 5, q_offset=4, attention_mask=padding)
-    assert out.tolist() == [[[[True, True, False, False, True]]]]
+def test_keys_that_padding_hides_inside_a_text_are_left_out(path: str) -> None:
+    padding = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
+    visible = Visible.unpacked(interval_mask(2, 1, 5, q_offset=4, attention_mask=padding), 1)
+    assert visible.intervals.tolist() == [[[[1, 4]]], [[[0, 4]]]]
+    assert visible.shown is not None
+    assert visible.shown[0, 1:].tolist() == [0, 1, 4]
+    assert visible.shown[1].tolist() == [1, 2, 3, 4]
+    # A window counts tokens as they stand, hidden ones too.
+    function = masking_utils.sliding_window_causal_mask_function(3)
+    out = interval_mask(1, 5, 5, mask_function=function, attention_mask=padding[:1])
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0] * 5, [0] * 5, [0, 0, 0, 0, 1]]
+    assert as_mask(out, {"q_length": 5, "kv_length": 5}).int().tolist() == [[expected]]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_hidden_keys_cost_no_square() -> None:
+    """Neither from a padding mask, nor, beside the mask itself, from a whole mask with the same holes."""
+    padding = torch.ones(1, 40_000, dtype=torch.bool)
+    padding[0, [100, 20_000]] = False
+    visible = Visible.unpacked(interval_mask(1, 40_000, 40_000, attention_mask=padding), 40_000)
+    assert visible.shown is not None
+    assert visible.shown.shape == (1, 39_998)
+    whole = torch.ones(8_000, 8_000, dtype=torch.bool).tril() & padding[0, :8_000]
+    before = peak_bytes()
+    assert visible_in(whole[None, None]) is not None
+    # A mask of so many whole numbers would take 512 MB.
+    assert peak_bytes() - before < 256 << 20
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @pytest.mark.parametrize("use_vmap", [False, True])
@@ -144,7 +187,7 @@ def test_a_row_that_does_not_see_itself_is_no_padding(path: str, use_vmap: bool)
     """Strictly causal masks are intervals too: only the padding mask says which rows are padding."""
     out = interval_mask(1, 4, 4, mask_function=lambda b, h, q, k: k < q, use_vmap=use_vmap)
     expected = torch.ones(4, 4, dtype=torch.bool).tril(-1)[None, None]
-    assert torch.equal(interval_to_mask(out, 4) if is_intervals(out) else out, expected)
+    assert torch.equal(as_mask(out, {"q_length": 4, "kv_length": 4}), expected)
 
 
 def test_a_prefix_that_sees_itself_both_ways(path: str) -> None:
@@ -155,7 +198,7 @@ def test_a_prefix_that_sees_itself_both_ways(path: str) -> None:
 
     out = interval_mask(1, 5, 5, mask_function=prefix)
     expected = masking_utils.sdpa_mask(1, 5, 5, mask_function=prefix, allow_is_causal_skip=False)
-    assert torch.equal(interval_to_mask(out, 5) if is_intervals(out) else out, expected)
+    assert torch.equal(as_mask(out, {"q_length": 5, "kv_length": 5}), expected)
 
 
 @pytest.mark.parametrize(
@@ -234,26 +277,29 @@ def test_masks_are_recognised(mask: Tensor, form: str, heads: int) -> None:
     if form != "bool":
         lowest = torch.finfo(torch.float32).min if form == "finfo" else -torch.inf
         given_mask = torch.zeros(given_mask.shape).masked_fill(~given_mask, lowest)
-    found = intervals_of(given_mask)
+    found = visible_in(given_mask)
+    if found is not None:
+        assert torch.equal(shown_mask(found, mask.shape[-1]), mask)
+    # Without the keys that no query of a sequence sees, it is made of intervals or it is not.
+    shown = [sequence[:, :, sequence.any((0, 1))] for sequence in mask]
+    assert (found is not None) == all(is_made_of_intervals(sequence) for sequence in shown)
     if is_made_of_intervals(mask):
         assert found is not None
-        assert torch.equal(interval_to_mask(found[:, None], mask.shape[-1]), mask)
-    else:
-        assert found is None
+        assert found.shown is None
 
 
 def test_what_is_no_mask_of_intervals() -> None:
     causal = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
     two_heads = torch.cat([causal, causal | True], dim=1)
     bias = torch.where(causal, -0.5, -torch.inf)
-    assert intervals_of(causal) is not None
-    assert intervals_of(two_heads) is None
-    assert intervals_of(bias) is None
-    assert intervals_of(causal.long()) is None
+    assert visible_in(causal) is not None
+    assert visible_in(two_heads) is None
+    assert visible_in(bias) is None
+    assert visible_in(causal.long()) is None
 
 
 def test_intervals_are_told_from_masks() -> None:
-    assert is_intervals(interval_mask(1, 2, 2))
-    assert not is_intervals(torch.ones(1, 1, 2, 2, dtype=torch.bool))
-    assert not is_intervals(torch.zeros(1, 1, 2, 2))
-    assert not is_intervals(torch.zeros(1, 2, dtype=torch.int32))
+    assert is_packed(interval_mask(1, 2, 2))
+    assert not is_packed(torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    assert not is_packed(torch.zeros(1, 1, 2, 2))
+    assert not is_packed(torch.zeros(1, 2, dtype=torch.int32))

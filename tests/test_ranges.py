@@ -1,4 +1,4 @@
-"""Facts about the rows of a call: the same whether few rows are read as Python's numbers or many as tensors."""
+"""Visible ranges and budgets of a call: few queries, read as Python numbers, are like many, read as tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse import SparseAttentionConfig, rows
+from hf_sparse import SparseAttentionConfig, ranges
+from hf_sparse.plan import BudgetTable
 from hf_sparse.ranges import VisibleRanges
 from tests import calls
 
@@ -25,32 +26,30 @@ LAWS = {
 }
 
 
-def facts(intervals: Tensor, config: SparseAttentionConfig) -> tuple[object, ...]:
+def known(intervals: Tensor, config: SparseAttentionConfig) -> tuple[object, ...]:
     found = VisibleRanges(intervals)
-    law = config.budget(1)
-    plan = found.plan(law, lambda longest: law.table(longest + 1).view(1, -1))
-    numbers = (found.rows, found.total, found.most_visible, found.last_visible, plan.dense, plan.dense_queries)
-    tensors = (found.first, found.stop, found.seen, found.visible, plan.host, plan.budgets)
+    plan = BudgetTable(config.budget(1)).plan(found)
+    numbers = (found.queries, found.total, found.most_visible, found.last_visible, plan.dense, plan.dense_queries)
+    tensors = (found.first, found.stop, found.seen, found.visible, plan.budgets)
     return *numbers, *(x.tolist() for x in tensors), [found.causal(length) for length in (5, 6, 40)]
 
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("kind", CALLS)
-def test_few_rows_are_like_many(kind: str, law: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = facts(CALLS[kind](), LAWS[law])
-    monkeypatch.setattr(rows, "_FEW", 0)
-    assert facts(CALLS[kind](), LAWS[law]) == few
+def test_few_queries_are_like_many(kind: str, law: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = known(CALLS[kind](), LAWS[law])
+    monkeypatch.setattr(ranges, "_FEW", 0)
+    assert known(CALLS[kind](), LAWS[law]) == few
 
 
 @pytest.mark.parametrize("few", [64, 0])
-def test_facts_of_a_padded_batch(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_of_a_padded_batch(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sequences in 40 columns, 6 rows each, the second one with 37 columns of padding."""
-    monkeypatch.setattr(rows, "_FEW", few)
+    monkeypatch.setattr(ranges, "_FEW", few)
     found = VisibleRanges(calls.causal_intervals(6, 40, left=(0, 37)))
     assert found.seen.tolist() == [[35, 36, 37, 38, 39, 40], [0, 0, 0, 1, 2, 3]]
-    assert (found.rows, found.total, found.most_visible, found.last_visible) == (9, 231, 40, 40)
+    assert (found.queries, found.total, found.most_visible, found.last_visible) == (9, 231, 40, 40)
     assert not found.causal(40)
-    law = LAWS["one law"].budget(1)
-    plan = found.plan(law, lambda longest: law.table(longest + 1).view(1, -1))
+    plan = BudgetTable(LAWS["one law"].budget(1)).plan(found)
     assert plan.dense_queries == {"fewer than 8 visible keys": 3}
     assert not plan.dense
