@@ -153,11 +153,11 @@ class Selection:
     keys. A pair is found at `(kv_head, group, pair)` through `pairs_of` and back through `queries_of`.
 
     Attributes:
-        columns: int64 `(batch, kv_heads, groups, width)`: candidate key positions, each named at most once where
+        positions: int64 `(batch, kv_heads, groups, width)`: candidate key positions, each named at most once where
             allowed.
         allowed: bool `(batch, kv_heads, groups, pairs, width)`: which candidates a pair attends to; what is False pads
             a group to the common width.
-        rows_per_group: Query positions in one group. `pairs = rows_per_group * heads` where heads is the GQA group
+        queries_per_group: Queries in one group. `pairs = queries_per_group * heads`, where heads is the GQA group
             size, or 1 if `per_head`.
         per_head: Whether each query head has groups of its own, ordered by (head in the GQA group, query).
         scores: If the selector knows them, `(batch, kv_heads, groups, pairs, width)`: products of the pairs' queries
@@ -165,9 +165,9 @@ class Selection:
         number: If the selector knows it, int64 `(batch, kv_heads, groups, pairs)`: keys that a pair attends to.
     """
 
-    columns: Tensor
+    positions: Tensor
     allowed: Tensor
-    rows_per_group: int
+    queries_per_group: int
     per_head: bool
     scores: Tensor | None = None
     number: Tensor | None = None
@@ -181,22 +181,22 @@ class Selection:
             kv_heads: Key heads of the call.
         """
         batch, heads, queries, kv_len = mask.shape
-        columns = torch.arange(kv_len, device=mask.device).expand(batch, kv_heads, 1, -1)
+        positions = torch.arange(kv_len, device=mask.device).expand(batch, kv_heads, 1, -1)
         allowed = mask.reshape(batch, kv_heads, 1, heads // kv_heads * queries, kv_len)
-        return cls(columns, allowed, rows_per_group=queries, per_head=False)
+        return cls(positions, allowed, queries_per_group=queries, per_head=False)
 
     @property
     def shares_nothing(self) -> bool:
         """Whether every query and head has candidates of its own."""
-        return self.per_head and self.rows_per_group == 1
+        return self.per_head and self.queries_per_group == 1
 
     def pairs_of(self, queries: Tensor, kv_heads: int) -> Tensor:
         """`(batch, heads, q_len, ...)` -> `(batch, kv_heads, groups, pairs, ...)`."""
-        pairs = pairs_of(queries, kv_heads, self.rows_per_group)
+        pairs = pairs_of(queries, kv_heads, self.queries_per_group)
         if not self.per_head:
             return pairs
         batch, _, groups, _, *rest = pairs.shape
-        x = pairs.view(batch, kv_heads, groups, -1, self.rows_per_group, *rest)
+        x = pairs.view(batch, kv_heads, groups, -1, self.queries_per_group, *rest)
         return x.transpose(2, 3).flatten(2, 3)
 
     def queries_of(self, pairs: Tensor, heads: int) -> Tensor:
@@ -205,7 +205,7 @@ class Selection:
         if groups == 1:
             return pairs.reshape(batch, heads, -1, *rest)
         share = heads // kv_heads
-        size = self.rows_per_group
+        size = self.queries_per_group
         if self.per_head:
             x = pairs.reshape(batch, kv_heads, share, groups // share, size, *rest)
         else:
@@ -216,9 +216,9 @@ class Selection:
         """The selection as a bool mask `(batch, heads, q_len, kv_len)`, for engines and measures that are dense."""
         batch, kv_heads, groups, pairs, _ = self.allowed.shape
         # A padded candidate may name a key that is allowed elsewhere: send it to a column of its own.
-        columns = torch.where(self.allowed, self.columns.unsqueeze(3), kv_len)
-        out = torch.zeros(batch, kv_heads, groups, pairs, kv_len + 1, dtype=torch.bool, device=columns.device)
-        return self.queries_of(out.scatter_(-1, columns, True)[..., :kv_len], heads)
+        positions = torch.where(self.allowed, self.positions.unsqueeze(3), kv_len)
+        out = torch.zeros(batch, kv_heads, groups, pairs, kv_len + 1, dtype=torch.bool, device=positions.device)
+        return self.queries_of(out.scatter_(-1, positions, True)[..., :kv_len], heads)
 
     def kept(self, heads: int) -> Tensor:
         """Kept keys of each query: int64 `(batch, heads, q_len)`."""
@@ -238,17 +238,17 @@ def pairs_of(queries: Tensor, kv_heads: int, size: int) -> Tensor:
     return x.transpose(2, 3).flatten(3, 4)
 
 
-def take_keys(states: Tensor, columns: Tensor) -> Tensor:
+def take_keys(states: Tensor, positions: Tensor) -> Tensor:
     """`(batch, kv_heads, kv_len, dim)` at `(batch, kv_heads, ...)` -> `(batch, kv_heads, ..., dim)`.
 
     Copies nothing else, also where `states` is a part of longer storage, as that of a cache.
     """
-    vectors, index = as_vectors(states, columns)
-    return vectors.index_select(0, index.flatten()).view(*columns.shape, states.shape[3])
+    vectors, index = as_vectors(states, positions)
+    return vectors.index_select(0, index.flatten()).view(*positions.shape, states.shape[3])
 
 
-def as_vectors(states: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """`states` as vectors `(number, dim)`, without a copy, and where those at `columns` are among them."""
+def as_vectors(states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """`states` as vectors `(number, dim)`, without a copy, and where those at `positions` are among them."""
     batch, kv_heads, kv_len, dim = states.shape
     sizes = states.shape[:3]
     strides = [stride if size > 1 else 0 for size, stride in zip(sizes, states.stride(), strict=False)]
@@ -260,9 +260,9 @@ def as_vectors(states: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         steps = [stride // unit for stride in strides]
         count = 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
         vectors = states.as_strided((count, dim), (unit, 1))
-    sequence = torch.arange(batch, device=columns.device).view(-1, 1) * steps[0]
-    base = sequence + torch.arange(kv_heads, device=columns.device) * steps[1]
-    return vectors, columns * steps[2] + base.view(batch, kv_heads, *[1] * (columns.dim() - 2))
+    sequence = torch.arange(batch, device=positions.device).view(-1, 1) * steps[0]
+    base = sequence + torch.arange(kv_heads, device=positions.device) * steps[1]
+    return vectors, positions * steps[2] + base.view(batch, kv_heads, *[1] * (positions.dim() - 2))
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:

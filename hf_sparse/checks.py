@@ -25,9 +25,17 @@ def shown(value: Any) -> str:
 
 
 def check_number(
-    name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    optional: bool = False,
 ) -> None:
-    """Refuse what is not a finite number within the bounds."""
+    """Refuse anything but a finite number within the bounds, or `None` where the value is optional."""
+    if value is None and optional:
+        return
     bounds = [f"above {above:g}"] if above is not None else []
     bounds += [f"at least {least:g}"] if least is not None else []
     bounds += [f"at most {most:g}"] if most is not None else []
@@ -50,37 +58,47 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def check_integer(name: str, value: Any, *, least: int) -> None:
-    """Refuse what is not a whole number, at least `least` and at most 2^31 - 1."""
+def check_integer(name: str, value: Any, *, least: int, optional: bool = False) -> None:
+    """Refuse anything but a whole number from `least` to 2^31 - 1, or `None` where the value is optional."""
+    if value is None and optional:
+        return
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST:
         limit = f" and at most {_LARGEST:,}" if isinstance(value, int) and value > _LARGEST else ""
         raise ValueError(f"{name} must be a whole number, at least {least}{limit}; got {shown(value)}")
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """Refuse what is not one of the names in `allowed`."""
+    """Refuse anything but one of the names in `allowed`."""
     allowed = tuple(allowed)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}")
 
 
 def check_text(name: str, value: Any, *, longest: int = 500) -> None:
-    """Refuse what is not one line of at most `longest` characters; the empty one is allowed."""
+    """Refuse anything but one line of at most `longest` characters; the empty one is allowed."""
     if not isinstance(value, str) or len(value) > longest or _CONTROL.search(value):
         raise ValueError(f"{name} must be one line of text, at most {longest} characters; got {shown(value)}")
 
 
-def check_name(name: str, value: Any, *, empty: bool = True) -> None:
-    """Refuse what is not a name: text that is no path of a machine, absolute or relative to a folder above."""
+def check_name(name: str, value: Any, *, optional: bool = False) -> None:
+    """Refuse a path of a machine, absolute or relative to a folder above, and anything but one line of text.
+
+    Args:
+        name: The field.
+        value: Its value.
+        optional: Whether `None` is how the field is left out; the empty name, otherwise, is refused then.
+    """
+    if value is None and optional:
+        return
     check_text(name, value)
-    if not value and not empty:
+    if not value and optional:
         raise ValueError(f"{name} must be a name, or left out; got ''")
     if _PATH.match(value):
         raise ValueError(f"{name} must be a name, not a path of a machine; got {shown(value)}")
 
 
 def check_mapping(name: str, value: Any) -> None:
-    """Refuse what is not a mapping."""
+    """Refuse anything but a mapping."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} must be a mapping; got {shown(value)}")
 

@@ -84,6 +84,28 @@ class Budget:
         return self(torch.arange(longest + 1, device="cpu"))
 
 
+def bisect(
+    holds: Callable[[float], bool], low: float, high: float, steps: int = 60, *, logarithmic: bool = False
+) -> tuple[float, float]:
+    """The interval in which a monotone condition turns from true to false, after `steps` halvings of `[low, high]`.
+
+    Args:
+        holds: True at low values, false from some value on. It is not called with `low` or `high`: if it holds
+            everywhere the result ends at `high`, if nowhere it starts at `low`.
+        low: Lower end.
+        high: Upper end.
+        steps: Halvings.
+        logarithmic: Whether to halve the logarithm of the interval; both ends must be above 0.
+    """
+    if logarithmic:
+        low, high = bisect(lambda value: holds(math.exp(value)), math.log(low), math.log(high), steps)
+        return math.exp(low), math.exp(high)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low, high
+
+
 def _own(law: Law, n: Tensor) -> Tensor:
     """k(n) by a law of a user's own, checked."""
     name = getattr(law, "__name__", type(law).__name__)
@@ -134,12 +156,7 @@ def match_cost(budget: Budget, law: LawName, lengths: Iterable[int], exponent: f
     if law == "fixed":
         low = 1.0
     # The cost is a non-decreasing step function of the parameter: bisect to the step, then take the nearer side.
-    for _ in range(60):
-        middle = (low + high) / 2
-        if total_cost(with_parameter(middle), lengths) < target:
-            low = middle
-        else:
-            high = middle
+    low, high = bisect(lambda value: total_cost(with_parameter(value), lengths) < target, low, high)
     candidates = [with_parameter(math.floor(low)), with_parameter(math.ceil(high))] if law == "fixed" else []
     candidates += [with_parameter(low), with_parameter(high)]
     return min(candidates, key=lambda b: abs(total_cost(b, lengths) - target))

@@ -1,4 +1,4 @@
-"""`CalibrationRecord`: what calibrated laws were fitted on, for what, and with what confidence."""
+"""`CalibrationRecord`: what calibrated laws were fitted on, to which target, and with what confidence."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class CalibrationRecord:
         documents: Names of the texts that the laws were fitted on; no paths.
         texts_sha256: SHA-256 of those texts.
         held_out: Names of the texts that `reached` was measured on.
-        fitted_from: Fewest visible keys of the rows that were fitted.
-        fitted_to: Most visible keys of the rows that were fitted.
+        fitted_from: Fewest visible keys of the queries that were fitted.
+        fitted_to: Most visible keys of the queries that were fitted.
         target: What was aimed at: `"density"`, `"output_error"` or `"perplexity_ratio"`.
         target_value: The value of it that was aimed at.
         reached: The value measured on the held-out texts.
@@ -84,8 +84,7 @@ class CalibrationRecord:
         for name in ("model_type", "architecture", "selector"):
             check_text(name, getattr(self, name), longest=100)
         for name in ("base_model", "revision"):
-            if getattr(self, name) is not None:
-                check_name(name, getattr(self, name), empty=False)
+            check_name(name, getattr(self, name), optional=True)
         for name in ("layers", "fitted_from", "fitted_to"):
             check_integer(name, getattr(self, name), least=0)
         if self.fitted_to < self.fitted_from:
@@ -93,10 +92,8 @@ class CalibrationRecord:
         _check_sha256("texts_sha256", self.texts_sha256)
         check_choice("target", self.target, TARGETS)
         check_number("target_value", self.target_value, above=0.0, most=1.0 if self.target == "density" else None)
-        if self.reached is not None:
-            check_number("reached", self.reached, least=0.0)
-        if self.reached_at is not None:
-            check_integer("reached_at", self.reached_at, least=1)
+        check_number("reached", self.reached, least=0.0, optional=True)
+        check_integer("reached_at", self.reached_at, least=1, optional=True)
         made: dict[str, Any] = {name: check_names(name, getattr(self, name)) for name in ("documents", "held_out")}
         made["heads"] = _normalise_heads(self.heads)
         made["intervals"] = None if self.intervals is None else _normalise_intervals(self.intervals)
@@ -130,30 +127,29 @@ def _check_sha256(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be 64 hexadecimal digits, or empty; got {shown(value)}")
 
 
-def _layer(name: str, layer: Any) -> int:
-    # JSON keys are strings.
-    index = int(layer) if isinstance(layer, str) and layer.isascii() and layer.isdigit() else layer
-    check_integer(f"{name} layer", index, least=0)
-    return int(index)
+def _by_layer(name: str, value: Any) -> dict[int, Any]:
+    """`value` by layer index, whose keys JSON makes strings."""
+    check_mapping(name, value)
+    out: dict[int, Any] = {}
+    for key, item in value.items():
+        layer = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        check_integer(f"{name} layer", layer, least=0)
+        if layer in out:
+            raise ValueError(f"{name} must name each layer once; got layer {layer} twice")
+        out[layer] = item
+    return out
 
 
 def _normalise_heads(heads: Any) -> dict[int, int]:
-    check_mapping("heads", heads)
-    out = {_layer("heads", layer): count for layer, count in heads.items()}
+    out = _by_layer("heads", heads)
     for layer, count in out.items():
         check_integer(f"heads[{layer}]", count, least=1)
-    if len(out) < len(heads):
-        raise ValueError(f"heads must name each layer once; got {shown(heads)}")
     return out
 
 
 def _normalise_intervals(intervals: Any) -> dict[int, tuple[Interval, ...]]:
-    check_mapping("intervals", intervals)
     out: dict[int, tuple[Interval, ...]] = {}
-    for key, rows in intervals.items():
-        layer = _layer("intervals", key)
-        if layer in out:
-            raise ValueError(f"intervals must name each layer once; got layer {layer} twice")
+    for layer, rows in _by_layer("intervals", intervals).items():
         if isinstance(rows, str | Mapping) or not hasattr(rows, "__iter__"):
             raise ValueError(f"intervals[{layer}] must be a list with one interval per head; got {shown(rows)}")
         out[layer] = tuple(_interval(f"intervals[{layer}][{head}]", row) for head, row in enumerate(rows))

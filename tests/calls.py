@@ -222,9 +222,9 @@ def _keep(
         out[b, head, row, _highest(exact, torch.cat([local, pool[pool >= start]]), rest)] = True
 
 
-def _highest(values: Tensor, columns: Tensor, number: int) -> Tensor:
-    """The `number` columns with the highest values; of equal ones the most recent."""
-    best = sorted(columns.tolist(), key=lambda j: (-values[j].item(), -j))
+def _highest(values: Tensor, positions: Tensor, number: int) -> Tensor:
+    """The `number` positions with the highest values; of equal ones the most recent."""
+    best = sorted(positions.tolist(), key=lambda j: (-values[j].item(), -j))
     return torch.tensor(best[:number], dtype=torch.int64)
 
 
@@ -234,21 +234,21 @@ def quantised(states: Tensor) -> Tensor:
     return (states / scale).round() * scale
 
 
-def random_selection(call: AttentionCall, rows_per_group: int, per_head: bool, seed: int = 0) -> Selection:
+def random_selection(call: AttentionCall, queries_per_group: int, per_head: bool, seed: int = 0) -> Selection:
     """A selection of visible keys without rhyme or reason: shuffled candidates, each allowed to some members."""
     generator = torch.Generator().manual_seed(seed)
     batch, rows = call.query.shape[0], call.query.shape[2]
     kv_heads, kv_len = call.key.shape[1:3]
-    groups = rows // rows_per_group * (call.group_size if per_head else 1)
+    groups = rows // queries_per_group * (call.group_size if per_head else 1)
     order = torch.rand(batch, kv_heads, groups, kv_len, generator=generator).argsort(-1)
     # The same candidates once more, as padding that is never allowed.
-    columns = torch.cat([order, order[..., :3]], dim=-1)
-    shell = Selection(columns, columns[..., None, :] < 0, rows_per_group, per_head)
+    positions = torch.cat([order, order[..., :3]], dim=-1)
+    shell = Selection(positions, positions[..., None, :] < 0, queries_per_group, per_head)
     visible = shell.pairs_of(visible_mask(call), kv_heads)
-    visible = visible.gather(-1, columns[..., None, :].expand(*visible.shape[:-1], -1))
+    visible = visible.gather(-1, positions[..., None, :].expand(*visible.shape[:-1], -1))
     wanted = torch.rand(visible.shape, generator=generator) < 0.5
     wanted[..., kv_len:] = False
-    return Selection(columns, visible & wanted, rows_per_group, per_head)
+    return Selection(positions, visible & wanted, queries_per_group, per_head)
 
 
 def _double(call: AttentionCall) -> AttentionCall:

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hf_sparse.kernels.triton import attend, common, votes
+from hf_sparse.kernels.triton import aggregate, attend, common
 
 # What a program may use: on Ada (L4, RTX 4090), as on most cards that are no servers', and on Hopper.
 SHARED_BYTES = {89: 99 * 1024, 90: 227 * 1024}
@@ -62,11 +62,11 @@ def compile_attend(rows: int, share: int, dim: int, width: int, dtype: torch.dty
 
 def compile_votes(size: int, dim: int, length: int, dtype: torch.dtype, *, windows: bool) -> None:
     keys = torch.empty(1, 1, length, dim, dtype=torch.int8)
-    certain = torch.empty(1, 1, 1, size)
+    kept_lse = torch.empty(1, 1, 1, size)
     bounds = torch.empty(1, 1, dtype=torch.int64)
     first = torch.empty(1, 1, 1, size, dtype=torch.int64) if windows else None
     members = torch.empty(1, 1, 1, size, dim, dtype=dtype)
-    votes.votes(members, keys, torch.empty(1, 1, length), certain, bounds, bounds, first)
+    aggregate.aggregated_scores(members, keys, torch.empty(1, 1, length), kept_lse, bounds, bounds, first)
 
 
 if __name__ == "__main__":
@@ -81,7 +81,7 @@ if __name__ == "__main__":
         compile_votes(256, dim, 512, torch.float32, windows=True)
     compile_votes(4, 256, 512, torch.bfloat16, windows=False)
     # As in decoding, for texts that grow: multiples of 16, and other lengths.
-    common._processors = lambda _: 132
+    common._multiprocessors = lambda _: 132
     for length in (1008, 1009, 1015, 992, 978):
         compile_attend(1, 4, 64, length, torch.bfloat16)
         compile_votes(4, 64, length, torch.bfloat16, windows=False)

@@ -1,4 +1,4 @@
-"""A process of its own that talks to the Hub of `hub_server`, called from tests as if it were here.
+"""A Hub with a base model, and processes that use it, called from tests as if they were here.
 
 The address of the Hub is read when `huggingface_hub` is imported, tests themselves run offline, and a model that was
 published is to be loaded where nothing else was done before. One process serves many calls: starting one takes long.
@@ -7,121 +7,225 @@ published is to be loaded where nothing else was done before. One process serves
 from __future__ import annotations
 
 import contextlib
-import importlib
+import io
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
+from unittest import mock
 
-ROOT = Path(__file__).parent.parent
+from transformers import AutoModelForCausalLM
+
+import hf_sparse
+from hf_sparse.cli import main
+from hf_sparse.policy import files as policy_files
+from tests import tiny
+from tests.hub_server import Hub
+
+BASE = "org/base"
+CARD = b"---\nlicense: apache-2.0\ntags: [theirs]\n---\n# The base model\n"
+LENGTH = 64
+# What makes a difference within the few tokens that a tiny model takes.
+FIELDS: dict[str, Any] = {
+    "alpha": 2.0,
+    "min_keys": 4,
+    "sink_keys": 1,
+    "recent_keys": 2,
+    "dense_below": 8,
+    "dense_layers": [],
+    "selector": "topk",
+}
+
+Logits = list[list[float]]  # by position and word
+
+
+def push(repo_id: str, base: str = BASE, fields: Mapping[str, Any] = FIELDS, **options: Any) -> str:
+    """Patch a base model and publish it; gives the address."""
+    return hf_sparse.push_to_hub(hf_sparse.patch(_model(base), **fields), repo_id, **options)
+
+
+def load(name: str, **options: Any) -> Logits:
+    """The logits of a published model."""
+    return _logits(hf_sparse.from_pretrained(name, **options))
+
+
+def patch(name: str, base: str = BASE) -> Logits:
+    """The logits of a base model that is patched with a published policy."""
+    return _logits(hf_sparse.patch(_model(base), name))
+
+
+def dense(name: str) -> Logits:
+    """The logits of what plain transformers makes of a repository."""
+    return _logits(_model(name))
+
+
+def save(folder: str) -> None:
+    """Patch the base model and save it."""
+    hf_sparse.save_pretrained(hf_sparse.patch(_model(BASE), **FIELDS), folder)
+
+
+def read(name: str) -> dict[str, Any]:
+    """What the policy of a repository says."""
+    return policy_files.load(name).to_dict()
+
+
+def command(*arguments: str) -> dict[str, Any]:
+    """`hf-sparse` with these arguments: exit code, stdout and stderr. Any other exception would be a traceback."""
+    code: Any = None
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def _model(name: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(name)
+
+
+def _logits(model: Any) -> Logits:
+    out: Logits = tiny.logits(model.eval(), tiny.tokens(1, LENGTH))[0].tolist()
+    return out
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call gave, or the error that it ended in: the names of its classes, most special first, and message."""
+    """What a call gave, or the message of the `ValueError` that it ended in; any other error is the test's."""
 
     value: Any
-    errors: list[str]
-    message: str
-    traceback: str
+    error: str | None
     warnings: list[str]
 
 
 class Client:
-    """The process. `call` runs functions of `tests.hub_calls` in it, with `environment` on top of the one here.
+    """The process: runs the functions above, as the owner of `token` unless a call says otherwise.
 
     Args:
         url: Of the Hub.
         home: A folder for its cache; it also works in there.
-        token: Who it is, unless a call says otherwise.
     """
 
-    def __init__(self, url: str, home: Path, token: str | None = "hf_ada") -> None:
-        home.mkdir(parents=True, exist_ok=True)
-        self.home, self.token = home, token
-        with (home / "stderr.txt").open("w") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.hub_client"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                cwd=home,
-                env=environment(url, home),
-                text=True,
-            )
+    def __init__(self, url: str, home: Path, token: str = "hf_ada") -> None:
+        home.mkdir(parents=True)
+        self.token = token
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, str(home)), daemon=True)
+        with mock.patch.dict(os.environ, _environment(url, home), clear=True):
+            self._process.start()
+        theirs.close()
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._process.kill()  # to leave takes it seconds
-        self._process.communicate()
+        self._process.join()
 
-    def attempt(self, function: str, *, token: str | None = "", **arguments: Any) -> Outcome:
-        """Call a function; its error is part of the outcome. `token=None` is nobody."""
-        asked = {"function": function, "arguments": arguments, "token": self.token if token == "" else token}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the client is gone:\n" + (self.home / "stderr.txt").read_text())
-        return Outcome(**json.loads(line))
+    def attempt(self, function: Callable[..., Any], *given: Any, token: str | None = "", **options: Any) -> Outcome:
+        """Call a function; a `ValueError` is part of the outcome. `token=None` is nobody."""
+        self._pipe.send((function, given, options, self.token if token == "" else token))
+        outcome = self._pipe.recv()
+        assert isinstance(outcome, Outcome), outcome
+        return outcome
 
-    def call(self, function: str, *, token: str | None = "", **arguments: Any) -> Any:
+    def call(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
         """The value of a function that is to succeed."""
-        outcome = self.attempt(function, token=token, **arguments)
-        assert not outcome.errors, outcome.traceback
+        outcome = self.attempt(function, *given, **options)
+        assert outcome.error is None, outcome.error
         return outcome.value
 
 
-def environment(url: str, home: Path, token: str | None = None) -> dict[str, str]:
+def _environment(url: str, home: Path) -> dict[str, str]:
     """The variables of a process that uses this Hub and keeps everything in `home`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    ours = {
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(home / "cache"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    return {**kept, **ours, **({"HF_TOKEN": token} if token else {})}
+    off = dict.fromkeys(("XET", "TELEMETRY", "PROGRESS_BARS"), "1")
+    ours = {"HF_ENDPOINT": url, "HF_HOME": str(home / "cache"), "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    return {**kept, **ours, **{f"HF_HUB_DISABLE_{name}": value for name, value in off.items()}}
 
 
-def _serve(calls: IO[str], answers: IO[str]) -> None:
+def _serve(calls: Connection, home: str) -> None:
+    os.chdir(home)
     # huggingface_hub tries again for half a minute before it gives up.
     pause = time.sleep
     time.sleep = lambda seconds: pause(min(float(seconds), 0.01))
-    for line in calls:
-        asked = json.loads(line)
+    while True:
+        function, given, options, token = calls.recv()
         os.environ.pop("HF_TOKEN", None)
-        if asked["token"]:
-            os.environ["HF_TOKEN"] = asked["token"]
-        value, errors, message, trace = None, [], "", ""
+        if token:
+            os.environ["HF_TOKEN"] = token
+        value = error = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                functions = importlib.import_module("tests.hub_calls")
-                value = getattr(functions, asked["function"])(**asked["arguments"])
-            except Exception as error:
-                errors = [kind.__name__ for kind in type(error).__mro__]
-                message, trace = str(error), traceback.format_exc()
-        said = [str(warning.message) for warning in caught]
-        outcome = {"value": value, "errors": errors, "message": message, "traceback": trace, "warnings": said}
-        print(json.dumps(outcome, default=str), file=answers, flush=True)
+                value = function(*given, **options)
+            except ValueError as wrong:
+                error = str(wrong)
+            except Exception:
+                calls.send(traceback.format_exc())
+                continue
+        calls.send(Outcome(value, error, [str(warning.message) for warning in caught]))
 
 
-if __name__ == "__main__":
-    with os.fdopen(os.dup(1), "w") as answers, contextlib.redirect_stdout(sys.stderr):
-        _serve(sys.stdin, answers)
+@dataclass(frozen=True)
+class World:
+    """The Hub, a process that publishes as ada, and another that loads.
+
+    Attributes:
+        commit: That of the base model.
+        folder: Of the base model's files.
+    """
+
+    hub: Hub
+    writer: Client
+    reader: Client
+    commit: str
+    folder: Path
+
+    def push(self, repo: str, **options: Any) -> str:
+        """Publish the base model with a policy; gives the address."""
+        return str(self.writer.call(push, repo, **options))
+
+    def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
+        """What a repository holds."""
+        return self.hub.repos[repo].files(revision)
+
+    @property
+    def base(self) -> dict[str, bytes]:
+        """The base model's files."""
+        return {file.name: file.read_bytes() for file in self.folder.iterdir()}
+
+    def add(self, name: str, files: Mapping[str, bytes | None] | None = None, **fields: Any) -> str:
+        """Put a policy without harm, but for these fields, into a repository, with other files; gives the commit."""
+        policy = {"schema_version": 1, "base_model": BASE, "revision": self.commit, **FIELDS, **fields}
+        return self.hub.add(name, {**(files or {}), "sparse_config.json": json.dumps(policy).encode()})
+
+
+def refused(outcome: Outcome, *words: str) -> None:
+    """The outcome is one clear error: a line that holds these words."""
+    assert outcome.error is not None, outcome
+    _one_line(outcome.error, words)
+
+
+def exits(outcome: Outcome, *words: str) -> None:
+    """The command ended with exit code 2 and a line that holds these words."""
+    assert outcome.error is None, outcome
+    assert outcome.value["code"] == 2, outcome.value
+    _one_line(outcome.value["err"].rpartition("hf-sparse: ")[2].removesuffix("\n"), words)
+
+
+def _one_line(message: str, words: tuple[str, ...]) -> None:
+    assert message
+    assert "\n" not in message, message
+    assert len(message) < 600, message
+    for word in words:
+        assert word in message, message

@@ -8,11 +8,13 @@ with Hub() as hub:
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,11 +22,53 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub_endpoints import ROUTES, Answer, Call, RefusedError
-from tests.hub_repos import Repo
-
 TOKENS = {"hf_ada": "ada", "hf_bob": "bob"}
 _ENDLESS = 2**28  # bytes after which an endless answer ends after all
+
+
+def blob_id(content: bytes) -> str:
+    """What git calls a file with this content, or LFS if the file goes through it, as binary files do."""
+    if b"\0" in content[:512]:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@dataclass
+class Repo:
+    """A model repository. Every commit is a whole snapshot, path -> content; the first one is the Hub's own.
+
+    Attributes:
+        commits: Id -> snapshot, the oldest first.
+        refs: `"main"` or `"refs/pr/1"` -> id.
+    """
+
+    name: str
+    private: bool = False
+    commits: dict[str, Mapping[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+
+    @property
+    def owner(self) -> str:
+        """Whose it is."""
+        return self.name.split("/")[0]
+
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        """The files of a revision, without what the Hub itself put there."""
+        found = self.commits[self.refs.get(revision, revision)]
+        return {name: content for name, content in found.items() if name != ".gitattributes"}
+
+    def commit(self, changes: Mapping[str, bytes | None], ref: str = "main", start: str = "main") -> str:
+        """Add a commit to `ref`, from `start` if it is new; `None` deletes a file. Gives its id."""
+        files = dict(self.commits.get(self.refs.get(ref, self.refs.get(start, start)), {})) | changes
+        files = {path: content for path, content in files.items() if content is not None}
+        listing = "".join(f"{path} {blob_id(content)}\n" for path, content in sorted(files.items()))
+        oid = hashlib.sha1(f"{self.name} {len(self.commits)}\n{listing}".encode()).hexdigest()
+        self.commits[oid] = files
+        self.refs[ref] = oid
+        return oid
 
 
 @dataclass
@@ -33,8 +77,7 @@ class Fault:
 
     where: str
     status: int | None = None
-    message: str = "as the test wants it"
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     cut: bool = False  # the connection ends in the middle: of the upload, or of the answer if none came
     announced: int | None = None  # the content length that the answer claims, whatever its real one
     endless: bool = False  # an answer without a length, and without an end
@@ -61,9 +104,9 @@ class Hub:
         self._server.shutdown()
         self._server.server_close()
 
-    def add(self, name: str, files: Mapping[str, bytes | None], private: bool = False) -> str:
+    def add(self, name: str, files: Mapping[str, bytes | None]) -> str:
         """Put files into a repository, new or not, without a client; gives the commit."""
-        return self.repos.setdefault(name, Repo(name, private)).commit(files).oid
+        return self.repos.setdefault(name, Repo(name)).commit(files)
 
     @contextmanager
     def failing(self, where: str, status: int | None = None, **fields: Any) -> Iterator[None]:
@@ -83,18 +126,27 @@ class Hub:
         yield seen
         seen += self.requests[start:]
 
-    def fault(self, request: str) -> Fault | None:
-        """The fault that this request meets, if any."""
+    def fault(self, request: str) -> Fault:
+        """The fault that this request meets."""
         for fault in self.faults:
             if fault.times != 0 and re.match(fault.where, request):
                 if fault.times is not None:
                     fault.times -= 1
                 return fault
-        return None
+        return Fault("")
+
+
+class _RefusedError(Exception):
+    """The answer is an error. `code` is what the client tells kinds of errors apart by."""
+
+    def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = {"X-Error-Message": message, "X-Error-Code": code, **(headers or {})}
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """One connection. The endpoints are those that `huggingface_hub` and transformers call."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -105,33 +157,33 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         parts = urlsplit(self.path)
-        request = f"{self.command} {unquote(parts.path)}"
+        self.request_path = unquote(parts.path)
+        self.query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+        request = f"{self.command} {self.request_path}"
         self.hub.requests.append(request)
-        self.fault = self.hub.fault(request) or Fault("")
-        size = int(self.headers.get("Content-Length") or 0)
-        chunked = "Transfer-Encoding" in self.headers
+        self.fault = self.hub.fault(request)
+        size, chunked = int(self.headers.get("Content-Length") or 0), "Transfer-Encoding" in self.headers
         if self.fault.cut and (size or chunked):
             self.rfile.read(max(1, size // 2))
             self._hang_up()
             return
-        body = self._chunks() if chunked else self.rfile.read(size)
+        self.body = self._chunks() if chunked else self.rfile.read(size)
         try:
             if self.fault.status is not None:
-                raise RefusedError(self.fault.status, self.fault.message, headers=self.fault.headers)
-            query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-            hub = self.hub
-            call = Call(hub.repos, hub.stored, hub.url, self._user(), query, dict(self.headers.items()), body)
-            self._answer(_dispatch(call, self.command, parts.path))
-        except RefusedError as refused:
-            self._answer(Answer({"error": str(refused)}, refused.status, refused.headers))
+                raise _RefusedError(self.fault.status, "as the test wants it", headers=self.fault.headers)
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            if token and token not in TOKENS:
+                raise _RefusedError(401, "Invalid credentials in Authorization header")
+            self.user = TOKENS.get(token)
+            for methods, pattern, endpoint in _ROUTES:
+                if self.command in methods.split() and (match := re.fullmatch(pattern, parts.path)):
+                    endpoint(self, **{name: unquote(value or "") for name, value in match.groupdict().items()})
+                    return
+            raise _RefusedError(404, f"Sorry, we can't find {request}", "EntryNotFound")
+        except _RefusedError as refused:
+            self._answer({"error": str(refused)}, refused.status, refused.headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle  # noqa: N815 - the base class looks for these names
-
-    def _user(self) -> str | None:
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token and token not in TOKENS:
-            raise RefusedError(401, "Invalid credentials in Authorization header")
-        return TOKENS.get(token)
 
     def _chunks(self) -> bytes:
         out = b""
@@ -145,14 +197,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(2)
 
-    def _answer(self, answer: Answer) -> None:
-        fault = self.fault
-        raw = isinstance(answer.content, bytes)
-        body: bytes = answer.content if raw else json.dumps(answer.content).encode()
+    def _answer(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        """Send bytes, or what JSON can say, as the fault wants it."""
+        fault, raw = self.fault, isinstance(content, bytes)
+        body: bytes = content if raw else json.dumps(content).encode()
         length = len(body) if fault.announced is None else fault.announced
-        self.send_response(answer.status)
+        self.send_response(status)
         self.send_header("Content-Type", "application/octet-stream" if raw else "application/json")
-        for name, value in (answer.headers or {}).items():
+        for name, value in (headers or {}).items():
             self.send_header(name, value)
         if not fault.endless:
             self.send_header("Content-Length", str(length))
@@ -160,29 +212,150 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         if fault.endless:
-            self._pour(body)
+            self.close_connection = True
+            try:
+                for piece in (body, *[b" " * 2**16] * (_ENDLESS // 2**16)):
+                    self._send(piece)
+            except OSError:  # the client has had enough
+                pass
         elif fault.cut or length > len(body):
             self._send(body[: len(body) // 2] if fault.cut else body)
             self._hang_up()
         else:
             self._send(body[:length])
 
-    def _pour(self, body: bytes) -> None:
-        self.close_connection = True
-        try:
-            self._send(body)
-            for _ in range(_ENDLESS // 2**16):
-                self._send(b" " * 2**16)
-        except OSError:  # the client has had enough
-            pass
-
     def _send(self, data: bytes) -> None:
         self.wfile.write(data)
-        self.hub.sent[unquote(urlsplit(self.path).path)] += len(data)
+        self.hub.sent[self.request_path] += len(data)
+
+    def _readable(self, name: str) -> Repo:
+        repo = self.hub.repos.get(name)
+        if repo is None or (repo.private and repo.owner != self.user):
+            raise _RefusedError(404 if self.user else 401, "Repository not found", "RepoNotFound")
+        return repo
+
+    def _writable(self, name: str, revision: str = "main") -> Repo:
+        """The repository, if this user may commit to it: pull requests are open to everyone who can read it."""
+        repo = self._readable(name)
+        if self.user is None:
+            raise _RefusedError(401, "Invalid username or password.")
+        if repo.owner != self.user and "create_pr" not in self.query:
+            raise _RefusedError(403, f"You don't have the rights to write to {name}")
+        self._oid(repo, revision)
+        return repo
+
+    def _oid(self, repo: Repo, revision: str) -> str:
+        oid = repo.refs.get(revision or "main", revision)
+        if oid not in repo.commits:
+            raise _RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return oid
+
+    def whoami(self) -> None:
+        if self.user is None:
+            raise _RefusedError(401, "Invalid username or password.")
+        self._answer({"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}})
+
+    def validate_card(self) -> None:
+        self._answer({"errors": [], "warnings": []})
+
+    def create_repo(self) -> None:
+        asked = json.loads(self.body)
+        namespace = asked.get("organization") or self.user
+        if self.user is None:
+            raise _RefusedError(401, "Invalid username or password.")
+        if namespace != self.user:
+            raise _RefusedError(403, f"You don't have the rights to create a model under the namespace {namespace!r}")
+        name = f"{namespace}/{asked['name']}"
+        private = bool(asked.get("private")) or asked.get("visibility") == "private"
+        status = 409 if name in self.hub.repos else 200
+        self.hub.repos.setdefault(name, Repo(name, private))
+        self._answer({"url": f"{self.hub.url}/{name}", "name": name}, status)
+
+    def model_info(self, repo: str, revision: str = "") -> None:
+        found = self._readable(repo)
+        oid = self._oid(found, revision)
+        siblings = [
+            {"rfilename": path, "size": len(content), "blobId": blob_id(content)}
+            for path, content in found.commits[oid].items()
+        ]
+        about = {"id": repo, "author": found.owner, "sha": oid, "private": found.private, "tags": []}
+        self._answer({**about, "lastModified": "2026-01-01T00:00:00.000Z", "siblings": siblings})
+
+    def create_branch(self, repo: str, name: str) -> None:
+        found = self._writable(repo)
+        if name in found.refs:
+            raise _RefusedError(409, f"Reference already exists: refs/heads/{name}")
+        found.refs[name] = found.refs["main"]
+        self._answer({})
+
+    def preupload(self, repo: str, revision: str) -> None:
+        found = self._writable(repo, revision)
+        out = []
+        for asked in json.loads(self.body)["files"]:
+            mode = "lfs" if b"\0" in base64.b64decode(asked["sample"]) else "regular"
+            old = found.commits[self._oid(found, revision)].get(asked["path"])
+            known = {} if old is None else {"oid": blob_id(old)}
+            out.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, **known})
+        self._answer({"files": out})
+
+    def commit_files(self, repo: str, revision: str) -> None:
+        """One JSON object a line: a header, then the files. All of them become one commit, or none does."""
+        found = self._writable(repo, revision)
+        before = self._oid(found, revision)
+        changes: dict[str, bytes | None] = {}
+        for line in self.body.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "header":
+                if value.get("parentCommit") not in (None, before):
+                    raise _RefusedError(412, "A commit has happened since. Please refresh and try again.")
+            elif item["key"] == "file":
+                changes[value["path"]] = base64.b64decode(value["content"])
+            elif value["oid"] in self.hub.stored:
+                changes[value["path"]] = self.hub.stored[value["oid"]]
+            else:
+                raise _RefusedError(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
+        number = sum(ref.startswith("refs/pr/") for ref in found.refs) + 1
+        pull = "create_pr" in self.query
+        oid = found.commit(changes, f"refs/pr/{number}" if pull else revision, before)
+        made = {"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid}
+        self._answer(made | ({"pullRequestUrl": f"{self.hub.url}/{repo}/discussions/{number}"} if pull else {}))
+
+    def lfs_batch(self, repo: str) -> None:
+        self._readable(repo)
+        out = []
+        for asked in json.loads(self.body)["objects"]:
+            upload = {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}}
+            out.append({**asked, **({} if asked["oid"] in self.hub.stored else upload)})
+        self._answer({"transfer": "basic", "objects": out})
+
+    def lfs_upload(self, oid: str) -> None:
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            raise _RefusedError(400, "the content does not have this SHA-256")
+        self.hub.stored[oid] = self.body
+        self._answer({})
+
+    def download(self, repo: str, revision: str, path: str) -> None:
+        found = self._readable(repo)
+        oid = self._oid(found, revision)
+        content = found.commits[oid].get(path)
+        about = {"X-Repo-Commit": oid}
+        if content is None:
+            raise _RefusedError(404, "Entry not found", "EntryNotFound", about)
+        self._answer(content, headers={**about, "ETag": f'"{blob_id(content)}"'})
 
 
-def _dispatch(call: Call, command: str, path: str) -> Answer:
-    for method, pattern, endpoint in ROUTES:
-        if method == command and (match := re.fullmatch(pattern, path)):
-            return endpoint(call, **{name: unquote(value or "") for name, value in match.groupdict().items()})
-    raise RefusedError(404, f"Sorry, we can't find {command} {path}")
+_REPO = r"/(?P<repo>[^/]+/[^/]+)"
+_API = f"/api/models{_REPO}"
+_ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    ("GET", "/api/whoami-v2", _Handler.whoami),
+    ("POST", "/api/validate-yaml", _Handler.validate_card),
+    ("POST", "/api/repos/create", _Handler.create_repo),
+    ("GET", f"{_API}(/revision/(?P<revision>[^/]+))?", _Handler.model_info),
+    ("POST", f"{_API}/branch/(?P<name>[^/]+)", _Handler.create_branch),
+    ("POST", f"{_API}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
+    ("POST", f"{_API}/commit/(?P<revision>[^/]+)", _Handler.commit_files),
+    ("POST", f"{_REPO}.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_upload),
+    ("HEAD GET", f"{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.download),
+]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse.laws import LAWS, Budget, match_cost, total_cost, warn_if_too_slow
+from hf_sparse.laws import LAWS, Budget, bisect, match_cost, total_cost, warn_if_too_slow
 
 ALPHA = st.floats(1e-3, 1e3)
 EXPONENT = st.floats(0.0, 1.0)
@@ -208,3 +208,15 @@ def test_warns_of_laws_that_grow_too_slowly(budget: Budget, slow: bool) -> None:
     assert len(caught) == slow
     if slow:
         assert "log(n)" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_bisection_ends_where_a_condition_turns_false(logarithmic: bool) -> None:
+    low, high = bisect(lambda value: value <= 7, 1e-3, 1e3, logarithmic=logarithmic)
+    assert low == pytest.approx(7, rel=1e-12)
+    assert high == pytest.approx(7, rel=1e-12)
+    assert bisect(lambda value: value <= 7, 4.0, 16.0, steps=1, logarithmic=logarithmic) == (
+        pytest.approx((4.0, 8.0)) if logarithmic else (4.0, 10.0)
+    )
+    assert bisect(lambda _: False, 2.0, 1e3, logarithmic=logarithmic)[0] == pytest.approx(2, rel=1e-12)
+    assert bisect(lambda _: True, 1e-3, 50.0, logarithmic=logarithmic)[1] == pytest.approx(50, rel=1e-12)

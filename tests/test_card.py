@@ -16,8 +16,9 @@ from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy
 from hf_sparse.policy.files import NAME, read
-from hf_sparse.policy.quality import QualityRow
-from hf_sparse.share.card import TAGS, license_in, make_card
+from hf_sparse.policy.quality import QualityRecord
+from hf_sparse.share.card import TAGS, license_in, parse_card
+from hf_sparse.share.card import make_card as edit_card
 from hf_sparse.share.card_tables import losses
 from hf_sparse.share.card_text import BEGIN, END
 from hf_sparse.share.measured import Results, plots, quality, results_beside
@@ -26,43 +27,39 @@ PUBLISHED = sorted(path.parent for path in (Path(__file__).parents[1] / "model_c
 HERE = pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 
 
-def row(length: int, value: float, low: float, high: float, **fields: Any) -> QualityRow:
+def make_card(policy: Policy, name: str, existing: str | None = None, **options: Any) -> str:
+    """A card: a new one, or `existing` edited."""
+    return edit_card(parse_card(existing, name), policy, name, **options)
+
+
+def row(length: int, value: float, low: float, high: float, **fields: Any) -> QualityRecord:
     fields = {"method": "grouped", "density": 0.25, "documents": ("a.txt", "b.txt"), "model": "m.gguf"} | fields
-    return QualityRow(length=length, value=value, low=low, high=high, dtype="float32", device="cpu", **fields)
+    return QualityRecord(length=length, value=value, low=low, high=high, dtype="float32", device="cpu", **fields)
 
 
 MEASURED = Policy(
     base_model="someone/model",
     revision="a" * 40,
     quality=(
-        QualityRow(metric="perplexity", method="dense", length=512, value=20.0),
-        QualityRow(metric="perplexity", method="grouped", length=512, value=20.246),
+        QualityRecord(metric="perplexity", method="dense", length=512, value=20.0),
+        QualityRecord(metric="perplexity", method="grouped", length=512, value=20.246),
         row(512, 1.0123, 1.001, 1.02),
         row(4096, 0.9987, 0.99, 1.01),
     ),
 )
 
 
-def test_there_are_cards_to_check() -> None:
-    assert {folder.name for folder in PUBLISHED} >= {"SmolLM2-135M-Instruct", "gemma-3-270m"}
-
-
 @HERE
-def test_a_published_policy_carries_what_its_results_say(folder: Path) -> None:
-    policy = read(folder / NAME)
-    assert policy.quality == quality(results_beside(folder), policy.config)
-    assert policy.quality
-    assert policy.base_model is not None
-    assert not policy.base_is_local
-
-
-@HERE
-def test_making_a_published_card_anew_gives_it_again(folder: Path) -> None:
+def test_a_published_card_is_made_of_its_results(folder: Path) -> None:
+    policy, results = read(folder / NAME), results_beside(folder)
+    assert policy.quality == quality(results, policy.config) != ()
+    assert policy.base.is_on_hub
     text = (folder / "README.md").read_text(encoding="utf-8")
-    pictures = plots(results_beside(folder))
-    assert pictures
-    assert make_card(read(folder / NAME), folder.name, existing=text, plots=pictures) == text
-    assert make_card(read(folder / NAME), folder.name, plots=pictures, license=license_in(text)) == text
+    assert make_card(policy, folder.name, text, plots=plots(results)) == text
+    assert make_card(policy, folder.name, plots=plots(results), license=license_in(text)) == text
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+    assert links
+    assert all((folder / link).is_file() for link in links)
 
 
 @HERE
@@ -99,13 +96,6 @@ def test_figures_of_a_published_card_are_those_of_the_summary(folder: Path) -> N
         assert result.metric_value == pytest.approx(ours[name], abs=1e-6)
 
 
-@HERE
-def test_links_of_a_published_card_lead_to_files(folder: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", (folder / "README.md").read_text(encoding="utf-8"))
-    assert links
-    assert all((folder / link).is_file() for link in links)
-
-
 def test_the_metadata_is_what_the_hub_expects() -> None:
     card = ModelCard(make_card(MEASURED, "me/model-sparse", license="mit"))
     data = card.data.to_dict()
@@ -133,29 +123,24 @@ def test_what_was_not_measured_is_not_there() -> None:
     assert "**Speed**" not in make_card(MEASURED, "name")
 
 
-def test_the_table_shows_dense_and_sparse_side_by_side() -> None:
+def test_what_was_measured_and_where_it_loses() -> None:
     text = make_card(MEASURED, "name")
     assert "| 512 | 20.00 | 20.25 | 1.0123 | 1.0010 to 1.0200 | 0.250 |" in text
     assert "| 4,096 | - | - | 0.9987 | 0.9900 to 1.0100 | 0.250 |" in text
     assert "Perplexity: weights `m.gguf`, dequantised, float32 on cpu; texts: a.txt and b.txt." in text
-
-
-def test_where_it_loses_is_said() -> None:
     said = list(losses(MEASURED.quality))
     assert said[0] == "Perplexity against dense is worst at 512 tokens, with a ratio of 1.0123 (1.0010 to 1.0200)."
     assert said[1] == "Dense is better, beyond what resampling explains, at 512 tokens."
     assert "up to 4,096 tokens" in said[2]
-    assert said[3:] == [
-        "Perplexity in decoding was not measured.",
-        "Attention error was not measured.",
-        "Speed was not measured.",
-    ]
+    unmeasured = ("Perplexity in decoding", "Attention error", "Speed")
+    assert said[3:] == [f"{what} was not measured." for what in unmeasured]
+    assert "at no length that was measured." in list(losses((row(512, 0.99, 0.98, 1.0),)))[1]
 
 
 def test_decoding_has_a_table_and_losses_of_its_own() -> None:
     decoded = (
-        QualityRow(metric="decoded_perplexity", method="dense", length=512, value=20.0),
-        QualityRow(metric="decoded_perplexity", method="grouped", length=512, value=20.1),
+        QualityRecord(metric="decoded_perplexity", method="dense", length=512, value=20.0),
+        QualityRecord(metric="decoded_perplexity", method="grouped", length=512, value=20.1),
         row(512, 1.005, 1.002, 1.01, metric="decoded_perplexity_ratio"),
     )
     text = make_card(replace(MEASURED, quality=MEASURED.quality + decoded), "name")
@@ -165,17 +150,13 @@ def test_decoding_has_a_table_and_losses_of_its_own() -> None:
     assert "in decoding" not in "".join(line for line in make_card(MEASURED, "name").splitlines() if "|" in line)
 
 
-def test_no_loss_is_said_too() -> None:
-    assert "at no length that was measured." in list(losses((row(512, 0.99, 0.98, 1.0),)))[1]
-
-
 def test_a_slower_length_and_a_better_fixed_budget_are_named() -> None:
     rows = (
         row(512, 1.2, 1.1, 1.3, metric="ratio_to_fixed"),
         row(2048, 0.7, 0.6, 0.8, metric="generate-token-speedup"),
         row(4096, 1.4, 1.3, 1.5, metric="generate-token-speedup"),
-        QualityRow(metric="generate-token", method="dense", length=2048, value=0.5),
-        QualityRow(metric="generate-token", method="grouped", length=2048, value=0.7),
+        QualityRecord(metric="generate-token", method="dense", length=2048, value=0.5),
+        QualityRecord(metric="generate-token", method="grouped", length=2048, value=0.7),
     )
     said = "\n".join(losses(rows))
     assert "A fixed number of keys at equal cost is better, beyond what resampling explains, at 512 tokens." in said
@@ -216,7 +197,7 @@ def test_a_slower_length_and_a_better_fixed_budget_are_named() -> None:
             ),
             "The calibration, for the 2 attention layers of `LlamaForCausalLM`, aimed at a perplexity ratio to dense "
             "of 1.01 and reached 1.008 at 8,192 tokens on held-out texts. It was fitted on a and b; held out: c. The "
-            "rows that were fitted see 256 to 8,192 keys; beyond, nothing is known.",
+            "queries that were fitted see 256 to 8,192 keys; beyond, the laws are extrapolated.",
         ),
     ],
 )
@@ -248,16 +229,15 @@ def test_only_our_part_of_a_card_changes() -> None:
 
 
 def test_a_card_without_metadata_gets_some() -> None:
-    text = make_card(MEASURED, "me/x", existing="# Just words\n")
+    text = make_card(MEASURED, "me/x", "# Just words\n")
     assert ModelCard(text).data.base_model == "someone/model"
     assert "# Just words" in text
 
 
-def test_a_card_that_cannot_be_read_is_refused() -> None:
+@pytest.mark.parametrize("metadata", ["license: [mit", "- a list"])
+def test_a_card_that_cannot_be_read_is_refused(metadata: str) -> None:
     with pytest.raises(UserError, match=r"the metadata of the model card, README\.md of me/x, cannot be read"):
-        make_card(MEASURED, "me/x", existing="---\nlicense: [mit\n---\n")
-    with pytest.raises(UserError, match=r"the metadata of the model card, README\.md of me/x, cannot be read"):
-        make_card(MEASURED, "me/x", existing="---\n- a list\n---\n")
+        make_card(MEASURED, "me/x", f"---\n{metadata}\n---\n")
 
 
 @pytest.mark.parametrize(
@@ -306,7 +286,7 @@ BENCH = {
 
 def test_times_of_a_benchmark(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(BENCH))
-    rows = Results.read(tmp_path).rows(SparseAttentionConfig())
+    rows = Results.read(tmp_path).records(SparseAttentionConfig())
     assert [(row.metric, row.method, row.value) for row in rows] == [
         ("generate-token", "dense", 3.0),
         ("generate-token-speedup", "grouped", 1.5),
@@ -328,4 +308,4 @@ def test_results_of_another_configuration_are_refused() -> None:
 def test_a_damaged_summary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"slopes": [], "configs": {"grouped": {}}}')
     with pytest.raises(UserError, match="was not written by this release: it lacks 'about'"):
-        Results.read(tmp_path).rows(SparseAttentionConfig())
+        Results.read(tmp_path).records(SparseAttentionConfig())

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import hf_sparse
+from hf_sparse import SparseAttentionConfig
+from hf_sparse.cli.calibrate import CalibrationOptions
+from hf_sparse.cli.options import SparseOptions
 from hf_sparse.policy import files as policy_files
 from tests import small, tiny
 from tests.small import run_command
@@ -70,7 +74,7 @@ def test_calibrate_writes_what_patch_takes(policy: Path, home: Path, capsys: pyt
 def test_calibrate_prints_tables_and_resumes(
     policy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_sparse.calibration.run.error_curves", None)
+    monkeypatch.setattr("hf_sparse.calibration.measurements.error_curves", None)
     options = ["--text", "texts", "--target", "density=0.3", "--output", "policy", "--device", "cpu", *FLOORS]
     assert run_command("calibrate", "tiny-llama", *options) == 0
     printed = capsys.readouterr()
@@ -80,6 +84,15 @@ def test_calibrate_prints_tables_and_resumes(
     assert (policy / "tables.md").read_text().startswith("| target |")
     assert run_command("calibrate", "tiny-llama", *options, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads((policy / "calibration.json").read_text())
+
+
+def test_options_that_are_not_given_leave_a_policy_as_it_is() -> None:
+    policy = SparseAttentionConfig(dense_below=512, min_keys=96, recent_keys=8, dense_layers=(1,))
+    assert SparseOptions().config(policy) == CalibrationOptions().config(policy) == policy
+    assert CalibrationOptions(dense_below=0, selector="topk").config(policy) == replace(
+        policy, dense_below=0, selector="topk"
+    )
+    assert CalibrationOptions(dense_layers="none").config(policy).dense_layers == ()
 
 
 def test_a_target_that_is_not_met_is_a_negative_answer(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ NEVER = (
     "hf_sparse.share.source.ModelSource.model",
     "hf_sparse.bench.subject.random_model",
     "hf_sparse.cli.bench.evaluate",
-    "hf_sparse.lab.lab.run",
+    "hf_sparse.lab.run.run",
     "hf_sparse.measure.memory.evaluate",
 )
 

@@ -47,16 +47,16 @@ MANY = calls.causal_intervals(1, 2000, left=(0, 300))
 LAYOUTS = [(1, True), (1, False), (3, False), (6, True)]
 
 
-def layout(call: AttentionCall, rows_per_group: int) -> int:
-    return min(rows_per_group, call.query.shape[2])
+def layout(call: AttentionCall, queries_per_group: int) -> int:
+    return min(queries_per_group, call.query.shape[2])
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("rows_per_group", "per_head"), LAYOUTS)
+@pytest.mark.parametrize(("queries_per_group", "per_head"), LAYOUTS)
 @pytest.mark.parametrize("kind", CALLS)
-def test_engine_is_the_loops(name: str, kind: str, rows_per_group: int, per_head: bool) -> None:
+def test_engine_is_the_loops(name: str, kind: str, queries_per_group: int, per_head: bool) -> None:
     call = CALLS[kind]()
-    selection = calls.random_selection(call, layout(call, rows_per_group), per_head)
+    selection = calls.random_selection(call, layout(call, queries_per_group), per_head)
     mask = selection.mask(call.query.shape[1], call.key.shape[2])
     out = calls.run_engine(name, call, selection)
     assert out.dtype == call.value.dtype
@@ -170,9 +170,9 @@ def test_only_kept_keys_get_a_gradient(name: str) -> None:
     selection = calls.random_selection(call, 6, False)
     mask = selection.mask(4, 11)
     mask[..., 5:] = False
-    columns = torch.arange(11).expand(2, 2, 1, 11)
+    positions = torch.arange(11).expand(2, 2, 1, 11)
     allowed = selection.pairs_of(mask, 2)
-    selection = replace(selection, columns=columns, allowed=allowed)
+    selection = replace(selection, positions=positions, allowed=allowed)
     grads = torch.autograd.grad(calls.run_engine(name, call, selection).sum(), [key, value])
     for grad in grads:
         assert (grad[:, :, 5:] == 0).all()

@@ -1,401 +1,282 @@
-"""Save and load from folders, without the Hub: what is written, what is loaded, and what is refused."""
+"""Publish and load over HTTP, with the real client: what was published is what another process loads, or one error."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_sparse
-from hf_sparse import CalibrationRecord, SparseAttentionConfig
-from hf_sparse.errors import UserError
-from hf_sparse.patching import policy_of
-from hf_sparse.policy import Policy
-from hf_sparse.policy.files import NAME, read, write
-from hf_sparse.policy.origin import Origin, origin_of
-from hf_sparse.policy.quality import QualityRow
-from hf_sparse.policy.suitability import warn_of_another_base
-from hf_sparse.share.publish import check_publishable
-from tests import small, tiny
+from tests import tiny
+from tests.hub_client import BASE, FIELDS, LENGTH, World, command, dense, exits, load, patch, push, refused
 
-IDS = tiny.tokens(1, 80)
-HEADS = {0: 4, 1: 4}
-FITS = CalibrationRecord(model_type="llama", layers=2, heads=HEADS)
+pytest_plugins = ["tests.hub_fixture"]
 
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+POLICY = "sparse_config.json"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small model."""
-    return small.save_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+def logits() -> tuple[Tensor, Tensor]:
+    """Of the base model: dense, and patched as everything that is published here."""
+    model = tiny.model("llama")
+    ids = tiny.tokens(1, LENGTH)
+    dense = tiny.logits(model, ids)[0]
+    sparse = tiny.logits(hf_sparse.patch(model, **FIELDS), ids)[0]
+    assert (dense - sparse).abs().max() > 1e-2
+    return dense, sparse
 
 
-@pytest.fixture
-def model(base: Path) -> PreTrainedModel:
-    """The small model, patched."""
-    return hf_sparse.patch(_load(base), small.CONFIG)
+def same(given: Any, expected: Tensor) -> None:
+    torch.testing.assert_close(torch.tensor(given), expected, rtol=0, atol=1e-6)
 
 
-def _load(folder: Path) -> PreTrainedModel:
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
-    return loaded
+def writes(requests: list[str]) -> list[str]:
+    return [request for request in requests if request.split()[0] in ("POST", "PUT")]
 
 
-def _logits(model: PreTrainedModel) -> Tensor:
-    return tiny.logits(model, IDS)
+def test_policy_only(world: World, logits: tuple[Tensor, Tensor]) -> None:
+    with world.hub.recording() as requests:
+        address = world.push("ada/policy")
+    assert address.startswith(f"{world.hub.url}/ada/policy/commit/")
+    assert sum("/commit/" in request for request in requests) == 1
+    files = world.files("ada/policy")
+    assert set(files) == {POLICY, "README.md", "config.json"}
+    assert files["config.json"] == world.base["config.json"]
+    policy = json.loads(files[POLICY])
+    assert (policy["base_model"], policy["revision"]) == (BASE, world.commit)
+    same(world.reader.call(load, "ada/policy"), logits[1])
+    same(world.reader.call(patch, "ada/policy"), logits[1])
+    assert world.files(BASE)["config.json"] == world.base["config.json"]
 
 
-_IN_ANOTHER_PROCESS = """
-import sys, torch, hf_sparse
-from tests import tiny
-ids = tiny.tokens(1, 80)
-torch.save([tiny.logits(hf_sparse.from_pretrained(folder), ids) for folder in sys.argv[2:]], sys.argv[1])
-"""
+def test_with_weights(world: World, logits: tuple[Tensor, Tensor]) -> None:
+    world.push("ada/whole", weights=True)
+    files = world.files("ada/whole")
+    assert files["config.json"] == world.base["config.json"]
+    assert {"model.safetensors", "tokenizer.json", POLICY, "README.md"} <= set(files)
+    same(world.reader.call(dense, "ada/whole"), logits[0])
+    with world.hub.recording() as requests:
+        same(world.reader.call(load, "ada/whole"), logits[1])
+    assert not [request for request in requests if BASE in request], "its own weights are to be loaded"
+    same(world.reader.call(patch, "ada/whole"), logits[1])
 
 
-def test_another_process_gets_the_same_logits(base: Path, model: PreTrainedModel, tmp_path: Path) -> None:
-    folders = [
-        hf_sparse.save_pretrained(model, tmp_path / name, weights=weights)
-        for name, weights in (("policy", False), ("full", True))
-    ]
-    out = tmp_path / "logits.pt"
-    subprocess.run(
-        [sys.executable, "-c", _IN_ANOTHER_PROCESS, out, *folders], check=True, cwd=Path(__file__).parents[1]
-    )
-    sparse = _logits(model)
-    assert (sparse - _logits(_load(base))).abs().max() > 1e-3
-    for found in torch.load(out):
-        torch.testing.assert_close(found, sparse, rtol=0, atol=1e-6)
-    for folder in folders:
-        assert (folder / "config.json").read_bytes() == (base / "config.json").read_bytes()
+def test_the_command_publishes_the_same_files(world: World, tmp_path: Path) -> None:
+    """For the default configuration, without and with weights."""
+    summary = {
+        "command": "perplexity",
+        "configs": {"grouped": hf_sparse.SparseAttentionConfig().to_dict()},
+        "documents": [{"document": "a.txt"}],
+        "about": {"model": {"name": "base"}, "dtype": "float32", "device": "cpu"},
+        "results": [
+            {"method": method, "length": 64, "density": density, "tokens": 40, "perplexity": 2.0, "ratio": 1.0}
+            | {"low": 0.9, "high": 1.1}
+            for method, density in (("dense", 1.0), ("grouped", 0.5))
+        ],
+        "adaptive_vs_fixed": [],
+    }
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "summary.json").write_text(json.dumps(summary))
+    (results / "perplexity.png").write_bytes(b"a plot")
+    for name, more in (("light", []), ("whole", ["--weights"])):
+        names = (f"ada/{name}-function", f"ada/{name}-command")
+        world.push(names[0], fields={}, results=[str(results)], weights=bool(more))
+        done = world.writer.call(command, "publish", BASE, names[1], "--results", str(results), *more)
+        assert done["code"] == 0, done
+        function, by_command = map(world.files, names)
+        card = function["README.md"].decode().replace(f"{name}-function", f"{name}-command")
+        assert by_command == function | {"README.md": card.encode()}
+        assert {"perplexity/summary.json", "perplexity/perplexity.png"} <= set(function)
+        assert len(json.loads(function[POLICY])["quality"]) == 3
 
 
-def test_what_a_policy_without_weights_consists_of(base: Path, model: PreTrainedModel, tmp_path: Path) -> None:
-    hf_sparse.save_pretrained(model, tmp_path / "new" / "folder")
-    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {NAME, "README.md", "config.json"}
-    policy = read(tmp_path / "new" / "folder" / NAME)
-    assert policy.config == small.CONFIG
-    assert policy.base_model == str(base)
-    assert set(policy.versions) == {"hf_sparse", "torch", "transformers"}
+def test_the_base_model_stays_the_one_it_was(world: World, logits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    tiny.model("llama", seed=1).save_pretrained(tmp_path)
+    world.hub.add("org/moving", world.base)
+    world.push("ada/pinned", base="org/moving")
+    moved = world.hub.add("org/moving", {"model.safetensors": (tmp_path / "model.safetensors").read_bytes()})
+    newer = world.reader.attempt(patch, "ada/pinned", base="org/moving")
+    assert [text for text in newer.warnings if "revision" in text and moved in text], newer
+    assert (torch.tensor(newer.value) - logits[1]).abs().max() > 1e-2
+    same(world.reader.call(load, "ada/pinned"), logits[1])
+    # With both in the cache, transformers does not say which one a model is of.
+    unsure = world.reader.attempt(push, "ada/moved", base="org/moving")
+    revision = json.loads(world.files("ada/moved")[POLICY])["revision"]
+    assert revision == moved or [text for text in unsure.warnings if "base_revision" in text], unsure
+    world.push("ada/moved", base="org/moving", base_revision=moved)
+    assert json.loads(world.files("ada/moved")[POLICY])["revision"] == moved
 
 
-def test_a_folder_with_weights_opens_dense_in_plain_transformers(
-    base: Path, model: PreTrainedModel, tmp_path: Path
-) -> None:
-    hf_sparse.save_pretrained(model, tmp_path, weights=True)
-    assert torch.equal(_logits(_load(tmp_path)), _logits(_load(base)))
-    assert AutoTokenizer.from_pretrained(tmp_path)("w5 w7").input_ids == small.tokenizer()("w5 w7").input_ids
-    assert read(tmp_path / NAME).base_model is None, "a path of this machine is of no use beside the weights"
-    for path in tmp_path.glob("*.json"):
-        if path.name != NAME:
-            assert "hf_sparse" not in path.read_text(), path.name
-    assert policy_of(hf_sparse.from_pretrained(tmp_path)).config == small.CONFIG
+def test_private(world: World, logits: tuple[Tensor, Tensor]) -> None:
+    world.push("ada/secret", private=True)
+    assert world.hub.repos["ada/secret"].private
+    for token in ("hf_bob", None):
+        refused(world.reader.attempt(load, "ada/secret", token=token), "ada/secret", "token")
+    same(world.reader.call(load, "ada/secret"), logits[1])
 
 
-def test_the_configuration_is_that_of_the_weights_where_they_differ(model: PreTrainedModel, tmp_path: Path) -> None:
-    """Bytes of the base that say float32 would make plain transformers load bfloat16 weights as float32."""
-    hf_sparse.save_pretrained(model.to(torch.bfloat16), tmp_path, weights=True)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+def test_a_branch(world: World, logits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    (tmp_path / "policy.json").write_text(json.dumps(FIELDS))
+    options = ["--policy", str(tmp_path / "policy.json"), "--private", "--revision", "v1"]
+    done = world.writer.call(command, "publish", BASE, "ada/branches", *options)
+    assert f"{world.hub.url}/ada/branches/commit/" in done["out"]
+    assert world.hub.repos["ada/branches"].private
+    assert world.files("ada/branches") == {}
+    assert POLICY in world.files("ada/branches", "v1")
+    same(world.reader.call(load, "ada/branches", revision="v1"), logits[1])
+    refused(world.reader.attempt(load, "ada/branches"), "ada/branches")
+    refused(world.reader.attempt(load, "ada/branches", revision="v2"), "ada/branches", "v2")
+    world.push("ada/branches", revision="v1", weights=True)
+    assert "model.safetensors" in world.files("ada/branches", "v1")
 
 
-def test_a_model_that_was_never_loaded_is_saved_with_weights(tmp_path: Path) -> None:
-    model = hf_sparse.patch(tiny.model("llama"), small.CONFIG)
-    with pytest.warns(UserWarning, match="no tokenizer is saved.*not loaded from anywhere"):
-        hf_sparse.save_pretrained(model, tmp_path / "full", weights=True)
-    assert torch.equal(_logits(hf_sparse.from_pretrained(tmp_path / "full")), _logits(model))
-    hf_sparse.save_pretrained(model, tmp_path / "policy")
-    assert not (tmp_path / "policy" / "config.json").exists()
-    with pytest.raises(UserError, match="names no base model"):
-        hf_sparse.from_pretrained(tmp_path / "policy")
-    again = hf_sparse.patch(tiny.model("llama"), tmp_path / "policy")
-    assert torch.equal(_logits(again), _logits(model))
+def test_a_pull_request(world: World, logits: tuple[Tensor, Tensor]) -> None:
+    world.hub.add("ada/asked", {"notes.txt": b"mine"})
+    address = world.push("ada/asked", create_pr=True, token="hf_bob")
+    assert address == f"{world.hub.url}/ada/asked/discussions/1"
+    assert world.files("ada/asked") == {"notes.txt": b"mine"}
+    assert {POLICY, "notes.txt"} <= set(world.files("ada/asked", "refs/pr/1"))
+    same(world.reader.call(load, "ada/asked", revision="refs/pr/1"), logits[1])
+    options = ["--create-pr", "--weights", "--json"]
+    done = world.writer.call(command, "publish", BASE, "ada/asked", *options, token="hf_bob")
+    assert json.loads(done["out"])["url"] == f"{world.hub.url}/ada/asked/discussions/2"
+    assert world.files("ada/asked", "refs/pr/2")["model.safetensors"] == world.base["model.safetensors"]
 
 
-def test_the_tokenizer_may_be_given(tmp_path: Path) -> None:
-    model = hf_sparse.patch(tiny.model("llama"), small.CONFIG)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        hf_sparse.save_pretrained(model, tmp_path, weights=True, tokenizer=small.tokenizer())
-    assert AutoTokenizer.from_pretrained(tmp_path)("w5").input_ids == small.tokenizer()("w5").input_ids
+def test_a_card_is_edited_and_other_files_stay(world: World) -> None:
+    theirs = "---\nlicense: mit\ntags: [mine]\n---\n# My title\n\nMy words.\n"
+    world.hub.add("ada/card", {"README.md": theirs.encode()})
+    world.push("ada/card")
+    card = world.files("ada/card")["README.md"].decode()
+    for kept in ("license: mit", "mine", "# My title", "My words.", "sparse-attention"):
+        assert kept in card
+    before = dict(world.hub.repos["ada/card"].refs)
+    world.push("ada/card")
+    assert world.files("ada/card")["README.md"].decode() == card
+    assert world.hub.repos["ada/card"].refs == before, "nothing changed, so there is nothing to commit"
+    world.hub.add("ada/card", {"notes.txt": b"mine"})
+    world.push("ada/card", fields={**FIELDS, "alpha": 3.0})
+    assert world.files("ada/card")["notes.txt"] == b"mine"
+    assert json.loads(world.files("ada/card")[POLICY])["alpha"] == 3.0
 
 
-def test_only_a_patched_model_is_saved(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not patched"):
-        hf_sparse.save_pretrained(_load(base), tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+def test_a_repository_of_something_else(world: World) -> None:
+    world.hub.add("ada/taken", {"weights.gguf": b"mine"})
+    refused(world.writer.attempt(push, "ada/taken"), "ada/taken", "exists")
+    exits(world.writer.attempt(command, "publish", BASE, "ada/taken"), "ada/taken", "exists")
+    assert world.files("ada/taken") == {"weights.gguf": b"mine"}
 
 
-def test_only_a_patched_model_is_published(base: Path) -> None:
-    with pytest.raises(ValueError, match="LlamaForCausalLM is not patched"):
-        hf_sparse.push_to_hub(_load(base), "me/x")
-
-
-def test_names_are_checked_first(
-    model: PreTrainedModel, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    nothing: Any = None
-    with pytest.raises(UserError, match=r"folder must be a path, '\.' for the current folder; got ''"):
-        hf_sparse.save_pretrained(model, "")
-    with pytest.raises(TypeError, match="repo_id must be user/name, or name; got None"):
-        hf_sparse.push_to_hub(model, nothing)
-    with pytest.raises(TypeError, match="a policy is named by a Hub id, a folder or a file; got None"):
-        hf_sparse.from_pretrained(nothing)
-    assert list(tmp_path.iterdir()) == []
-    hf_sparse.save_pretrained(model, tmp_path / "new")
-    with pytest.raises(UserError, match="new is here, not on the Hub: it has no revision 'main'"):
-        hf_sparse.from_pretrained(tmp_path / "new", revision="main")
-
-
-def test_a_file_is_no_folder(model: PreTrainedModel, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is not a folder"):
-        hf_sparse.save_pretrained(model, tmp_path / "file")
-
-
-def test_results_that_are_none_write_nothing(model: PreTrainedModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no results"):
-        hf_sparse.save_pretrained(model, tmp_path / "new", results=[tmp_path])
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_card_that_is_there_is_edited(model: PreTrainedModel, tmp_path: Path) -> None:
-    card = "---\nlicense: mit\ntags:\n- mine\nlanguage: de\n---\n# My model\n\nMy words.\n"
-    (tmp_path / "README.md").write_text(card)
-    hf_sparse.save_pretrained(model, tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    found = ModelCard(text)
-    assert "# My model\n\nMy words.\n" in text
-    assert "## Sparse attention" in text
-    assert (found.data.license, found.data.language, found.data.tags[0]) == ("mit", "de", "mine")
-    hf_sparse.save_pretrained(model, tmp_path)
-    assert (tmp_path / "README.md").read_text() == text
-
-
-def test_a_base_saved_with_its_policy_in_its_own_folder(base: Path, model: PreTrainedModel, tmp_path: Path) -> None:
-    """A hand-made policy beside weights: the folder's own weights are what is meant."""
-    tiny.model("llama", seed=3).save_pretrained(tmp_path)
-    write(Policy(small.CONFIG), tmp_path / NAME)
-    loaded = hf_sparse.from_pretrained(tmp_path)
-    assert torch.equal(_logits(loaded), _logits(hf_sparse.patch(tiny.model("llama", seed=3), small.CONFIG)))
-
-
-def test_arguments_reach_the_base_model(
-    base: Path, model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hf_sparse.save_pretrained(model, tmp_path)
-    load, asked = AutoModelForCausalLM.from_pretrained, []
-
-    def from_pretrained(*names: str, **options: Any) -> PreTrainedModel:
-        asked.append((*names, options))
-        loaded: PreTrainedModel = load(*names, **options)
-        return loaded
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    loaded = hf_sparse.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu", quantization_config=None)
-    assert loaded.dtype == torch.bfloat16
-    given = {"dtype": torch.bfloat16, "device_map": "cpu", "quantization_config": None}
-    assert asked == [(str(base), {"trust_remote_code": False, "use_safetensors": True, **given})]
-
-
-def test_what_is_not_published_from_a_link_out_of_the_folder(model: PreTrainedModel, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "README.md").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="is a link that leads out of"):
-        hf_sparse.save_pretrained(model, tmp_path / "saved")
-    assert (tmp_path / "secret").read_text() == "secret"
-
-
-def test_the_base_may_be_said(model: PreTrainedModel, tmp_path: Path) -> None:
-    hf_sparse.save_pretrained(model, tmp_path, base_model="someone/model", base_revision="a" * 40)
-    policy = read(tmp_path / NAME)
-    assert (policy.base_model, policy.revision) == ("someone/model", "a" * 40)
-
-
-def test_another_base_may_be_named(model: PreTrainedModel, tmp_path: Path) -> None:
-    hf_sparse.save_pretrained(model, tmp_path / "policy")
-    tiny.model("llama", seed=5).save_pretrained(tmp_path / "other")
-    loaded = hf_sparse.from_pretrained(tmp_path / "policy", base_model=tmp_path / "other")
-    assert torch.equal(_logits(loaded), _logits(hf_sparse.patch(tiny.model("llama", seed=5), small.CONFIG)))
-
-
-def test_quality_goes_with_the_policy_until_its_configuration_changes(base: Path, tmp_path: Path) -> None:
-    row = QualityRow(method="grouped", length=64, value=1.5, low=1.4, high=1.6, model="m", documents=("a.txt",))
-    write(Policy(small.CONFIG, quality=(row,)), tmp_path / "one" / NAME)
-    model = hf_sparse.patch(_load(base), tmp_path / "one")
-    hf_sparse.save_pretrained(model, tmp_path / "two")
-    assert read(tmp_path / "two" / NAME).quality == (row,)
-    assert "1.5000" in (tmp_path / "two" / "README.md").read_text()
-    hf_sparse.patch(model, tmp_path / "one", alpha=3.0)
-    hf_sparse.save_pretrained(model, tmp_path / "three")
-    assert read(tmp_path / "three" / NAME).quality == ()
-    assert "Nothing was measured" in (tmp_path / "three" / "README.md").read_text()
+def test_dry_run(world: World) -> None:
+    with world.hub.recording() as requests:
+        done = world.writer.call(command, "publish", BASE, "ada/dry", "--dry-run")
+    assert done["code"] == 0, done
+    for word in (POLICY, "README.md", "base_model: org/base", "sparse-attention"):
+        assert word in done["out"]
+    assert not writes(requests)
+    assert "ada/dry" not in world.hub.repos
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("where", "fault"),
     [
-        (replace(FITS, model_type="gemma3_text"), "calibrated for model type 'gemma3_text'; this model has 'llama'"),
-        (CalibrationRecord(architecture="OtherForCausalLM"), "calibrated for OtherForCausalLM"),
-        (replace(FITS, layers=30), "calibrated for 30 attention layers; this model has 2"),
-        (replace(FITS, heads={0: 4, 1: 9}), "calibrated for 9 query heads in layer 1; this model has 4"),
-        (replace(FITS, heads={7: 4}), "calibrated for 4 query heads in layer 7; this model has no such layer"),
+        ("POST .*/commit/", {"cut": True}),
+        ("POST .*/commit/", {"status": 500}),
+        ("PUT /lfs/", {"status": 403}),
+        ("PUT /lfs/", {"cut": True}),
+        ("POST .*/info/lfs/", {"status": 500}),
+        ("POST .*/preupload/", {"status": 429}),
     ],
+    ids=["commit-cut", "commit-500", "weights-403", "weights-cut", "batch-500", "preupload-429"],
 )
-def test_laws_of_another_model_are_refused(
-    record: CalibrationRecord, message: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_upload(
+    where: str, fault: dict[str, Any], world: World, logits: tuple[Tensor, Tensor], request: pytest.FixtureRequest
 ) -> None:
-    write(Policy(replace(small.CONFIG, calibration=record), base_model=str(base)), tmp_path / NAME)
-    model = _load(base)
-    with pytest.raises(ValueError, match=message):
-        hf_sparse.patch(model, tmp_path)
-    assert not hf_sparse.is_patched(model)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
-    with pytest.raises(UserError, match=message):
-        hf_sparse.from_pretrained(tmp_path)
+    repo = f"ada/interrupted-{request.node.callspec.id}"
+    world.hub.stored.clear()
+    with world.hub.failing(where, **fault):
+        refused(world.writer.attempt(push, repo, weights=True), repo)
+    assert world.files(repo) == {}
+    world.push(repo, weights=True)
+    same(world.reader.call(load, repo), logits[1])
+    assert len(world.hub.repos[repo].commits) == 2  # with the first one, which the Hub makes
 
 
-def test_laws_of_this_model_are_taken(base: Path, tmp_path: Path) -> None:
-    write(Policy(replace(small.CONFIG, calibration=FITS), base_model=str(base)), tmp_path / NAME)
-    assert policy_of(hf_sparse.from_pretrained(tmp_path)).config.calibration == FITS
-
-
-def test_changed_laws_are_no_longer_calibrated(base: Path) -> None:
-    config = replace(small.CONFIG, calibration=FITS)
-    assert policy_of(hf_sparse.patch(_load(base), config, engine="reference")).config.calibration == FITS
-    assert policy_of(hf_sparse.patch(_load(base), config, alpha=7.0)).config.calibration is None
+def test_an_upload_survives_a_connection_that_breaks_once(world: World) -> None:
+    world.hub.stored.clear()
+    with world.hub.failing("PUT /lfs/", cut=True, times=1):
+        world.push("ada/lucky", weights=True)
+    assert world.files("ada/lucky")["model.safetensors"] == world.base["model.safetensors"]
 
 
 @pytest.mark.parametrize(
-    ("origin", "message"),
-    [
-        (Origin("a/model", "1" * 40), "revision 0000.*this model is at 1111"),
-        (Origin("a/other", "0" * 40), "made for a/model; this model is a/other"),
-        (Origin("a/model", None, "2" * 40), "revision 0000.*this model may be at 2222"),
-        (Origin("a/model", "0" * 40), None),
-        (Origin("a/model", None, "0" * 40), None),
-        (Origin("a/model"), None),
-        (Origin("/some/folder"), None),
-        (Origin(), None),
-    ],
+    ("status", "word"),
+    [(401, "token"), (403, "right"), (404, ""), (409, "again"), (412, "again"), (429, "requests"), (500, "later")],
 )
-def test_another_revision_warns(origin: Origin, message: str | None) -> None:
-    policies = [
-        Policy(base_model="a/model", revision="0" * 40),
-        Policy(SparseAttentionConfig(calibration=CalibrationRecord(base_model="a/model", revision="0" * 40))),
-    ]
-    for policy in policies:
-        if message is not None:
-            with pytest.warns(UserWarning, match=message):
-                warn_of_another_base(policy, origin)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                warn_of_another_base(policy, origin)
+@pytest.mark.parametrize("where", ["POST /api/repos/create", "POST .*/commit/"], ids=["create", "commit"])
+def test_errors_of_publishing(where: str, status: int, word: str, world: World) -> None:
+    repo = f"ada/error-{status}-{len(where)}"
+    with world.hub.failing(where, status, headers={"Retry-After": "0"}):
+        refused(world.writer.attempt(push, repo), repo, str(status), word)
+        exits(world.writer.attempt(command, "publish", BASE, repo), repo, str(status), word)
+    if "commit" in where:
+        assert world.files(repo) == {}
+    else:
+        assert repo not in world.hub.repos
 
 
-def test_what_was_measured_of_another_model_does_not_go_with_this_one(base: Path, tmp_path: Path) -> None:
-    write(Policy(small.CONFIG, base_model="a/model", quality=(QualityRow(length=64, value=1.5),)), tmp_path / NAME)
-    model: Any = _load(base)
-    model.config._name_or_path = "a/other"
-    with pytest.warns(UserWarning, match="made for a/model; this model is a/other"):
-        hf_sparse.patch(model, tmp_path)
-    assert policy_of(model) == Policy(small.CONFIG, base_model="a/model")
+def test_who_may_publish(world: World) -> None:
+    world.push("ada/rights")
+    before = dict(world.hub.repos["ada/rights"].refs)
+    for repo, token, word in (
+        ("ada/new", None, "token"),
+        ("ada/new", "hf_expired", "token"),
+        ("bob/new", "hf_ada", "right"),
+        ("ada/rights", "hf_bob", "right"),
+    ):
+        outcome = world.writer.attempt(push, repo, fields={**FIELDS, "alpha": 3.0}, token=token)
+        refused(outcome, repo, word)
+        exits(world.writer.attempt(command, "publish", BASE, repo, token=token), repo, word)
+    assert world.hub.repos["ada/rights"].refs == before
+    assert not {"ada/new", "bob/new"} & set(world.hub.repos)
 
 
-def test_where_a_model_came_from(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _load(base)
-    assert origin_of(model) == Origin(str(base))
-    monkeypatch.chdir(base.parent)
-    assert origin_of(_load(Path(base.name))) == Origin(str(base))
-    config: Any = model.config
-    config._name_or_path, config._commit_hash = "someone/model", "c" * 40
-    assert origin_of(model) == Origin("someone/model", "c" * 40)
-    config._name_or_path = f"/cache/models--someone--model/snapshots/{'d' * 40}"
-    assert origin_of(model) == Origin("someone/model", "d" * 40)
-    assert origin_of(tiny.model("llama")) == Origin()
+READING: dict[str, dict[str, Any]] = {
+    "401": {"status": 401},
+    "403": {"status": 403},
+    "404": {"status": 404},
+    "429": {"status": 429, "headers": {"Retry-After": "0"}},
+    "500": {"status": 500},
+    "cut": {"cut": True},
+    "long": {"announced": 10**6},
+    "short": {"announced": 40},
+}
 
 
-def test_rows_beyond_the_calibration_warn_once(base: Path) -> None:
-    config = replace(small.CONFIG, calibration=replace(FITS, fitted_to=40))
-    model = hf_sparse.patch(_load(base), config)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        tiny.logits(model, IDS[:, :40])
-        assert not caught
-        tiny.logits(model, IDS)
-        tiny.logits(model, IDS)
-    assert [str(warning.message)[:53] for warning in caught] == [
-        "a row sees 80 keys, 2 times the 40 that the laws were"
-    ]
+@pytest.mark.parametrize("kind", READING)
+@pytest.mark.parametrize("file", [POLICY, "config.json", "model.safetensors"])
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_errors_of_loading(method: str, file: str, kind: str, world: World, logits: tuple[Tensor, Tensor]) -> None:
+    if method == "HEAD" and kind in ("cut", "long", "short"):
+        return  # there is nothing to cut
+    base, name = (f"org/{part}-{file}-{kind}-{method}" for part in ("base", "policy"))
+    world.add(name, base_model=base, revision=world.hub.add(base, world.base))
+    with world.hub.failing(f"{method} /.*{kind}-{method}/resolve/.*/{file}", **READING[kind]):
+        refused(world.reader.attempt(load, name), name if file == POLICY else base)
+    same(world.reader.call(load, name), logits[1])
 
 
-def test_padding_is_not_what_a_row_sees(base: Path) -> None:
-    model = hf_sparse.patch(_load(base), replace(small.CONFIG, calibration=replace(FITS, fitted_to=40)))
-    ids, mask, _ = tiny.padded([40, 30], "left", extra=40)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tiny.logits(model, ids, mask)
-
-
-def test_a_policy_of_code_is_not_run(base: Path, tmp_path: Path) -> None:
-    """A configuration with `auto_map` beside the weights: no question is asked, no code is run."""
-    hf_sparse.save_pretrained(hf_sparse.patch(_load(base), small.CONFIG), tmp_path, weights=True)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "code.py").write_text("raise SystemExit('run')")
-    with pytest.raises(UserError, match=f"cannot load {tmp_path}"):
-        hf_sparse.from_pretrained(tmp_path)
-
-
-def test_an_adapter_is_not_saved_with_the_policy(model: PreTrainedModel, tmp_path: Path) -> None:
-    class Adapter(torch.nn.Module):
-        def __init__(self, inner: PreTrainedModel) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def get_base_model(self) -> PreTrainedModel:
-            return self.inner
-
-    with pytest.warns(UserWarning, match="the adapter is not part of the policy"):
-        hf_sparse.save_pretrained(Adapter(model), tmp_path)
-    with pytest.raises(UserError, match="merge it first"):
-        hf_sparse.save_pretrained(Adapter(model), tmp_path, weights=True)
-
-
-@pytest.mark.parametrize("name", [None, "/some/folder"])
-def test_a_policy_that_nobody_else_could_load_is_not_published(name: str | None) -> None:
-    with pytest.raises(UserError, match="is published with the Hub id of its base model"):
-        check_publishable(Policy(base_model=name))
-    check_publishable(Policy(base_model=name, weights=True))
-
-
-def test_publishing_offline_is_one_error(model: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match=r"^cannot look at someone/x: HF_HUB_OFFLINE is set$"):
-        hf_sparse.push_to_hub(model, "someone/x", token="hf_x")
-
-
-def test_patched_takes_a_policy_and_restores_what_was(base: Path, tmp_path: Path) -> None:
-    write(Policy(small.CONFIG), tmp_path / NAME)
-    model = hf_sparse.patch(_load(base), alpha=5.0)
-    before = policy_of(model)
-    with hf_sparse.patched(model, tmp_path):
-        assert policy_of(model).config == small.CONFIG
-    assert policy_of(model) == before
-    assert policy_of(hf_sparse.patch(model, str(tmp_path))).config == small.CONFIG
+def test_what_was_downloaded_before_is_enough(world: World, logits: tuple[Tensor, Tensor]) -> None:
+    world.push("ada/offline")
+    same(world.reader.call(load, "ada/offline"), logits[1])
+    with world.hub.failing(".*", 500):
+        same(world.reader.call(load, "ada/offline"), logits[1])
+    with world.hub.recording() as requests:
+        same(world.reader.call(load, "ada/offline", local_files_only=True), logits[1])
+    assert not requests
+    refused(world.reader.attempt(load, "ada/unseen", local_files_only=True), "ada/unseen")

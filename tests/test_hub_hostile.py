@@ -1,197 +1,92 @@
-"""Policies that mean harm: one clear error each, and nothing written or sent."""
+"""Policies, models, cards and folders that mean harm: one clear error each; nothing is written, sent or executed.
+
+What a hostile `sparse_config.json` may hold is in `test_policy`.
+"""
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
+import os
+import pickle
+import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.hub_world import BASE, FIELDS, World, exits, policy, refused
+from tests import tiny
+from tests.hub_client import BASE, World, command, exits, load, patch, push, refused, save
 
 pytest_plugins = ["tests.hub_fixture"]
 pytestmark = pytest.mark.usefixtures("untouched")
 
+POLICY = "sparse_config.json"
+SIDE_EFFECT = "executed.txt"
+BESIDE_OR_BASE = pytest.mark.parametrize("weights", [True, False], ids=["beside the policy", "in the base"])
+
 
 def attempts(world: World, name: str, *words: str) -> None:
     """Neither loading, nor patching with it, nor the command line has anything but one error for this repository."""
-    refused(world.reader.attempt("load", name=name), *words)
-    refused(world.reader.attempt("patch", base=BASE, name=name), *words)
-    exits(world.reader.attempt("command", arguments=["publish", name, "ada/out"]), *words)
+    refused(world.reader.attempt(load, name), *words)
+    refused(world.reader.attempt(patch, name), *words)
+    exits(world.reader.attempt(command, "publish", name, "ada/out"), *words)
 
 
-TEXTS = {
-    "nothing": (b"", "JSON"),
-    "a web page": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "JSON"),
-    "no object": (b"[1, 2]", "object"),
-    "null": (b"null", "object"),
-    "binary": (b"\xff\xfe\x00\x01", "UTF-8"),
-    "two values": (b"{} {}", "JSON"),
-    "nan": (b'{"alpha": NaN}', "NaN"),
-    "infinity": (b'{"alpha": -Infinity}', "Infinity"),
-    "overflow": (b'{"alpha": 1e999}', "alpha"),
-    "400 digits": (b'{"alpha": 1' + b"0" * 400 + b"}", "alpha"),
-    "9999 digits": (b'{"min_keys": 1' + b"0" * 9999 + b"}", "digits"),
-    "duplicate keys": (b'{"alpha": 2.0, "alpha": 3.0}', "alpha"),
-    "duplicate keys inside": (b'{"versions": {"torch": "1", "torch": "2"}}', "torch"),
-    "nested deeply": (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested"),
-    "nested": (b'{"x": ' + b"[" * 50 + b"]" * 50 + b"}", "nested"),
-}
+def add_model(world: World, name: str, files: dict[str, bytes | None], weights: bool) -> str:
+    """A model, and a policy beside it or in a repository of its own; gives where the policy is."""
+    if weights:
+        world.add(name, {**world.base, **files}, weights=True)
+        return name
+    world.hub.add(name, {**world.base, **files})
+    world.add(f"{name}-policy", base_model=name, revision=None)
+    return f"{name}-policy"
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-def test_no_policy_in_the_file(kind: str, world: World) -> None:
-    content, word = TEXTS[kind]
-    name = f"evil/{kind.replace(' ', '-')}"
-    world.hub.add(name, {"sparse_config.json": content})
-    attempts(world, name, name, word)
-
-
-def test_truncated(world: World) -> None:
-    world.hub.add("evil/truncated", {"sparse_config.json": json.dumps(policy(world)).encode()[:-9]})
-    attempts(world, "evil/truncated", "JSON")
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "JSON"),
+        (b'{"alpha": 2.0, "selec', "JSON"),
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "JSON"),
+        (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested"),
+    ],
+    ids=["nothing", "truncated", "page", "nested"],
+)
+def test_no_policy_in_the_file(content: bytes, word: str, world: World) -> None:
+    world.hub.add("evil/file", {POLICY: content})
+    attempts(world, "evil/file", "evil/file", word)
 
 
 def test_huge_and_announced(world: World) -> None:
-    world.hub.add("evil/huge", {"sparse_config.json": b"{}" + b" " * (64 << 20)})
+    world.hub.add("evil/huge", {POLICY: b"{}" + b" " * (64 << 20)})
     attempts(world, "evil/huge", "bytes")
     assert sum(sent for path, sent in world.hub.sent.items() if "evil/huge" in path) < 1 << 16
 
 
 def test_huge_and_not_announced(world: World) -> None:
-    world.hub.add("evil/endless", {"sparse_config.json": b"{}"})
+    world.hub.add("evil/endless", {POLICY: b"{}"})
     with world.hub.failing(".*/evil/endless/resolve/.*sparse_config", endless=True):
         attempts(world, "evil/endless", "evil/endless")
     assert sum(sent for path, sent in world.hub.sent.items() if "evil/endless" in path) < 32 << 20
 
 
 def test_shorter_than_announced(world: World) -> None:
-    world.hub.add("evil/short", {"sparse_config.json": json.dumps(policy(world)).encode()})
+    world.add("evil/short")
     with world.hub.failing("GET /evil/short/resolve/.*sparse_config", announced=40):
         attempts(world, "evil/short", "evil/short")
 
 
-WRONG: list[Any] = ["text", "", "../../x", "\ud800", "a\nb", -1, 1.5, 10**400, 2**80, True, None]
-WRONG += [[], [[]], [None], {}, {"1": [[1]]}]
-# field -> what of these is right there
-RIGHT: dict[str, list[Any]] = {
-    "schema_version": [],
-    "alpha": [1.5, 2**80],
-    "exponent": [],
-    "law": [],
-    "keys": [None],
-    "fraction": [None],
-    "min_keys": [],
-    "max_keys": [None],
-    "sink_keys": [],
-    "recent_keys": [],
-    "selector": [],
-    "engine": [],
-    "dense_layers": [[], None],
-    "dense_below": [None],
-    "per_head": [None],
-    "calibration": [{}, {"1": [[1]]}, None],
-    "base_model": ["text", None],
-    "revision": ["text", None],
-    "weights": [True],
-    "versions": [{}],
-    "quality": [[]],
-}
+BASES = ["/etc/passwd", "/", "../../base", "../base", "./base", "~/base", "C:\\base", "\\\\host\\share", "org--base"]
+BASES += ["org/base/../../x", "org/base/config.json", "org/base@main", "org/base\n", "", "x" * 10_000]
+BASES += ["file:///etc/passwd", "https://example.com/org/base"]
 
 
-@pytest.mark.parametrize("field", RIGHT)
-def test_wrong_types(field: str, world: World) -> None:
-    name = f"evil/wrong-{field.replace('_', '-')}"
-    for value in WRONG:
-        if not any(type(value) is type(right) and value == right for right in RIGHT[field]):
-            world.hub.add(name, {"sparse_config.json": json.dumps(policy(world, **{field: value})).encode()})
-            outcome = world.reader.attempt("load", name=name)
-            assert outcome.errors, f"{field}={value!r:.50} was taken"
-            refused(outcome, field)
-
-
-INSIDE: dict[str, Any] = {
-    "calibration": {
-        "model_type": "llama",
-        "layers": 2,
-        "heads": {"0": 4, "1": 4},
-        "base_model": BASE,
-        "documents": ["a"],
-        "texts_sha256": "0" * 64,
-        "fitted_from": 1,
-        "fitted_to": 9,
-        "target_value": 0.5,
-        "reached": 0.4,
-        "reached_at": 64,
-        "intervals": {"1": [[1.0, 2.0, 0.3, 0.4]] * 4},
-        "versions": {"torch": "2"},
-    },
-    "per_head": {"1": [[2.0, 0.5]] * 4},
-    "quality": [{"metric": "perplexity", "length": 64, "value": 2.0, "low": 1.0, "high": 3.0, "density": 0.5}],
-    "versions": {"torch": "2"},
-}
-
-
-FOREIGN: list[Any] = [10**400, "x" * 100_000, "\ud800", [[]], {"1": [{"a": 1}]}, True]
-
-
-def test_wrong_types_further_in(world: World) -> None:
-    """Whatever stands where: it is taken, or refused in one line. Nothing else comes out."""
-    name = "evil/inside"
-    whole = policy(world, **INSIDE)
-    places = [place for place in _places(whole) if len(place) > 1]
-    assert len(places) > 40
-    refusals = 0
-    for place in places:
-        for value in FOREIGN:
-            data = copy.deepcopy(whole)
-            inner: Any = data
-            for key in place[:-1]:
-                inner = inner[key]
-            inner[place[-1]] = value
-            world.hub.add(name, {"sparse_config.json": json.dumps(data).encode()})
-            outcome = world.reader.attempt("policy", name=name)
-            if outcome.errors:
-                refused(outcome, name)
-                refusals += 1
-    assert refusals > 4 * len(places)
-
-
-def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield (*at, key)
-        yield from _places(inner, (*at, key))
-
-
-@pytest.mark.parametrize(
-    "base",
-    [
-        "/etc/passwd",
-        "/",
-        "../../base",
-        "../base",
-        "./base",
-        "~/base",
-        "C:\\base",
-        "\\\\host\\share",
-        "org/base/../../x",
-        "org/base/config.json",
-        "file:///etc/passwd",
-        "https://example.com/org/base",
-        "org/base@main",
-        "org--base",
-        "org/base\n",
-        "",
-        pytest.param("x" * 10_000, id="long"),
-    ],
-)
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base[:20])
 def test_a_base_that_is_no_hub_id(base: str, world: World) -> None:
-    world.hub.add("evil/base", {"sparse_config.json": json.dumps(policy(world, base_model=base)).encode()})
+    world.add("evil/base", base_model=base)
     with world.hub.recording() as requests:
-        refused(world.reader.attempt("load", name="evil/base"), "base")
-        exits(world.reader.attempt("command", arguments=["publish", "evil/base", "ada/out"]), "base")
+        refused(world.reader.attempt(load, "evil/base"), "base")
+        exits(world.reader.attempt(command, "publish", "evil/base", "ada/out"), "base")
     assert all("/evil/base/" in request for request in requests), "nothing else may be asked for"
 
 
@@ -199,41 +94,25 @@ def test_a_base_that_is_no_hub_id(base: str, world: World) -> None:
     "revision", ["../../x", "/etc", "refs/../x", "", "a\nb", pytest.param("x" * 10_000, id="long"), 5, ["main"]]
 )
 def test_a_revision_that_is_none(revision: Any, world: World) -> None:
-    world.hub.add("evil/revision", {"sparse_config.json": json.dumps(policy(world, revision=revision)).encode()})
-    refused(world.reader.attempt("load", name="evil/revision"), "revision")
+    world.add("evil/revision", revision=revision)
+    refused(world.reader.attempt(load, "evil/revision"), "revision")
 
 
 def test_a_base_that_does_not_exist(world: World) -> None:
-    world.hub.add("evil/nowhere", {"sparse_config.json": json.dumps(policy(world, base_model="org/none")).encode()})
-    refused(world.reader.attempt("load", name="evil/nowhere"), "org/none")
-    world.hub.add("evil/never", {"sparse_config.json": json.dumps(policy(world, revision="0" * 40)).encode()})
-    refused(world.reader.attempt("load", name="evil/never"), BASE)
+    world.add("evil/nowhere", base_model="org/none")
+    refused(world.reader.attempt(load, "evil/nowhere"), "org/none")
+    world.add("evil/never", revision="0" * 40)
+    refused(world.reader.attempt(load, "evil/never"), BASE)
 
 
 def test_policies_that_name_each_other(world: World) -> None:
-    config = world.base["config.json"]
+    config: dict[str, bytes | None] = {"config.json": world.base["config.json"]}
     for name, base in (("evil/self", "evil/self"), ("evil/one", "evil/two"), ("evil/two", "evil/one")):
-        content = json.dumps(policy(world, base_model=base, revision=None)).encode()
-        world.hub.add(name, {"sparse_config.json": content, "config.json": config})
+        world.add(name, config, base_model=base, revision=None)
     for name in ("evil/self", "evil/one"):
         with world.hub.recording() as requests:
-            refused(world.reader.attempt("load", name=name), "evil/")
+            refused(world.reader.attempt(load, name), "evil/")
         assert len(requests) < 60
-
-
-@pytest.mark.parametrize(
-    ("record", "word"),
-    [
-        ({"model_type": "gpt2"}, "gpt2"),
-        ({"layers": 3}, "3"),
-        ({"heads": {"1": 8}}, "8"),
-        ({"heads": {"7": 4}}, "7"),
-    ],
-)
-def test_calibrated_for_another_model(record: dict[str, Any], word: str, world: World) -> None:
-    world.hub.add("evil/other", {"sparse_config.json": json.dumps(policy(world, calibration=record)).encode()})
-    refused(world.reader.attempt("load", name="evil/other"), word)
-    refused(world.reader.attempt("patch", base=BASE, name="evil/other"), word)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +120,168 @@ def test_calibrated_for_another_model(record: dict[str, Any], word: str, world: 
 )
 def test_a_repository_that_is_none(name: str, world: World) -> None:
     with world.hub.recording() as requests:
-        refused(world.reader.attempt("load", name=name))
-        refused(world.reader.attempt("patch", base=BASE, name=name))
-        refused(world.writer.attempt("push", base=BASE, repo_id=name, fields=FIELDS))
-        exits(world.reader.attempt("command", arguments=["publish", BASE, name]))
+        refused(world.reader.attempt(load, name))
+        refused(world.reader.attempt(patch, name))
+        refused(world.writer.attempt(push, name))
+        exits(world.reader.attempt(command, "publish", BASE, name))
     assert all(f"/{BASE}" in request for request in requests)
+
+
+def code(world: World, model_type: str) -> dict[str, bytes | None]:
+    """A configuration that names code, and the code."""
+    names = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
+    config = json.loads(world.base["config.json"]) | {"model_type": model_type, "auto_map": names}
+    evil = f"import pathlib\npathlib.Path({str(world.folder / SIDE_EFFECT)!r}).write_text('')\n".encode()
+    return {"config.json": json.dumps(config).encode(), "evil.py": evil, "custom_generate/generate.py": evil}
+
+
+@pytest.mark.parametrize("model_type", ["evil", "llama"])
+@BESIDE_OR_BASE
+def test_code_in_a_repository_is_not_run(weights: bool, model_type: str, world: World) -> None:
+    name = add_model(world, f"evil/code-{model_type}-{weights}", code(world, model_type), weights)
+    loaded = world.reader.attempt(load, name)
+    published = world.reader.attempt(command, "publish", name, "ada/out", "--dry-run")
+    assert "[y/N]" not in published.value["out"], "nobody may be asked whether to run it"
+    if model_type == "evil":  # only its own code can read it
+        refused(loaded, "custom code")
+        exits(published)
+    else:  # what transformers knows is read by transformers
+        assert loaded.error is None
+
+
+def test_code_is_run_where_the_caller_wants_it(world: World) -> None:
+    """So the code above would have been noticed."""
+    name = add_model(world, "evil/wanted", code(world, "evil"), weights=True)
+    assert world.reader.attempt(load, name, trust_remote_code=True).error  # it defines nothing
+    (world.folder / SIDE_EFFECT).unlink()
+
+
+class _Pickled:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (self.path, "w")
+
+
+@BESIDE_OR_BASE
+def test_pickled_weights_are_not_opened(weights: bool, world: World) -> None:
+    bomb = pickle.dumps(_Pickled(str(world.folder / SIDE_EFFECT)))
+    pickle.loads(bomb).close()
+    (world.folder / SIDE_EFFECT).unlink()  # it works
+    base = f"evil/pickle-{weights}"
+    name = add_model(world, base, {"model.safetensors": None, "pytorch_model.bin": bomb}, weights)
+    with world.hub.recording() as requests:
+        refused(world.reader.attempt(load, name), base, "safetensors")
+    assert not [request for request in requests if request.startswith("GET") and "pytorch_model.bin" in request]
+
+
+INDEX = "model.safetensors.index.json"
+BROKEN: dict[str, dict[str, bytes | None]] = {
+    "truncated weights": {"model.safetensors": struct.pack("<Q", 2000) + b'{"a": '},
+    "a header without end": {"model.safetensors": struct.pack("<Q", 2**62) + b"{}"},
+    "weights that are a web page": {"model.safetensors": b"<html>" * 100},
+    "shards elsewhere": {
+        "model.safetensors": None,
+        INDEX: b'{"metadata": {}, "weight_map": {"lm_head.weight": "../../../x.safetensors"}}',
+    },
+    "an index that is none": {"model.safetensors": None, INDEX: b"[]"},
+    "no weights": {"model.safetensors": None},
+    "a configuration that is a web page": {"config.json": b"<html></html>"},
+    "a configuration of another kind": {"config.json": b"[]"},
+    "no configuration": {"config.json": None},
+    "a model nobody knows": {"config.json": b'{"model_type": "unheard-of"}'},
+    "no model type": {"config.json": b"{}"},
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@BESIDE_OR_BASE
+def test_a_broken_model(kind: str, weights: bool, world: World) -> None:
+    base = f"evil/{kind.replace(' ', '-')}-{weights}"
+    name = add_model(world, base, BROKEN[kind], weights)
+    refused(world.reader.attempt(load, name), base)
+    exits(world.reader.attempt(command, "publish", name, "ada/out", "--weights"), base)
+
+
+def test_a_model_that_cannot_be_patched(world: World, tmp_path: Path) -> None:
+    tiny.unsupported("bloom").save_pretrained(tmp_path)
+    files: dict[str, bytes | None] = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    refused(world.reader.attempt(load, add_model(world, "evil/bloom", files, weights=False)), "Bloom")
+
+
+@pytest.mark.parametrize("linked", ["README.md", POLICY, "config.json"])
+def test_links_out_of_a_folder_are_not_followed(linked: str, world: World, tmp_path: Path) -> None:
+    """Neither is what they lead to published, nor is it written over."""
+    secret, folder = tmp_path / "secret", tmp_path / "folder"
+    text = "---\nlicense: mit\n---\nthe secret" if linked == "README.md" else '{"architectures": ["the secret"]}'
+    secret.write_text(text)
+    folder.mkdir()
+    (folder / POLICY).write_text(json.dumps({"base_model": BASE, "revision": world.commit}))
+    (folder / linked).unlink(missing_ok=True)
+    (folder / linked).symlink_to(secret)
+    done = world.reader.call(command, "publish", str(folder), "ada/out", "--dry-run", "--json")
+    assert "the secret" not in done["out"] + done["err"]
+    if done["code"] == 0:
+        shown = {file["path"]: file["bytes"] for file in json.loads(done["out"])["files"]}
+        assert shown.get(linked) != len(text)
+    world.reader.attempt(save, str(folder))
+    assert secret.read_text() == text
+
+
+CARDS = {
+    "binary": b"---\nlicense: mit\n---\n\xff\xfe\x00",
+    "broken metadata": b"---\nlicense: [mit\n---\n# Title\n",
+    "a list": b"---\n- license\n---\n# Title\n",
+    "a number as licence": b"---\nlicense: 5\n---\n# Title\n",
+    "a list as licence": b"---\nlicense: [{a: 1}]\n---\n# Title\n",
+    "tags that are none": b"---\ntags: {a: 1}\n---\n# Title\n",
+    "a number of tags": b"---\ntags: 5\n---\n# Title\n",
+    "a word as tags": b"---\ntags: mine\n---\n# Title\n",
+    "results that are none": b"---\nmodel-index: 7\n---\n# Title\n",
+    "no end": b"---\nlicense: mit\n",
+    "only metadata": b"---\nlicense: mit\n---\n",
+    "nothing": b"",
+    # Runs where YAML is read without care; in the place of COMMAND stands a path.
+    "a command": b"---\nlicense: !!python/object/apply:pathlib.Path.touch ['COMMAND']\n---\n# Title\n",
+}
+
+
+@pytest.mark.parametrize("kind", CARDS)
+@pytest.mark.parametrize("where", ["base", "repository"])
+def test_strange_cards(where: str, kind: str, world: World) -> None:
+    """A card is used, or edited, or refused in one line."""
+    card = CARDS[kind].replace(b"COMMAND", str(world.folder / SIDE_EFFECT).encode())
+    name = kind.replace(" ", "-")
+    if where == "base":
+        world.hub.add(f"evil/{name}", {**world.base, "README.md": card})
+        done = world.reader.call(command, "publish", f"evil/{name}", "ada/new", "--dry-run")
+        assert done["code"] == 0, "its own card is not there to be published"
+    else:
+        world.hub.add(f"ada/{name}", {"README.md": card})
+        outcome = world.reader.attempt(command, "publish", BASE, f"ada/{name}", "--dry-run")
+        if outcome.value["code"] != 0:
+            exits(outcome, "README.md")
+
+
+@pytest.mark.parametrize("kind", ["itself", "a folder", "a pipe", "a device"])
+def test_a_policy_that_is_no_file(kind: str, world: World, tmp_path: Path) -> None:
+    path = tmp_path / POLICY
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path if kind == "itself" else "/dev/zero")
+    for name in (str(tmp_path), str(path)):
+        refused(world.reader.attempt(load, name), str(tmp_path))
+        exits(world.reader.attempt(command, "publish", name, "ada/out"), str(tmp_path))
+
+
+def test_names_that_lead_elsewhere(world: World) -> None:
+    """Only the files that a model needs are asked for, by names that the client made itself."""
+    names = ("../../../evil.txt", "/evil.txt", "..\\evil.txt", "a/../../evil.txt")
+    world.add("evil/names", {**world.base, **dict.fromkeys(names, b"evil")}, weights=True)
+    with world.hub.recording() as requests:
+        world.reader.call(load, "evil/names")
+    assert not [request for request in requests if "evil.txt" in request]

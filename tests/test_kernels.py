@@ -24,7 +24,7 @@ from hf_sparse.selectors import compiled
 from hf_sparse.selectors.grouped import GROUP_QUERIES
 from tests import calls, tiny
 
-needs_kernels = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+needs_kernels = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=str(cpu.unsupported_reason()))
 
 
 def decoded(parts: tuple[Tensor, Tensor], length: int) -> Tensor:
@@ -203,7 +203,7 @@ import sys, torch
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.cpu import build
 from tests import test_kernels
-assert cpu.why_not() is None, cpu.why_not()
+assert cpu.unsupported_reason() is None, cpu.unsupported_reason()
 torch.save([cpu.lanes(), [test_kernels.attended(rows) for rows in (1, 128)]], sys.argv[1])
 """
 
@@ -238,7 +238,7 @@ from hf_sparse.kernels import cpu
 from hf_sparse.kernels.cpu import build
 from tests import tiny
 model = tiny.model("llama")
-print(cpu.why_not())
+print(cpu.unsupported_reason())
 try:
     hf_sparse.patch(model, engine="cpu")
 except ValueError as error:
@@ -312,7 +312,7 @@ def test_lists_are_no_longer_than_the_text(name: str, rows: int) -> None:
     call = calls.inputs(calls.causal_intervals(rows, 600), 600, dim=16)
     config = SparseAttentionConfig(**{name: 1_000_000})
     selection = calls.select("grouped", call, torch.full((2, 1, rows), 90), config)
-    assert selection.columns.shape[-1] <= 608 + 192
+    assert selection.positions.shape[-1] <= 608 + 192
     assert (selection.kept(4) == 90).all()
 
 

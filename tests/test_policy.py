@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import hf_sparse
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.policy import Policy, is_hub_id
+from hf_sparse.policy import Origin, Policy, is_hub_id
 from hf_sparse.policy.files import MAX_BYTES, NAME, load, read, text_of, write
-from hf_sparse.policy.quality import QualityRow
+from hf_sparse.policy.quality import QualityRecord
 
 POLICY = Policy(
     SparseAttentionConfig(
@@ -26,15 +29,17 @@ POLICY = Policy(
     revision="0123456789abcdef0123456789abcdef01234567",
     versions={"hf_sparse": "0.1.0"},
     quality=(
-        QualityRow(metric="perplexity", method="dense", length=512, value=17.5, tokens=2048, documents=("a.txt",)),
-        QualityRow(method="grouped", length=512, value=1.01, low=1.0, high=1.02, density=0.5, model="m.gguf"),
+        QualityRecord(metric="perplexity", method="dense", length=512, value=17.5, tokens=2048, documents=("a.txt",)),
+        QualityRecord(method="grouped", length=512, value=1.01, low=1.0, high=1.02, density=0.5, model="m.gguf"),
     ),
 )
 
 
 def _write(folder: Path, data: Any) -> Path:
     path = folder / NAME
-    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    if not isinstance(data, bytes):
+        data = (data if isinstance(data, str) else json.dumps(data)).encode()
+    path.write_bytes(data)
     return path
 
 
@@ -76,16 +81,22 @@ def test_fields_of_a_newer_release_survive_with_a_warning(tmp_path: Path) -> Non
 
 REFUSED: list[tuple[Any, str]] = [
     ("", "it must be JSON"),
+    ("{} {}", "it must be JSON"),
     ('{"alpha": 8', "it must be JSON"),
+    ("<!DOCTYPE html><html><body>Sign in</body></html>", "it must be JSON"),
+    (b"\xff\xfe\x00\x01", "it must be UTF-8"),
     ("[1, 2]", "it must hold a JSON object; got list"),
     ('"x"', "it must hold a JSON object"),
+    ("null", "it must hold a JSON object"),
     ('{"alpha": NaN}', "numbers must be finite; got NaN"),
     ('{"alpha": -Infinity}', "numbers must be finite; got -Infinity"),
     ('{"alpha": 1e999}', "alpha must be a finite number"),
+    ('{"alpha": 1' + "0" * 400 + "}", "alpha must be a finite number"),
     ('{"new": 1e999}', "extra must be what JSON can hold"),
-    ('{"alpha": ' + "9" * 5000 + "}", "digits"),
+    ('{"min_keys": 1' + "0" * 9999 + "}", "digits"),
     ('{"alpha": 1, "alpha": 2}', "each key must stand once; got 'alpha' 2 times"),
     ('{"calibration": {"layers": 1, "layers": 2}}', "each key must stand once; got 'layers' 2 times"),
+    ('{"versions": {"torch": "1", "torch": "2"}}', "each key must stand once; got 'torch' 2 times"),
     ('{"new": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested at most 20 deep"),
     ('{"new": ' + "[" * 21 + "]" * 21 + "}", "nested at most 20 deep"),
     ({"alpha": "8"}, "alpha must be a finite number above 0; got '8'"),
@@ -95,12 +106,13 @@ REFUSED: list[tuple[Any, str]] = [
     ({"base_model": "../../etc"}, "base_model must be a Hub id or an absolute path; got '../../etc'"),
     ({"base_model": "a/b/c"}, "base_model must be a Hub id or an absolute path"),
     ({"base_model": "https://example.org/x"}, "base_model must be a Hub id or an absolute path"),
+    ({"base_model": "x" * 3_000_000}, "base_model must be one line of text"),
     ({"revision": "../main"}, "revision must be a name, not a path"),
     ({"weights": "yes"}, "weights must be true or false; got 'yes'"),
     ({"versions": ["torch"]}, "versions must be a mapping"),
-    ({"quality": {"value": 1}}, "quality must be a list of rows"),
-    ({"quality": "good"}, "quality must be a list of rows"),
-    ({"quality": [3]}, "quality[0]: quality row must be a mapping; got 3"),
+    ({"quality": {"value": 1}}, "quality must be a list of records"),
+    ({"quality": "good"}, "quality must be a list of records"),
+    ({"quality": [3]}, "quality[0]: quality record must be a mapping; got 3"),
     ({"quality": [{}, {"speed": 3}]}, "quality[1]: fields must be among metric, method"),
     ({"quality": [{"value": "1.0"}]}, "quality[0]: value must be a finite number; got '1.0'"),
     ({"quality": [{"metric": "My Metric"}]}, "quality[0]: metric must be a name"),
@@ -110,20 +122,104 @@ REFUSED: list[tuple[Any, str]] = [
     ({"calibration": [1]}, "calibration must be a mapping"),
     ({"calibration": {"target": "speed"}}, "target must be one of density, output_error, perplexity_ratio"),
     ({"per_head": {"0": [[1.0, 2.0]]}}, "per_head['0'][0] exponent must be a finite number"),
-    ({"base_model": "x" * 3_000_000}, "base_model must be one line of text"),
 ]
+
+
+def _refused(path: Path, message: str) -> None:
+    """Reading the file is one error: a line with the file's name and this."""
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        load(path)
+    said = str(caught.value)
+    assert said.startswith(str(path))
+    assert "\n" not in said
+    assert len(said) < 600
 
 
 @pytest.mark.filterwarnings("ignore:.*this release does not know")
 @pytest.mark.parametrize(("data", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
 def test_what_is_wrong_is_one_error_with_the_name_of_the_file(data: Any, message: str, tmp_path: Path) -> None:
     path = _write(tmp_path, data)
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
-        load(path)
-    said = str(caught.value)
-    assert said.startswith(str(path))
-    assert "\n" not in said
-    assert len(said) < 1000
+    _refused(path, message)
+    with pytest.raises(UserError, match=re.escape(message)):
+        hf_sparse.from_pretrained(path)
+
+
+WRONG: list[Any] = ["text", "", "../../x", "\ud800", "a\nb", -1, 1.5, 10**400, 2**80, True, None]
+WRONG += [[], [[]], [None], {}, {"1": [[1]]}]
+# Field -> which of these are right there; for other fields, none is.
+RIGHT: dict[str, list[Any]] = {
+    "alpha": [1.5, 2**80],
+    "keys": [None],
+    "fraction": [None],
+    "max_keys": [None],
+    "dense_layers": [[], None],
+    "dense_below": [None],
+    "per_head": [None],
+    "calibration": [{}, {"1": [[1]]}, None],
+    "base_model": ["text", None],
+    "revision": ["text", None],
+    "weights": [True],
+    "versions": [{}],
+    "quality": [[]],
+}
+
+
+@pytest.mark.parametrize("field", POLICY.to_dict())
+def test_wrong_types(field: str, tmp_path: Path) -> None:
+    for value in WRONG:
+        if not any(type(value) is type(right) and value == right for right in RIGHT.get(field, [])):
+            _refused(_write(tmp_path, {field: value}), field)
+
+
+INSIDE: dict[str, Any] = {
+    "calibration": {
+        "model_type": "llama",
+        "layers": 2,
+        "heads": {"0": 4, "1": 4},
+        "base_model": "someone/model",
+        "documents": ["a"],
+        "texts_sha256": "0" * 64,
+        "fitted_from": 1,
+        "fitted_to": 9,
+        "target_value": 0.5,
+        "reached": 0.4,
+        "reached_at": 64,
+        "intervals": {"1": [[1.0, 2.0, 0.3, 0.4]] * 4},
+        "versions": {"torch": "2"},
+    },
+    "per_head": {"1": [[2.0, 0.5]] * 4},
+    "quality": [{"metric": "perplexity", "length": 64, "value": 2.0, "low": 1.0, "high": 3.0, "density": 0.5}],
+    "versions": {"torch": "2"},
+}
+FOREIGN: list[Any] = [10**400, "x" * 100_000, "\ud800", [[]], {"1": [{"a": 1}]}, True]
+
+
+@pytest.mark.filterwarnings("ignore:.*this release does not know")
+def test_wrong_types_further_in(tmp_path: Path) -> None:
+    """Whatever stands where: it is taken, or refused in one line. Nothing else comes out."""
+    places = [place for place in _places(INSIDE) if len(place) > 1]
+    assert len(places) > 40
+    refusals = 0
+    for place in places:
+        for value in FOREIGN:
+            data = copy.deepcopy(INSIDE)
+            inner: Any = data
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+            path = _write(tmp_path, data)
+            try:
+                read(path)
+            except UserError:
+                _refused(path, NAME)
+                refusals += 1
+    assert refusals > 4 * len(places)
+
+
+def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*at, key)
+        yield from _places(inner, (*at, key))
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
@@ -134,20 +230,13 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     assert read(path) == Policy()
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
-    (tmp_path / NAME).write_bytes(b'{"law": "\xff"}')
-    with pytest.raises(UserError, match="it must be UTF-8"):
-        load(tmp_path)
-
-
 def test_a_policy_is_found_by_folder_and_by_file(tmp_path: Path) -> None:
     write(POLICY, tmp_path / NAME)
     (tmp_path / "mine.json").write_text((tmp_path / NAME).read_text())
     for name in (tmp_path, str(tmp_path), tmp_path / NAME, str(tmp_path / "mine.json")):
-        loaded = load(name)
-        assert loaded.policy == POLICY
-        assert loaded.is_local
-        assert Path(loaded.location) == tmp_path
+        policy = load(name)
+        assert policy == POLICY
+        assert policy.origin == Origin(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["./nothing", "nothing.json", "a/b/c", "..", "~nobody/x", "user/na me", ""])
@@ -161,20 +250,27 @@ def test_a_name_of_nothing_is_refused_before_the_hub_is_asked(
 
 
 def test_where_to_load_the_model_from(tmp_path: Path) -> None:
-    write(POLICY, tmp_path / NAME)
-    assert load(tmp_path).source() == ("someone/model", POLICY.revision)
     (tmp_path / "base").mkdir()
-    write(replace(POLICY, base_model=str(tmp_path / "base"), revision=None), tmp_path / NAME)
-    assert load(tmp_path).source() == (str(tmp_path / "base"), None)
-    write(replace(POLICY, base_model=None), tmp_path / NAME)
-    with pytest.raises(UserError, match="names no base model"):
-        load(tmp_path).source()
-    write(replace(POLICY, base_model=str(tmp_path / "gone")), tmp_path / NAME)
-    with pytest.raises(UserError, match="there is no such folder"):
-        load(tmp_path).source()
+    for base, found in (
+        (POLICY.base, POLICY.base),
+        (Origin(str(tmp_path / "base")), Origin(str(tmp_path / "base"))),
+        (Origin(), "names no base model"),
+        (Origin(str(tmp_path / "gone")), "there is no such folder"),
+    ):
+        write(replace(POLICY, base_model=base.name, revision=base.revision), tmp_path / NAME)
+        if isinstance(found, Origin):
+            assert load(tmp_path).model_origin() == found
+        else:
+            with pytest.raises(UserError, match=found):
+                load(tmp_path).model_origin()
     (tmp_path / "config.json").touch()
     (tmp_path / "model.safetensors").touch()
-    assert load(tmp_path).source() == (str(tmp_path), None)
+    assert load(tmp_path).model_origin() == Origin(str(tmp_path))
+
+
+def test_spellings_of_earlier_releases(tmp_path: Path) -> None:
+    config = read(_write(tmp_path, {"engine": "native", "dense_below": None})).config
+    assert (config.engine, config.dense_below) == ("cpu", SparseAttentionConfig().dense_below)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "google/gemma-3-270m", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/_b.c"])

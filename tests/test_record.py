@@ -47,10 +47,6 @@ def records(draw: st.DrawFn) -> CalibrationRecord:
     )
 
 
-def test_every_field_has_a_default() -> None:
-    assert CalibrationRecord.from_dict({}) == CalibrationRecord()
-
-
 @given(records())
 def test_json_round_trip(record: CalibrationRecord) -> None:
     text = json.dumps(record.to_dict(), allow_nan=False)
@@ -119,10 +115,8 @@ def test_what_is_refused(field: str, value: Any, allowed: str) -> None:
     assert allowed in str(caught.value)
 
 
-def test_the_range_of_the_fit_does_not_end_before_it_starts() -> None:
+def test_fields_that_go_together() -> None:
     with pytest.raises(ValueError, match=r"fitted_to must be at least fitted_from \(512\); got 256"):
         CalibrationRecord(fitted_from=512, fitted_to=256)
-
-
-def test_a_perplexity_ratio_may_exceed_one() -> None:
     assert CalibrationRecord(target="perplexity_ratio", target_value=1.01).target_value == 1.01
+    assert CalibrationRecord.from_dict({}) == CalibrationRecord()

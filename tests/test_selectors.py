@@ -95,8 +95,8 @@ def test_each_row_keeps_its_budget_of_keys_that_it_sees(selector: str, data: st.
     selection = select(problem)
     heads, kv_len = call.query.shape[1], call.key.shape[2]
     mask = selection.mask(heads, kv_len)
-    assert selection.columns.min() >= 0
-    assert selection.columns.max() < kv_len
+    assert selection.positions.min() >= 0
+    assert selection.positions.max() < kv_len
     assert torch.equal(mask.sum(-1), budgets.expand(mask.shape[:3]))
     # As many as were named: no key is named twice to one row.
     assert torch.equal(selection.kept(heads), mask.sum(-1))
@@ -329,6 +329,6 @@ def test_selection_carries_no_gradient_and_leaves_the_call_alone(selector: str) 
     before = [call.query.clone(), call.key.clone(), call.intervals.clone()]
     call.query.requires_grad_()
     selection = calls.select(selector, call, torch.full((2, 1, 8), 5), SparseAttentionConfig())
-    assert not selection.columns.requires_grad
+    assert not selection.positions.requires_grad
     for tensor, copy in zip([call.query, call.key, call.intervals], before, strict=True):
         assert torch.equal(tensor, copy)

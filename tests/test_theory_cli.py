@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from hf_sparse.lab import lab
-from hf_sparse.lab.experiment import Experiment, Findings
+from hf_sparse.lab import run
+from hf_sparse.lab.experiment import Experiment, Findings, Setting
 from hf_sparse.lab.inputs import Input
-from hf_sparse.lab.model_experiments import EXPERIMENTS
 from hf_sparse.measure.tables import markdown_table
+from hf_sparse.results import row_key
 from tests.small import run_command
 from tests.test_theory_synthetic import SIMULATED_EXPONENTS, SIMULATED_SLOPES
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = sorted(ROOT.glob("model_cards/theory/*/summary.json"))
-BY_NAME: dict[str, Experiment] = {experiment.name: experiment for experiment in (*lab.SYNTHETIC, *EXPERIMENTS)}
+BY_NAME: dict[str, Experiment] = {experiment.name: experiment for experiment in run.EXPERIMENTS}
 ANSWERS = {"holds", "holds in part", "fails", "not testable here"}
 
 
@@ -42,7 +42,7 @@ def again(folder: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, Fin
     """Summary and findings, from the rows of a folder alone."""
     rows = rows_of(folder)
     found = {name: BY_NAME[name].conclude([row for row in rows if row["experiment"] == name]) for name in names}
-    return lab.summarise([BY_NAME[name] for name in names], found), found
+    return run.summarise([BY_NAME[name] for name in names], found), found
 
 
 def test_every_experiment_leaves_rows_figures_verdicts_and_a_page(everything: Path) -> None:
@@ -90,10 +90,10 @@ def test_a_second_run_measures_nothing_and_a_killed_one_goes_on(
     [
         (["--scale", "huge"], "scale must be among small, full; got 'huge'"),
         (["--experiment", "window"], "experiment must be among windows, phases, workloads, assumptions"),
-        (["--scale", "full", "--experiment", EXPERIMENTS[0].name], "needs --model at full scale"),
-        (["--experiment", EXPERIMENTS[0].name, "--model", "nowhere/at/all"], "nowhere/at/all is not a model"),
-        (["--experiment", EXPERIMENTS[0].name, "--lengths", "512,many"], "--lengths takes whole numbers"),
-        (["--experiment", EXPERIMENTS[0].name, "--lengths", "512,256"], "lengths must rise"),
+        (["--scale", "full", "--experiment", "norms"], "needs --model at full scale"),
+        (["--experiment", "norms", "--model", "nowhere/at/all"], "nowhere/at/all is not a model"),
+        (["--experiment", "norms", "--lengths", "512,many"], "--lengths takes whole numbers"),
+        (["--experiment", "norms", "--lengths", "512,256"], "lengths must rise"),
         (["--seed", "-1"], "--seed"),
     ],
 )
@@ -118,11 +118,30 @@ def test_a_committed_summary_follows_from_its_rows(path: Path) -> None:
     names = list(summary["experiments"])
     repeated, found = again(path.parent, names)
     assert json.loads(json.dumps(repeated)) == {name: summary[name] for name in ("verdicts", "experiments")}
-    tables = "\n\n".join(markdown_table(*table) for table in lab.all_tables(summary, found)) + "\n"
+    tables = "\n\n".join(markdown_table(*table) for table in run.all_tables(summary, found)) + "\n"
     assert (path.parent / "tables.md").read_text(encoding="utf-8") == tables
     assert summary["about"]["scale"] == "full"
     assert all((path.parent / f"{name}.png").is_file() for name in names)
-    assert all(panel.sentence for findings in found.values() for panel in findings.panels)
+
+
+def test_committed_synthetic_records_are_those_that_a_run_would_look_for() -> None:
+    folder = ROOT / "model_cards/theory/synthetic"
+    keys = {
+        row_key(command="theory", experiment=experiment.name, seed=0, cell=cell)
+        for experiment in run.EXPERIMENTS
+        if not experiment.needs_model
+        for cell in experiment.cells(Setting("full", 0))
+    }
+    assert keys == {row["key"] for row in rows_of(folder)}
+
+
+@pytest.mark.parametrize("name", ["windows", "phases", "assumptions"])
+def test_a_committed_synthetic_record_is_measured_again_to_the_digit(name: str) -> None:
+    record = next(row for row in rows_of(ROOT / "model_cards/theory/synthetic") if row["experiment"] == name)
+    setting = Setting("full", 0)
+    cell = BY_NAME[name].cells(setting)[0]
+    again = BY_NAME[name].measure(cell, setting)
+    assert json.loads(json.dumps(again)) == {key: record[key] for key in again}
 
 
 def test_committed_figures_are_those_of_independent_simulations() -> None:

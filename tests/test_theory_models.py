@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import hf_sparse
 from hf_sparse.errors import UserError
-from hf_sparse.lab import allocation, alpha, collapse, depth, norms, rope_bases
-from hf_sparse.lab.curves import certified, error_curves
-from hf_sparse.lab.detectors import detect, kind_of, log_n_scaling, log_scaled, mixing
-from hf_sparse.lab.experiment import Setting, Subject
-from hf_sparse.lab.model_norms import head_forms, is_normed, logit_spread, watched_inputs, weight_scales
-from hf_sparse.lab.rope import frequencies_of, rope_base, with_base
-from hf_sparse.lab.sampling import LayerRows, visit_rows
-from hf_sparse.lab.subject import (
+from hf_sparse.lab import alpha, collapse, depth, norms, rope
+from hf_sparse.lab.alpha import BEST, MASS, OURS, RULE, Curves, head_errors, keys_of, laws_of
+from hf_sparse.lab.collapse import detect, kind_of, log_n_scaling, log_scaled, mixing
+from hf_sparse.lab.experiment import Experiment, Setting, Subject
+from hf_sparse.lab.plots import MOST_LINES, Panel
+from hf_sparse.lab.probe import (
+    Sample,
+    frequencies_of,
     layers_of,
     longest_windows,
-    mean_nll,
-    random_tokens,
+    rope_base,
     row_lengths,
     split_heads,
-    tiny_subject,
+    visit_samples,
+    with_base,
 )
+from hf_sparse.lab.scales import head_forms, is_normed, logit_spread, watched_inputs
+from hf_sparse.lab.tiny import random_tokens, tiny_subject
+from hf_sparse.measure.windows import Window
 from tests import tiny
 
 LENGTHS = (64, 192)
@@ -41,10 +46,27 @@ def hooks(model: torch.nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-def rows_of(subject: Subject, lengths: list[int], rows: int = 3) -> list[LayerRows]:
-    found: list[LayerRows] = []
-    visit_rows(subject.model, longest_windows(subject)[0], lengths, rows, found.append)
+def setting_of(subject: Subject) -> Setting:
+    return Setting("small", 0, subject)
+
+
+def samples(model: PreTrainedModel, window: Window, lengths: list[int], queries: int = 3) -> list[Sample]:
+    found: list[Sample] = []
+    visit_samples(model, window, lengths, queries, lambda sample: found.append(sample) or {})  # type: ignore[func-returns-value]
     return found
+
+
+def rows_of(subject: Subject, lengths: list[int]) -> list[Sample]:
+    return samples(subject.model, longest_windows(setting_of(subject))[0], lengths)
+
+
+def measured(experiment: Experiment, subject: Subject) -> list[Any]:
+    setting = setting_of(subject)
+    return [{**cell, **experiment.measure(cell, setting)} for cell in experiment.cells(setting)]
+
+
+def answers(experiment: Experiment, records: list[Any]) -> list[str]:
+    return [verdict["answer"] for verdict in experiment.verdicts(experiment.conclude(records))]
 
 
 # Sampled rows
@@ -52,7 +74,7 @@ def rows_of(subject: Subject, lengths: list[int], rows: int = 3) -> list[LayerRo
 
 def test_sampled_rows_are_the_attention_of_the_model(subject: Subject) -> None:
     found = rows_of(subject, [64, 192])
-    window = longest_windows(subject)[0]
+    window = longest_windows(setting_of(subject))[0]
     eager = tiny_subject(0, LENGTHS, targets=16).model
     eager.set_attn_implementation("eager")
     attentions = eager(input_ids=window.input_ids[None], output_attentions=True, use_cache=False).attentions
@@ -67,17 +89,15 @@ def test_sampled_rows_are_the_attention_of_the_model(subject: Subject) -> None:
 
 def test_layers_with_a_sliding_window_are_left_out() -> None:
     model = tiny.model("gemma3")
-    window = replace(longest_windows(tiny_subject(0, (64,)))[0])
-    found: list[LayerRows] = []
-    visit_rows(model, window, [16, 64], 2, found.append)
-    assert {rows.layer for rows in found} == {1}
+    window = tiny_subject(0, (64,)).windows[0]
+    assert {rows.layer for rows in samples(model, window, [16, 64])} == {1}
     assert tiny.config("gemma3").layer_types == ["sliding_attention", "full_attention"]
 
 
 def test_windows_and_lengths(subject: Subject) -> None:
-    assert [window.length for window in longest_windows(subject)] == [192] * 3
-    assert [window.length for window in longest_windows(subject, at_most=100)] == [64] * 3
-    assert [window.length for window in longest_windows(subject, at_most=10)] == [64] * 3
+    assert [window.length for window in longest_windows(setting_of(subject))] == [192] * 3
+    assert [window.length for window in longest_windows(setting_of(subject), at_most=100)] == [64] * 3
+    assert [window.length for window in longest_windows(setting_of(subject), at_most=10)] == [64] * 3
     assert row_lengths(1000) == [128, 256, 512, 1000]
     assert row_lengths(128) == [64, 128]
 
@@ -85,13 +105,6 @@ def test_windows_and_lengths(subject: Subject) -> None:
 def test_a_model_without_separate_projections_is_refused() -> None:
     with pytest.raises(UserError, match="q_proj"):
         layers_of(tiny.model("gpt2"))
-
-
-def test_the_loss_is_that_of_the_model(subject: Subject) -> None:
-    window = longest_windows(subject)[0]
-    logits = subject.model(input_ids=window.input_ids[None]).logits[0, -16:]
-    expected = torch.nn.functional.cross_entropy(logits, window.targets)
-    assert mean_nll(subject.model, window) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 # R and the spread of logits
@@ -111,9 +124,7 @@ def test_the_form_of_a_head_gives_the_logits_of_the_model(name: str) -> None:
         handles = [attention.q_norm.register_forward_hook(note("q")), attention.k_norm.register_forward_hook(note("k"))]
     else:
         handles = [attention.q_proj.register_forward_pre_hook(note("q"))]
-    found: list[LayerRows] = []
-    window = longest_windows(tiny_subject(0, (12,), targets=4))[0]
-    visit_rows(model, window, [12], 1, found.append)
+    found = samples(model, tiny_subject(0, (12,), targets=4).windows[0], [12], 1)
     for handle in handles:
         handle.remove()
     rows = found[-1]
@@ -121,60 +132,46 @@ def test_the_form_of_a_head_gives_the_logits_of_the_model(name: str) -> None:
     turned = with_base(frequencies_of(model, layer), 1.0) * (row - column)
     cos, sin = np.diag(np.cos(turned)), np.diag(np.sin(turned))
     rotation = np.block([[cos, -sin], [sin, cos]])
-    for head, form in enumerate(head_forms(layer)):
+    for head, (query, key) in enumerate(head_forms(layer)):
         x, y = (inputs.get(side, inputs["q"])[0].double().numpy() for side in ("q", "k"))
         if is_normed(layer):
             x, y = (split_heads(inputs[side], layer.heads(side)).double().numpy() for side in ("q", "k"))
             x, y = x[head], y[head // 2]
-        logit = form.scaling * (form.query @ x[row]) @ rotation.T @ (form.key @ y[column])
+        logit = (query @ x[row]) @ rotation.T @ (key @ y[column])
         assert logit == pytest.approx(float(rows.logits[head, 0, column]), rel=1e-4, abs=1e-4)
 
 
-def test_scales_of_weights_are_consistent(subject: Subject) -> None:
-    scales = {name: np.array(value) for name, value in weight_scales(subject.model, np.arange(64.0)).items()}
-    assert all(value.shape == (4, 4) for value in scales.values())
-    assert (scales["least"] <= scales["rms"]).all()
-    assert (scales["rms"] <= scales["rope"]).all()
-    assert (scales["plain"] <= scales["rope"] * (1 + 1e-9)).all()  # distance 0 is no rotation
-    assert (scales["rope"] >= scales["spectral"] / 16).all()
-
-
 def test_the_inputs_that_are_watched_are_those_of_the_projections(subject: Subject) -> None:
-    window = longest_windows(subject)[0]
+    window = longest_windows(setting_of(subject))[0]
     states = subject.model.model(input_ids=window.input_ids[None], output_hidden_states=True).hidden_states
     with watched_inputs(subject.model) as moments:
         subject.model.model(input_ids=window.input_ids[None])
     for layer in layers_of(subject.model):
         block: object = layer.block
         x = block.input_layernorm(states[layer.index])[0].detach()  # type: ignore[attr-defined]
-        for side in moments[layer.index]:
-            assert side.largest == pytest.approx(float(x.abs().max()), rel=1e-4)
-            np.testing.assert_allclose(side.deviation[0], x.std(0).numpy(), rtol=1e-3)
-    assert not any(module._forward_pre_hooks for module in subject.model.modules())
+        for side in "qk":
+            largest, deviation = moments[layer.index, side]
+            assert largest == pytest.approx(float(x.abs().max()), rel=1e-4)
+            np.testing.assert_allclose(deviation[0], x.std(0).numpy(), rtol=1e-3)
 
 
 def test_the_spread_of_gaussian_logits_is_their_deviation(subject: Subject) -> None:
-    rows = rows_of(subject, [64])[0]
-    generator = torch.Generator().manual_seed(0)
-    logits = 1.5 * torch.randn(2, 4, 20_000, generator=generator) + 7
-    logits[..., 0] = 1000.0  # a sink
-    gaussian = replace(rows, length=20_000, logits=logits, visible=torch.full((4,), 20_000))
-    found = logit_spread(gaussian, sinks=1)
-    assert found["rest"] == pytest.approx([1.5] * 2, rel=0.02)
-    assert min(found["deviation"]) > 5
-    assert found["spread"][0] > 990
-    plain = logit_spread(replace(gaussian, logits=logits[..., 1:], length=19_999, visible=torch.full((4,), 19_999)), 0)
+    sample = rows_of(subject, [64])[0]
+
+    def spread_of(logits: torch.Tensor) -> dict[str, list[float]]:
+        keys = logits.shape[-1]
+        return logit_spread(replace(sample, length=keys, logits=logits, seen=torch.ones(4, keys, dtype=torch.bool)))
+
+    logits = 1.5 * torch.randn(2, 4, 20_000, generator=torch.Generator().manual_seed(0)) + 7
+    plain = spread_of(logits)
     assert plain["deviation"] == pytest.approx([1.5] * 2, rel=0.02)
     assert plain["tilted"] == pytest.approx([1.5] * 2, rel=0.03)
     assert 1.5 <= plain["sub_gaussian"][0] < 1.7
-
-
-def test_logits_of_a_row_are_taken_relative_to_their_mean(subject: Subject) -> None:
-    rows = rows_of(subject, [64])[0]
-    before = logit_spread(rows, 4)
-    after = logit_spread(replace(rows, logits=rows.logits + 50), 4)
-    for name, values in before.items():
-        assert after[name] == pytest.approx(values, rel=1e-3)
+    logits[..., 0] = 1000.0  # a sink
+    found = spread_of(logits)
+    assert found["rest"] == pytest.approx([1.5] * 2, rel=0.02)
+    assert min(found["deviation"]) > 5
+    assert found["spread"][0] > 990
 
 
 # RoPE
@@ -276,15 +273,6 @@ def test_detectors_on_rows_that_are_known() -> None:
     assert kind(peaked) == "none"
 
 
-@pytest.mark.parametrize(("spread", "expected"), [(0.05, "dispersed"), (8.0, "frozen")])
-def test_gaussian_logits_disperse_below_and_freeze_above_the_line(spread: float, expected: str) -> None:
-    n = 2000  # sqrt(2 ln n) = 3.9
-    logits = spread * torch.randn(1, 50, n, generator=torch.Generator().manual_seed(0))
-    found = detect(logits, torch.full((50,), n), 0)
-    share = found["rest_share"][0]
-    assert (share > 0.95) if expected == "dispersed" else (found["rest_largest"][0] > 0.5 and share < 0.2)
-
-
 def test_log_n_scaling_in_the_model_is_that_of_its_logits(subject: Subject) -> None:
     plain = rows_of(subject, [64, 192])
     with log_n_scaling(subject.model, 64):
@@ -309,45 +297,31 @@ def test_mixing_of_rows_that_are_alike_and_of_rows_that_are_not() -> None:
 # Alpha
 
 
-def toy_curves() -> allocation.Curves:
+def toy_curves() -> Curves:
     """Three heads whose errors fall as k^-1, at three levels."""
     lengths = (256, 1024, 4096)
     counts = {n: np.array([8.0 * 2**i for i in range(int(math.log2(n / 8)) + 1)]) for n in lengths}
     level = np.array([[1.0], [4.0], [16.0]])
     error = {n: level * (1 / k - 1 / n) for n, k in counts.items()}
-    return allocation.Curves(counts, error, {n: np.array([16.0, 16.0, 64.0]) for n in lengths})
+    return Curves(error, {n: np.array([16.0, 16.0, 64.0]) for n in lengths})
 
 
-@pytest.mark.parametrize("make", [lambda c: allocation.uniform(c, 0.5, 100.0), *[
-    lambda c, f=f: f(c, 100.0) for f in (allocation.best_uniform, allocation.by_mass, allocation.by_error)
-]])  # fmt: skip
-def test_laws_spend_the_budget_and_no_more(make: object) -> None:
+def test_laws_spend_the_budget_and_the_objective_gives_keys_where_they_help() -> None:
     curves = toy_curves()
-    keys = allocation.keys_of(make(curves), curves.lengths)  # type: ignore[operator]
-    assert 90 < keys.mean() <= 100 + 1e-6
-
-
-def test_the_objective_gives_more_keys_where_they_help_more() -> None:
-    curves = toy_curves()
-    cost = 100.0
-    ours = allocation.keys_of(allocation.by_error(curves, cost), curves.lengths)
+    keys = {name: keys_of(law, list(curves.error)) for name, law in laws_of(curves, 100.0).items()}
+    assert set(keys) == {RULE, "fixed", "fraction", BEST, MASS, OURS}
+    assert all(90 < own.mean() <= 100 + 1e-6 for own in keys.values())
     # Least sum of level / k at a given sum of k: k in proportion to the root of the level, 1 : 2 : 4.
+    ours = keys[OURS]
     np.testing.assert_allclose(ours.mean(0) / ours.mean(), np.array([1, 2, 4]) * 3 / 7, rtol=0.25)
-    error = {
-        name: curves.errors(allocation.keys_of(law, curves.lengths)).mean()
-        for name, law in {
-            "ours": allocation.by_error(curves, cost),
-            "best": allocation.best_uniform(curves, cost),
-            "sqrt": allocation.uniform(curves, 0.5, cost),
-        }.items()
-    }
-    assert error["ours"] < error["best"] <= error["sqrt"] * (1 + 1e-9)
+    error = {name: curves.errors(own).mean() for name, own in keys.items()}
+    assert error[OURS] < error[BEST] <= error[RULE] * (1 + 1e-9)
 
 
 def test_error_curves_are_the_errors_of_the_layer_output(subject: Subject) -> None:
     rows = rows_of(subject, [64])[0]
     layer = layers_of(subject.model)[0]
-    found = error_curves(rows, layer)["error"]
+    found = head_errors(rows, layer, 2.0)
     kept = 16
     keep = rows.weights >= rows.weights.sort(-1, descending=True).values[..., kept - 1 : kept]
     sparse = rows.weights * keep / (rows.weights * keep).sum(-1, keepdim=True)
@@ -357,64 +331,60 @@ def test_error_curves_are_the_errors_of_the_layer_output(subject: Subject) -> No
         one = torch.zeros_like(exact)
         one[head] = (ours - exact)[head]
         expected = (layer.attention.o_proj(one.transpose(0, 1).flatten(1)).square().sum(-1) / whole).mean()
-        assert found[head][1] == pytest.approx(float(expected.detach()), rel=1e-3)
-    bounds = certified(rows, 2.0)
+        assert found["error"][head][1] == pytest.approx(float(expected.detach()), rel=1e-3)
     for low, high in (("lost", "certified"), ("floor", "max_entry"), ("output", "output_bound")):
-        assert all(a <= b for a, b in zip(bounds[low], bounds[high], strict=True)), low
+        assert all(a <= b for a, b in zip(found[low], found[high], strict=True)), low
 
 
 # The experiments as a whole
 
 
-@pytest.mark.parametrize("module", [norms, rope_bases, collapse, alpha])
-def test_an_experiment_runs_on_a_tiny_model_and_concludes_from_its_rows(module: object, subject: Subject) -> None:
-    experiment = module.EXPERIMENT  # type: ignore[attr-defined]
-    setting = Setting("small", 0, tiny_subject(0, (64, 256), targets=16))
-    rows = [{**cell, **experiment.measure(cell, setting)} for cell in experiment.cells(setting)]
-    findings = experiment.conclude(rows)
-    assert findings.verdicts
+@pytest.mark.parametrize("module", [norms, rope, collapse, alpha])
+def test_an_experiment_runs_on_a_tiny_model_and_its_panels_draw(module: Any) -> None:
+    experiment: Experiment = module.EXPERIMENT
+    findings = experiment.conclude(measured(experiment, tiny_subject(0, (64, 256), targets=16)))
+    assert experiment.verdicts(findings)
     assert len(findings.panels) == 2
-    assert all(panel.sentence.endswith(".") for panel in findings.panels)
     figure = pytest.importorskip("matplotlib.figure").Figure()
     for panel, axes in zip(findings.panels, figure.subplots(1, 2), strict=True):
         panel.draw(axes)
         assert axes.get_ylabel()
+        assert 1 <= len(axes.get_lines()) <= MOST_LINES
+
+
+def test_a_panel_of_more_lines_than_a_reader_follows_is_refused() -> None:
+    with pytest.raises(ValueError, match="a panel takes 4 lines"):
+        Panel("five", "x", "y", [1, 2], {str(i): [1, 2] for i in range(5)})
 
 
 def test_the_verdict_on_r_turns_with_the_rows(subject: Subject) -> None:
-    setting = Setting("small", 0, subject)
-    rows = [{**cell, **norms.measure(cell, setting)} for cell in norms.cells(setting)]
-    assert norms.conclude(rows).verdicts[0].answer == "fails"
-    for row in rows:
-        if row["part"] == "text":
-            row["inputs"]["bound"] = (np.array(row["inputs"]["bound"]) / 30).tolist()
-    assert norms.conclude(rows).verdicts[0].answer == "holds"
+    records = measured(norms.EXPERIMENT, subject)
+    assert answers(norms.EXPERIMENT, records)[0] == "fails"
+    for record in records:
+        if record["part"] == "text":
+            record["inputs"]["bound"] = (np.array(record["inputs"]["bound"]) / 30).tolist()
+    assert answers(norms.EXPERIMENT, records)[0] == "holds"
 
 
 def test_r_of_normalised_queries_is_not_said_to_be_tested(subject: Subject) -> None:
-    answers = {}
-    for name in ("llama", "qwen3"):
-        setting = Setting("small", 0, replace(subject, model=tiny.model(name)))
-        rows = [{**cell, **norms.measure(cell, setting)} for cell in norms.cells(setting)]
-        answers[name] = norms.conclude(rows).verdicts[-1].answer
-    assert answers["llama"] != "not testable here"
-    assert answers["qwen3"] == "not testable here"
+    records = {
+        name: measured(norms.EXPERIMENT, replace(subject, model=tiny.model(name))) for name in ("llama", "qwen3")
+    }
+    last = {name: answers(norms.EXPERIMENT, own)[-1] for name, own in records.items()}
+    assert (last["llama"] == "not testable here", last["qwen3"] == "not testable here") == (False, True)
 
 
 def test_the_verdict_on_depth_turns_with_the_rows() -> None:
     single = [[0.1, 0.1, 0.1], [0.0, 0.1, 0.1], [0.0, 0.0, 0.1]]
 
-    def row(last: float, **more: object) -> dict[str, object]:
+    def record(last: float, **more: object) -> dict[str, object]:
         together = [0.1, last / 2, last]
         return {"single": single, "all": together, "all_centred": together, "density": 0.1, **more}
 
     random = [
-        row(0.2 if residual else 1.0, part="random", residual=residual, norm=norm)
+        record(0.2 if residual else 1.0, part="random", residual=residual, norm=norm)
         for residual in (True, False)
         for norm in (True, False)
     ]
-    answers = [
-        [verdict.answer for verdict in depth.conclude([row(last, part="model"), *random]).verdicts]
-        for last in (0.17, 0.9)
-    ]
-    assert answers == [["holds", "holds"], ["fails", "holds"]]
+    found = [answers(depth.EXPERIMENT, [record(last, part="model"), *random]) for last in (0.17, 0.9)]
+    assert found == [["holds", "holds"], ["fails", "holds"]]

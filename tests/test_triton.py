@@ -34,7 +34,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 tl = importlib.import_module("triton.language")
 interpreter = importlib.import_module("triton.runtime.interpreter")
 common = importlib.import_module("hf_sparse.kernels.triton.common")
-voting = importlib.import_module("hf_sparse.kernels.triton.votes")
+voting = importlib.import_module("hf_sparse.kernels.triton.aggregate")
 quantise = importlib.import_module("hf_sparse.kernels.triton.quantise").quantise
 
 ENGINE = engines.ENGINES["triton"]
@@ -57,7 +57,7 @@ def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work is cut into as many parts as it can be."""
-    monkeypatch.setattr(common, "_processors", lambda _: 1 << 20)
+    monkeypatch.setattr(common, "_multiprocessors", lambda _: 1 << 20)
 
 
 def moved(call: AttentionCall) -> AttentionCall:
@@ -67,7 +67,7 @@ def moved(call: AttentionCall) -> AttentionCall:
 
 
 def placed(selection: Selection) -> Selection:
-    return replace(selection, columns=selection.columns.to(DEVICE), allowed=selection.allowed.to(DEVICE))
+    return replace(selection, positions=selection.positions.to(DEVICE), allowed=selection.allowed.to(DEVICE))
 
 
 def check(call: AttentionCall, selection: Selection) -> None:
@@ -85,11 +85,11 @@ def test_engine_is_the_reference(kind: str) -> None:
     check(call, calls.random_selection(call, layout(call, 3), False))
 
 
-@pytest.mark.parametrize(("rows_per_group", "per_head"), [(1, True), (1, False), (6, True)])
+@pytest.mark.parametrize(("queries_per_group", "per_head"), [(1, True), (1, False), (6, True)])
 @pytest.mark.parametrize("kind", ["both", "values wider"])
-def test_layouts(kind: str, rows_per_group: int, per_head: bool) -> None:
+def test_layouts(kind: str, queries_per_group: int, per_head: bool) -> None:
     call = CALLS[kind]()
-    check(call, calls.random_selection(call, rows_per_group, per_head))
+    check(call, calls.random_selection(call, queries_per_group, per_head))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -143,7 +143,7 @@ class Recorder:
 @pytest.mark.parametrize("programs", [1, 7, 264, 10_000])
 @pytest.mark.parametrize("steps", [0, 1, 5, 64, 1000])
 def test_parts_cover_all_steps(programs: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "_processors", lambda _: 132)
+    monkeypatch.setattr(common, "_multiprocessors", lambda _: 132)
     parts, each = common.parts_for(torch.device("cpu"), programs, steps, most=64, programs_each=2)
     assert 1 <= parts <= 64
     assert parts * each >= steps > (parts - 1) * each or steps == 0
@@ -154,7 +154,7 @@ def test_parts_cover_all_steps(programs: int, steps: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("cut", [False, True])
 def test_rows_without_keys_give_zeros(kind: str, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if cut:
-        monkeypatch.setattr(common, "_processors", lambda _: 1 << 20)
+        monkeypatch.setattr(common, "_multiprocessors", lambda _: 1 << 20)
     call = CALLS[kind]()
     selection = calls.random_selection(call, 3, False)
     selection.allowed[:, :, 0] = False
@@ -162,7 +162,7 @@ def test_rows_without_keys_give_zeros(kind: str, cut: bool, monkeypatch: pytest.
     out = ENGINE.attend(call, selection)
     assert (out[:, :, :3] == 0).all()
     assert (out[:, :, 3:] != 0).any()
-    none = replace(selection, columns=selection.columns[..., :0], allowed=selection.allowed[..., :0])
+    none = replace(selection, positions=selection.positions[..., :0], allowed=selection.allowed[..., :0])
     assert (ENGINE.attend(call, none) == 0).all()
 
 
@@ -177,7 +177,7 @@ def test_strides_do_not_matter() -> None:
         value=call.value.transpose(2, 3).contiguous().transpose(2, 3),
     )
     wide = torch.cat([selection.allowed, selection.allowed], dim=-1)[..., : selection.allowed.shape[-1]]
-    check(odd, replace(selection, allowed=wide, columns=selection.columns.mT.contiguous().mT))
+    check(odd, replace(selection, allowed=wide, positions=selection.positions.mT.contiguous().mT))
 
 
 @pytest.mark.parametrize("selector", ["grouped", "topk", "window"])
@@ -219,13 +219,13 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu, "interprets", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "is on cpu" in (ENGINE.unsupported_reason(call) or "")
-    assert "is on mps" in (gpu.refusal(torch.device("mps")) or "")
+    assert "is on mps" in (gpu.unsupported_reason(torch.device("mps")) or "")
     assert "no GPU" in (calls.unavailable("triton") or "")
     with pytest.raises(ValueError, match="engine 'triton' cannot run here: there is no GPU"):
         hf_sparse.patch(tiny.model("llama"), engine="triton")
     with monkeypatch.context() as old_gpu:
         old_gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-        assert "7.5" in (gpu.refusal(torch.device("cuda")) or "")
+        assert "7.5" in (gpu.unsupported_reason(torch.device("cuda")) or "")
     monkeypatch.setattr(gpu, "find_spec", lambda _: None)
     for reason in (ENGINE.unsupported_reason(call), calls.unavailable("triton")):
         assert "pip install triton" in (reason or "")
@@ -237,29 +237,29 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
 
 
 def plain_votes(
-    members: Tensor, keys: Tensor, certain: Tensor, begin: Tensor, low: Tensor, first: Tensor | None
+    members: Tensor, keys: Tensor, kept_lse: Tensor, past_start: Tensor, past_stop: Tensor, first: Tensor | None
 ) -> Tensor:
     """Votes by their definition, in float64."""
     scores = torch.einsum("bhgmd,bhnd->bhgmn", members.double(), keys.double())
     column = torch.arange(keys.shape[2])
-    seen = ((column >= begin[..., None]) & (column < low[..., None]))[:, None, :, None]
+    seen = ((column >= past_start[..., None]) & (column < past_stop[..., None]))[:, None, :, None]
     if first is not None:
         seen = seen & (column >= first[..., None])
     scores = scores.masked_fill(~seen, -torch.inf)
-    total = torch.cat([scores, certain.double()[..., None]], dim=-1).logsumexp(-1, keepdim=True)
+    total = torch.cat([scores, kept_lse.double()[..., None]], dim=-1).logsumexp(-1, keepdim=True)
     return (scores - total).exp().masked_fill(~seen, 0).nan_to_num(0).sum(3)
 
 
 def voters(groups: int, size: int, length: int, dim: int = 64, batch: int = 1, kv_heads: int = 2) -> dict[str, Tensor]:
     """Groups of members at the end of a text, with what each has besides the older keys."""
     generator = torch.Generator().manual_seed(size)
-    low = (length - 5 - torch.arange(groups).flip(0) * 11).expand(batch, groups)
+    past_stop = (length - 5 - torch.arange(groups).flip(0) * 11).expand(batch, groups)
     return {
         "members": torch.randn(batch, kv_heads, groups, size, dim, generator=generator) * 2 * dim**-0.5,
         "keys": torch.randn(batch, kv_heads, length, dim, generator=generator),
-        "certain": 7 + torch.randn(batch, kv_heads, groups, size, generator=generator),
-        "begin": torch.full((batch, groups), 3),
-        "low": low.contiguous(),
+        "kept_lse": 7 + torch.randn(batch, kv_heads, groups, size, generator=generator),
+        "past_start": torch.full((batch, groups), 3),
+        "past_stop": past_stop.contiguous(),
     }
 
 
@@ -268,7 +268,7 @@ def check_votes(members: Tensor, keys: Tensor, first: Tensor | None = None, **re
     whole, scales = quantise(keys.to(DEVICE))
     on_device = {name: x.to(DEVICE) for name, x in rest.items()}
     own_first = None if first is None else first.to(DEVICE)
-    out = voting.votes(members.to(DEVICE), whole, scales, first=own_first, **on_device).cpu()
+    out = voting.aggregated_scores(members.to(DEVICE), whole, scales, first=own_first, **on_device).cpu()
     assert out.dtype == torch.float32
     dequantised = [
         (q * scale[..., None]).cpu() for q, scale in ((whole, scales), quantise(members.flatten(2, 3).to(DEVICE)))
@@ -299,7 +299,7 @@ def test_votes_of_parts_of_the_keys(size: int) -> None:
 def test_few_members_vote_like_many(monkeypatch: pytest.MonkeyPatch) -> None:
     call = voters(1, 8, 300)
     few = check_votes(**call)
-    monkeypatch.setattr(voting, "MOST_MEMBERS", 0)
+    monkeypatch.setattr(voting, "MOST_PAIRS", 0)
     assert_close(check_votes(**call), few)
 
 
@@ -307,8 +307,8 @@ def test_few_members_vote_like_many(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_votes_in_sliding_windows(kv_heads: int) -> None:
     """Members of a group do not all see its oldest keys; some see none of them."""
     call = voters(2, 20, 300)
-    call["begin"] = torch.tensor([[100, 150]])
-    first = call["begin"][:, None, :, None] + torch.arange(20).expand(1, kv_heads, 2, 20) * 10
+    call["past_start"] = torch.tensor([[100, 150]])
+    first = call["past_start"][:, None, :, None] + torch.arange(20).expand(1, kv_heads, 2, 20) * 10
     first[..., 1, -1] = 300
     out = check_votes(**call, first=first)
     assert (out[0, :, 0, :100] == 0).all()
@@ -316,11 +316,11 @@ def test_votes_in_sliding_windows(kv_heads: int) -> None:
 
 def test_groups_without_older_keys_and_members_without_votes() -> None:
     call = voters(3, 20, 200, batch=2)
-    call["low"][0] = torch.tensor([0, 3, 150])
-    call["begin"][1, 2] = 190
-    call["certain"][0, 0, 2, :5] = torch.inf
-    call["certain"][:, :, :, 7] = -torch.inf
-    call["certain"][1, 1, 0] = torch.inf
+    call["past_stop"][0] = torch.tensor([0, 3, 150])
+    call["past_start"][1, 2] = 190
+    call["kept_lse"][0, 0, 2, :5] = torch.inf
+    call["kept_lse"][:, :, :, 7] = -torch.inf
+    call["kept_lse"][1, 1, 0] = torch.inf
     out = check_votes(**call)
     assert out.isfinite().all()
     assert (out[0, :, :2] == 0).all()
@@ -335,7 +335,7 @@ def test_keys_in_longer_storage() -> None:
     rest = {name: x.to(DEVICE) for name, x in call.items() if name not in ("members", "keys")}
     members = call["members"].to(DEVICE)
     parts = [
-        voting.votes(members, w, s, **rest)
+        voting.aggregated_scores(members, w, s, **rest)
         for w, s in ((whole[:, :, :160], scales[:, :, :160]), quantise(call["keys"].to(DEVICE)))
     ]
     assert_close(*parts)
@@ -375,7 +375,7 @@ def test_grouped_by_triton_is_its_specification(kind: str) -> None:
     assert torch.equal(selection.kept(4).cpu(), budgets)
     assert not (mask & ~calls.visible_mask(call)).any()
     assert (mask & expected).sum() >= 0.98 * expected.sum()
-    assert selection.columns.shape[-1] % 16 == 0
+    assert selection.positions.shape[-1] % 16 == 0
 
 
 @torch.no_grad()
@@ -388,8 +388,10 @@ def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model(name).to(DEVICE)
     ids, mask, _ = (x if isinstance(x, list) else x.to(DEVICE) for x in tiny.padded([90, 70], "left"))
     ways: list[Any] = []
-    votes = voting.votes
-    monkeypatch.setattr(voting, "votes", lambda *args, **rest: ways.append(args[1].dtype) or votes(*args, **rest))
+    votes = voting.aggregated_scores
+    monkeypatch.setattr(
+        voting, "aggregated_scores", lambda *args, **rest: ways.append(args[1].dtype) or votes(*args, **rest)
+    )
 
     def logits(name: str) -> Tensor:
         hf_sparse.patch(model, SPARSE, engine=name)
@@ -433,7 +435,7 @@ def test_compiles_for_gpus(capability: str, tmp_path: Path) -> None:
         "_join_parts": 1 + 1,
         "_quantise": 2,
         "_totals": 2,
-        "_votes": 2,
+        "_aggregate": 2,
         "_scores": 2 + 1,
         "_sums": 2 + 1,
     }

@@ -1,4 +1,4 @@
-"""`calibrate`: a law for every head, fitted to what its error costs the model, and checked on texts held out."""
+"""`calibrate`: a law for every head, fitted to what its error costs the model, and checked on held-out texts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse.calibration.laws import LawFit
-from hf_sparse.calibration.run import SHORTEST, Run, calibrated
+from hf_sparse.calibration.measurements import Measurements, calibrated_ratio
 from hf_sparse.calibration.solve import Solver
 from hf_sparse.calibration.target import Target
-from hf_sparse.calibration.texts import longest_input, most_tokens, split
+from hf_sparse.calibration.texts import fitted_length, split
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
@@ -27,11 +27,11 @@ from hf_sparse.patching import base_model, is_patched
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import origin_of
-from hf_sparse.record import CalibrationRecord, Interval
-from hf_sparse.results import CALIBRATE, CALIBRATION, Row, check_folder, provenance, write_json
+from hf_sparse.record import CalibrationRecord
+from hf_sparse.results import CALIBRATE, CALIBRATION, check_folder, provenance, write_json
 from hf_sparse.selectors import selector_name
 from hf_sparse.share.source import ModelInfo, check_config
-from hf_sparse.support import SupportReport, inspect
+from hf_sparse.support import inspect
 
 PROBE_TOKENS = 2048
 """Most tokens of a text on which layers are made sparse one at a time."""
@@ -40,19 +40,19 @@ PROBED = 2
 """Documents on which that is done."""
 
 CHECKED_TOKENS = 512
-"""Most tokens of each held-out document on which a calibration is checked."""
+"""Most predicted tokens of each held-out document."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration found.
+    """The result of a calibration.
 
     Attributes:
         config: The calibrated configuration, with its record.
         target: What it was to reach.
         reached: The value of the target's metric that it reached; a perplexity is that of the held-out texts.
-        met: Whether that is no more than what was to be reached.
-        price: Nats a token that a key had to be worth.
+        met: Whether that is at most the value of the target.
+        price: Nats a token that a key had to save.
         density: Kept over visible keys of the layers with laws, at the target's length.
         predicted: Nats a token that the laws cost, as predicted from single layers.
         families: Cost of a head on documents left out of the fit, by shape of law (`LawFit.held_out`).
@@ -81,7 +81,7 @@ def calibrate(
     target: Target | str = "density=0.15",
     **options: Any,
 ) -> SparseAttentionConfig:
-    """Fit alpha and exponent of every head to a target, and check the result on texts held out.
+    """Fit alpha and exponent of every head to a target, and check the result on held-out texts.
 
     Args:
         model: A causal language model that `patch` takes, unpatched.
@@ -120,23 +120,24 @@ def run_calibration(
     """Measure every head's error against its budget, spread the budget where it saves most, and check the result.
 
     The error is that of the selector which will run, on the model's own activations. What an error in a layer costs
-    the model is measured by making each layer sparse alone. Measurements are kept in `folder` as they come, and not
-    repeated by a later run, whatever its target.
+    the model is measured by making each layer sparse alone. Measurements are kept in `folder` as they come; a later
+    run reuses them, whatever its target.
 
     Args:
         model: A causal language model that `patch` takes, unpatched.
         tokenizer: Its tokenizer.
         texts: Texts to fit laws to, two at least.
         target: What to reach.
-        config: Everything but the laws: selector, floors, sinks, and layers to leave dense besides the sliding-window
-            layers of a hybrid model; the default if `None`.
+        config: Everything but the laws: selector, `min_keys`, sinks, and layers to leave dense besides the
+            sliding-window layers of a hybrid model; the default if `None`.
         held_out: Texts to check on; the last quarter of `texts`, one at least, if `None`.
         length: Tokens of each text that are used; if `None` as many as all texts and the model have, up to
             `hf_sparse.calibration.texts.LONGEST`.
-        folder: Where measurements, `calibration.json` and `sparse_config.json` go; nothing is kept if `None`.
+        folder: Where measurements, `calibration.json` and `sparse_config.json` go; nothing is kept if `None`. No
+            `sparse_config.json` is written where `config` holds code, a selector or an engine of your own.
         extrapolate: Accept a target at a greater length than laws are fitted on.
         seed: Seed of the bootstraps.
-        info: What identifies the model; what its configuration says if `None`.
+        info: Name and revision of the model for the results; from its configuration if `None`.
 
     Raises:
         UserError: (a `ValueError`) if the model cannot be patched or is patched, there are too few texts, one is too
@@ -156,13 +157,8 @@ def run_calibration(
         raise UserError(str(support))
     fitted, checked = split(texts, held_out)
     check_config(base, config)
-    most, least = most_tokens(base, support), 2 * SHORTEST
-    if most < least:
-        raise UserError(f"laws are fitted to {least} tokens or more, above the maximum of this model, {most}")
-    if length is None:
-        length = longest_input([*fitted, *checked], tokenizer, base, support, least)
+    length = fitted_length(target, length, [*fitted, *checked], tokenizer, base, support, extrapolate=extrapolate)
     at = target.length or length
-    _check_lengths(target, length, at, most, extrapolate=extrapolate)
     # All windows first: a text that is too short is found before anything is measured.
     windows = cut_windows(fitted, tokenizer, [length], targets=1)
     probes = cut_windows(fitted[:PROBED], tokenizer, [min(length, PROBE_TOKENS)], targets=1)
@@ -174,29 +170,43 @@ def run_calibration(
     if folder is not None:
         check_folder(folder, CALIBRATE, about["model"])
     with tempfile.TemporaryDirectory() as temporary, _evaluating(base):
-        run = Run(base, support, config, folder or Path(temporary), about)
-        curves = run.curves(windows)
-        fit = LawFit(curves, run.sensitivity(probes, curves), config.min_keys, config.budget().dense_below)
-        solver = Solver(fit, config, run.layers, run.dense)
-        price = solver.price(target, at, lambda made: run.ratio(made, trials))
-        made = solver.made(price)
-        check = run.check(made, checks)
+        measured = Measurements(base, support, config, folder or Path(temporary), about)
+        curves = measured.curves(windows)
+        fit = LawFit(curves, measured.sensitivity(probes, curves), config.min_keys, config.budget().dense_below)
+        solver = Solver(fit, config, measured.layers, measured.dense)
+        price = solver.price(target, at, lambda trial: measured.ratio(trial, trials))
+        found = solver.config_at(price)
+        check = measured.check(found, checks)
     density = solver.density(price, at)
     reached = {
         "density": density,
         "output_error": fit.held_out_error(price),
-        "perplexity_ratio": calibrated(check)["ratio"],
+        "perplexity_ratio": calibrated_ratio(check),
     }[target.metric]
-    record = _record(about, base, support, fit, target, fitted, checked)
-    record = replace(
-        record,
+    intervals = fit.by_layer(fit.intervals(price, seed))
+    revision = about["model"]["revision"]
+    record = CalibrationRecord(
+        model_type=base.config.model_type,
+        architecture=support.architecture,
+        layers=len(support.layers),
+        heads={layer.layer: layer.heads for layer in support.layers},
+        base_model=about["model"]["name"],
+        revision=None if revision == "unknown" else revision,
         selector=selector_name(config.selector),
+        documents=tuple(document.name for document in fitted),
+        texts_sha256=hashlib.sha256("".join(document.sha256 for document in fitted).encode()).hexdigest(),
+        held_out=tuple(document.name for document in checked),
+        fitted_from=fit.shortest,
+        fitted_to=fit.longest,
+        target=target.metric,
+        target_value=target.value,
         reached=reached,
         reached_at=at,
-        intervals=_intervals(fit, price, seed, made),
+        intervals={layer: own for layer, own in intervals.items() if layer in (found.per_head or {})},
+        versions=about["versions"],
     )
     result = Calibration(
-        config=replace(made, calibration=record),
+        config=replace(found, calibration=record),
         target=target,
         reached=reached,
         met=reached <= target.value,
@@ -208,6 +218,7 @@ def run_calibration(
     )
     if folder is not None:
         write_json(folder / CALIBRATION, result.to_dict())
+    if folder is not None and not config.code:
         origin = origin_of(base)
         name, commit = (None, None) if origin.is_local else (origin.name, origin.revision)
         policy = Policy(result.config, name, commit, versions=about["versions"])
@@ -215,24 +226,8 @@ def run_calibration(
     return result
 
 
-def _check_lengths(target: Target, length: int, at: int, most: int, *, extrapolate: bool) -> None:
-    if length < 2 * SHORTEST:
-        raise UserError(f"length: laws are fitted to at least {2 * SHORTEST} tokens; got {length}")
-    for what, tokens in ((f"length {length}", length), (f"the target {target}", at)):
-        if tokens > most:
-            raise UserError(
-                f"{what} is above the maximum of this model, {most} tokens: no row sees more keys than are in its "
-                "longest input, or its sliding window"
-            )
-    if at > length and not extrapolate:
-        raise UserError(
-            f"the target {target} lies at {at / length:.3g} times the {length} tokens that laws are fitted to: give "
-            "longer texts, or ask for extrapolation, for laws that were not measured there"
-        )
-
-
 def _info(model: PreTrainedModel) -> ModelInfo:
-    """What identifies a model that was handed over as an object; no path of the machine."""
+    """Name and revision of a model in memory; no path of the machine."""
     name = model.config.name_or_path or type(model).__name__
     return ModelInfo(
         Path(name).resolve().name if Path(name).exists() else name,
@@ -244,47 +239,10 @@ def _info(model: PreTrainedModel) -> ModelInfo:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode: with dropout, no two runs measure the same."""
+    """The model in evaluation mode: dropout would make every measurement random."""
     training = model.training
     model.train(False)
     try:
         yield
     finally:
         model.train(training)
-
-
-def _record(
-    about: Row,
-    model: PreTrainedModel,
-    support: SupportReport,
-    fit: LawFit,
-    target: Target,
-    fitted: Sequence[Document],
-    checked: Sequence[Document],
-) -> CalibrationRecord:
-    revision = about["model"]["revision"]
-    return CalibrationRecord(
-        model_type=model.config.model_type,
-        architecture=support.architecture,
-        layers=len(support.layers),
-        heads={layer.layer: layer.heads for layer in support.layers},
-        base_model=about["model"]["name"],
-        revision=None if revision == "unknown" else revision,
-        documents=tuple(document.name for document in fitted),
-        texts_sha256=hashlib.sha256("".join(document.sha256 for document in fitted).encode()).hexdigest(),
-        held_out=tuple(document.name for document in checked),
-        fitted_from=fit.shortest,
-        fitted_to=fit.longest,
-        target=target.metric,
-        target_value=target.value,
-        versions=about["versions"],
-    )
-
-
-def _intervals(fit: LawFit, price: float, seed: int, made: SparseAttentionConfig) -> dict[int, tuple[Interval, ...]]:
-    out: dict[int, tuple[Interval, ...]] = {}
-    for (layer, _), interval in zip(fit.heads, fit.intervals(price, seed), strict=True):
-        if layer in (made.per_head or {}):
-            low, high, exponent_low, exponent_high = (float(f"{value:.4g}") for value in interval)
-            out[layer] = (*out.get(layer, ()), (low, high, exponent_low, exponent_high))
-    return out

@@ -1,4 +1,4 @@
-"""How much error each head makes at each budget, with the selector that will run."""
+"""Error curves: the error that each head makes at each budget, with the selector that will run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.calibration.projection import output_weights
@@ -26,15 +26,15 @@ SMALLEST = 96
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Errors of one layer's heads on one block of rows.
+    """Errors of one layer's heads on one block of queries.
 
     Attributes:
         layer: Index of the layer.
-        visible: Keys that the last row of the block sees.
+        visible: Keys that the last query of the block sees.
         budgets: Kept keys, rising.
-        errors: For each head, at each of the budgets, the mean over the rows of ||W_h (o_k - o)||^2, relative to the
-            same mean of ||sum_h W_h o||^2: o and o_k are the head's output under dense and sparse attention, and W_h
-            is its slice of the output projection.
+        errors: For each head, at each of the budgets, the mean over the queries of ||W_h (o_k - o)||^2, relative to
+            the same mean of ||sum_h W_h o||^2: o and o_k are the head's output under dense and sparse attention, and
+            W_h is its slice of the output projection.
     """
 
     layer: int
@@ -65,16 +65,9 @@ def visible_grid(shortest: int, longest: int) -> tuple[int, ...]:
 
     Multiples of `GROUP_QUERIES`, so that the last queries which see so many keys are one group of the grouped selector.
     """
-    halves = (round(longest / 2 ** (half / 2) / GROUP_QUERIES) for half in range(2 * longest.bit_length()))
-    return tuple(
-        sorted(
-            {
-                n * GROUP_QUERIES
-                for blocks in halves
-                if (n := min(blocks, longest // GROUP_QUERIES)) * GROUP_QUERIES >= shortest
-            }
-        )
-    )
+    blocks = (round(longest / 2 ** (half / 2) / GROUP_QUERIES) for half in range(2 * longest.bit_length()))
+    grid = {min(n, longest // GROUP_QUERIES) * GROUP_QUERIES for n in blocks}
+    return tuple(sorted(n for n in grid if n >= shortest))
 
 
 @torch.no_grad()
@@ -82,15 +75,15 @@ def error_curves(
     model: PreTrainedModel,
     input_ids: Tensor,
     visible: Sequence[int],
-    modules: Mapping[int, torch.nn.Module],
+    modules: Mapping[int, nn.Module],
     config: SparseAttentionConfig,
 ) -> list[ErrorCurve]:
-    """Run a text through the dense model once and measure its heads.
+    """The curves of one text, measured in one pass of the dense model.
 
     Args:
         model: Unpatched.
         input_ids: int64 `(length,)`.
-        visible: From `visible_grid`: where to measure, a block of `GROUP_QUERIES` rows each.
+        visible: From `visible_grid`: where to measure, a block of `GROUP_QUERIES` queries each.
         modules: The attention modules to measure, by layer.
         config: For the selector, `sink_keys` and `recent_keys`.
     """
@@ -109,10 +102,14 @@ def error_curves(
 def _curve(
     layer: int, block: AttentionCall, visible: int, weights: Tensor, config: SparseAttentionConfig
 ) -> ErrorCurve:
-    block = replace(block, key=block.key[:, :, :visible], value=block.value[:, :, :visible])
-    block = replace(block, query=block.query.float(), key=block.key.float(), value=block.value.float(), dropout=0.0)
-    mask = interval_to_mask(block.intervals, visible)
-    dense = weighted_values(block, masked_weights(block, mask))
+    block = replace(
+        block,
+        query=block.query.float(),
+        key=block.key[:, :, :visible].float(),
+        value=block.value[:, :, :visible].float(),
+        dropout=0.0,
+    )
+    dense = weighted_values(block, masked_weights(block, interval_to_mask(block.intervals, visible)))
     whole = torch.einsum("hrd,hod->ro", dense[0], weights).square().sum()
     # ||W e||^2 = e' (W' W) e: a head's errors never need the width of the model.
     gram = weights.transpose(1, 2) @ weights

@@ -1,4 +1,4 @@
-"""What an attention layer adds to the residual stream, as a function of what its heads put out."""
+"""The output projection of an attention layer, cut into a slice for each head."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 
 @torch.no_grad()
 def output_weights(attention: nn.Module, heads: int, value_dim: int) -> Tensor:
-    """The slices W_h of the output projection, so that the layer adds the sum of W_h o_h: float32.
+    """The slices W_h of the output projection: the layer adds the sum of W_h o_h to the residual stream. float32.
 
-    Where no projection is found under a usual name, the identity: heads then count by the size of what they put out.
+    Where no projection is found under a usual name, the identity: heads then count by the size of their outputs.
 
     Args:
         attention: The attention module.

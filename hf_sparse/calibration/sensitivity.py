@@ -1,8 +1,8 @@
 """What an error in one layer costs the whole model, in nats.
 
-Layers differ in how much of the residual stream they write and in what later layers make of it, and no norm of the
-stream tells: one component of Gemma-3's carries nearly all of it and little of the meaning. So each layer is made
-sparse alone, at one small budget, and the divergence of the model's predictions is set against the error in the layer.
+Layers differ in how much of the residual stream they write and in how later layers use it, and no norm of the stream
+measures either: in Gemma-3 one component carries nearly all of the norm and little information. So each layer is made
+sparse alone, at one small budget, and the KL divergence of the model's predictions is divided by the layer's error.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from transformers import PreTrainedModel
 from hf_sparse.calibration.curves import ErrorCurve
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure.perplexity import applied
+from hf_sparse.support import SupportReport
 
 PROBE_KEYS = 128
 """Kept keys with which layers are probed."""
 
-# Rows of logits that are turned into float32 probabilities at once.
-_LOGIT_ROWS = 64
+# Positions whose logits are turned into float32 probabilities at once.
+_LOGITS_AT_ONCE = 64
 
 
 @torch.no_grad()
 def divergences(
     model: PreTrainedModel,
     input_ids: Tensor,
-    rows: int,
+    count: int,
     layers: Sequence[int],
-    every: Sequence[int],
+    support: SupportReport,
     config: SparseAttentionConfig,
 ) -> Iterator[tuple[int, float]]:
     """KL divergence (nats a token) from the dense model's predictions, with one layer sparse at a time.
@@ -39,9 +40,9 @@ def divergences(
     Args:
         model: Unpatched.
         input_ids: int64 `(length,)`.
-        rows: Last positions whose predictions are compared.
+        count: Last positions whose predictions are compared.
         layers: Layers to probe.
-        every: All attention layers of the model.
+        support: From `inspect`: all attention layers of the model.
         config: For the selector, `sink_keys` and `recent_keys`.
 
     Yields:
@@ -49,7 +50,7 @@ def divergences(
     """
     if not layers:
         return
-    dense = _logits(model, input_ids, rows)
+    dense = _logits(model, input_ids, count)
     for layer in layers:
         probe = replace(
             config,
@@ -59,21 +60,21 @@ def divergences(
             min_keys=1,
             max_keys=None,
             dense_below=0,
-            dense_layers=tuple(other for other in every if other != layer),
+            dense_layers=tuple(other.layer for other in support.layers if other.layer != layer),
         )
         with applied(model, probe):
-            sparse = _logits(model, input_ids, rows)
+            sparse = _logits(model, input_ids, count)
         total = 0.0
-        for start in range(0, rows, _LOGIT_ROWS):
-            p, q = (x[start : start + _LOGIT_ROWS].float().log_softmax(-1) for x in (dense, sparse))
+        for start in range(0, count, _LOGITS_AT_ONCE):
+            p, q = (x[start : start + _LOGITS_AT_ONCE].float().log_softmax(-1) for x in (dense, sparse))
             total += (p.exp() * (p - q)).sum().item()
-        # Rounding can bring what is nearly nothing below zero.
-        yield layer, max(0.0, total / rows)
+        # Rounding can bring a tiny divergence below zero.
+        yield layer, max(0.0, total / count)
 
 
-def _logits(model: PreTrainedModel, input_ids: Tensor, rows: int) -> Tensor:
-    output = model(input_ids=input_ids[None].to(model.device), use_cache=False, logits_to_keep=rows)
-    logits: Tensor = output.logits[0, -rows:]
+def _logits(model: PreTrainedModel, input_ids: Tensor, count: int) -> Tensor:
+    output = model(input_ids=input_ids[None].to(model.device), use_cache=False, logits_to_keep=count)
+    logits: Tensor = output.logits[0, -count:]
     return logits
 
 
@@ -85,7 +86,7 @@ def layer_sensitivity(
     Args:
         curves: Error curves of the texts that were probed.
         divergence: From `divergences`, the mean over these texts.
-        visible: Fewest and most visible keys of the rows that were probed.
+        visible: Fewest and most visible keys of the positions that were compared.
     """
     out = {}
     for layer, nats in divergence.items():

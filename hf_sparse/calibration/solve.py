@@ -1,14 +1,17 @@
-"""From the price of a key to a configuration, and the price at which all laws together meet a target."""
+"""The configuration at a price of a key, and the price at which all laws together meet a target."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from hf_sparse.calibration.laws import LawFit
 from hf_sparse.calibration.target import Target
-from hf_sparse.config import HeadLaw, SparseAttentionConfig
-from hf_sparse.measure.equal_cost import density, last_true
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.laws import bisect
+from hf_sparse.measure.equal_cost import density
 from hf_sparse.support import LayerSupport
 
 PRICES = (1e-12, 1e-1)
@@ -17,7 +20,7 @@ PRICES = (1e-12, 1e-1)
 DENSE_SHARE = 0.7
 """A layer that would keep more of its keys than this at the longest fitted length stays dense: that is faster."""
 
-# Densities between which a perplexity is looked for, and trials: each is a run over texts.
+# Densities between which a perplexity is sought, and trials: each is a run over texts.
 _DENSITIES = (0.02, DENSE_SHARE)
 _TRIALS = 5
 
@@ -37,12 +40,10 @@ class Solver:
     ) -> None:
         self.fit, self.config, self.layers, self.dense = fit, config, layers, dense
 
-    def made(self, price: float) -> SparseAttentionConfig:
-        """The configuration with the laws that the heads choose at `price`; crowded layers become dense."""
-        laws: dict[int, tuple[HeadLaw, ...]] = {}
-        for (layer, _), index in zip(self.fit.heads, self.fit.choose(price).tolist(), strict=True):
-            law = self.fit.laws[index]
-            laws[layer] = (*laws.get(layer, ()), (float(f"{law.alpha:.4g}"), law.exponent))
+    def config_at(self, price: float) -> SparseAttentionConfig:
+        """The configuration with the laws that the heads choose at `price`; see `DENSE_SHARE` for dense layers."""
+        chosen = self.fit.choose(price)
+        laws = self.fit.by_layer(np.stack([self.fit.laws.alpha[chosen], self.fit.laws.exponent[chosen]], axis=1))
         whole = replace(self.config, per_head=laws, dense_layers=())
         full = [self.fit.longest]
         crowded = [layer.layer for layer in self.layers if density(whole, [layer], full) > DENSE_SHARE]
@@ -51,10 +52,10 @@ class Solver:
 
     def density(self, price: float, length: int) -> float:
         """Kept over visible keys in the layers with laws to fit, for an input of `length` tokens."""
-        return density(self.made(price), self.layers, [length])
+        return density(self.config_at(price), self.layers, [length])
 
     def price(self, target: Target, length: int, ratio: Callable[[SparseAttentionConfig], float]) -> float:
-        """The price of a key at which the laws meet `target`; where none does, that which comes nearest.
+        """The price of a key at which the laws meet `target`; where none does, the one that comes nearest.
 
         Args:
             target: What to meet.
@@ -65,7 +66,7 @@ class Solver:
             case "density":
                 return self._price_of_density(target.value, length)
             case "output_error":
-                return last_true(lambda price: self.fit.held_out_error(price) <= target.value, *PRICES)
+                return _last(lambda price: self.fit.held_out_error(price) <= target.value, *PRICES)
             case "perplexity_ratio":
                 # Bisected over the density, which says more evenly than a price how sparse a trial is.
                 least, most = _DENSITIES
@@ -75,12 +76,17 @@ class Solver:
                     return self._price_of_density(1 / inverse, length)
 
                 def holds(inverse: float) -> bool:
-                    return ratio(self.made(price_of(inverse))) <= target.value
+                    return ratio(self.config_at(price_of(inverse))) <= target.value
 
-                return price_of(last_true(holds, 1 / most, max(1 / most, 1 / sparsest), _TRIALS))
+                return price_of(_last(holds, 1 / most, max(1 / most, 1 / sparsest), _TRIALS))
 
     def _price_of_density(self, wanted: float, length: int) -> float:
         """The lowest price at which no more than the share `wanted` of keys is kept."""
-        dear = last_true(lambda price: self.density(price, length) > wanted, *PRICES)
+        last = _last(lambda price: self.density(price, length) > wanted, *PRICES)
         # Bisection ends a hair on the denser side of a step.
-        return dear * (1 + 1e-9)
+        return last * (1 + 1e-9)
+
+
+def _last(holds: Callable[[float], bool], low: float, high: float, steps: int = 40) -> float:
+    """The highest value up to which `holds`."""
+    return bisect(holds, low, high, steps, logarithmic=True)[0]

@@ -18,10 +18,10 @@ _SPELLED = re.compile(r"\s*(?P<metric>\w+)\s*=\s*(?P<value>[0-9.eE+-]+)\s*(@\s*(
 class Target:
     """A metric, the value it should have, and the input length in tokens at which it should have it.
 
-    - `density`: kept over visible keys, over all rows of an input of `length` tokens and the layers with laws: all
+    - `density`: kept over visible keys, over all queries of an input of `length` tokens and the layers with laws: all
       attention layers, or in a hybrid model those without a sliding window;
     - `output_error`: the squared error of a layer's output relative to that output, mean over layers with laws and
-      over rows of all fitted lengths, as measured layer by layer on documents left out of the fit;
+      over queries at all fitted lengths, as measured layer by layer on documents left out of the fit;
     - `perplexity_ratio`: perplexity over that of the dense model at `length` tokens. It is sought on documents of the
       fit, and what was reached is measured on held-out ones.
 

@@ -1,4 +1,4 @@
-"""The texts of a calibration: which are fitted, which are held out, and how long an input they give."""
+"""The texts of a calibration: which are fitted, which are held out, and how many tokens of them are used."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse.calibration.target import Target
 from hf_sparse.checks import shown
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
 from hf_sparse.support import SupportReport
 
 LONGEST = 8192
-"""Tokens of each text that are used, if not said otherwise and the texts have them."""
+"""Most tokens of each text that are used by default."""
+
+SHORTEST = 512
+"""Visible keys below which no law is fitted; texts have twice as many tokens."""
 
 
 def split(
@@ -46,7 +50,7 @@ def split(
 
 
 def _documents(texts: Sequence[str | Document], kind: str) -> list[Document]:
-    # The characters of a text would do for texts.
+    # A str is an iterable of str too.
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise TypeError(f"{kind}s must be a list of texts; got {shown(texts)}")
     out = []
@@ -57,32 +61,57 @@ def _documents(texts: Sequence[str | Document], kind: str) -> list[Document]:
     return out
 
 
-def longest_input(
+def fitted_length(
+    target: Target,
+    length: int | None,
     documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     support: SupportReport,
-    least: int,
+    *,
+    extrapolate: bool,
 ) -> int:
-    """The longest input, in tokens, that all texts and the model have, up to `LONGEST`.
+    """Tokens of each text that laws are fitted to: `length`, or as many as all texts and the model have.
 
     Raises:
-        UserError: naming a text that has less than `least`, and one token to predict.
+        UserError: (a `ValueError`) if that is too few or too many, or the target lies beyond it and `extrapolate` is
+            not set.
     """
+    least, most = 2 * SHORTEST, _most_tokens(model, support)
+    if most < least:
+        raise UserError(f"laws are fitted to {least} tokens or more, above the maximum of this model, {most}")
+    if length is None:
+        length = min(LONGEST, most, _fewest_tokens(documents, tokenizer, least) - 1)
+    if length < least:
+        raise UserError(f"length: laws are fitted to at least {least} tokens; got {length}")
+    at = target.length or length
+    for what, tokens in ((f"length {length}", length), (f"the target {target}", at)):
+        if tokens > most:
+            raise UserError(
+                f"{what} is above the maximum of this model, {most} tokens: no query sees more keys than are in its "
+                "longest input, or its sliding window"
+            )
+    if at > length and not extrapolate:
+        raise UserError(
+            f"the target {target} lies at {at / length:.3g} times the {length} tokens that laws are fitted to: give "
+            "longer texts, or ask for extrapolation, for laws that were not measured there"
+        )
+    return length
+
+
+def _fewest_tokens(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, least: int) -> int:
+    """Tokens of the shortest text; more than `least`, to have one to predict."""
     tokens = [len(tokenizer(d.text, add_special_tokens=False, verbose=False)["input_ids"]) for d in documents]
     fewest = min(tokens)
     if fewest <= least:
         raise UserError(
             f"{documents[tokens.index(fewest)].name} is too short: it has {fewest} tokens, and {least + 1} are needed"
         )
-    return min(LONGEST, most_tokens(model, support), fewest - 1)
+    return fewest
 
 
-def most_tokens(model: PreTrainedModel, support: SupportReport) -> int:
-    """Tokens up to which an input gives rows that see more and more keys.
-
-    That is as many as the model was made for, and where all layers have sliding windows as many as these.
-    """
+def _most_tokens(model: PreTrainedModel, support: SupportReport) -> int:
+    """The model's maximum of tokens, or its sliding window where all layers have one: visible keys grow up to that."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
     windows = [layer.sliding_window or limit for layer in support.layers if layer.layer not in support.sliding_layers]
     return min(limit, *windows)

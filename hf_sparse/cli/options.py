@@ -13,11 +13,12 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from hf_sparse.checks import shown
-from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import AUTO
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy as ReadPolicy
 from hf_sparse.policy import files as policy_files
+from hf_sparse.selectors import parse_selector
 from hf_sparse.share.source import check_device
 
 Model = Annotated[
@@ -33,11 +34,8 @@ Policy = Annotated[
     typer.Option(help="sparse_config.json, or a folder with one; options that are given go before it."),
 ]
 
-MinKeys = Annotated[int, typer.Option(help="Fewest keys of a row.")]
-SinkKeys = Annotated[int, typer.Option(help="First keys, always kept.")]
-RecentKeys = Annotated[int, typer.Option(help="Last keys, always kept.")]
-DenseBelow = Annotated[
-    int | None, typer.Option(help="Rows that see fewer keys stay dense.", show_default=str(DENSE_BELOW))
+Documents = Annotated[
+    int, typer.Option(min=1, help="Documents taken from a data set, parquet file or the default text.")
 ]
 
 # The largest number in a list: more tokens than any model reads at once.
@@ -79,8 +77,8 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Which tokens are evaluated."""
+class TextOptions:
+    """Which texts a command reads."""
 
     text: Annotated[
         list[str] | None,
@@ -90,10 +88,14 @@ class DataOptions:
             show_default="the language reference in Python's standard library",
         ),
     ] = None
-    documents: Annotated[
-        int, typer.Option(min=1, help="Documents taken from a data set, parquet file or the default text.")
-    ] = 4
+    documents: Documents = 4
     column: Annotated[str, typer.Option(help="Column of a data set that holds the text.")] = "text"
+
+
+@dataclass(frozen=True)
+class DataOptions(TextOptions):
+    """Which tokens are evaluated."""
+
     lengths: Annotated[str, typer.Option(help="Input lengths in tokens, rising.")] = "512,1024,2048,4096"
     offset: Annotated[int, typer.Option(min=0, help="Tokens to leave out at the start of each document.")] = 0
 
@@ -103,26 +105,21 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class SparseOptions:
-    """Fields of `SparseAttentionConfig`, under the same names."""
+class KeyOptions:
+    """Keys and layers that no law decides: fields of `SparseAttentionConfig`, under the same names."""
 
-    law: Annotated[str, typer.Option(help="power, fixed, fraction or log.")] = "power"
-    alpha: Annotated[float, typer.Option(help="k(n) = alpha * n ** exponent.")] = SparseAttentionConfig.alpha
-    exponent: Annotated[float, typer.Option(help="C of the power law, 0 to 1.")] = SparseAttentionConfig.exponent
-    keys: Annotated[int | None, typer.Option(help="Keys of law fixed.")] = None
-    fraction: Annotated[float | None, typer.Option(help="Share of law fraction.")] = None
-    min_keys: MinKeys = SparseAttentionConfig.min_keys
-    max_keys: Annotated[int | None, typer.Option(help="Most keys of a row.")] = None
-    sink_keys: SinkKeys = SparseAttentionConfig.sink_keys
-    recent_keys: RecentKeys = SparseAttentionConfig.recent_keys
-    engine: Annotated[str, typer.Option(help="auto or the name of an engine.")] = AUTO
+    min_keys: Annotated[int, typer.Option(help="Fewest keys of a query.")] = SparseAttentionConfig.min_keys
+    sink_keys: Annotated[int, typer.Option(help="First keys, always kept.")] = SparseAttentionConfig.sink_keys
+    recent_keys: Annotated[int, typer.Option(help="Last keys, always kept.")] = SparseAttentionConfig.recent_keys
     dense_layers: Annotated[
         str | None,
         typer.Option(
             help="Layers left dense, such as 0,1; none for no layer.", show_default="the first and all sliding-window"
         ),
     ] = None
-    dense_below: DenseBelow = None
+    dense_below: Annotated[int, typer.Option(help="Queries that see fewer keys stay dense.")] = (
+        SparseAttentionConfig.dense_below
+    )
 
     def config(self, policy: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
         """The configuration: `policy` if there is one, but for the options that are not at their defaults.
@@ -130,11 +127,13 @@ class SparseOptions:
         Raises:
             UserError: if a value is not allowed.
         """
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = SparseAttentionConfig()
+        values: dict[str, Any] = {name: value for name, value in vars(self).items() if name in vars(defaults)}
         if self.dense_layers is not None:
             none = self.dense_layers == "none"
             values["dense_layers"] = [] if none else parse_integers("--dense-layers", self.dense_layers)
-        defaults = SparseAttentionConfig()
+        if "selector" in values:
+            values["selector"] = parse_selector(values["selector"])
         changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
         try:
             # How a calibration came about decides no figure, and is long.
@@ -144,6 +143,19 @@ class SparseOptions:
             raise UserError(str(error)) from error
 
 
+@dataclass(frozen=True)
+class SparseOptions(KeyOptions):
+    """Fields of `SparseAttentionConfig`, under the same names."""
+
+    law: Annotated[str, typer.Option(help="power, fixed, fraction or log.")] = "power"
+    alpha: Annotated[float, typer.Option(help="k(n) = alpha * n ** exponent.")] = SparseAttentionConfig.alpha
+    exponent: Annotated[float, typer.Option(help="C of the power law, 0 to 1.")] = SparseAttentionConfig.exponent
+    keys: Annotated[int | None, typer.Option(help="Keys of law fixed.")] = None
+    fraction: Annotated[float | None, typer.Option(help="Share of law fraction.")] = None
+    max_keys: Annotated[int | None, typer.Option(help="Most keys of a query.")] = None
+    engine: Annotated[str, typer.Option(help="auto or the name of an engine.")] = AUTO
+
+
 def read_policy(name: str | None, own: ReadPolicy | None) -> SparseAttentionConfig | None:
     """The configuration of the policy called `name`, or else of the model's `own`; `None` if there is neither.
 
@@ -151,7 +163,7 @@ def read_policy(name: str | None, own: ReadPolicy | None) -> SparseAttentionConf
         UserError: if it cannot be read, or something in it is wrong.
     """
     try:
-        policy = own if name is None else policy_files.load(name).policy
+        policy = own if name is None else policy_files.load(name)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     return None if policy is None else policy.config

@@ -11,20 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub import HfApi
 
-import hf_sparse
-from hf_sparse.config import DENSE_BELOW
 from hf_sparse.errors import OutOfReachError, UserError
 from hf_sparse.files import inside
 from hf_sparse.measure.plots import plot_attention_error, plot_perplexity
-from hf_sparse.policy import Policy
+from hf_sparse.policy import Origin, Policy
 from hf_sparse.policy import files as policy_files
-from hf_sparse.policy.origin import Origin
 from hf_sparse.policy.suitability import check_calibration
-from hf_sparse.share.bundle import CARD, CONFIG, Bundle, card_in, make_bundle
+from hf_sparse.share.bundle import CARD, CONFIG, Bundle, card_in, check_publishable, make_bundle
 from hf_sparse.share.measured import Results, results_beside
-from hf_sparse.share.publish import check_publishable
 from hf_sparse.share.remote import Remote
 from hf_sparse.share.source import ModelSource
 
@@ -83,21 +78,11 @@ def run_card(model: str, options: BundleOptions, output: Path | None, as_json: b
     Raises:
         UserError: for whatever is wrong.
     """
-    given = Path(model)
     if output is None and not _is_policy_folder(model):
         raise UserError(f"{model or repr(model)} is not a folder with a {policy_files.NAME}: pass --output")
-    folder = given if output is None else output
-    bundle = _bundle(model, options)
-    name, text = folder.resolve().name, card_in(folder)
-    bundle.check(folder, name, text)
-    results_beside(folder, without={result.kind for result in bundle.results})
-    for result in bundle.results:
-        result.copy_to(folder)
-    results = results_beside(folder) if bundle.results else []
-    for result in results:
-        _draw(result)
-    bundle = replace(bundle, results=results)
-    bundle.write(folder, name, text)
+    folder = Path(model) if output is None else output
+    bundle = _bundle(model, options, in_place=output is None, beside=folder)
+    bundle.write(folder, folder.resolve().name, card_in(folder), _draw)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     print(json.dumps({"folder": str(folder), "files": files}) if as_json else "\n".join([f"{folder}:", *files]))
 
@@ -121,15 +106,17 @@ def run_publish(
     bundle = _bundle(model, options, weights=weights)
     check_publishable(bundle.policy)
     remote = _look(target, dry_run=dry_run)
-    mine = card_in(Path(model)) if _is_policy_folder(model) else None
+    card = remote.card
+    if card is None and _is_policy_folder(model):
+        card = card_in(Path(model))
     with TemporaryDirectory() as made:
         folder = Path(made)
-        bundle.write(folder, remote.repo_id, remote.card if remote.card is not None else mine)
+        bundle.write(folder, remote.repo_id, card)
         files = [{"path": name, "bytes": path.stat().st_size} for name, path in remote.additions(folder)]
         if dry_run:
             _show(remote, files, (folder / CARD).read_text(encoding="utf-8"), as_json=as_json)
             return
-        url = remote.commit(folder, target.message, private=target.private)
+        url = remote.commit(folder, target.message)
     said = {"repo_id": remote.repo_id, "url": url, "files": files}
     print(json.dumps(said) if as_json else f"published {remote.repo_id}: {url}")
 
@@ -141,28 +128,23 @@ def _draw(results: Results) -> None:
 
 
 def _look(target: Target, *, dry_run: bool) -> Remote:
+    remote = Remote(target.repo_id, None, target.revision, target.create_pr, target.private)
     try:
-        return Remote.look(
-            target.repo_id,
-            revision=target.revision,
-            create_pr=target.create_pr,
-            private=target.private,
-            anonymous=dry_run,
-        )
+        return remote.look(anonymous=dry_run)
     except OutOfReachError as error:
         if not dry_run:
             raise
         print(f"{error}; shown as for a new repository", file=sys.stderr)
-        return Remote(target.repo_id, HfApi(), target.revision, target.create_pr)
+        return remote
 
 
 def _show(remote: Remote, files: list[dict[str, Any]], card: str, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"repo_id": remote.repo_id, "exists": remote.exists, "files": files, "card": card}))
+        print(json.dumps({"repo_id": remote.repo_id, "exists": remote.sha is not None, "files": files, "card": card}))
         return
     width = max(len(file["path"]) for file in files)
     how = "a pull request to" if remote.create_pr else "one commit to"
-    print(f"would upload {len(files)} files in {how} {remote.repo_id}{'' if remote.exists else ' (new)'}:\n")
+    print(f"would upload {len(files)} files in {how} {remote.repo_id}{' (new)' if remote.sha is None else ''}:\n")
     print("\n".join(f"  {file['path']:<{width}}  {file['bytes']:>12,} bytes" for file in files))
     print(f"\n{CARD}:\n\n{card}")
 
@@ -172,56 +154,53 @@ def _is_policy_folder(model: str) -> bool:
     return bool(model) and (Path(model) / policy_files.NAME).is_file()
 
 
-def _results(model: str, options: BundleOptions) -> list[Results]:
-    if options.results is not None:
-        return [Results.read(folder) for folder in options.results]
-    return results_beside(Path(model)) if _is_policy_folder(model) else []
+def _bundle(
+    model: str, options: BundleOptions, *, weights: bool = False, in_place: bool = False, beside: Path | None = None
+) -> Bundle:
+    """The files of `model` under a policy. The base model is loaded for its weights alone.
 
-
-def _bundle(model: str, options: BundleOptions, *, weights: bool = False) -> Bundle:
-    """The files of `model` under a policy. The base model is loaded for its weights alone."""
-    if _is_policy_folder(model) and options.policy is None and not weights:
-        policy, origin = _named(policy_files.load(model).policy)
+    Args:
+        model: The model, or the folder of a policy.
+        options: What goes beside the policy.
+        weights: Whether its weights are written.
+        in_place: Whether the files are written where `model` lies, beside the weights there if it has any.
+        beside: A folder whose results are taken, too, but for those of commands that `options` give results of.
+    """
+    ours = _is_policy_folder(model)
+    loaded: dict[str, Any] = {}
+    if ours and options.policy is None and not weights:
+        policy = policy_files.load(model)
+        origin = policy.origin if policy.has_weights else policy.base
     else:
         source = ModelSource.find(model)
         policy, origin = _checked(source, options.policy)
-    if policy.config.dense_below is None:
-        # As the commands that measure have it, lest it depend on the machine.
-        policy = replace(policy, config=replace(policy.config, dense_below=DENSE_BELOW))
-    try:
-        if options.base_model is not None:
-            policy = replace(policy, base_model=options.base_model, revision=options.base_revision)
-        elif options.base_revision is not None:
-            policy = replace(policy, revision=options.base_revision)
-        if weights and policy.base_is_local:
-            policy = replace(policy, base_model=None)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    loaded: dict[str, Any] = {"model": source.model(), "tokenizer": source.tokenizer()} if weights else {}
-    bundle = make_bundle(policy, origin, _results(model, options), license=options.license, **loaded)
-    beside = Path(model) / CONFIG
-    if bundle.base_config is None and _is_policy_folder(model) and beside.is_file():
-        bundle = replace(bundle, base_config=inside(beside, Path(model)).read_bytes())
+        if weights:
+            loaded = {"model": source.model(), "tokenizer": source.tokenizer()}
+    results = [Results.read(folder) for folder in options.results or ()]
+    if options.results is None and ours:
+        results = results_beside(Path(model))
+    if beside is not None:
+        results += results_beside(beside, without={result.kind for result in results})
+    bundle = make_bundle(
+        policy,
+        origin,
+        results,
+        base=Origin(options.base_model, options.base_revision),
+        weights=weights or (in_place and policy.has_weights),
+        license=options.license,
+        **loaded,
+    )
+    config = Path(model) / CONFIG
+    if bundle.base_config is None and ours and config.is_file():
+        bundle = replace(bundle, base_config=inside(config, Path(model)).read_bytes())
     return bundle
-
-
-def _named(policy: Policy) -> tuple[Policy, Origin]:
-    return policy, Origin(policy.base_model, policy.revision)
 
 
 def _checked(source: ModelSource, path: Path | None) -> tuple[Policy, Origin]:
     """The policy for a model that was found, and where the model lies."""
-    support = hf_sparse.inspect(source.config)
-    if not support.supported:
-        raise UserError(str(support))
-    policy = (source.policy or Policy()) if path is None else policy_files.load(path).policy
+    if not source.support.supported:
+        raise UserError(str(source.support))
+    policy = (source.policy or Policy()) if path is None else policy_files.load(path)
     if policy.config.calibration is not None:
-        try:
-            check_calibration(policy.config.calibration, support, source.config)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    if Path(source.location).is_dir():
-        location = str(Path(source.location).absolute())
-        return (policy if source.policy else replace(policy, base_model=location)), Origin(location)
-    origin = Origin(source.location, source.commit or source.revision)
-    return replace(policy, base_model=origin.name, revision=origin.revision), origin
+        check_calibration(policy.config.calibration, source.support, source.config)
+    return policy, replace(source.origin, revision=source.commit or source.origin.revision)

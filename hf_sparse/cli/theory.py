@@ -26,14 +26,13 @@ if TYPE_CHECKING:
 SYNTHETIC, TINY = "synthetic", "random-tiny-model"
 _LENGTHS = {"small": "256,512", "full": "512,1024,2048,4096"}
 _MOST_TARGETS = 512
-# Below, rows see too few keys for what the experiments on models fit to them.
 _LEAST = 64
-_PAGE = 110
+"""Tokens below which queries see too few keys for the fits of the experiments on models."""
 
 
 @dataclass(frozen=True)
 class TheoryOptions:
-    """What the lab runs."""
+    """Which experiments run, on what."""
 
     scale: Annotated[str, typer.Option(help="small: a check of minutes; full: figures to quote.")] = "small"
     experiment: Annotated[
@@ -62,17 +61,9 @@ class TheoryOptions:
         ),
     ] = None
 
-    def lengths_at_scale(self) -> list[int]:
-        """The lengths as numbers."""
-        return parse_integers("--lengths", self.lengths or _LENGTHS[self.scale])
-
 
 def run_theory(options: TheoryOptions, run: RunOptions) -> tuple[dict[str, Any], Path]:
-    """Run the experiments: the synthetic ones, and those on models for each model.
-
-    Args:
-        options: Which.
-        run: How.
+    """Run the synthetic experiments, and those on models for each model.
 
     Returns:
         The summary of each part by its name, `synthetic` or that of a model, and the folder with a folder for each.
@@ -82,33 +73,34 @@ def run_theory(options: TheoryOptions, run: RunOptions) -> tuple[dict[str, Any],
     """
     if find_spec("scipy") is None:
         raise UserError('the theory lab needs scipy: pip install "hf_sparse[theory]"')
-    from hf_sparse.lab import lab  # needs scipy
-    from hf_sparse.lab.experiment import SCALES, Setting
-    from hf_sparse.lab.model_experiments import EXPERIMENTS
+    from hf_sparse.lab.experiment import Setting
+    from hf_sparse.lab.run import find_experiments
+    from hf_sparse.lab.run import run as run_experiments
 
-    if options.scale not in SCALES:
-        raise UserError(f"scale must be among {', '.join(SCALES)}; got {options.scale!r}")
-    chosen = lab.find_experiments(options.experiment or [], (*lab.SYNTHETIC, *EXPERIMENTS))
+    if options.scale not in _LENGTHS:
+        raise UserError(f"scale must be among {', '.join(_LENGTHS)}; got {options.scale!r}")
+    chosen = find_experiments(options.experiment or [])
     synthetic = [experiment for experiment in chosen if not experiment.needs_model]
     on_models = [experiment for experiment in chosen if experiment.needs_model]
-    without_model = not options.model and options.scale == "full"
-    if without_model and options.experiment and on_models:
-        raise UserError(f"experiment {on_models[0].name!r} needs --model at full scale")
-    lengths = options.lengths_at_scale()
+    if not options.model and options.scale == "full":
+        if options.experiment and on_models:
+            raise UserError(f"experiment {on_models[0].name!r} needs --model at full scale")
+        on_models = []
+    lengths = parse_integers("--lengths", options.lengths or _LENGTHS[options.scale])
     check_lengths(lengths, 1, None)
     if on_models and lengths[0] < _LEAST:
         raise UserError(f"the experiments on models need lengths of {_LEAST} tokens or more; got {lengths[0]}")
     folder = run.output or Path("results/theory")
     if synthetic:
         check_folder(folder / SYNTHETIC, "theory")
-    subjects = _subjects(options, run, folder) if on_models and not without_model else {}
+    subjects = _subjects(options, run, lengths, folder) if on_models else {}
     summaries = {}
     if synthetic:
-        setting = Setting(options.scale, run.seed)  # type: ignore[arg-type]
-        summaries[SYNTHETIC] = lab.run(synthetic, setting, folder / SYNTHETIC)
+        setting = Setting(options.scale, run.seed)
+        summaries[SYNTHETIC] = run_experiments(synthetic, setting, folder / SYNTHETIC)
     for name, load in subjects.items():
-        setting = Setting(options.scale, run.seed, load())  # type: ignore[arg-type]
-        summaries[name] = lab.run(on_models, setting, folder / name)
+        setting = Setting(options.scale, run.seed, load())
+        summaries[name] = run_experiments(on_models, setting, folder / name)
     return summaries, folder
 
 
@@ -117,18 +109,24 @@ def print_theory(summaries: dict[str, Any], folder: Path) -> None:
     for name, summary in summaries.items():
         print(f"== {name}\n")
         for verdict in summary["verdicts"]:
-            print(_wrapped(f"{verdict['answer'].upper()}: {verdict['claim']} (read in: {verdict['source']})", ""))
-            print(_wrapped(f"where: {verdict['where']}", "    "))
-            print(_wrapped(f"evidence: {verdict['evidence']}", "    "))
+            print(_wrapped(f"{verdict['answer'].upper()}: {verdict['claim']} (read in: {verdict['source']})"))
+            for part in ("where", "evidence"):
+                print(_wrapped(f"{part}: {verdict[part]}", "    "))
             print()
     print(f"rows, summaries, tables and plots: {folder}")
 
 
-def _subjects(options: TheoryOptions, run: RunOptions, folder: Path) -> dict[str, Callable[[], Subject]]:
-    """The models with their texts, checked and not loaded yet, by the name of their folder in `folder`."""
-    from hf_sparse.lab.subject import check_layers, tiny_subject
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 110, initial_indent=indent, subsequent_indent=indent + "  ")
 
-    lengths = options.lengths_at_scale()
+
+def _subjects(
+    options: TheoryOptions, run: RunOptions, lengths: list[int], folder: Path
+) -> dict[str, Callable[[], Subject]]:
+    """The models with their texts, checked and not loaded yet, by the name of their folder in `folder`."""
+    from hf_sparse.lab.probe import check_layers
+    from hf_sparse.lab.tiny import tiny_subject
+
     if not options.model:
         print("no --model: the experiments on models try a random tiny one", file=sys.stderr)
         check_folder(folder / TINY, "theory")
@@ -152,7 +150,3 @@ def _load(checked: Checked) -> Subject:
 
     ready = checked.load()
     return Subject(ready.model, ready.windows, ready.about)
-
-
-def _wrapped(text: str, indent: str) -> str:
-    return textwrap.fill(text, _PAGE, initial_indent=indent, subsequent_indent=indent + "  ")

@@ -17,7 +17,7 @@ class Cpu(Engine):
 
     def unavailable_reason(self) -> str | None:
         """Why there are no compiled kernels: see `Engine.unavailable_reason`."""
-        return cpu.why_not()
+        return cpu.unsupported_reason()
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Gradients, dropout, other devices and dtypes: see `Engine.unsupported_reason`."""
@@ -25,24 +25,24 @@ class Cpu(Engine):
             return "the compiled kernels have no backward pass"
         if call.dropout:
             return "attention dropout is not supported by the compiled kernels"
-        return cpu.refusal(call.key, call.value)
+        return cpu.unsupported_reason(call.key, call.value)
 
     def attend(self, call: AttentionCall, selection: Selection) -> Tensor:
         """Attention to the kept keys where they lie: see `Engine.attend`."""
-        missing = -selection.columns.shape[-1] % cpu.TILE
-        columns, allowed, scores = (
+        missing = -selection.positions.shape[-1] % cpu.TILE
+        positions, allowed, scores = (
             None if x is None else (F.pad(x, (0, missing)) if missing else x.contiguous())
-            for x in (selection.columns, selection.allowed, selection.scores)
+            for x in (selection.positions, selection.allowed, selection.scores)
         )
-        assert columns is not None
+        assert positions is not None
         assert allowed is not None
         out = cpu.attend(
             call.scaled_query,
             call.key,
             call.value,
-            columns,
+            positions,
             allowed,
-            size=selection.rows_per_group,
+            size=selection.queries_per_group,
             per_head=selection.per_head,
             scores=None if scores is None else scores.float(),
             sinks=None if call.sinks is None else call.sinks.float().contiguous(),

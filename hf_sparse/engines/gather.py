@@ -31,7 +31,7 @@ class Gather(Engine):
         kv_heads = call.key.shape[1]
         query = selection.pairs_of(call.query, kv_heads)
         batch, _, groups, pairs, dim = query.shape
-        width = selection.columns.shape[-1]
+        width = selection.positions.shape[-1]
         sinks = None
         if call.sinks is not None:
             queries = call.query.shape[2]
@@ -44,26 +44,26 @@ class Gather(Engine):
         parts = []
         for start in range(0, groups, step):
             part = slice(start, start + step)
-            columns = selection.columns[:, :, part]
+            positions = selection.positions[:, :, part]
             if known is None:
-                scores = query[:, :, part] @ take_keys(call.key, columns).transpose(-1, -2)
+                scores = query[:, :, part] @ take_keys(call.key, positions).transpose(-1, -2)
             else:
                 scores = known[:, :, part]
             part_sinks = None if sinks is None else sinks[:, :, part]
             allowed = selection.allowed[:, :, part]
             weights = attention_weights(scores, allowed, part_sinks, call, scaled=known is not None)
-            parts.append(_weighted_values(weights.to(call.value.dtype), call.value, columns))
+            parts.append(_weighted_values(weights.to(call.value.dtype), call.value, positions))
         return selection.queries_of(torch.cat(parts, dim=2), heads)
 
 
-def _weighted_values(weights: Tensor, value: Tensor, columns: Tensor) -> Tensor:
-    """Sums of the values at `columns` `(batch, kv_heads, groups, width)`: `(..., groups, pairs, value_dim)`."""
+def _weighted_values(weights: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+    """Sums of the values at `positions` `(batch, kv_heads, groups, width)`: `(..., groups, pairs, value_dim)`."""
     *outer, pairs, width = weights.shape
     if pairs <= _FEW_PAIRS and not torch.is_grad_enabled() and value.device.type == "cpu":
         # As few sums as one query has need no copy of the values: each is read where it lies, once for each pair.
-        vectors, index = as_vectors(value, columns)
+        vectors, index = as_vectors(value, positions)
         if vectors.is_contiguous():
             index = index.unsqueeze(-2).expand(weights.shape).reshape(-1, width)
             weights = weights.reshape(-1, width)
             return F.embedding_bag(index, vectors, mode="sum", per_sample_weights=weights).view(*outer, pairs, -1)
-    return weights @ take_keys(value, columns)
+    return weights @ take_keys(value, positions)

@@ -23,12 +23,12 @@ class Triton(Engine):
 
     def unavailable_reason(self) -> str | None:
         """No GPU or no Triton: see `Engine.unavailable_reason`."""
-        return gpu.why_not()
+        return gpu.unsupported_reason()
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Gradients, dropout, wide heads, other devices and dtypes: see `Engine.unsupported_reason`."""
         states = (call.query, call.key, call.value)
-        if (reason := gpu.refusal(call.query.device)) is not None:
+        if (reason := gpu.unsupported_reason(call.query.device)) is not None:
             return reason
         if call.query.dtype not in _DTYPES or any(x.dtype != call.query.dtype for x in states):
             found = ", ".join(sorted({str(x.dtype) for x in states}))
@@ -43,15 +43,15 @@ class Triton(Engine):
 
     def attend(self, call: AttentionCall, selection: Selection) -> Tensor:
         """Attention to the kept keys where they lie: see `Engine.attend`."""
-        from hf_sparse.kernels.triton.attend import attend as attend_to_columns
+        from hf_sparse.kernels.triton.attend import attend as attend_to_positions
 
-        return attend_to_columns(
+        return attend_to_positions(
             call.query,
             call.key,
             call.value,
-            selection.columns,
+            selection.positions,
             selection.allowed,
-            selection.rows_per_group,
+            selection.queries_per_group,
             scaling=call.scaling,
             softcap=call.softcap,
             sinks=call.sinks,

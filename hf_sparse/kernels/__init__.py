@@ -1,4 +1,1 @@
-"""Compiled kernels, one package for each way to compile them; nothing here is imported before it is needed.
-
-Selectors and engines call them; they know neither.
-"""
+"""Compiled kernels: `cpu` in C++, `triton` for GPUs. Selectors and engines call them; they import neither."""

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can run: asked before anything imports Triton, which need not be there."""
+"""Whether the Triton kernels can run; imports no Triton, which may be missing."""
 
 from __future__ import annotations
 
@@ -10,24 +10,20 @@ import torch
 from hf_sparse.kernels.cpu import SWITCH
 
 WIDEST = 256
-"""Components of a query, key or value at most: more do not fit into the shared memory of all GPUs."""
+"""Most components of a query, key or value: more do not fit into the shared memory of all GPUs."""
 
 _OLDEST = (8, 0)
 
 
-def why_not() -> str | None:
-    """Why there are no Triton kernels on this machine; `None` if there are."""
-    if reason := _switched_off_or_missing():
-        return reason
-    if torch.cuda.is_available() or interprets():
-        return None
-    return "there is no GPU of NVIDIA or AMD that PyTorch can use"
-
-
-def refusal(device: torch.device) -> str | None:
-    """Why there are none for tensors on `device`; `None` if there are."""
-    if reason := _switched_off_or_missing():
-        return reason
+def unsupported_reason(device: torch.device | None = None) -> str | None:
+    """Why the Triton kernels cannot run on `device`, or, if `None`, on any of this machine; `None` if they can."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0 is set"
+    if find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    if device is None:
+        found = torch.cuda.is_available() or interprets()
+        return None if found else "there is no GPU of NVIDIA or AMD that PyTorch can use"
     if device.type == "cpu" and interprets():
         return None
     if device.type != "cuda":
@@ -43,11 +39,3 @@ def interprets() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
-
-
-def _switched_off_or_missing() -> str | None:
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0 is set"
-    if find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton)"
-    return None

@@ -1,4 +1,4 @@
-"""How kernels want their numbers to lie, and how a package of them keeps keys in 8 bits."""
+"""Memory layouts that kernels need: of their inputs, and of keys in 8 bits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """What `hf_sparse.kernels.quantised.QuantisedKeys` needs to know of it.
+    """How one package of kernels stores keys in 8 bits, for `hf_sparse.kernels.quantised.QuantisedKeys`.
 
     Attributes:
-        allocate: Called with the keys `(batch, kv_heads, kv_len, head_dim)` and how many of them there is to be room
-            for at least. Gives codes, and scales float32 `(batch, kv_heads, room)`, on the device of the keys. Both
-            have the keys along dimension 2, alone or in tiles.
-        quantise: Called with the keys, the first column, the column after the last one and what `allocate` gave:
-            writes these keys there.
+        allocate: `allocate(key, room)` returns storage for `room` keys or more like `key` `(batch, kv_heads, kv_len,
+            head_dim)`: codes, and scales float32 `(batch, kv_heads, room)`, on the device of the keys. Both have the
+            keys along dimension 2, alone or in tiles.
+        quantise: `quantise(key, start, stop, storage)` writes the keys at positions `start` to `stop` - 1 there.
     """
 
     allocate: Callable[[Tensor, int], tuple[Tensor, Tensor]]

@@ -1,4 +1,7 @@
-"""Keys in 8 bits, kept up to date as tokens arrive: what kernels score all older keys with.
+"""Keys in 8 bits, which kernels rank all past keys with; extended as tokens arrive.
+
+Ranking tolerates low precision: SALE estimates attention weights from products of 4-bit numbers (arXiv 2505.24179).
+The keys that are kept are scored again in full precision.
 
 `QuantisedKeys` belongs to the keys of one layer and grows with them: a cache layer keeps one from token to token
 (`hf_sparse.cache`), and a call without such a cache makes its own, shared by its blocks of queries.
@@ -13,14 +16,14 @@ from torch import Tensor
 
 from hf_sparse.kernels.layout import Layout
 
-# Storage grows to the length it needs, an eighth on top, and this many keys.
+# Storage grows by an eighth more than is needed, and this many keys.
 _LEAST_SPARE = 256
 
 
 class QuantisedKeys:
-    """The keys of one layer in 8 bits with a scale of their own each, `head_dim + 4` bytes a key.
+    """The keys of one layer in 8 bits with one float32 scale a key: `head_dim + 4` bytes each.
 
-    What was quantised stays, and more is added as keys arrive.
+    Every key is quantised once.
     """
 
     def __init__(self) -> None:
@@ -34,8 +37,8 @@ class QuantisedKeys:
 
         Args:
             key: `(batch, kv_heads, kv_len, head_dim)`: the keys that were quantised so far, and more.
-            stop: Column after the last one that is wanted.
-            layout: Of the kernels that are to read them.
+            stop: Position after the last key that is needed.
+            layout: Of the kernels that read them.
         """
         if self._parts is not None and not self._fits(self._parts[1], key, layout):
             self._parts, self._length = None, 0
@@ -47,7 +50,7 @@ class QuantisedKeys:
         return parts
 
     def crop(self, length: int) -> None:
-        """Forget the keys from column `length` on."""
+        """Forget the keys from position `length` on."""
         self._length = min(self._length, length)
 
     def rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -60,7 +63,7 @@ class QuantisedKeys:
 
     def _with_room(self, key: Tensor, stop: int, layout: Layout) -> tuple[Tensor, Tensor]:
         old = self._parts
-        # What was made in inference mode cannot be written to outside of it.
+        # Tensors made in inference mode cannot be written to outside of it.
         if (
             old is not None
             and old[1].shape[2] >= stop

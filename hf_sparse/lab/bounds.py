@@ -1,12 +1,10 @@
-"""Bounds on attention logits and on the entries of attention, from norms of the inputs and the weights.
+"""Bounds on attention logits, on entries of attention and on errors of top-k, from norms of inputs and weights.
 
 The setting is that of arXiv 2404.02690: the entries of the inputs x_1 ... x_n are independent, have mean 0 and are
 at most B in size; the logit of query i and key j is x_i^T W x_j with W = scaling * W_Q^T W_K; R = B^2 ||W||_F. Of the
 paper itself only the abstract could be read. That it defines this R, and that it bounds the entries of QK^T by
-concentration, is known from a summary; the bounds below, with their constants, are derived here.
-
-Every docstring says what a bound assumes, where it comes from and which inputs make it tight; the tests check both
-that it holds on random inputs and the tight case.
+concentration, is known from a summary; the bounds below, with their constants, are derived here unless a source says
+otherwise. The tests check that each holds on random inputs, and that the inputs named under "Tight" reach it.
 """
 
 from __future__ import annotations
@@ -14,107 +12,66 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import expit
 
-FloatArray = NDArray[np.float64]
+from hf_sparse.lab.fits import FloatArray
 
 
-def logit_scale(query: FloatArray, key: FloatArray, bound: float, scaling: float = 1.0) -> float:
-    """R = B^2 ||W||_F of one head.
+def rope_scales(query: FloatArray, key: FloatArray, frequencies: FloatArray, distances: FloatArray) -> FloatArray:
+    """R at B = 1, ||W_Q^T R_D^T W_K||_F of one head, at given distances D of query and key under RoPE: `(distances,)`.
 
-    The standard deviation of a logit of two different tokens is at most R.
+    The standard deviation of a logit of two different tokens is at most R. Rotation turns W into a matrix that depends
+    on the distance alone, so all bounds hold at each distance with this R, and everywhere with its maximum.
 
-    Assumes: entries of x independent, mean 0, at most B; no position embedding.
-    Source: R was seen in a summary of arXiv 2404.02690; that it bounds the standard deviation is derived here:
-    Var(x^T W y) = sum_ab W_ab^2 E[x_a^2] E[y_b^2] <= B^4 ||W||_F^2.
+    Assumes: entries of x independent, mean 0, at most B; RoPE that rotates dimensions a and a + head_dim / 2 together.
+    Source: Var(x^T W y) = sum_ab W_ab^2 E[x_a^2] E[y_b^2] <= B^4 ||W||_F^2, whose square is tr(R_D^T G_K R_D G_Q) with
+        G = W W^T; on complex coordinates of the pairs it is a quadratic form in exp(i D frequency).
     Tight: entries +B or -B with equal probability, where the standard deviation is R.
 
     Args:
-        query: Query projection of the head, `(head_dim, hidden)`.
-        key: Key projection, `(head_dim, hidden)`.
-        bound: B.
-        scaling: Factor of the scores.
-    """
-    squared = np.sum((query @ query.T) * (key @ key.T))
-    return bound**2 * abs(scaling) * math.sqrt(max(float(squared), 0.0))
-
-
-def rope_scales(
-    query: FloatArray,
-    key: FloatArray,
-    frequencies: FloatArray,
-    distances: FloatArray,
-    bound: float,
-    scaling: float = 1.0,
-) -> FloatArray:
-    """R at given distances of query and key under RoPE: B^2 ||W_Q^T R_D^T W_K||_F; its maximum is the RoPE version.
-
-    Rotation turns W into a matrix that depends on the distance D alone, so that everything said about R holds at each
-    distance with this value, and at all distances with the maximum.
-
-    Assumes: as for `logit_scale`, and RoPE that rotates the dimensions a and a + head_dim / 2 together.
-    Source: derived here. The square is tr(R_D^T G_K R_D G_Q) with G = W W^T; where the rotation is diagonal, on the
-    complex coordinates of each pair, it is a quadratic form in exp(i D frequency).
-    Tight: as for `logit_scale`, at the distance that has the maximum.
-
-    Args:
-        query: Query projection of the head, `(head_dim, hidden)`.
+        query: Query projection of the head, times the scaling of its scores, `(head_dim, hidden)`.
         key: Key projection, `(head_dim, hidden)`.
         frequencies: Radians per token of each pair, `(head_dim / 2,)`; zeros for no position embedding.
-        distances: Query position minus key position, tokens, `(count,)`.
-        bound: B.
-        scaling: Factor of the scores.
-
-    Returns:
-        `(count,)`.
+        distances: Query position minus key position, tokens.
     """
-    half = len(frequencies)
-    identity = np.eye(half)
-    # Rows: x_a + i x_a' and its conjugate, over sqrt(2): a unitary change of coordinates.
+    identity = np.eye(len(frequencies))
+    # x_a + i x_a' and its conjugate, over sqrt(2): a unitary change of coordinates.
     unitary = np.block([[identity, 1j * identity], [identity, -1j * identity]]) / math.sqrt(2)
     grams = [unitary @ (w @ w.T) @ unitary.conj().T for w in (key, query)]
-    form = grams[0] * grams[1].T
-    phases = np.outer(distances, np.concatenate([frequencies, -frequencies]))
-    rotation = np.exp(1j * phases)
-    squared = np.einsum("da,da->d", rotation.conj(), rotation @ form.T).real
-    scales: FloatArray = bound**2 * abs(scaling) * np.sqrt(np.maximum(squared, 0.0))
-    return scales
+    rotation = np.exp(1j * np.outer(distances, np.concatenate([frequencies, -frequencies])))
+    squared = np.einsum("da,da->d", rotation.conj(), rotation @ (grams[0] * grams[1].T).T).real
+    return np.asarray(np.sqrt(np.maximum(squared, 0.0)))
 
 
-def spectral_scale(query: FloatArray, key: FloatArray, bound: float, scaling: float = 1.0) -> float:
-    """S = B^2 ||W_Q||_2 ||W_K||_2, at least B^2 ||W||_2 at every distance, with and without RoPE.
+def spectral_scale(query: FloatArray, key: FloatArray) -> float:
+    """S at B = 1, ||W_Q||_2 ||W_K||_2, at least ||W||_2 at every distance, with and without RoPE.
 
-    Assumes: nothing about x.
-    Source: derived here (the spectral norm is submultiplicative, and rotations have norm 1).
+    Assumes: nothing about x. Source: the spectral norm is submultiplicative, and rotations have norm 1.
     Tight: heads whose leading query and key directions are aligned, such as rank-1 heads.
     """
-    return bound**2 * abs(scaling) * float(np.linalg.norm(query, 2) * np.linalg.norm(key, 2))
+    return float(np.linalg.norm(query, 2) * np.linalg.norm(key, 2))
 
 
 def tail_probability(t: float, scale: float, spectral: float) -> float:
     """Upper bound of P(x^T W y >= t) for two different tokens: exp(-t^2 / (2 (R^2 + S t))).
 
-    Assumes: as for `logit_scale`; `scale` is R and `spectral` at least B^2 ||W||_2.
-    Source: derived here. Bounded centred entries are sub-Gaussian with variance B^2 (Hoeffding), so comparing with
-    Gaussian vectors gives E exp(l x^T W y) <= det(1 - l^2 B^4 W W^T)^(-1/2) <= exp(l^2 R^2 / (2 (1 - l S))), and
-    Chernoff's bound with l = t / (R^2 + S t) does the rest.
+    Assumes: as for `rope_scales`; `scale` is R and `spectral` at least B^2 ||W||_2.
+    Source: bounded centred entries are sub-Gaussian with variance B^2 (Hoeffding), so comparing with Gaussian vectors
+        gives E exp(l x^T W y) <= det(1 - l^2 B^4 W W^T)^(-1/2) <= exp(l^2 R^2 / (2 (1 - l S))), and Chernoff's bound
+        with l = t / (R^2 + S t) does the rest.
     Tight: the exponent, for +-B entries and t between R and R^2 / S, where logits are close to Gaussian.
     """
-    if t <= 0:
-        return 1.0
-    return math.exp(-(t**2) / (2 * (scale**2 + spectral * t)))
+    return 1.0 if t <= 0 else math.exp(-(t**2) / (2 * (scale**2 + spectral * t)))
 
 
 def logit_radius(scale: float, spectral: float, pairs: float, delta: float) -> float:
-    """r with which `pairs` logits of different tokens are all within [-r, r], with probability 1 - delta at least.
+    """r = R sqrt(2 u) + S u, u = ln(2 pairs / delta): `pairs` logits are all in [-r, r] with probability 1 - delta.
 
-    r = R sqrt(2 u) + S u with u = ln(2 pairs / delta). Take `pairs` = n for a row, n^2 for a matrix. The second term
-    is the smaller one where u < 2 (R / S)^2: a form R sqrt(log n) alone needs heads of high stable rank (R / S)^2.
+    Take `pairs` = n for a query, n^2 for a matrix. The second term is the smaller one where u < 2 (R / S)^2: a form
+    R sqrt(log n) alone needs heads of high stable rank (R / S)^2.
 
-    Assumes: as for `logit_scale`; a token's logit with itself is not covered.
-    Source: derived here, from the moment generating function in `tail_probability` and a union bound. That the paper
-    bounds the entries of QK^T by concentration is known from a summary; its form is not known to us.
+    Assumes: as for `rope_scales`; a token's logit with itself is not covered.
+    Source: the moment generating function in `tail_probability` and a union bound.
     Tight: +-B entries and high stable rank: the largest of n logits is then close to R sqrt(2 ln n).
     """
     u = math.log(2 * pairs / delta)
@@ -122,36 +79,102 @@ def logit_radius(scale: float, spectral: float, pairs: float, delta: float) -> f
 
 
 def row_radius(slope_norm: float, bound: float, keys: int, delta: float) -> float:
-    """r with which the logits of one given query with n random keys are all within [-r, r], with probability 1 - delta.
+    """r = B ||W^T x_i||_2 sqrt(2 ln(2 n / delta)): one given query's logits are in [-r, r], probability 1 - delta.
 
-    r = B ||W^T x_i||_2 sqrt(2 ln(2 n / delta)): no second term, as only the keys are random.
-
-    Assumes: entries of the keys independent, mean 0, at most B; `slope_norm` is ||W^T x_i||_2 of the given query.
-    Source: Hoeffding's inequality and a union bound, applied here.
+    Assumes: entries of the n keys independent, mean 0, at most B; `slope_norm` is ||W^T x_i||_2 of the given query.
+    Source: Hoeffding's inequality and a union bound.
     Tight: +-B entries and a W^T x_i spread over many dimensions: the largest logit tends to r as n grows.
     """
     return bound * slope_norm * math.sqrt(2 * math.log(2 * keys / delta))
 
 
 def entry_bounds(keys: float, spread: float) -> tuple[float, float]:
-    """Smallest and largest weight that a softmax over n logits can have if they lie within an interval of `spread`.
+    """Smallest and largest weight of a softmax over n logits that lie within an interval of `spread`.
 
     1 / (1 + (n - 1) e^spread) <= A_ij <= 1 / (1 + (n - 1) e^-spread). Logits within [-r, r] have spread 2 r, so that
     r = o(log n) gives A_ij = n^(-1 +- o(1)). By `logit_radius`, R = o(sqrt(log n)) and S = o(1) are enough for that.
 
-    Assumes: nothing but the spread.
-    Source: derived here. The threshold sqrt(log n) is that of Alman and Song for fast attention, as summaries say.
+    Assumes: nothing but the spread. Source: the softmax; the threshold sqrt(log n) is that of Alman and Song for fast
+        attention, as summaries say.
     Tight: one logit at one end of the interval and all others at the other end.
     """
-    if keys == 1:
-        return 1.0, 1.0
-    others = math.log(keys - 1)
+    others = math.log(keys - 1) if keys > 1 else -math.inf
     return float(expit(-others - spread)), float(expit(spread - others))
 
 
-def is_vacuous(keys: float, spread: float, informative: float = 0.5) -> bool:
-    """Whether logits of this spread leave room for one weight above `informative`: the bound then says nothing.
+def is_vacuous(keys: float, spread: float) -> bool:
+    """Whether logits of this spread leave room for one weight above 1/2: spread > ln(n - 1).
 
-    Source: derived here, from `entry_bounds`. With the default this is spread > ln(n - 1).
+    Assumes: nothing else. Source: `entry_bounds`. Tight: as there.
     """
-    return entry_bounds(keys, spread)[1] > informative
+    return entry_bounds(keys, spread)[1] > 0.5
+
+
+def lost_mass_bounds(keys: int, kept: int, spread: float) -> tuple[float, float]:
+    """Least and most mass that top-k can lose: (n - k) / (n - k + k e^spread) <= tau <= 1 - k / n.
+
+    With logits in a bounded interval, k = n^C keys with C < 1 lose nearly all mass as n grows: such queries are not
+    n^C-sparse in total variation, whatever holds entry by entry.
+
+    Assumes: logits within an interval of length `spread`. Source: the softmax.
+    Tight: below, k logits at the upper end and the others at the lower end; above, equal logits.
+    """
+    least = (keys - kept) * math.exp(-spread)
+    return least / (least + kept), 1 - kept / keys
+
+
+def max_entry_bound(keys: int, kept: int, spread: float, *, renormalise: bool) -> float:
+    """Most that ||q - p||_inf of top-k can be: about e^spread / k if renormalised, e^spread / n if not.
+
+    Unnormalised: p_(k+1) <= 1 / (k + 1 + (n - k - 1) e^-spread). Renormalised: the larger of that and
+    (1 - k / n) / (1 + (k - 1) e^-spread). In this sense alpha n^C keys have "decreasing loss" (abstract of arXiv
+    2404.02690) for logits of bounded spread, and unnormalised top-k has it for any k.
+
+    Assumes: logits within an interval of length `spread`. Source: the closed forms of `topk`.
+    Tight: unnormalised, k + 1 logits at the upper end and the others at the lower end; renormalised, one logit at the
+        upper end and the others at the lower end, as n grows.
+    """
+    dropped = 1 / (kept + 1 + (keys - kept - 1) * math.exp(-spread)) if kept < keys else 0.0
+    whole = (1 - kept / keys) / (1 + (kept - 1) * math.exp(-spread))
+    return max(dropped, whole) if renormalise else dropped
+
+
+def max_entry_floor(tau: float, kept: int) -> float:
+    """Least that ||q - p||_inf can be for any distribution q on k keys: tau / k, with tau the mass that top-k loses.
+
+    With constant k, and tau bounded away from 0, this error cannot vanish: the sense in which too few keys have
+    "O(1) error" (abstract of arXiv 2404.02690, there for o(log n) keys).
+
+    Assumes: q sums to 1 and has k entries at most. Source: on its k keys q has at least tau more mass than p.
+    Tight: renormalised top-k where the k largest entries of p are equal.
+    """
+    return tau / kept
+
+
+def output_bound(tau: float, diameter: float) -> float:
+    """Most that the output error of renormalised top-k can be: tau times the diameter of the values.
+
+    Unnormalised, take the largest norm of a value for `diameter`. The relative error has no such bound: the dense
+    output can be as small as one likes.
+
+    Assumes: nothing. Source: the identity in `topk`; also in arXiv 2512.07647.
+    Tight: kept values all equal, dropped values all equal, and the two as far apart as the diameter.
+    """
+    return tau * diameter
+
+
+def certificate(kept: FloatArray, dropped: float | FloatArray, ceiling: FloatArray | None = None) -> FloatArray:
+    """Upper bound `(...)` of the mass that a query has lost, from the logits `(..., k)` of its kept keys alone.
+
+    (n - k) e^c / (sum of e^s over kept keys + (n - k) e^c), where c is the ceiling of the `dropped` = n - k logits, of
+    which none is read, so that the engine of a sparse layer can compute it.
+
+    Assumes: no dropped logit is above the ceiling `(...)`. The default, the smallest kept logit, is one only if the
+        kept keys are the true top-k: with an approximate selector the result certifies nothing.
+    Source: the softmax. Tight: all dropped logits equal to the ceiling.
+    """
+    ceiling = kept.min(-1) if ceiling is None else ceiling
+    top = np.maximum(kept.max(-1), ceiling)
+    head = np.exp(kept - top[..., None]).sum(-1)
+    tail = dropped * np.exp(ceiling - top)
+    return np.asarray(tail / (head + tail))

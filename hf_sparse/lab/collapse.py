@@ -1,28 +1,33 @@
-"""Experiment: whether the attention of a model collapses as n grows, in which sense, and what log-n scaling does."""
+"""Experiment `collapse`: whether attention collapses as n grows, in which sense, and the effect of log-n scaling.
+
+- epsilon-count: how many entries of a query are above epsilon. They sum to 1, so there are at most 1 / epsilon,
+  whatever n is: a bounded count alone is no sign of collapse.
+- entropy, or freezing: the entropy H tends to 0 and the largest entry to 1, as for independent Gaussian logits whose
+  deviation is above sqrt(2 ln n).
+- dispersion, or rank: H / ln n tends to 1, attention to a plain mean, and the outputs of all queries to one vector.
+- sink-only: the mass is on the first keys, which mean nothing; H is small, but what remains is not frozen.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_sparse.engines.common import weighted_values
-from hf_sparse.lab.bounds import FloatArray
-from hf_sparse.lab.detectors import DISPERSED, EPSILON, KINDS, detect, kind_of, log_n_scaling, log_scaled, mixing
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Panel, Setting, Verdict
-from hf_sparse.lab.norms import ROWS, SINKS, by_length, by_share, share, shortened_keys
-from hf_sparse.lab.rows import shortened
-from hf_sparse.lab.sampling import LayerRows, visit_rows
-from hf_sparse.lab.subject import find_window, longest_windows, mean_nll, row_lengths, subject_of, window_cell
-from hf_sparse.measure.tables import Table
+from hf_sparse.lab import fits, probe
+from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
+from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.probe import SINKS, Sample
+from hf_sparse.lab.topk import EPSILON
+from hf_sparse.measure.perplexity import token_nll
 from hf_sparse.results import Row
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 REFERENCE = {"small": 128, "full": 512}
 """Keys up to which log-n scaling leaves logits as they are."""
@@ -30,241 +35,196 @@ REFERENCE = {"small": 128, "full": 512}
 LEAST = 256
 """Smallest n."""
 
+SINK_MASS = 0.8
+FROZEN = 0.8
+DISPERSED = 0.95
 ALIKE = 0.95
-_COLORS = dict(zip(KINDS, ("#d6604d", "#2166ac", "#f4a582", "#d9d9d9"), strict=True))
+
+Kind = Literal["sink-only", "frozen", "dispersed", "none"]
+KINDS: tuple[Kind, ...] = ("sink-only", "frozen", "dispersed", "none")
 
 
 def cells(setting: Setting) -> Sequence[Cell]:
     """Every document, and the first one with the logits of all layers scaled."""
-    windows = longest_windows(subject_of(setting))
-    more = {"rows": ROWS[setting.scale], "reference": REFERENCE[setting.scale]}
-    return [
-        *(window_cell(window, scaled=False, **more) for window in windows),
-        window_cell(windows[0], scaled=True, **more),
-    ]
+    windows = probe.longest_windows(setting)
+    more = {"rows": probe.QUERIES[setting.scale], "reference": REFERENCE[setting.scale]}
+    plain = [probe.window_cell(window, scaled=False, **more) for window in windows]
+    return [*plain, probe.window_cell(windows[0], scaled=True, **more)]
 
 
 def measure(cell: Cell, setting: Setting) -> Row:
     """Detectors by layer and n, on the logits as they are and scaled after the fact; the mixing of values; the loss."""
-    subject = subject_of(setting)
-    window = find_window(subject, cell["window"])
-    first = longest_windows(subject)[0].document
-    found: list[Row] = []
-    outputs: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    model, window = setting.subject.model, probe.find_window(cell, setting)
+    mixed: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def visit(rows: LayerRows) -> None:
-        entry = detect(rows.logits, rows.visible, SINKS)
-        if not cell["scaled"]:
-            scaled = detect(log_scaled(rows, cell["reference"]), rows.visible, SINKS)
-            entry["scaled_effective"] = scaled["effective"]
-        found.append({"layer": rows.layer, "n": rows.length, **shortened(entry)})
-        output = weighted_values(rows.dense.call, rows.dense.weights)[0]
-        outputs.setdefault(rows.layer, []).append((output, rows.values[:, rows.visible - 1]))
+    def look(sample: Sample) -> Row:
+        output = weighted_values(sample.dense.call, sample.dense.weights)[0]
+        mixed.setdefault(sample.layer, []).append((output, sample.values[:, sample.visible - 1]))
+        entry = detect(sample.logits, sample.visible, SINKS)
+        if cell["scaled"]:
+            return entry
+        scaled = detect(log_scaled(sample, cell["reference"]), sample.visible, SINKS)
+        return entry | {"scaled_effective": scaled["effective"]}
 
-    with log_n_scaling(subject.model, cell["reference"]) if cell["scaled"] else nullcontext():
-        visit_rows(subject.model, window, row_lengths(cell["length"], LEAST), cell["rows"], visit)
+    with log_n_scaling(model, cell["reference"]) if cell["scaled"] else nullcontext():
+        lengths = probe.row_lengths(cell["length"], LEAST)
+        detectors = probe.visit_samples(model, window, lengths, cell["rows"], look)
+        out: Row = {"detectors": detectors, "mixing": []}
+        for layer, pairs in mixed.items():
+            outputs, values = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
+            out["mixing"].append({"layer": layer, **fits.shortened(mixing(outputs, values))})
         # Only where it is compared: a pass costs as much as all the rest.
-        nll = {"nll": mean_nll(subject.model, window)} if cell["document"] == first else {}
-    mixed = [
-        {"layer": layer, **shortened(mixing(*(torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))))}
-        for layer, pairs in outputs.items()
-    ]
-    return {"detectors": found, "mixing": mixed, **nll}
+        if cell["document"] == probe.longest_windows(setting)[0].document:
+            out["nll"] = float(token_nll(model, window.input_ids, window.targets).mean())
+    return out
 
 
-def conclude(rows: Sequence[Row]) -> Findings:
-    """Where real heads stand, by n."""
-    plain = [row for row in rows if not row["scaled"]]
-    forward = next(row for row in rows if row["scaled"])
-    same_text = next(row for row in plain if row["document"] == forward["document"])
-    columns = {
-        name: by_length(plain, "detectors", name)
-        for name in ("above", "largest", "effective", "first", "rest_largest", "rest_share", "scaled_effective")
+def detect(logits: Tensor, visible: Tensor, sinks: int) -> dict[str, list[float]]:
+    """The quantities of the detectors, means over the queries.
+
+    Args:
+        logits: `(heads, queries, keys)`; -inf for keys that a query does not see.
+        visible: Keys that a query sees, all from the first one on, `(queries,)`; more than `sinks` + 1.
+        sinks: How many first keys may be sinks.
+
+    Returns:
+        Lists over the heads: `above`, entries above `EPSILON`; `largest`, the largest entry; `effective`, e^H with H
+        in nats; `first`, mass of the first keys; of the other keys, renormalised, `rest_largest` and `rest_share`,
+        their entropy over the logarithm of their number.
+    """
+    weights = logits.softmax(-1)
+    rest = logits[..., sinks:].softmax(-1)
+    entropy, rest_entropy = (torch.special.entr(w).sum(-1) for w in (weights, rest))
+    found = {
+        "above": (weights > EPSILON).sum(-1),
+        "largest": weights.amax(-1),
+        "effective": entropy.exp(),
+        "first": weights[..., :sinks].sum(-1),
+        "rest_largest": rest.amax(-1),
+        "rest_share": rest_entropy / (visible - sinks).log(),
     }
+    return {name: value.double().mean(-1).tolist() for name, value in found.items()}
+
+
+def kind_of(first: float, rest_largest: float, rest_share: float) -> Kind:
+    """The kind of a head, by its mean query; see `detect`.
+
+    `sink-only` if the first keys have `SINK_MASS` or more; else `frozen` if one of the others has `FROZEN` of what
+    remains; else `dispersed` if the entropy is `DISPERSED` of the most there is; else `none`.
+    """
+    if first >= SINK_MASS:
+        return "sink-only"
+    if rest_largest >= FROZEN:
+        return "frozen"
+    return "dispersed" if rest_share >= DISPERSED else "none"
+
+
+def log_scaled(sample: Sample, reference: int) -> Tensor:
+    """The logits times max(1, ln n / ln reference), n the keys that a query sees: `(heads, queries, keys)`."""
+    factors = sample.visible.log() / math.log(reference)
+    return sample.logits * factors.clamp(min=1)[:, None]
+
+
+def mixing(outputs: Tensor, values: Tensor) -> dict[str, list[float]]:
+    """Whether attention makes tokens alike: outputs of some queries against values of as many keys.
+
+    Both are `(heads, queries, dim)`. Lists over the heads, for both: `..._rank`, the stable rank ||X||_F^2 / ||X||_2^2;
+    `..._alike`, the squared norm of the mean vector over the mean squared norm, 1 if all are the same vector.
+    """
+    out: dict[str, list[float]] = {}
+    for name, x in (("output", outputs.double()), ("value", values.double())):
+        squared = x.square().sum((-1, -2)).clamp(min=1e-30)
+        out[f"{name}_rank"] = (squared / torch.linalg.matrix_norm(x, 2).square().clamp(min=1e-30)).tolist()
+        out[f"{name}_alike"] = (x.mean(1).square().sum(-1) * x.shape[1] / squared).tolist()
+    return out
+
+
+@contextmanager
+def log_n_scaling(model: PreTrainedModel, reference: int) -> Iterator[PreTrainedModel]:
+    """Run `model` with logits multiplied by max(1, ln n / ln reference) in the layers without a sliding window.
+
+    Queries are multiplied, after their normalisation where they have one. The model was not trained like that.
+    """
+
+    def scale(heads: int) -> Any:
+        def hook(_: nn.Module, __: object, result: Tensor) -> Tensor:
+            axis = probe.token_axis(result, heads)
+            seen = torch.arange(1, result.shape[axis] + 1, device=result.device, dtype=torch.float32)
+            factors = (seen.log() / math.log(reference)).clamp(min=1).to(result.dtype)
+            return result * factors.view([-1] + [1] * (result.dim() - axis - 1))
+
+        return hook
+
+    with probe.hooks() as handles:
+        for layer in probe.layers_of(model):
+            if getattr(layer.attention, "sliding_window", None) is None:
+                module = getattr(layer.attention, "q_norm", layer.attention.q_proj)
+                handles.append(module.register_forward_hook(scale(layer.heads("q"))))
+        yield model
+
+
+def conclude(records: Sequence[Row]) -> Findings:
+    """The kinds of the heads by n, and the growth of effective entries."""
+    plain = [record for record in records if not record["scaled"]]
+    forward = next(record for record in records if record["scaled"])
+    same_text = next(record for record in plain if record["document"] == forward["document"])
+    columns = fits.by_length(plain, "detectors")
     lengths = list(columns["above"])
-    last = lengths[-1]
-    kinds = {n: _shares(columns, n) for n in lengths}
-    exponents = {name: _exponents(columns[name]) for name in ("effective", "scaled_effective")}
-    exponents["forward_effective"] = _exponents(by_length([forward], "detectors", "effective"))
+    n = lengths[-1]
+    kinds = {}
+    for length in lengths:
+        heads = zip(*(columns[name][length] for name in ("first", "rest_largest", "rest_share")), strict=True)
+        found = [kind_of(*head) for head in heads]
+        kinds[length] = {kind: found.count(kind) / len(found) for kind in KINDS}
+    growing = {name: columns[name] for name in ("effective", "scaled_effective")}
+    growing["forward_effective"] = fits.by_length([forward], "detectors")["effective"]
+    layers = [layer for record in plain for layer in record["mixing"]]
     flat = {
-        name: np.array([value for row in plain for layer in row["mixing"] for value in layer[name]])
+        name: np.concatenate([layer[name] for layer in layers])
         for name in ("output_alike", "value_alike", "output_rank", "value_rank")
     }
-    collapsed = share(flat["output_alike"] >= ALIKE)
-    cost = forward["nll"] - same_text["nll"]
-    mixed = {name: float(np.median(values)) for name, values in flat.items()}
-    figures = {
-        "n": last,
-        "kinds": kinds,
-        "median": {
-            name: {n: float(np.median(values)) for n, values in found.items()} for name, found in columns.items()
-        },
-        "exponent_of_effective": {name: _quartiles(values) for name, values in exponents.items()},
-        "mixing": mixed | {"share_alike": collapsed},
-        "nll_above_own_when_scaled": cost,
+    median = {name: {length: np.median(heads) for length, heads in column.items()} for name, column in columns.items()}
+    exponents = {
+        name: fits.quartiles(fits.log_log_slope(list(column), np.stack(list(column.values()))))
+        for name, column in growing.items()
     }
-    first = lengths[0]
-
-    def change(name: str, form: str = ".2f") -> str:
-        before, after = (np.median(columns[name][n]) for n in (first, last))
-        return f"{before:{form}} at n = {first:,} and {after:{form}} at {last:,}"
-
-    growth = float(np.median(exponents["effective"]))
-    count_text = (
-        f"the median head has {change('above', '.0f')} entries above {EPSILON:g}, which is bounded for any row of any "
-        f"length, but {change('effective', '.0f')} effective entries e^H, growing as n^{growth:.2f} (median exponent)"
-    )
-    kind_text = f"at n = {last:,} " + ", ".join(
-        f"{100 * kinds[last][kind]:.0f} % of heads are {kind}" for kind in KINDS[:3]
-    )
-    disperse_text = (
-        f"entropy without the first {SINKS} keys over ln n, median head: {change('rest_share')}; "
-        f"{100 * kinds[last]['dispersed']:.0f} % of heads are above {DISPERSED:g}"
-    )
-    rank_text = (
-        f"outputs of rows in different places share {mixed['output_alike']:.2f} of their squared norm in the median "
-        f"head (values of keys: {mixed['value_alike']:.2f}), stable rank {mixed['output_rank']:.1f} against "
-        f"{mixed['value_rank']:.1f}; {100 * collapsed:.0f} % of heads are above {ALIKE:g}"
-    )
-    scale_text = (
-        f"with logits times max(1, ln n / ln {forward['reference']}), effective entries of the median head grow as "
-        f"n^{np.median(exponents['scaled_effective']):.2f} instead of n^{growth:.2f} (all layers rerun so: "
-        f"n^{np.median(exponents['forward_effective']):.2f}), and the loss of the model, which was not trained for it, "
-        f"changes by {cost:+.3f} nats a token"
-    )
-    where = f"every head of the layers that see {last:,} keys"
-    verdicts = [
-        Verdict(
-            "attention collapses: the entries of a row that are not negligible become one or O(1)",
-            "machine summary",
-            "fails" if growth > 0.1 else "holds",
-            where + ", in the sense of entropy; in the sense of a count above a fixed epsilon it holds for any row",
-            count_text,
-        ),
-        Verdict(
-            "attention freezes as n grows: one key besides the sinks takes the mass",
-            "derived here",
-            by_share(kinds[last]["frozen"]),
-            where,
-            kind_text,
-        ),
-        Verdict(
-            "attention disperses as n grows: H / ln n tends to 1",
-            "derived here",
-            by_share(kinds[last]["dispersed"]),
-            where,
-            disperse_text,
-        ),
-        Verdict(
-            "value mixing makes the outputs of all rows one vector",
-            "derived here",
-            by_share(collapsed),
-            where,
-            rank_text,
-        ),
-        Verdict(
-            "log-n scaling of the logits halves the exponent with which effective entries grow",
-            "derived here",
-            "holds" if float(np.median(exponents["scaled_effective"])) <= growth / 2 else "fails",
-            where + ", logits scaled after training",
-            scale_text,
-        ),
-    ]
-    panels = [
-        Panel(
-            "Kinds of heads",
-            f"{_capital(kind_text)}. {_capital(disperse_text)}.",
-            lambda axes: _draw_kinds(axes, kinds),
-        ),
-        Panel(
-            "Effective entries of a row",
-            f"{_capital(count_text)}. {_capital(scale_text)}.",
-            lambda axes: _draw_effective(axes, columns["effective"], columns["scaled_effective"], columns["above"]),
-        ),
-    ]
-    return Findings(shortened_keys(figures), verdicts, panels, [_table(columns, kinds)])
-
-
-def _shares(columns: dict[str, dict[int, FloatArray]], n: int) -> dict[str, float]:
-    heads = zip(*(columns[name][n] for name in ("first", "rest_largest", "rest_share")), strict=True)
-    found = [kind_of(*head) for head in heads]
-    return {kind: found.count(kind) / len(found) for kind in KINDS}
-
-
-def _exponents(values: dict[int, FloatArray]) -> FloatArray:
-    """Exponent of n of every head: `(heads,)`."""
-    fitted: FloatArray = np.polyfit(np.log(list(values)), np.log(np.stack(list(values.values()))), 1)[0]
-    return fitted
-
-
-def _quartiles(values: FloatArray) -> dict[str, float]:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"low": float(low), "median": float(middle), "high": float(high)}
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
-def _table(columns: dict[str, dict[int, FloatArray]], kinds: dict[int, dict[str, float]]) -> Table:
-    names = ("above", "effective", "largest", "first", "rest_share")
-    header = [
-        "n",
-        f"entries above {EPSILON:g}",
-        "e^H",
-        "largest",
-        f"first {SINKS} keys",
-        "H / ln n without them",
-        *KINDS[:3],
-    ]
+    figures: dict[str, Any] = {
+        "n": n,
+        "kinds": kinds,
+        "median": {name: median[name] for name in plain[0]["detectors"][0] if name in median},
+        "exponent_of_effective": exponents,
+        "mixing": {name: np.median(values) for name, values in flat.items()}
+        | {"share_alike": np.mean(flat["output_alike"] >= ALIKE)},
+        "nll_above_own_when_scaled": forward["nll"] - same_text["nll"],
+    }
+    more = {"factor of the logits": f"max(1, ln n / ln {forward['reference']})"}
+    names = {
+        "above": f"entries above {EPSILON:g}",
+        "effective": "e^H",
+        "largest": "largest",
+        "first": f"first {SINKS} keys",
+        "rest_share": "H / ln n without them",
+    }
     body = [
         [
-            f"{n:,}",
-            *(f"{np.median(columns[name][n]):.3g}" for name in names),
-            *(f"{100 * kinds[n][kind]:.0f} %" for kind in KINDS[:3]),
+            f"{length:,}",
+            *(f"{median[name][length]:.3g}" for name in names),
+            *(f"{100 * kinds[length][kind]:.0f} %" for kind in KINDS[:3]),
         ]
-        for n in kinds
+        for length in lengths
     ]
-    return header, body
+    shares: dict[str, Any] = {kind: [100 * kinds[length][kind] for length in lengths] for kind in KINDS}
+    drawn = {"effective": "e^H", "scaled_effective": "e^H, log-n scaling", "above": names["above"]}
+    entries = {label: fits.bands(columns[name]) for name, label in drawn.items()}
+    root = {"sqrt(n)": np.sqrt(lengths)}
+    panels = [
+        Panel("Kinds of heads", "visible keys n", "% of heads", lengths, shares, log="x"),
+        Panel("Effective entries", "visible keys n", "entries, quartiles of heads", lengths, entries, root),
+    ]
+    growth, scaled = (exponents[name]["median"] for name in ("effective", "scaled_effective"))
+    alike = figures["mixing"]["share_alike"]
+    held = [growth <= 0.1, kinds[n]["frozen"], kinds[n]["dispersed"], alike, scaled <= growth / 2]
+    return Findings(figures, more, held, panels, [(["n", *names.values(), *KINDS[:3]], body)])
 
 
-def _draw_kinds(axes: Axes, kinds: dict[int, dict[str, float]]) -> None:
-    places = np.arange(len(kinds))
-    bottom = np.zeros(len(kinds))
-    for kind in KINDS:
-        height = np.array([100 * shares[kind] for shares in kinds.values()])
-        axes.bar(places, height, bottom=bottom, color=_COLORS[kind], label=kind)
-        bottom = bottom + height
-    axes.set_xticks(places, [f"{n:,}" for n in kinds])
-    axes.set(xlabel="visible keys n", ylabel="% of heads")
-    axes.legend(fontsize=8)
-
-
-def _draw_effective(
-    axes: Axes, effective: dict[int, FloatArray], scaled: dict[int, FloatArray], above: dict[int, FloatArray]
-) -> None:
-    lengths = list(effective)
-    for found, color, label in (
-        (effective, "#2166ac", "effective entries e^H"),
-        (scaled, "#b2182b", "with log-n scaling"),
-        (above, "#666666", f"entries above {EPSILON:g}"),
-    ):
-        quartiles = np.array([np.quantile(found[n], [0.25, 0.5, 0.75]) for n in lengths])
-        axes.plot(lengths, quartiles[:, 1], "o-", color=color, label=label)
-        axes.fill_between(lengths, quartiles[:, 0], quartiles[:, 2], color=color, alpha=0.15)
-    axes.plot(lengths, [math.sqrt(n) for n in lengths], ":", color="#999999", label="sqrt(n)")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="visible keys n", ylabel="entries (band: quartiles of heads)", yscale="log")
-    axes.legend(fontsize=8)
-
-
-EXPERIMENT = Experiment(
-    "collapse",
-    "Three kinds of attention collapse",
-    "attention collapses: a row keeps O(1) entries that are not negligible",
-    "machine summary",
-    cells,
-    measure,
-    conclude,
-    needs_model=True,
-)
+EXPERIMENT = Experiment("collapse", cells, measure, conclude, needs_model=True)

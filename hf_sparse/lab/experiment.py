@@ -1,42 +1,33 @@
-"""What an experiment of the theory lab is: cells to measure, and what follows from the measured rows."""
+"""The frame of the theory lab: cells are measured into records, records conclude in quantities, quantities decide."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
+from hf_sparse.lab.plots import Panel
 from hf_sparse.measure.tables import Table
 from hf_sparse.measure.windows import Window
 from hf_sparse.results import Row, row_key
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Scale = Literal["small", "full"]
-SCALES: tuple[str, ...] = get_args(Scale)
-
 Cell = dict[str, Any]
-"""Everything that decides one measurement, as JSON: it is the key by which a run that starts again skips it."""
+"""Everything that decides one measurement, as JSON; an interrupted run recognises its records by it."""
 
-Answer = Literal["holds", "holds in part", "fails", "not testable here"]
-Source = Literal["abstract", "machine summary", "derived here"]
-"""Where a claim was read: in the abstract of arXiv 2404.02690, in a machine-made summary of the paper only (whose body
-could not be obtained), or nowhere: then it follows from a derivation in this package."""
+CLAIMS = tomllib.loads((Path(__file__).parent / "claims.toml").read_text(encoding="utf-8"))
+
+CHANCE = 0.05
+"""Share of cases, each decided by a 95 % interval, that may come out wrong by chance."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A real model and what it reads.
-
-    Attributes:
-        model: The model, unpatched.
-        windows: The windows of every document, at every length.
-        about: Provenance: model, dtype, device, versions.
-    """
+    """A real model, unpatched; the windows of every document at every length; and its provenance."""
 
     model: PreTrainedModel
     windows: Sequence[Window]
@@ -45,91 +36,81 @@ class Subject:
 
 @dataclass(frozen=True)
 class Setting:
-    """How an experiment is run.
+    """The scale, `small` for a check of minutes or `full`, the seed, and the model for experiments that need one."""
 
-    Attributes:
-        scale: `small` for a check of minutes, `full` for figures to quote.
-        seed: Seed of everything random.
-        subject: The real model, for the experiments that need one.
-    """
-
-    scale: Scale
+    scale: str
     seed: int
-    subject: Subject | None = None
+    model_subject: Subject | None = None
+
+    @property
+    def subject(self) -> Subject:
+        """The model and its texts.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.model_subject is None:
+            raise ValueError("this experiment needs a model: the setting has no subject")
+        return self.model_subject
 
     def rng(self, cell: Cell) -> np.random.Generator:
-        """The random numbers of a cell: the same whatever was run before, and independent of those of other cells."""
+        """Random numbers of a cell: independent of other cells and of the order of measurements."""
         return np.random.default_rng(np.random.SeedSequence([self.seed, int(row_key(**cell), 16)]))
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What was found about one claim.
+def judge(claim: Mapping[str, Any], held: Any, quantities: Mapping[str, Any]) -> dict[str, str]:
+    """The verdict on a claim of `claims.toml`, as JSON.
 
-    Attributes:
-        claim: The claim, in a sentence, as it was tested.
-        source: Where it was read.
-        answer: What the data say.
-        where: In which norm, for which inputs.
-        evidence: The figures, in a sentence.
+    Args:
+        claim: The claim.
+        held: Whether it held: a bool, one for each of several cases, or the share of cases; `None`: not testable.
+        quantities: What its evidence and place are taken from.
     """
-
-    claim: str
-    source: Source
-    answer: Answer
-    where: str
-    evidence: str
-
-    def to_dict(self) -> dict[str, str]:
-        """The attributes as a dictionary."""
-        return asdict(self)
-
-
-_CHANCE = 0.05
-
-
-def answer_from(cases: Iterable[bool]) -> Answer:
-    """The answer about a claim that was tried in several cases: `True` where it held.
-
-    One case of twenty may come out wrong by chance where each is decided by a 95 % interval.
-    """
-    held = list(cases)
-    share = sum(held) / len(held)
-    if share >= 1 - _CHANCE:
-        return "holds"
-    return "holds in part" if share > _CHANCE else "fails"
+    answer = "not testable here"
+    if held is not None:
+        share = np.mean(held)
+        answer = "holds" if share >= 1 - CHANCE else "holds in part" if share > CHANCE else "fails"
+    found = {name.rpartition(" > ")[2]: _take(quantities, name) for name in claim["evidence"]}
+    return {
+        "claim": claim["text"],
+        "source": claim["source"],
+        "answer": answer,
+        "where": claim["where"].format(**quantities),
+        "evidence": "; ".join(f"{name}: {_words(value)}" for name, value in found.items() if value != ""),
+    }
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One plot of an experiment's page.
+def _take(quantities: Any, name: str) -> Any:
+    for part in name.split(" > "):
+        quantities = quantities[part]
+    return quantities
 
-    Attributes:
-        title: What is drawn.
-        sentence: What was found, against the claim, with figures; printed under the plot.
-        draw: Draws it, labels included.
-    """
 
-    title: str
-    sentence: str
-    draw: Callable[[Axes], None]
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_words(entry)}" for name, entry in value.items())
+    if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What follows from the rows of an experiment, and from nothing else.
+    """The conclusions from the records of an experiment, and from nothing else.
 
     Attributes:
-        figures: Fitted slopes with intervals and the like, as JSON.
-        verdicts: One for each claim that the experiment tests.
+        figures: Quantities for `summary.json`.
+        more: Other quantities that show what was found.
+        held: For each claim, in the order of `claims.toml`, in which cases it held; see `judge`.
         panels: The page of plots.
         tables: For people.
     """
 
     figures: dict[str, Any]
-    verdicts: Sequence[Verdict]
+    more: dict[str, Any]
+    held: Sequence[Any]
     panels: Sequence[Panel]
-    tables: Sequence[Table] = field(default_factory=list)
+    tables: Sequence[Table] = ()
 
 
 @dataclass(frozen=True)
@@ -137,23 +118,22 @@ class Experiment:
     """One experiment.
 
     Attributes:
-        name: Name on the command line and of the page of plots.
-        title: Title of the page.
-        claim: What is tested.
-        source: Where the claim was read.
-        cells: What to measure at a scale.
-        measure: Measures one cell: a flat dictionary without the cell's own entries, numbers finite. What is random
+        name: Name on the command line, in `claims.toml` and of the page of plots.
+        cells: Lists what to measure.
+        measure: Measures one cell: a dictionary without the cell's own entries, numbers finite. Everything random
             comes from `Setting.rng(cell)`.
-        conclude: What follows from the rows (each a cell and its measurements), in the order of the cells. Knows
-            nothing of the setting, so that a committed summary can be checked against committed rows.
-        needs_model: Whether there is nothing to measure without a `Subject`.
+        conclude: Turns the records (each a cell and its measurements), in the order of the cells, into findings. It
+            does not see the setting, so that committed summaries can be checked against committed records.
+        needs_model: Whether it needs a `Subject`.
     """
 
     name: str
-    title: str
-    claim: str
-    source: Source
     cells: Callable[[Setting], Sequence[Cell]]
     measure: Callable[[Cell, Setting], Row]
     conclude: Callable[[Sequence[Row]], Findings]
     needs_model: bool = False
+
+    def verdicts(self, findings: Findings) -> list[dict[str, str]]:
+        """The verdict on each claim."""
+        claims = zip(CLAIMS[self.name]["claims"], findings.held, strict=True)
+        return [judge(claim, held, findings.figures | findings.more) for claim, held in claims]

@@ -1,19 +1,20 @@
-"""Exponents of n: fitted slopes on logarithms, with intervals over independent repeats, and what they are called."""
+"""Exponents of n with intervals over independent repeats, closed forms for normal logits, and numbers for files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-CONFIDENCE = 0.95
+from hf_sparse.results import Row
 
-Trend = Literal["falls", "falls slowly", "level", "rises"]
+FloatArray = NDArray[np.float64]
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,28 @@ class Interval:
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
+def log_log_slope(x: ArrayLike, y: ArrayLike) -> Any:
+    """The exponent e of y ~ x^e by least squares on logarithms; one for each column of `y` `(x, columns)`."""
+    return np.polyfit(np.log(x), np.log(y), 1)[0]
+
+
 def slope(lengths: Sequence[int], errors: ArrayLike) -> Interval:
-    """The exponent e of errors ~ n^e: least squares on logarithms in each repeat, then mean and interval.
+    """The exponent e of errors ~ n^e, its mean and interval over the repeats.
 
     Args:
         lengths: n, two or more.
-        errors: `(lengths, repeats)`; what is below the rounding error of a mass is taken for that.
+        errors: `(lengths, repeats)`; raised to the rounding error of a mass where they are below it.
     """
-    floored = np.maximum(np.asarray(errors, np.float64), np.finfo(np.float64).eps)
-    return Interval.of(np.polyfit(np.log(lengths), np.log(floored), 1)[0])
+    return Interval.of(log_log_slope(lengths, np.maximum(np.asarray(errors, np.float64), np.finfo(np.float64).eps)))
 
 
-def trend(lengths: Sequence[int], fit: Interval) -> Trend:
-    """What a slope over `lengths` means.
+def trend(lengths: Sequence[int], fit: Interval) -> str:
+    """The meaning of a slope over `lengths`.
 
     `falls`: surely faster than 1 / ln n does over the same lengths, so like a power of n; `falls slowly`: surely, but
     not surely faster than 1 / ln n; `rises`: surely; `level`: neither.
     """
-    logarithm = float(np.polyfit(np.log(lengths), -np.log(np.log(lengths)), 1)[0])
-    if fit.high < logarithm:
+    if fit.high < log_log_slope(lengths, 1 / np.log(lengths)):
         return "falls"
     if fit.high < 0:
         return "falls slowly"
@@ -88,3 +92,34 @@ def random_energy_exponent(scale: float) -> float:
 def freezing_norm(n: float) -> float:
     """sqrt(2 ln n): the deviation of n independent normal logits at which few keys take all the mass."""
     return math.sqrt(2 * math.log(n))
+
+
+def shortened(value: Any) -> Any:
+    """`value` as JSON: numbers cut to four significant digits, keys as strings."""
+    if isinstance(value, dict):
+        return {str(name): shortened(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [shortened(entry) for entry in value]
+    return float(f"{value:.4g}")
+
+
+def quartiles(values: Any) -> dict[str, float]:
+    """Quartiles of all entries."""
+    return dict(zip(("low", "median", "high"), np.quantile(values, [0.25, 0.5, 0.75]).tolist(), strict=True))
+
+
+def bands(columns: dict[int, FloatArray]) -> FloatArray:
+    """Quartiles of the heads at each n, `(3, lengths)`: low, median, high."""
+    return np.quantile(np.stack(list(columns.values())), [0.25, 0.5, 0.75], axis=1)
+
+
+def by_length(records: Sequence[Row], part: str) -> dict[str, dict[int, FloatArray]]:
+    """Entries of the layers of `records[...][part]` by name and n, `(heads of all layers, ...)`: document means."""
+    lengths = sorted({layer["n"] for layer in records[0][part]})
+
+    def mean(name: str, n: int) -> FloatArray:
+        documents = [[x for layer in record[part] if layer["n"] == n for x in layer[name]] for record in records]
+        return np.asarray(np.mean(documents, axis=0))
+
+    names = [name for name in records[0][part][0] if name not in ("layer", "n")]
+    return {name: {n: mean(name, n) for n in lengths} for name in names}

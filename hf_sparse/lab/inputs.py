@@ -1,21 +1,23 @@
-"""Synthetic attention rows: the setting of arXiv 2404.02690 (independent bounded entries), and what breaks it.
+"""Synthetic attention: the setting of arXiv 2404.02690 (independent bounded entries), and violations of it.
 
-A row of attention is a query x_i over n keys x_j with logits x_i^T W x_j. Tokens have d entries of unit variance; W has
-independent Gaussian entries, scaled to the Frobenius norm R. For entries +1 or -1 the bound is B = 1, so that
-R = B^2 ||W||_F, and the standard deviation of the logits over queries and keys is R exactly: the variance of
-sum_ab x_ia W_ab x_jb is the sum of W_ab^2.
+A query x_i meets n keys x_j with logits x_i^T W x_j. Tokens have d entries of unit variance; W has independent Gaussian
+entries, scaled to the Frobenius norm R. For entries +1 or -1 the bound is B = 1, so that R = B^2 ||W||_F, and the
+standard deviation of the logits over queries and keys is R exactly: the variance of sum_ab x_ia W_ab x_jb is the sum
+of W_ab^2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import lfilter
+
+from hf_sparse.results import Row
 
 Array = NDArray[np.float32]
 
@@ -27,24 +29,16 @@ Kind = Literal["logits", "student-logits", "signs", "normal", "student", "shared
 
 @dataclass(frozen=True)
 class Input:
-    """A law of random attention rows.
-
-    | kind             | rows                                                                                |
-    |------------------|-------------------------------------------------------------------------------------|
-    | `logits`         | independent normal logits of standard deviation R; the random energy model          |
-    | `student-logits` | the same with Student's t of `shape` degrees of freedom, scaled to that deviation   |
-    | `signs`          | tokens of independent entries +1 or -1: the paper's assumptions                     |
-    | `normal`         | tokens of independent normal entries: unbounded, light tails                        |
-    | `student`        | tokens of independent entries of Student's t, `shape` degrees of freedom: heavy tails |
-    | `shared`         | signs, but all tokens have the correlation `shape` (a common direction)             |
-    | `chain`          | tokens of normal entries, neighbours of correlation `shape` (an AR(1) process)      |
-    | `copies`         | signs, but only ceil(n ** shape) different tokens, each repeated                    |
+    """A law of random attention logits.
 
     Attributes:
-        kind: See the table.
+        kind: Independent `logits` (normal: the random energy model; or Student's t), or logits of tokens: independent
+            `signs` (the paper's assumptions), `normal` or `student` entries; `shared` and `copies`, signs with a common
+            direction or repeated; `chain`, normal entries that are an AR(1) process along the tokens.
         norm: R(n) = norm * (ln n) ** growth.
         growth: How the norm grows; 0 for a fixed norm.
-        shape: See the table.
+        shape: Degrees of freedom of Student's t; correlation of `shared` tokens and of neighbours in a `chain`;
+            exponent in n of the number of different `copies`.
     """
 
     kind: Kind
@@ -53,7 +47,7 @@ class Input:
     shape: float = 0.0
 
     @classmethod
-    def of(cls, cell: dict[str, Any]) -> Input:
+    def of(cls, cell: Row) -> Input:
         """The input of a cell, which holds the fields."""
         return cls(cell["kind"], cell["norm"], cell["growth"], cell["shape"])
 
@@ -82,27 +76,27 @@ class Input:
         return float(self.norm * math.log(n) ** self.growth)
 
 
+def by_input(records: Sequence[Row], length: str = "n") -> dict[str, list[Row]]:
+    """The records of each input by its label, `length` rising."""
+    groups: dict[str, list[Row]] = {Input.of(record).label: [] for record in records}
+    for record in sorted(records, key=lambda record: int(record[length])):
+        groups[Input.of(record).label].append(record)
+    return groups
+
+
 def draw_rows(source: Input, n: int, rows: int, rng: np.random.Generator) -> Iterator[tuple[Array, Array]]:
-    """Attention rows, one at a time: logits `(n,)` and the values `(n, VALUE_DIM)` that belong to the keys.
+    """Attention of single queries: logits `(n,)` and the values `(n, VALUE_DIM)` that belong to the keys.
 
-    Rows of independent logits have independent keys too; rows of tokens are queries drawn from the n tokens, over the
+    Queries of independent logits have independent keys too; queries of tokens are drawn from the n tokens, over the
     same keys and one W. Values have independent entries of mean 0 and variance 1, given W: a fixed random map of
-    the tokens, or normal where there are no tokens.
-
-    Args:
-        source: Which law.
-        n: Keys.
-        rows: How many.
-        rng: All randomness comes from it.
+    the tokens, or normal where there are no tokens. All randomness comes from `rng`.
     """
     norm = np.float32(source.norm_at(n))
     if source.kind in ("logits", "student-logits"):
         values = rng.standard_normal((n, VALUE_DIM), np.float32)
         for _ in range(rows):
-            if source.kind == "logits":
-                yield norm * rng.standard_normal(n, np.float32), values
-            else:
-                yield norm * _student(rng, source.shape, (n,)), values
+            normal = source.kind == "logits"
+            yield norm * (rng.standard_normal(n, np.float32) if normal else _student(rng, source.shape, (n,))), values
         return
     tokens = _tokens(source, n, rng)
     weight = rng.standard_normal((TOKEN_DIM, TOKEN_DIM), np.float32)
@@ -113,24 +107,23 @@ def draw_rows(source: Input, n: int, rows: int, rng: np.random.Generator) -> Ite
 
 
 def _tokens(source: Input, n: int, rng: np.random.Generator) -> Array:
+    shape = source.shape
     match source.kind:
         case "signs":
             return _signs(rng, n)
         case "normal":
             return rng.standard_normal((n, TOKEN_DIM), np.float32)
         case "student":
-            return _student(rng, source.shape, (n, TOKEN_DIM))
+            return _student(rng, shape, (n, TOKEN_DIM))
         case "shared":
-            common = math.sqrt(source.shape) * _signs(rng, 1)
-            return np.asarray(common + math.sqrt(1 - source.shape) * _signs(rng, n), np.float32)
+            common = math.sqrt(shape) * _signs(rng, 1)
+            return np.asarray(common + math.sqrt(1 - shape) * _signs(rng, n), np.float32)
         case "chain":
-            noise = math.sqrt(1 - source.shape**2) * rng.standard_normal((n, TOKEN_DIM), np.float32)
-            noise[0] /= math.sqrt(1 - source.shape**2)  # stationary from the first token on
-            return np.asarray(lfilter([1.0], [1.0, -source.shape], noise, axis=0), np.float32)
-        case "copies":
-            different = math.ceil(n**source.shape)
-            return np.resize(_signs(rng, different), (n, TOKEN_DIM))
-    raise ValueError(f"{source.kind!r} has no tokens")
+            noise = math.sqrt(1 - shape**2) * rng.standard_normal((n, TOKEN_DIM), np.float32)
+            noise[0] /= math.sqrt(1 - shape**2)  # stationary from the first token on
+            return np.asarray(lfilter([1.0], [1.0, -shape], noise, axis=0), np.float32)
+        case _:
+            return np.resize(_signs(rng, math.ceil(n**shape)), (n, TOKEN_DIM))
 
 
 def _signs(rng: np.random.Generator, n: int) -> Array:

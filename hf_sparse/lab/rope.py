@@ -1,73 +1,103 @@
-"""Rotary position embeddings of a model: the frequencies of a layer, and running it with others."""
+"""Experiment `rope`: R, the spread of logits and sparsity of a model without RoPE and with other bases."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+import numpy as np
 
-from hf_sparse.errors import UserError
-from hf_sparse.lab.bounds import FloatArray
-from hf_sparse.lab.subject import Layer
+from hf_sparse.diagnostics import concentration
+from hf_sparse.lab import fits, probe
+from hf_sparse.lab.bounds import rope_scales
+from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
+from hf_sparse.lab.norms import trivial_rotation
+from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.scales import head_forms, logit_spread
+from hf_sparse.measure.perplexity import token_nll
+from hf_sparse.results import Row
 
+FACTORS = {"small": (None, 0.1, 1.0, 10.0), "full": (None, 0.01, 0.1, 1.0, 10.0, 100.0)}
+"""Factors of the base of RoPE; `None` for no position embedding."""
 
-def frequencies_of(model: PreTrainedModel, layer: Layer) -> FloatArray:
-    """Radians per token of each pair of dimensions of `layer`, `(head_dim / 2,)`; zeros without RoPE.
-
-    Raises:
-        UserError: if only a part of the dimensions is rotated.
-    """
-    buffers = {name.rpartition(".")[2]: buffer for _, name, buffer in _buffers(model)}
-    kind = getattr(layer.attention, "layer_type", None)
-    buffer = buffers.get(f"{kind}_inv_freq", buffers.get("inv_freq"))
-    half = layer.attention.head_dim // 2
-    if buffer is None:
-        return torch.zeros(half, dtype=torch.float64).numpy()
-    if len(buffer) != half:
-        raise UserError(
-            f"{type(layer.attention).__name__} rotates {2 * len(buffer)} of {2 * half} dimensions; only full RoPE "
-            "is known here"
-        )
-    frequencies: FloatArray = buffer.double().cpu().numpy()
-    return frequencies
+LONGEST = 2048
+_DISTANCES = 1024
+_OWN, _NONE = "base x 1", "no RoPE"
 
 
-def with_base(frequencies: FloatArray, factor: float | None) -> FloatArray:
-    """The frequencies after multiplying the base of RoPE by `factor`; zeros for `None`: no position embedding."""
-    if factor is None:
-        return frequencies * 0
-    exponents = torch.arange(len(frequencies), dtype=torch.float64).numpy() / len(frequencies)
-    scaled: FloatArray = frequencies * factor**-exponents
-    return scaled
+def cells(setting: Setting) -> Sequence[Cell]:
+    """Every base, on one document."""
+    window, rows = probe.longest_windows(setting, LONGEST)[0], probe.QUERIES[setting.scale]
+    return [probe.window_cell(window, rows=rows, factor=factor) for factor in FACTORS[setting.scale]]
 
 
-@contextmanager
-def rope_base(model: PreTrainedModel, factor: float | None) -> Iterator[PreTrainedModel]:
-    """Run `model` with the base of its RoPE multiplied by `factor`; `None` removes positions: all are alike.
+def measure(cell: Cell, setting: Setting) -> Row:
+    """With the base of the cell: ||W_D||_F of every head, spread and concentration of its attention, and the loss."""
+    model, window = setting.subject.model, probe.find_window(cell, setting)
 
-    The weights were trained with the model's own base: what such a pass gives says what the rotation does to this
-    model, not how a model trained with another base would attend.
-    """
-    originals: list[tuple[nn.Module, str, Tensor]] = []
-    try:
-        for module, name, buffer in _buffers(model):
-            changed = with_base(buffer.double().cpu().numpy(), factor)
-            originals.append((module, name, buffer))
-            setattr(module, name, torch.from_numpy(changed).to(buffer))
-        yield model
-    finally:
-        for module, name, buffer in originals:
-            setattr(module, name, buffer)
+    def look(sample: probe.Sample) -> Row:
+        return {
+            "deviation": logit_spread(sample)["deviation"],
+            "keys_90": concentration(sample.dense)["keys_90"][0].mean(-1).tolist(),
+            "first_keys": sample.weights[..., : probe.SINKS].sum(-1).mean(-1).tolist(),
+        }
+
+    distances = np.arange(_DISTANCES, dtype=np.float64)
+    with probe.rope_base(model, cell["factor"]):
+        found = probe.visit_samples(model, window, probe.row_lengths(cell["length"]), cell["rows"], look)
+        nll = float(token_nll(model, window.input_ids, window.targets).mean())
+        over = [
+            [rope_scales(*form, probe.frequencies_of(model, layer), distances) for form in head_forms(layer)]
+            for layer in probe.layers_of(model)
+        ]
+    scale = {"largest": np.max(over, axis=-1), "rms": np.sqrt(np.mean(np.square(over), axis=-1))}
+    return {"scale": fits.shortened(scale), "rows": found, "nll": nll}
 
 
-def _buffers(model: PreTrainedModel) -> list[tuple[nn.Module, str, Tensor]]:
-    """The tensors of inverse frequencies that `model` reads: module, attribute, value."""
-    return [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name.endswith("inv_freq") and "original" not in name
+def conclude(records: Sequence[Row]) -> Findings:
+    """The effect of the rotation on R, on the spread and on the keys needed, against the model's own base."""
+    by_base = {_NONE if r["factor"] is None else f"base x {r['factor']:g}": r for r in records}
+    own = by_base[_OWN]
+    found = {base: fits.by_length([record], "rows") for base, record in by_base.items()}
+    keys = {base: columns["keys_90"] for base, columns in found.items()}
+    scales = {base: np.array(record["scale"]["largest"]) for base, record in by_base.items()}
+    lengths = list(keys[_OWN])
+    n = lengths[-1]
+    mean_keys = {base: [values.mean() for values in column.values()] for base, column in keys.items()}
+    bases = {
+        base: {
+            "R_over_own": float(np.median(scales[base] / scales[_OWN])),
+            "R_over_own_most": float((scales[base] / scales[_OWN]).max()),
+            "deviation": float(np.median(columns["deviation"][n])),
+            "keys_90": mean_keys[base][-1],
+            "keys_90_exponent": fits.log_log_slope(lengths, mean_keys[base]),
+            "first_keys": columns["first_keys"][n].mean(),
+            "nll_above_own": by_base[base]["nll"] - own["nll"],
+        }
+        for base, columns in found.items()
+    }
+    gain = scales[_OWN] / scales[_NONE]
+    changes = [entry["R_over_own"] for base, entry in bases.items() if base != _NONE]
+    more: dict[str, Any] = {
+        "R with RoPE over R without": f"median {np.median(gain):.3f}, {gain.min():.3f} to {gain.max():.3f}",
+        "change of R over the bases": max(changes) / min(changes),
+        "by construction": trivial_rotation(gain),
+        "share of heads that need fewer keys": np.mean(keys[_OWN][n] < keys[_NONE][n]),
+        "outside training": "all bases but the model's own",
+    }
+    header = ["base", "R over own (median head)", "deviation", "keys for 90 %", "exponent", "first 4 keys", "loss"]
+    form = "{R_over_own:.3f} {deviation:.2f} {keys_90:.0f} {keys_90_exponent:.2f} {first_keys:.2f} {nll_above_own:+.3f}"
+    body = [[base, *form.format(**entry).split()] for base, entry in bases.items()]
+    drawn = {base: mean_keys[base] for base in (_NONE, "base x 0.1", _OWN, "base x 10") if base in bases}
+    names = {"R, median head": "R_over_own", "deviation of logits, median head": "deviation"}
+    ratios = {what: [entry[name] / bases[_OWN][name] for entry in bases.values()] for what, name in names.items()}
+    panels = [
+        Panel("Keys for 90 % of the mass", "visible keys n", "keys, mean head", lengths, drawn),
+        Panel("Scales across bases", "", "ratio to the model's own base", list(bases), ratios, log=""),
     ]
+    change = max(more["change of R over the bases"], np.median(gain))
+    held = [None if more["by construction"] else change < 1.1, more["share of heads that need fewer keys"]]
+    return Findings({"n": n, "bases": bases}, more, held, panels, [(header, body)])
+
+
+EXPERIMENT = Experiment("rope", cells, measure, conclude, needs_model=True)

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_sparse.lab import windows_panels
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting, Verdict, answer_from
-from hf_sparse.lab.fits import Interval, slope, trend
-from hf_sparse.lab.inputs import Input, draw_rows
-from hf_sparse.lab.rows import NORMS, Floats, row_errors, shortened
+from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
+from hf_sparse.lab.fits import Interval, shortened, slope, trend
+from hf_sparse.lab.inputs import Input, by_input, draw_rows
+from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.topk import NORMS, softmax, top_k_errors
 from hf_sparse.laws import Budget
-from hf_sparse.measure.tables import Table
 from hf_sparse.results import Row
 
 WINDOWS = {
@@ -33,173 +32,104 @@ PAPER_LIKE = INPUTS[2].label
 """Independent bounded entries and a fixed norm: what the paper is said to assume."""
 
 ENTRYWISE = ("max entry", "max entry, unnormalised")
-
 LATE = 4
 """Longest lengths over which a slope is taken to be that of large n."""
+
+SIZES = {
+    "small": (range(8, 13), {"rows": 8, "repeats": 3}),
+    "full": (range(8, 18), {"rows": 16, "repeats": 6}),
+}
+_DRAWN = ("max entry", "max entry, unnormalised", "lost mass", "output", "relative output")
 
 
 def cells(setting: Setting) -> list[Cell]:
     """Every input at every length."""
-    exponents, size = {
-        "small": (range(8, 13), {"rows": 8, "repeats": 3}),
-        "full": (range(8, 18), {"rows": 16, "repeats": 6}),
-    }[setting.scale]
+    exponents, size = SIZES[setting.scale]
     return [source.fields() | {"n": 2**e, **size, "windows": list(WINDOWS)} for source in INPUTS for e in exponents]
 
 
+def kept_keys(windows: Sequence[str], n: int) -> list[int]:
+    """Keys that each window keeps of n."""
+    return [int(WINDOWS[name](torch.tensor(n))) for name in windows]
+
+
 def measure(cell: Cell, setting: Setting) -> Row:
-    """Errors of each window in each norm, mean row, and of single entries the worst row: one number per repeat."""
-    n = cell["n"]
-    kept = np.array([WINDOWS[name](torch.tensor(n)).item() for name in cell["windows"]])
-    means, worsts = [], []
-    for rng in setting.rng(cell).spawn(cell["repeats"]):
-        rows = [row_errors(*row, kept) for row in draw_rows(Input.of(cell), n, cell["rows"], rng)]
-        means.append(np.mean(rows, axis=0))
-        worsts.append(np.max(rows, axis=0))
-    return {
-        "kept": kept.tolist(),
-        "mean": _by_name(means, cell["windows"], NORMS),
-        "worst": _by_name(worsts, cell["windows"], ENTRYWISE),
-    }
-
-
-def _by_name(
-    errors: Sequence[Floats], windows: Sequence[str], norms: Sequence[str]
-) -> dict[str, dict[str, list[float]]]:
-    """Errors `(norms, windows)` of each repeat by window and norm."""
-    values = np.stack(errors, axis=-1)
-    return {
-        window: {norm: shortened(values[NORMS.index(norm), i]) for norm in norms} for i, window in enumerate(windows)
-    }
-
-
-def conclude(rows: Sequence[Row]) -> Findings:
-    """Slopes, trends and the two claims of the abstract about sufficient and insufficient windows."""
-    fits = [
-        fit_errors(own, label, window, norm)
-        for label, own in by_input(rows).items()
-        for window in rows[0]["windows"]
-        for norm in NORMS
-    ]
-    verdicts = [_sufficient(fits), _insufficient(fits), _dichotomy(fits)]
-    lengths = sorted({row["n"] for row in rows})
-    figures = {"lengths": lengths, "late_lengths": lengths[-LATE:], "slopes": fits}
-    return Findings(
-        figures,
-        verdicts,
-        windows_panels.panels(rows, fits, PAPER_LIKE),
-        [slope_cells(fits, label) for label in _labels(fits)],
+    """Errors of each window in each norm, mean query, and of single entries the worst query: one number per repeat."""
+    n, windows = cell["n"], cell["windows"]
+    kept = kept_keys(windows, n)
+    repeats = np.array(
+        [
+            [top_k_errors(softmax(x), v, kept)[0] for x, v in draw_rows(Input.of(cell), n, cell["rows"], rng)]
+            for rng in setting.rng(cell).spawn(cell["repeats"])
+        ]
     )
+    out: Row = {"kept": kept}
+    for name, errors, norms in (("mean", repeats.mean(1), NORMS), ("worst", repeats.max(1), ENTRYWISE)):
+        out[name] = {w: {m: shortened(errors[:, NORMS.index(m), i]) for m in norms} for i, w in enumerate(windows)}
+    return out
 
 
-def by_input(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each input by its label, lengths rising."""
-    groups: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: int(row["n"])):
-        groups.setdefault(Input.of(row).label, []).append(row)
-    order = list(dict.fromkeys(Input.of(row).label for row in rows))
-    return {label: groups[label] for label in order}
-
-
-def fit_errors(rows: Sequence[Row], label: str, window: str, norm: str) -> dict[str, Any]:
-    """Slopes of one error in n: over all lengths and over the longest, for the mean and for the worst row."""
-    lengths = [row["n"] for row in rows]
-    mean = np.array([row["mean"][window][norm] for row in rows])
+def fit_errors(records: Sequence[Row], label: str, window: str, norm: str) -> dict[str, Any]:
+    """Slopes of one error in n: over all lengths and over the longest, for the mean and for the worst query."""
+    lengths = [record["n"] for record in records]
+    mean = np.array([record["mean"][window][norm] for record in records])
     late = slope(lengths[-LATE:], mean[-LATE:])
-    # The largest error of an entry of the matrix, not of a row: that of the worst row.
-    worst = [row["worst"][window][norm] for row in rows[-LATE:]] if norm in ENTRYWISE else None
+    # The largest error of an entry of the matrix is that of the worst query.
+    worst = [record["worst"][window].get(norm) for record in records[-LATE:]]
     return {
         "input": label,
         "window": window,
         "norm": norm,
         "slope": slope(lengths, mean).to_dict(),
         "late_slope": late.to_dict(),
-        "worst_late_slope": None if worst is None else slope(lengths[-LATE:], worst).to_dict(),
+        "worst_late_slope": slope(lengths[-LATE:], worst).to_dict() if norm in ENTRYWISE else None,
         "trend": trend(lengths[-LATE:], late),
         "longest": shortened(mean[-1].mean()),
     }
 
 
-def slope_cells(fits: Sequence[dict[str, Any]], label: str) -> Table:
-    """Slopes over the longest lengths of every window in every norm, for one input."""
-    own = [fit for fit in fits if fit["input"] == label]
-    windows = list(dict.fromkeys(fit["window"] for fit in own))
-    header = [f"{label}: slope in n at large n", *windows]
-    return header, [
-        [norm, *(str(Interval(**fit["late_slope"])) for fit in own if fit["norm"] == norm)]
-        for norm in dict.fromkeys(fit["norm"] for fit in own)
+def conclude(records: Sequence[Row]) -> Findings:
+    """Slopes and trends of every input, window and norm."""
+    inputs, windows = by_input(records), records[0]["windows"]
+    fits = [fit_errors(own, label, w, norm) for label, own in inputs.items() for w in windows for norm in NORMS]
+    slopes = {(fit["input"], fit["window"], fit["norm"]): Interval(**fit["late_slope"]) for fit in fits}
+    falls = {(fit["input"], fit["window"], fit["norm"]): fit["trend"] == "falls" for fit in fits}
+    falling = {norm: [falls[label, w, norm] for label in inputs for w in POWERS] for norm in NORMS}
+    staying = {norm: [not falls[label, w, norm] for label in inputs for w in SLOW] for norm in NORMS}
+    both = {
+        norm: [[falls[label, w, norm] for w in (*SLOW, *POWERS)] == [False] * 2 + [True] * 3 for label in inputs]
+        for norm in NORMS
+    }
+    where = {norm: [label for label, held in zip(inputs, both[norm], strict=True) if held] for norm in NORMS}
+    more = {
+        "power_cases": len(inputs) * len(POWERS),
+        "slow_cases": len(inputs) * len(SLOW),
+        "falls": "; ".join(f"{norm} {sum(cases)}" for norm, cases in falling.items()),
+        "stays": "; ".join(f"{norm} {sum(cases)}" for norm, cases in staying.items()),
+        "dichotomy": "; ".join(f"{norm}: {' and '.join(own)}" for norm, own in where.items() if own) or "in no norm",
+        "slopes of n^0.5 keys": {norm: slopes[PAPER_LIKE, "n^0.5", norm] for norm in NORMS},
+        "slopes of log2(n)/2 keys": {norm: slopes[PAPER_LIKE, "log2(n)/2", norm] for norm in ENTRYWISE},
+        "slopes of the largest error of an entry": {w: slopes[PAPER_LIKE, w, "max entry"] for w in (*SLOW, *POWERS)},
+    }
+    lengths = sorted({record["n"] for record in records})
+    tables = [
+        (
+            [f"{label}: slope in n at large n", *windows],
+            [[norm, *(str(slopes[label, w, norm]) for w in windows)] for norm in NORMS],
+        )
+        for label in inputs
     ]
+    panels = []
+    for norm in _DRAWN:
+        errors = {w: np.array([r["mean"][w][norm] for r in inputs[PAPER_LIKE]]) for w in (*SLOW, "n^0.5", "n^0.75")}
+        lines = {window: [error.min(1), error.mean(1), error.max(1)] for window, error in errors.items()}
+        panels.append(Panel(PAPER_LIKE, "keys n", f"{norm}, mean query", lengths, lines))
+    grid = [[slopes[label, "n^0.5", norm].value for label in inputs] for norm in NORMS]
+    names = [label.replace(", ", ",\n") for label in inputs]
+    panels.append(Panel("Slope at large n, n^0.5 keys", "", "", names, grid=grid, rows=NORMS))
+    figures = {"lengths": lengths, "late_lengths": lengths[-LATE:], "slopes": fits}
+    held = [list(cases.values()) for cases in (falling, staying, both)]
+    return Findings(figures, more, held, panels, tables)
 
 
-def _sufficient(fits: Sequence[dict[str, Any]]) -> Verdict:
-    ours = [fit for fit in fits if fit["window"] in POWERS]
-    falling = {norm: [fit["trend"] == "falls" for fit in ours if fit["norm"] == norm] for norm in NORMS}
-    answer = answer_from(case for cases in falling.values() for case in cases)
-    shares = "; ".join(f"{norm} {sum(cases)}" for norm, cases in falling.items())
-    chosen = {norm: _fit(fits, PAPER_LIKE, "n^0.5", norm) for norm in NORMS}
-    return Verdict(
-        "Keeping the largest n^C entries, any C in (0, 1), approximates attention with an error that decreases in n.",
-        "abstract",
-        answer,
-        f"the error falls like a power of n, of {len(ours) // len(NORMS)} pairs of input and exponent: {shares}",
-        f"{PAPER_LIKE}, n^0.5 keys, slopes at large n: "
-        + "; ".join(f"{norm} {Interval(**fit['late_slope'])}" for norm, fit in chosen.items()),
-    )
-
-
-def _insufficient(fits: Sequence[dict[str, Any]]) -> Verdict:
-    ours = [fit for fit in fits if fit["window"] in SLOW]
-    staying = {norm: [fit["trend"] != "falls" for fit in ours if fit["norm"] == norm] for norm in NORMS}
-    answer = answer_from(case for cases in staying.values() for case in cases)
-    shares = "; ".join(f"{norm} {sum(cases)}" for norm, cases in staying.items())
-    largest, cut = (_fit(fits, PAPER_LIKE, "log2(n)/2", norm) for norm in ("max entry", "max entry, unnormalised"))
-    return Verdict(
-        "With log n entries or fewer the error stays at a constant.",
-        "abstract",
-        answer,
-        f"the error does not fall like a power of n, of {len(ours) // len(NORMS)} pairs of input and window "
-        f"({' or '.join(SLOW)}): {shares}",
-        f"{PAPER_LIKE}, log2(n)/2 keys, slope at large n of the largest error of an entry: "
-        f"{Interval(**largest['late_slope'])} if the kept entries are renormalised, {Interval(**cut['late_slope'])} if "
-        "not",
-    )
-
-
-def _dichotomy(fits: Sequence[dict[str, Any]]) -> Verdict:
-    """Both claims at once: where a row needs more than log n keys and n^C of them are enough."""
-
-    def both(norm: str, label: str) -> bool:
-        trends = {fit["window"]: fit["trend"] for fit in fits if (fit["norm"], fit["input"]) == (norm, label)}
-        return all(trends[window] == "falls" for window in POWERS) and "falls" not in [
-            trends[window] for window in SLOW
-        ]
-
-    held = {norm: [label for label in _labels(fits) if both(norm, label)] for norm in NORMS}
-    largest = {window: _fit(fits, PAPER_LIKE, window, "max entry") for window in (*SLOW, *POWERS)}
-    return Verdict(
-        "There is a dichotomy: in the same norm n^C entries are enough, and log n or fewer are not.",
-        "abstract",
-        answer_from(label in labels for labels in held.values() for label in _labels(fits)),
-        "; ".join(f"{norm}: {' and '.join(labels)}" for norm, labels in held.items() if labels) or "in no norm",
-        f"{PAPER_LIKE}, slope at large n of the largest error of an entry, renormalised: "
-        + ", ".join(f"{window} {Interval(**fit['late_slope'])}" for window, fit in largest.items()),
-    )
-
-
-def _fit(fits: Sequence[dict[str, Any]], label: str, window: str, norm: str) -> dict[str, Any]:
-    return next(fit for fit in fits if (fit["input"], fit["window"], fit["norm"]) == (label, window, norm))
-
-
-def _labels(fits: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(fit["input"] for fit in fits))
-
-
-EXPERIMENT = Experiment(
-    name="windows",
-    title="Constant, logarithmic and power-law windows on synthetic inputs",
-    claim="n^C entries suffice for an error that decreases in n; log n or fewer leave a constant error",
-    source="abstract",
-    cells=cells,
-    measure=measure,
-    conclude=conclude,
-)
+EXPERIMENT = Experiment("windows", cells, measure, conclude)

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.laws import Budget, LawName
+from hf_sparse.laws import Budget, LawName, bisect
 from hf_sparse.support import LayerSupport, SupportReport
 
-_STEPS = 40
-
-
-def last_true(holds: Callable[[float], bool], low: float, high: float, steps: int = _STEPS) -> float:
-    """The highest value in `[low, high]`, both above 0, at which `holds`, by bisection on its logarithm.
-
-    Args:
-        holds: True at low values, false from some value on. It is not asked about `low`.
-        low: What is returned if it never holds.
-        high: The highest value to consider.
-        steps: Halvings.
-    """
-    low, high = math.log(low), math.log(high)
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (middle, high) if holds(math.exp(middle)) else (low, middle)
-    return math.exp(low)
+_HALVINGS = 40
 
 
 def kept_keys(config: SparseAttentionConfig, layers: Sequence[LayerSupport], lengths: Sequence[int]) -> float:
@@ -91,7 +75,10 @@ def matched(
         plain = replace(config, per_head=None, calibration=None, dense_layers=dense)
         if cost(_with_law(plain, law, low)) <= wanted:
             break
-    return _with_law(plain, law, last_true(lambda value: cost(_with_law(plain, law, value)) <= wanted, low, high))
+    parameter, _ = bisect(
+        lambda value: cost(_with_law(plain, law, value)) <= wanted, low, high, _HALVINGS, logarithmic=True
+    )
+    return _with_law(plain, law, parameter)
 
 
 def _dense_by_default(support: SupportReport) -> tuple[int, ...]:

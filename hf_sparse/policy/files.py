@@ -7,17 +7,23 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from huggingface_hub import hf_hub_download
 
 from hf_sparse.checks import shown
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.custom import describe
+from hf_sparse.engines import AUTO, ENGINES
 from hf_sparse.errors import UserError
 from hf_sparse.files import write_whole
+from hf_sparse.laws import LAWS
 from hf_sparse.policy.hub_io import hub_errors
-from hf_sparse.policy.policy import Policy, is_hub_id
+from hf_sparse.policy.origin import Origin, is_hub_id
+from hf_sparse.policy.policy import Policy
+from hf_sparse.selectors import SELECTORS
 
 NAME = "sparse_config.json"
 """The name of the file in a folder or repository."""
@@ -28,79 +34,21 @@ MAX_BYTES = 4 << 20
 MAX_DEPTH = 20
 """Lists and objects inside one another."""
 
+_BUILT_IN = {"law": LAWS, "selector": SELECTORS, "engine": (AUTO, *ENGINES)}
 _INNERMOST = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s*\]")
 _BETWEEN = re.compile(r",\n\s+")
 # An error is one line, whatever a hostile file holds.
 _LONGEST_ERROR = 400
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A policy, and where it lies.
-
-    Attributes:
-        policy: The policy.
-        location: Its folder, or its repository on the Hub.
-        commit: The commit of the repository; `None` for a folder.
-    """
-
-    policy: Policy
-    location: str
-    commit: str | None = None
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it was read from a folder, not from the Hub."""
-        return self.commit is None
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether the policy lies beside weights of its own."""
-        folder = Path(self.location)
-        lie_there = self.is_local and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-        return self.policy.weights or lie_there
-
-    def source(self) -> tuple[str, str | None]:
-        """What to load the model from: a Hub id or a folder, and the revision.
-
-        Raises:
-            UserError: (a `ValueError`) if the policy does not say, or names a folder that is not here, or that was
-                never meant for this machine.
-        """
-        base = self.policy.base_model
-        if self.has_weights:
-            return self.location, self.commit
-        if base is None:
-            raise UserError(f"{self.location} names no base model: load one, then hf_sparse.patch(model, ...) it")
-        if self.policy.base_is_local and not self.is_local:
-            raise UserError(f"{self.location} names a folder as its base model, {base!r}: it must be a Hub id")
-        if self.policy.base_is_local and not Path(base).is_dir():
-            raise UserError(f"{self.location} names the base model {base}, and there is no such folder")
-        if not self.policy.base_is_local and Path(base).is_dir():
-            # transformers would take the folder, and no revision of it.
-            raise UserError(f"{self.location} names {base} on the Hub, and a folder of that name is here: go elsewhere")
-        return base, self.policy.revision
-
-
-def load(
-    name_or_path: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-) -> Loaded:
+def load(name_or_path: str | os.PathLike[str], *, revision: str | None = None, **hub_options: Any) -> Policy:
     """Read the policy of a folder, a file, or a repository on the Hub.
 
     Args:
         name_or_path: A folder that holds a `sparse_config.json`, such a file, or a Hub id. What exists here goes
             before the Hub.
         revision: Commit, branch or tag on the Hub.
-        token: As in `huggingface_hub`.
-        cache_dir: As in `huggingface_hub`.
-        force_download: As in `huggingface_hub`.
-        local_files_only: As in `huggingface_hub`.
+        **hub_options: `token`, `cache_dir`, `force_download` and `local_files_only`, as in `huggingface_hub`.
 
     Raises:
         UserError: (a `ValueError`) if there is none, it is out of reach, something in it is wrong, or a `revision` is
@@ -120,23 +68,17 @@ def load(
         if not path.is_file():
             raise UserError(f"{name} holds no {NAME}")
     if path.is_file():
-        return Loaded(read(path), str(path.parent.absolute()))
+        return replace(read(path), origin=Origin(str(path.parent.absolute())))
     if path.exists() or not is_hub_id(name) or name.endswith(".json"):
         raise UserError(f"{shown(name)} is not a policy: pass a Hub id, a folder that holds a {NAME}, or such a file")
-    options: dict[str, Any] = {
-        "token": token,
-        "cache_dir": cache_dir,
-        "force_download": force_download,
-        "local_files_only": local_files_only,
-    }
     with hub_errors(f"cannot read {NAME} of {name}" + (f" at {revision}" if revision else "")):
-        found = hf_hub_download(name, NAME, revision=revision, dry_run=True, **options)
+        found = hf_hub_download(name, NAME, revision=revision, dry_run=True, **hub_options)
         if found.file_size is None:
             raise UserError(f"cannot read {NAME} of {name}: the Hub does not say how large it is")
         _check_size(f"{name}/{NAME}", found.file_size)
         # By the revision as it was given, so that the cache learns what it stands for.
-        downloaded = Path(hf_hub_download(name, NAME, revision=revision, **options))
-    return Loaded(read(downloaded, f"{name}/{NAME}"), name, downloaded.parent.name)
+        downloaded = Path(hf_hub_download(name, NAME, revision=revision, **hub_options))
+    return replace(read(downloaded, f"{name}/{NAME}"), origin=Origin(name, downloaded.parent.name))
 
 
 def read(path: Path, name: str | None = None) -> Policy:
@@ -165,14 +107,34 @@ def read(path: Path, name: str | None = None) -> Policy:
 
 
 def write(policy: Policy, path: Path) -> None:
-    """Write a policy, all or nothing."""
+    """Write a policy, all or nothing; see `text_of`."""
     write_whole(path, text_of(policy).encode())
 
 
 def text_of(policy: Policy) -> str:
-    """The text of the file: indented JSON with lists of numbers and names on one line."""
+    """The text of the file: indented JSON with lists of numbers and names on one line.
+
+    Raises:
+        UserError: if the policy holds code, which no file can.
+    """
+    check_no_code(policy.config)
     text = json.dumps(policy.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
     return _INNERMOST.sub(lambda found: "[" + _BETWEEN.sub(", ", found[1]) + "]", text) + "\n"
+
+
+def check_no_code(config: SparseAttentionConfig) -> None:
+    """Refuse a configuration with a selector, an engine or a law of the user's own.
+
+    Raises:
+        UserError: naming the field and what may be published instead.
+    """
+    for field, part in config.code.items():
+        raise UserError(_is_code(field, describe(part)["name"]))
+
+
+def _is_code(field: str, name: str) -> str:
+    allowed = ", ".join(_BUILT_IN[field])
+    return f"{field} {shown(name)} is code of your own and cannot be published in {NAME}: publish one of {allowed}"
 
 
 def _check_size(name: str, size: int) -> None:
@@ -196,6 +158,10 @@ def _parse(data: bytes) -> dict[str, Any]:
         level = [inner for outer in level for inner in _inside(outer)]
     if level:
         raise ValueError(f"it must be nested at most {MAX_DEPTH} deep")
+    for field in _BUILT_IN:
+        # As results name what they measured.
+        if isinstance(parsed.get(field), dict) and isinstance(parsed[field].get("name"), str):
+            raise ValueError(_is_code(field, parsed[field]["name"]))
     return parsed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 from hf_sparse.checks import check_mapping, check_name, check_text, check_versions, shown
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.policy.quality import QualityRow
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
+from hf_sparse.errors import UserError
+from hf_sparse.policy.origin import Origin, is_hub_id
+from hf_sparse.policy.quality import QualityRecord
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Policy:
         weights: Whether weights lie beside the policy, to be loaded instead of the base model's.
         versions: Package -> version that wrote the policy.
         quality: What was measured.
+        origin: Where it was read. Not in the file.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -36,7 +36,8 @@ class Policy:
     revision: str | None = None
     weights: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
-    quality: tuple[QualityRow, ...] = ()
+    quality: tuple[QualityRecord, ...] = ()
+    origin: Origin = field(default=Origin(), compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, SparseAttentionConfig):
@@ -45,29 +46,51 @@ class Policy:
             check_text("base_model", self.base_model)
             if not is_hub_id(self.base_model) and not Path(self.base_model).is_absolute():
                 raise ValueError(f"base_model must be a Hub id or an absolute path; got {shown(self.base_model)}")
-        if self.revision is not None:
-            check_name("revision", self.revision, empty=False)
+        check_name("revision", self.revision, optional=True)
         if not isinstance(self.weights, bool):
             raise ValueError(f"weights must be true or false; got {shown(self.weights)}")
         object.__setattr__(self, "versions", check_versions("versions", self.versions))
-        if isinstance(self.quality, str | Mapping) or not isinstance(self.quality, Sequence):
-            raise ValueError(f"quality must be a list of rows; got {shown(self.quality)}")
-        object.__setattr__(self, "quality", tuple(self.quality))
+        object.__setattr__(self, "quality", _records(self.quality))
 
     @property
-    def base_is_local(self) -> bool:
-        """Whether the base model is a folder of this machine."""
-        return self.base_model is not None and not is_hub_id(self.base_model)
+    def base(self) -> Origin:
+        """The base model at its revision."""
+        return Origin(self.base_model, self.revision)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it was read from a place that holds weights of its own."""
+        if self.weights or not self.origin.is_local:
+            return self.weights
+        folder = Path(str(self.origin.name))
+        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+    def model_origin(self) -> Origin:
+        """Where to load the model from: the place of the policy if weights lie there, or else the base model.
+
+        Raises:
+            UserError: (a `ValueError`) if the policy does not say, or names a folder that is not here, or that was
+                never meant for this machine.
+        """
+        base, place = self.base, self.origin.name
+        if self.has_weights:
+            return self.origin
+        if base.name is None:
+            raise UserError(f"{place} names no base model: load one, then hf_sparse.patch(model, ...) it")
+        if base.is_local and not self.origin.is_local:
+            raise UserError(f"{place} names a folder as its base model, {base.name!r}: it must be a Hub id")
+        if base.is_local and not Path(base.name).is_dir():
+            raise UserError(f"{place} names the base model {base.name}, and there is no such folder")
+        if base.is_on_hub and Path(base.name).is_dir():
+            # transformers would take the folder, and no revision of it.
+            raise UserError(f"{place} names {base.name} on the Hub, and a folder of that name is here: go elsewhere")
+        return base
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that `json.dumps` takes and `from_dict` gives back."""
         own = {name: getattr(self, name) for name in ("base_model", "revision", "weights")}
-        return {
-            **self.config.to_dict(),
-            **own,
-            "versions": dict(self.versions),
-            "quality": [row.to_dict() for row in self.quality],
-        }
+        quality = [record.to_dict() for record in self.quality]
+        return {**self.config.to_dict(), **own, "versions": dict(self.versions), "quality": quality}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Policy:
@@ -78,25 +101,21 @@ class Policy:
         """
         check_mapping("a policy", data)
         own = {name: value for name, value in data.items() if name in _OWN}
-        config = SparseAttentionConfig.from_dict({name: value for name, value in data.items() if name not in _OWN})
-        return cls(config, **own | {"quality": _rows(own.get("quality", ()))})
+        config = {name: value for name, value in data.items() if name not in _OWN}
+        return cls(SparseAttentionConfig.from_dict(config), **own)
 
 
-_OWN = frozenset(f.name for f in fields(Policy)) - {"config"}
+_OWN = frozenset(f.name for f in fields(Policy)) - {"config", "origin"}
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form of a Hub id: `user/name` or `name`."""
-    return _HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
-
-
-def _rows(rows: Any) -> tuple[QualityRow, ...]:
-    if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
-        raise ValueError(f"quality must be a list of rows; got {shown(rows)}")
+def _records(records: Any) -> tuple[QualityRecord, ...]:
+    """`records` as quality records: each may be one already, or what JSON holds of it."""
+    if isinstance(records, str | Mapping) or not isinstance(records, Sequence):
+        raise ValueError(f"quality must be a list of records; got {shown(records)}")
     out = []
-    for i, row in enumerate(rows):
+    for i, record in enumerate(records):
         try:
-            out.append(QualityRow.from_dict(row))
+            out.append(record if isinstance(record, QualityRecord) else QualityRecord.from_dict(record))
         except ValueError as error:
             raise ValueError(f"quality[{i}]: {error}") from None
     return tuple(out)

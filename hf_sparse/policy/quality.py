@@ -1,4 +1,4 @@
-"""`QualityRow`: one measured figure, as a policy carries it."""
+"""`QualityRecord`: one measured figure, as a policy carries it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 from hf_sparse.checks import check_integer, check_mapping, check_name, check_names, check_number, check_text, shown
 
+DENSE = "dense"
+"""The method of a record that was measured with dense attention."""
+
 _METRIC = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
-class QualityRow:
+class QualityRecord:
     """One figure that was measured with the policy's configuration, or with the dense model beside it.
 
     `None` and an empty text mean: not said.
@@ -24,13 +27,13 @@ class QualityRow:
             number of keys at equal cost), `"lost_mass"`, `"output_error"`, or a time such as `"generate-token"` in
             seconds with its `"generate-token-speedup"` (dense / sparse).
         method: `"dense"`, or the selector of the policy.
-        statistic: What is shown of the rows: `"mean"`, or `"worst"` (mean of the worst 1 %).
+        statistic: Over the queries: `"mean"`, or `"worst"` (mean of the worst 1 %).
         length: Context length in tokens.
         value: The figure.
         low: Lower end of its 95 % interval.
         high: Upper end of it.
         density: Kept / visible keys, over all layers that were measured.
-        tokens: How many predicted tokens, or rows of attention, went into it.
+        tokens: How many predicted tokens, or queries, went into it.
         documents: Names of the texts.
         model: Name of the weights that were measured: a Hub id or a file name, no path.
         dtype: Type of the weights during the measurement.
@@ -64,15 +67,12 @@ class QualityRow:
         check_name("model", self.model)
         check_integer("length", self.length, least=0)
         check_number("value", self.value)
-        for name in ("low", "high"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name))
+        check_number("low", self.low, optional=True)
+        check_number("high", self.high, optional=True)
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"low must be at most high ({self.high!r}); got {shown(self.low)}")
-        if self.density is not None:
-            check_number("density", self.density, least=0.0, most=1.0)
-        if self.tokens is not None:
-            check_integer("tokens", self.tokens, least=0)
+        check_number("density", self.density, least=0.0, most=1.0, optional=True)
+        check_integer("tokens", self.tokens, least=0, optional=True)
         object.__setattr__(self, "documents", check_names("documents", self.documents))
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,13 +82,13 @@ class QualityRow:
         return {name: value for name, value in out.items() if value not in (None, "", [])}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> QualityRow:
+    def from_dict(cls, data: Mapping[str, Any]) -> QualityRecord:
         """The inverse of `to_dict`.
 
         Raises:
             ValueError: for a field that does not exist, or a wrong value.
         """
-        check_mapping("quality row", data)
+        check_mapping("quality record", data)
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(data) - set(known))
         if unknown:

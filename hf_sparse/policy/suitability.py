@@ -1,4 +1,4 @@
-"""Does a policy suit a model: refused if it was calibrated for another architecture, a warning for another revision."""
+"""Whether a policy suits a model: another architecture is refused, another base or revision is a warning."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import warnings
 
 from transformers import PreTrainedConfig
 
+from hf_sparse.errors import UserError
 from hf_sparse.policy.origin import Origin
-from hf_sparse.policy.policy import Policy, is_hub_id
+from hf_sparse.policy.policy import Policy
 from hf_sparse.record import CalibrationRecord
 from hf_sparse.support import SupportReport
 
@@ -21,7 +22,7 @@ def check_calibration(record: CalibrationRecord, support: SupportReport, config:
         config: The model's configuration.
 
     Raises:
-        ValueError: naming what differs.
+        UserError: (a `ValueError`) naming what differs.
     """
     kinds = {config.model_type, config.get_text_config().model_type}
     if record.model_type and record.model_type not in kinds:
@@ -44,25 +45,22 @@ def warn_of_another_base(policy: Policy, origin: Origin) -> bool:
         Whether it is, for certain.
     """
     record = policy.config.calibration or CalibrationRecord()
-    name = policy.base_model or record.base_model
-    revision = policy.revision if policy.base_model else record.revision
-    if name is None or origin.name is None or origin.is_local or not is_hub_id(name):
+    base = policy.base if policy.base_model else Origin(record.base_model, record.revision)
+    if not (base.is_on_hub and origin.is_on_hub):
         return False
-    certain = True
-    if name != origin.name:
-        difference = f"{name}; this model is {origin.name}"
-    elif revision is not None and origin.revision is not None and revision != origin.revision:
-        difference = f"revision {revision} of {name}; this model is at {origin.revision}"
-    elif revision is not None and origin.guess is not None and revision != origin.guess:
-        difference = f"revision {revision} of {name}; this model may be at {origin.guess}"
-        certain = False
+    found = origin.revision or origin.guess
+    if base.name != origin.name:
+        difference = f"{base.name}; this model is {origin.name}"
+    elif base.revision is not None and found is not None and base.revision != found:
+        at = "is at" if origin.revision else "may be at"
+        difference = f"revision {base.revision} of {base.name}; this model {at} {found}"
     else:
         return False
     warnings.warn(
         f"the policy was made for {difference}: its quality was not measured there", UserWarning, stacklevel=4
     )
-    return certain
+    return base.name != origin.name or origin.revision is not None
 
 
 def _refuse(expected: str, found: str) -> None:
-    raise ValueError(f"the laws were calibrated for {expected}; this model has {found}")
+    raise UserError(f"the laws were calibrated for {expected}; this model has {found}")

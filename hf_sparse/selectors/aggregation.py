@@ -30,7 +30,7 @@ def triton_unsupported_reason(call: AttentionCall) -> str | None:
         return "soft-capped scores are not supported by the Triton kernels"
     if call.key.shape[3] > gpu.WIDEST:
         return f"a head_dim of {call.key.shape[3]} is more than {gpu.WIDEST}"
-    return gpu.refusal(call.key.device)
+    return gpu.unsupported_reason(call.key.device)
 
 
 def by_pytorch(pairs: Tensor, call: AttentionCall, kept_lse: Tensor, layout: GroupLayout) -> Tensor:
@@ -73,12 +73,12 @@ def by_pytorch(pairs: Tensor, call: AttentionCall, kept_lse: Tensor, layout: Gro
 
 def by_triton(pairs: Tensor, call: AttentionCall, kept_lse: Tensor, layout: GroupLayout) -> Tensor:
     """Aggregated scores by Triton's kernels: as `by_pytorch`."""
+    from hf_sparse.kernels.triton.aggregate import aggregated_scores
     from hf_sparse.kernels.triton.keys import LAYOUT
-    from hf_sparse.kernels.triton.votes import votes
 
     length = call.ranges.last_visible
     codes, scales = call.own_quantised.up_to(call.key, length, LAYOUT)
-    return votes(
+    return aggregated_scores(
         pairs,
         codes[:, :, :length],
         scales[:, :, :length],

@@ -85,12 +85,12 @@ class ScoreSelector(Selector):
         budgets = budgets.to(scores.device)
         scores += _bias(call.intervals, budgets, kv_len, always)
         share = heads // kv_heads
-        columns, allowed = largest(
+        positions, allowed = largest(
             scores.reshape(batch, kv_heads, share * queries, kv_len),
             budgets.expand(batch, heads, queries).reshape(batch, kv_heads, share * queries),
             int(budgets.max()),
         )
-        return Selection(columns, allowed.unsqueeze(3), rows_per_group=1, per_head=True)
+        return Selection(positions, allowed.unsqueeze(3), queries_per_group=1, per_head=True)
 
     def _scores(self, call: AttentionCall, shape: tuple[int, int, int, int]) -> Tensor:
         """Finite scores of `shape`, in float32 or better, in memory of their own."""
@@ -143,11 +143,11 @@ def largest(scores: Tensor, budgets: Tensor, most: int) -> tuple[Tensor, Tensor]
     if scores.device.type == "cpu":
         # numpy selects and sorts with vector instructions: three times faster than torch.topk.
         array = scores.numpy()
-        columns = torch.from_numpy(np.argpartition(array, length - width, axis=-1)[..., length - width :].copy())
-        values = scores.gather(-1, columns)
+        positions = torch.from_numpy(np.argpartition(array, length - width, axis=-1)[..., length - width :].copy())
+        values = scores.gather(-1, positions)
         ordered = torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)
     else:
-        values, columns = scores.topk(width, dim=-1)
+        values, positions = scores.topk(width, dim=-1)
         ordered = values
     last = ordered.gather(-1, (budgets - 1).clamp(min=0).unsqueeze(-1))
     after = ordered.gather(-1, budgets.clamp(max=width - 1).unsqueeze(-1))
@@ -156,6 +156,6 @@ def largest(scores: Tensor, budgets: Tensor, most: int) -> tuple[Tensor, Tensor]
     if bool(tied.any()):
         # Which of the equal scores came out is up to the backend: decide these again, by a stable sort.
         order = scores[tied].flip(-1).sort(dim=-1, descending=True, stable=True).indices[:, :width]
-        columns[tied] = length - 1 - order
+        positions[tied] = length - 1 - order
         taken[tied] = torch.arange(width, device=scores.device) < budgets[tied].unsqueeze(-1)
-    return columns, taken
+    return positions, taken

@@ -14,7 +14,7 @@ def unsupported_reason(call: AttentionCall) -> str | None:
     """Why the kernels cannot select for this call; `None` if they can."""
     if call.key.shape[3] % 4:
         return f"the compiled kernels take heads of a multiple of 4 components, not {call.key.shape[3]}"
-    return cpu.refusal(call.key)
+    return cpu.unsupported_reason(call.key)
 
 
 def select_compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> Selection:
@@ -28,7 +28,7 @@ def select_compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, si
     """
     batch, heads, queries, _ = call.query.shape
     ranges = call.ranges
-    columns, allowed, kept, scores = cpu.select(
+    positions, allowed, kept, scores = cpu.select(
         call.scaled_query,
         call.key,
         call.own_quantised.up_to(call.key, ranges.last_visible, cpu.LAYOUT),
@@ -42,7 +42,7 @@ def select_compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, si
         softcap=call.softcap,
         want_scores=queries == 1,
     )
-    return Selection(columns, allowed, size, per_head=False, scores=scores, number=kept)
+    return Selection(positions, allowed, size, per_head=False, scores=scores, number=kept)
 
 
 def _width(ranges: VisibleRanges, most: int, always: AlwaysKept, size: int) -> int:

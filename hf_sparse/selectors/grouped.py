@@ -71,27 +71,27 @@ def select_by(aggregate: aggregation.Aggregate, call: AttentionCall, budgets: Te
     kv_heads, last = call.key.shape[1], call.key.shape[2] - 1
     pairs = pairs_of(call.query, kv_heads, layout.size).to(accurate(call.query.dtype)) * call.scaling
     near = _Near.of(layout)
-    columns = near.columns.clamp(max=last).expand(-1, kv_heads, -1, -1)
+    positions = near.positions.clamp(max=last).expand(-1, kv_heads, -1, -1)
     if layout.ranked:
-        kept_lse = aggregation.capped(_scores(pairs, call.key, columns), call.softcap)
+        kept_lse = aggregation.capped(_scores(pairs, call.key, positions), call.softcap)
         kept_lse = kept_lse.masked_fill(~near.counted, -torch.inf).logsumexp(-1)
         kept_lse = kept_lse.masked_fill(layout.stop <= layout.first, torch.inf)
         past, is_candidate = _best_past(aggregate(pairs, call, kept_lse, layout), layout)
     else:
         past, is_candidate = _all_past(layout)
-    width = past.shape[-1] + columns.shape[-1]
+    width = past.shape[-1] + positions.shape[-1]
     missing = -width % _TILE if width else _TILE
     past, is_candidate = F.pad(past.clamp(max=last), (missing, 0)), F.pad(is_candidate, (missing, 0))
 
     # From the oldest offered key to the most recent: of equal scores the last one wins.
-    columns = torch.cat([past, columns], dim=-1)
+    positions = torch.cat([past, positions], dim=-1)
     offered = is_candidate.unsqueeze(3) & (past.unsqueeze(3) >= layout.start.unsqueeze(-1))
     offered = torch.cat([offered, near.offered], dim=-1)
-    scores = _scores(pairs, call.key, columns)
+    scores = _scores(pairs, call.key, positions)
     best, taken = largest(scores.masked_fill(~offered, -torch.inf), layout.free, layout.most_free)
     allowed = torch.zeros_like(offered).scatter_(-1, best, taken)
     allowed[..., past.shape[-1] :] |= near.kept
-    return Selection(columns, allowed, layout.size, per_head=False, scores=scores, number=layout.budget)
+    return Selection(positions, allowed, layout.size, per_head=False, scores=scores, number=layout.budget)
 
 
 @dataclass(frozen=True)
@@ -99,26 +99,26 @@ class _Near:
     """Sinks and local keys of each group.
 
     Attributes:
-        columns: int64 `(batch, 1, groups, width)`, padded with positions that may not exist.
+        positions: int64 `(batch, 1, groups, width)`, padded with positions that may not exist.
         kept: bool `(batch, kv_heads, groups, pairs, width)`: what a pair keeps in any case.
         offered: What it may keep, of the same shape.
         counted: What it sees and is not ranked, of the same shape.
     """
 
-    columns: Tensor
+    positions: Tensor
     kept: Tensor
     offered: Tensor
     counted: Tensor
 
     @classmethod
     def of(cls, layout: GroupLayout) -> _Near:
-        columns = torch.cat([_from(layout.oldest, layout.sinks), _from(layout.low, layout.local)], dim=-1)
-        is_local = torch.arange(columns.shape[-1], device=columns.device) >= layout.sinks
-        begin, low, place = (x.unsqueeze(3) for x in (layout.begin, layout.low, columns))
+        positions = torch.cat([_from(layout.oldest, layout.sinks), _from(layout.low, layout.local)], dim=-1)
+        is_local = torch.arange(positions.shape[-1], device=positions.device) >= layout.sinks
+        begin, low, place = (x.unsqueeze(3) for x in (layout.begin, layout.low, positions))
         first, stop, start, recent = (x.unsqueeze(-1) for x in (layout.first, layout.stop, layout.start, layout.recent))
         seen = (place >= first) & (place < stop) & (is_local == (place >= low))
         return cls(
-            columns,
+            positions,
             seen & ((place < start) | (is_local & (place >= recent))),
             seen & is_local & (place >= start) & (place < recent),
             seen & (is_local | (place < begin)),
@@ -145,6 +145,6 @@ def _from(start: Tensor, width: int) -> Tensor:
     return start + torch.arange(width, device=start.device)
 
 
-def _scores(pairs: Tensor, key: Tensor, columns: Tensor) -> Tensor:
-    """Scores of the pairs of each group for the keys at `columns`, before any soft cap."""
-    return pairs @ take_keys(key, columns).to(pairs.dtype).transpose(-1, -2)
+def _scores(pairs: Tensor, key: Tensor, positions: Tensor) -> Tensor:
+    """Scores of the pairs of each group for the keys at `positions`, before any soft cap."""
+    return pairs @ take_keys(key, positions).to(pairs.dtype).transpose(-1, -2)

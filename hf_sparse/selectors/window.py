@@ -33,19 +33,19 @@ class Window(Selector):
         # Queries differ in where their sinks and windows lie: the candidates span them all, and `allowed` tells them
         # apart.
         alive = (stop > first).expand_as(start)
-        sink_columns = _span(first.expand_as(start), (first + sinks), alive, kv_len)
-        window_columns = _span(start, stop.expand_as(start), alive, kv_len)
+        sink_positions = _span(first.expand_as(start), (first + sinks), alive, kv_len)
+        window_positions = _span(start, stop.expand_as(start), alive, kv_len)
         first, stop, sinks, start = (x[..., None] for x in (first, stop, sinks, start))
-        in_sinks = (sink_columns >= first) & (sink_columns < first + sinks)
-        in_window = (window_columns >= start) & (window_columns < stop)
+        in_sinks = (sink_positions >= first) & (sink_positions < first + sinks)
+        in_window = (window_positions >= start) & (window_positions < stop)
 
-        columns = torch.cat([sink_columns, window_columns], dim=-1)[:, 0].clamp(max=kv_len - 1)
+        positions = torch.cat([sink_positions, window_positions], dim=-1)[:, 0].clamp(max=kv_len - 1)
         allowed = torch.cat([in_sinks, in_window], dim=-1).expand(batch, heads, -1, -1)
         share = heads // kv_heads
         return Selection(
-            columns[:, None].expand(-1, kv_heads, 1, -1),
+            positions[:, None].expand(-1, kv_heads, 1, -1),
             allowed.reshape(batch, kv_heads, 1, share * queries, -1),
-            rows_per_group=queries,
+            queries_per_group=queries,
             per_head=False,
         )
 

@@ -1,10 +1,10 @@
-"""`Bundle`: the files of a saved or published policy."""
+"""`Bundle`: the files of a saved or published policy, the same whichever function or command writes them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse.errors import OutOfReachError, UserError, first_line
 from hf_sparse.files import check_writable, inside, leads_out, write_whole
-from hf_sparse.policy import Policy
+from hf_sparse.policy import Origin, Policy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.hub_io import hub_errors
-from hf_sparse.policy.origin import Origin
-from hf_sparse.share.card import license_in, make_card
+from hf_sparse.share.card import license_in, make_card, parse_card
 from hf_sparse.share.measured import Results, plots, quality
 
 CARD, CONFIG = "README.md", "config.json"
@@ -47,37 +46,33 @@ class Bundle:
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
-    def write(self, folder: Path, name: str, card: str | None) -> None:
+    def write(
+        self, folder: Path, name: str, card: str | None, draw: Callable[[Results], None] = lambda results: None
+    ) -> None:
         """Write everything, the policy last.
 
         Args:
             folder: Made if it is not there.
             name: What the card says to give `from_pretrained`.
             card: A card to edit, or `None` for a new one.
-
-        Raises:
-            UserError: see `check`. Nothing has been written then.
-        """
-        self.check(folder, name, card)
-        text = make_card(self.policy, name, existing=card, plots=plots(self.results), license=self.license)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write_weights(folder)
-        for results in self.results:
-            results.copy_to(folder)
-        write_whole(folder / CARD, text.encode())
-        policy_files.write(self.policy, folder / policy_files.NAME)
-
-    def check(self, folder: Path, name: str, card: str | None) -> None:
-        """Refuse what `write` cannot do; the arguments are the same.
+            draw: Draws the plots of results beside them, before the card names those that are there.
 
         Raises:
             UserError: if `card` cannot be edited, `folder` cannot be made or written to, or something in it is in the
-                way.
+                way. Nothing has been written then.
         """
-        make_card(self.policy, name, existing=card)
+        parsed = parse_card(card, name)
         check_writable(folder, (CARD, CONFIG, policy_files.NAME))
         for results in self.results:
             check_writable(folder / results.kind, (path.name for path in results.files()))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_weights(folder)
+        copied = [results.copy_to(folder) for results in self.results]
+        for results in copied:
+            draw(results)
+        text = make_card(parsed, self.policy, name, plots=plots(copied), license=self.license)
+        write_whole(folder / CARD, text.encode())
+        policy_files.write(self.policy, folder / policy_files.NAME)
 
     def _write_weights(self, folder: Path) -> None:
         if self.model is not None:
@@ -105,30 +100,60 @@ def make_bundle(
     origin: Origin,
     results: Sequence[str | os.PathLike[str] | Results] = (),
     *,
+    base: Origin = Origin(),  # noqa: B008 - frozen
+    weights: bool = False,
     license: str | None = None,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Bundle:
-    """A bundle, with what the base model says about itself.
+    """The files of a policy for a model: what the policy says of its base follows from where the model lies.
 
     Args:
         policy: The policy; its quality is replaced by that of `results` if there are any.
         origin: Where the model came from.
         results: Folders of results.
+        base: What the caller says of the base model, before anything else.
+        weights: Whether weights lie, or will lie, beside the policy.
         license: Licence of the base model; `None` to look it up in its card.
         model: The model whose weights are written, or `None`.
         tokenizer: The tokenizer that is written with them.
 
     Raises:
-        UserError: if a folder holds no results of this configuration.
+        UserError: if a folder holds no results of this configuration, the base is no name, or the policy holds code.
     """
+    policy_files.check_no_code(policy.config)
+    lineage = _lineage(origin) if weights else origin
+    if base.name is not None or base.revision is not None:
+        lineage = Origin(base.name or lineage.name, base.revision)
     read = [folder if isinstance(folder, Results) else Results.read(folder) for folder in results]
-    if read:
-        policy = replace(policy, quality=quality(read, policy.config))
-    policy = replace(policy, versions=versions(), weights=model is not None)
+    measured = quality(read, policy.config) if read else policy.quality
+    try:
+        policy = replace(
+            policy,
+            base_model=lineage.name,
+            revision=lineage.revision,
+            weights=weights,
+            versions={name: version(name) for name in ("hf_sparse", "torch", "transformers")},
+            quality=measured,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
     config, card = _base_files(origin)
     found = license or (license_in(card.decode("utf-8", errors="replace")) if card else None)
     return Bundle(policy, read, config, found, model, tokenizer)
+
+
+def check_publishable(policy: Policy) -> None:
+    """Refuse a policy that others could not load.
+
+    Raises:
+        UserError: if it comes without weights and names no base model on the Hub.
+    """
+    if not policy.weights and not policy.base.is_on_hub:
+        raise UserError(
+            "a policy without weights is published with the Hub id of its base model: name it with base_model=... "
+            "(--base-model), or publish the weights, too"
+        )
 
 
 def card_in(folder: Path) -> str | None:
@@ -146,9 +171,13 @@ def card_in(folder: Path) -> str | None:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
 
-def versions() -> dict[str, str]:
-    """Versions of what writes a policy."""
-    return {name: version(name) for name in ("hf_sparse", "torch", "transformers")}
+def _lineage(origin: Origin) -> Origin:
+    """The base on the Hub of weights that are saved: of those in a folder, what the policy beside them names."""
+    if not origin.is_local:
+        return origin
+    beside = Path(str(origin.name)) / policy_files.NAME
+    base = policy_files.read(beside).base if beside.is_file() else Origin()
+    return Origin() if base.is_local else base
 
 
 def _base_files(origin: Origin) -> tuple[bytes | None, bytes | None]:
@@ -156,18 +185,17 @@ def _base_files(origin: Origin) -> tuple[bytes | None, bytes | None]:
     if origin.name is None:
         return None, None
     if origin.is_local:
-        paths = [Path(origin.name) / name for name in (CONFIG, CARD)]
-        there = (path.is_file() and not leads_out(path, Path(str(origin.name))) for path in paths)
-        config, card = (path.read_bytes() if ours else None for path, ours in zip(paths, there, strict=True))
+        folder = Path(origin.name)
+        paths = [folder / name for name in (CONFIG, CARD)]
+        config, card = (path.read_bytes() if path.is_file() and not leads_out(path, folder) else None for path in paths)
         return config, card
-    found: list[bytes | None] = []
+    found: dict[str, bytes] = {}
     for name in (CONFIG, CARD):
         try:
             with hub_errors(f"cannot read {name} of {origin.name}"):
-                found.append(Path(hf_hub_download(origin.name, name, revision=origin.revision)).read_bytes())
+                found[name] = Path(hf_hub_download(origin.name, name, revision=origin.revision)).read_bytes()
         except OutOfReachError:
-            # Asking again takes as long as asking once.
-            return (*found, None, None)[0], None
+            break  # asking again takes as long as asking once
         except UserError:
-            found.append(None)
-    return found[0], found[1]
+            pass
+    return found.get(CONFIG), found.get(CARD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import yaml
@@ -9,34 +10,57 @@ from huggingface_hub import EvalResult, ModelCard
 
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy
+from hf_sparse.policy.quality import DENSE
 from hf_sparse.share.card_text import BEGIN, END, section
 
 TAGS = ("sparse-attention", "long-context", "transformers")
 _LIBRARY = "hf-sparse"
 _TASK = "text-generation"
+_ARGUMENTS = ("method", "low", "high", "density")
 _METRICS = {"perplexity_ratio": "perplexity, sparse / dense", "perplexity": "perplexity"}
 
 
-def make_card(
-    policy: Policy, name: str, *, existing: str | None = None, plots: Sequence[str] = (), license: str | None = None
-) -> str:
-    """The text of a model card.
+def parse_card(text: str | None, name: str) -> ModelCard:
+    """A card to edit, or a new one.
 
     Args:
-        policy: What it is about; all figures are from its quality rows.
-        name: What `from_pretrained` is to be given: the repository, or the name of the folder.
-        existing: A card to edit: what is not ours stays as it is. Without one, a new card is made.
-        plots: Paths of images beside the card.
-        license: Licence of the base model; an existing card's own goes before it.
+        text: What the card holds; `None` for a new one.
+        name: The repository, or the folder, that it lies in.
 
     Raises:
-        UserError: if the metadata of the existing card cannot be read, or our section in it has no beginning or end.
+        UserError: if its metadata cannot be read, or our section in it has no beginning or end.
     """
-    card = _parse(existing if existing is not None else f"\n# {name.rpartition('/')[2]}\n", name)
+    card = _parse(text if text is not None else f"\n# {name.rpartition('/')[2]}\n", name)
+    marks: list[str] = re.findall(f"{BEGIN}|{END}", card.text)
+    if marks not in ([], [BEGIN, END]):
+        raise UserError(
+            f"README.md of {name} must hold {BEGIN!r} and then {END!r}, each once, around the section that is written "
+            f"anew, or neither of them; it holds them {marks.count(BEGIN)} and {marks.count(END)} times"
+        )
+    return card
+
+
+def make_card(
+    card: ModelCard, policy: Policy, name: str, *, plots: Sequence[str] = (), license: str | None = None
+) -> str:
+    """The text of a model card: `card` with our section and metadata; what is not ours stays as it is.
+
+    Args:
+        card: From `parse_card`; changed in place.
+        policy: What it is about; all figures are from its quality records.
+        name: What `from_pretrained` is to be given: the repository, or the name of the folder.
+        plots: Paths of images beside the card.
+        license: Licence of the base model; an existing card's own goes before it.
+    """
     data = card.data
     data["license"] = license = data.get("license") or license
-    card.text = _merge(card.text, section(policy, name, plots, license), name)
-    if policy.base_model is not None and not policy.base_is_local:
+    ours = section(policy, name, plots, license)
+    if BEGIN in card.text:
+        before, _, rest = card.text.partition(BEGIN)
+        card.text = before + ours.rstrip("\n") + rest.partition(END)[2]
+    else:
+        card.text = card.text.rstrip("\n") + "\n\n" + ours
+    if policy.base.is_on_hub:
         data["base_model"] = policy.base_model
     data["library_name"] = data.get("library_name") or _LIBRARY
     data["pipeline_tag"] = data.get("pipeline_tag") or _TASK
@@ -71,43 +95,21 @@ def _parse(text: str, name: str) -> ModelCard:
         ) from error
 
 
-def _merge(text: str, ours: str, name: str) -> str:
-    if BEGIN not in text and END not in text:
-        return text.rstrip("\n") + "\n\n" + ours
-    before, _, rest = text.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not ended or text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(
-            f"README.md of {name} must hold {BEGIN!r} and then {END!r}, each once, around the section that is written "
-            f"anew, or neither of them; it holds them {text.count(BEGIN)} and {text.count(END)} times"
-        )
-    return before + ours.rstrip("\n") + after
-
-
 def _eval_results(policy: Policy) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=_TASK,
             dataset_type="text",
-            dataset_name=", ".join(row.documents) or "text",
-            metric_type=row.metric,
-            metric_name=f"{_METRICS[row.metric]} at {row.length:,} tokens"
-            + (", dense" if row.method == "dense" else ""),
-            metric_value=round(row.value, 6),
-            metric_args={
-                name: value
-                for name, value in {
-                    "context_length": row.length,
-                    "method": row.method,
-                    "low": row.low,
-                    "high": row.high,
-                    "density": row.density,
-                }.items()
-                if value is not None
-            },
+            dataset_name=", ".join(record.documents) or "text",
+            metric_type=record.metric,
+            metric_name=f"{_METRICS[record.metric]} at {record.length:,} tokens"
+            + (", dense" if record.method == DENSE else ""),
+            metric_value=round(record.value, 6),
+            metric_args={"context_length": record.length}
+            | {name: value for name in _ARGUMENTS if (value := getattr(record, name)) is not None},
         )
-        for row in policy.quality
-        if row.metric in _METRICS
+        for record in policy.quality
+        if record.metric in _METRICS
     ]
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from hf_sparse.policy.quality import QualityRow
+from hf_sparse.policy.quality import DENSE, QualityRecord
 
 _PERPLEXITIES = {
     "perplexity": "**Perplexity** of the same tokens, dense and sparse, after contexts of each length; the ratio is "
     "sparse / dense with its 95 % bootstrap interval, density is kept / visible keys over all layers.",
     "decoded_perplexity": "**Perplexity in decoding**: the same, with the context read in one pass and the predicted "
-    "tokens one at a time; density is that of these rows, all of which see the whole context.",
+    "tokens one at a time; density is that of these tokens, all of which see the whole context.",
 }
+_ERRORS = ("lost_mass", "output_error")
+_SPEEDUP = "-speedup"
 _TIMES = {
     "decode-seconds": "decode of one layer, n cached keys",
-    "prefill-seconds": "prefill of one layer, n rows",
+    "prefill-seconds": "prefill of one layer, n tokens",
     "cached-token": "a token of the whole model, n tokens cached",
     "generate-first_token": "the first token of the whole model, after a prompt of n",
     "generate-token": "a further token of the whole model, after a prompt of n",
@@ -23,144 +25,148 @@ _TIMES = {
 }
 
 
-def measured(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
+def measured(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
     """Headings, tables and images.
 
     Args:
-        rows: Of one policy.
+        records: Of one policy.
         plots: Paths of images beside the card.
     """
     yield "### Measured"
-    if not rows:
+    if not records:
         yield "Nothing was measured with this configuration yet."
         return
     where: dict[tuple[str, str, str, tuple[str, ...]], dict[str, None]] = {}
-    for row in rows:
-        if row.documents:
-            what = "attention error" if row.metric in ("lost_mass", "output_error") else "perplexity"
-            where.setdefault((row.model, row.dtype, row.device, row.documents), {})[what] = None
+    for record in records:
+        if record.documents:
+            what = "attention error" if record.metric in _ERRORS else "perplexity"
+            where.setdefault((record.model, record.dtype, record.device, record.documents), {})[what] = None
     for (model, dtype, device, documents), measures in where.items():
         stored = ", dequantised" if model.endswith(".gguf") else ""
         what = names(list(measures)).capitalize()
         yield f"{what}: weights `{model}`{stored}, {dtype} on {device}; texts: {names(documents)}."
-    yield from _perplexity(rows, plots)
-    yield from _attention_error(rows, plots)
-    yield from _speed(rows, plots)
+    yield from _perplexity(records, plots)
+    yield from _attention_error(records, plots)
+    yield from _speed(records, plots)
     yield "### Where it loses"
-    yield "\n".join(f"- {line}" for line in losses(rows))
+    yield "\n".join(f"- {line}" for line in losses(records))
 
 
-def _perplexity(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
-    found = {metric: [row for row in rows if row.metric == f"{metric}_ratio"] for metric in _PERPLEXITIES}
-    for metric, ratios in found.items():
-        if ratios:
-            yield _PERPLEXITIES[metric]
-            yield _perplexity_table(rows, metric, ratios)
-    if any(found.values()):
+def _perplexity(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
+    values = {(record.metric, record.method == DENSE, record.length): record.value for record in records}
+    header = ["context length", "dense", "sparse", "ratio", "95 % interval", "density"]
+    for metric, text in _PERPLEXITIES.items():
+        body = [
+            [
+                f"{record.length:,}",
+                *(_cell(values.get((metric, dense, record.length)), ".2f") for dense in (True, False)),
+                f"{record.value:.4f}",
+                _interval(record, ".4f"),
+                _cell(record.density, ".3f"),
+            ]
+            for record in _ratios(records, metric)
+        ]
+        if body:
+            yield text
+            yield _table(header, body)
+    if any(_ratios(records, metric) for metric in _PERPLEXITIES):
         yield from _images(plots, "perplexity/", "Perplexity ratio, perplexity and density against context length")
 
 
-def _perplexity_table(rows: Sequence[QualityRow], metric: str, ratios: Sequence[QualityRow]) -> str:
-    dense = {row.length: row.value for row in rows if row.metric == metric and row.method == "dense"}
-    own = {row.length: row.value for row in rows if row.metric == metric and row.method != "dense"}
-    return _table(
-        ["context length", "dense", "sparse", "ratio", "95 % interval", "density"],
-        [
-            [
-                f"{row.length:,}",
-                _cell(dense.get(row.length), "{:.2f}"),
-                _cell(own.get(row.length), "{:.2f}"),
-                f"{row.value:.4f}",
-                _interval(row, "{:.4f}"),
-                _cell(row.density, "{:.3f}"),
-            ]
-            for row in ratios
-        ],
-    )
-
-
-def _attention_error(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
-    cells = {(row.metric, row.statistic, row.length): row for row in rows}
-    lengths = [row.length for row in rows if row.metric == "lost_mass" and row.statistic == "mean"]
-    if not lengths:
+def _attention_error(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
+    cells = {(record.metric, record.statistic, record.length): record for record in records}
+    columns = [(metric, statistic) for metric in _ERRORS for statistic in ("mean", "worst")]
+    body = []
+    for metric, statistic, length in cells:
+        if (metric, statistic) == columns[0]:
+            found = [cells.get((*column, length)) for column in columns]
+            errors = ("-" if record is None else f"{record.value:.4f}" for record in found)
+            body.append([f"{length:,}", *errors, _cell(cells[metric, statistic, length].density, ".3f")])
+    if not body:
         return
     yield (
-        "**Attention error** on the dense model's own activations, all layers and heads, the mean row and the worst "
-        "1 % of rows: lost mass is the share of a row's attention that falls on keys not kept, output error that of a "
-        "head's output relative to its norm. Density is that of the measured rows, with no layer left dense."
+        "**Attention error** on the dense model's own activations, all layers and heads, the mean and the worst 1 % of "
+        "the queries: lost mass is the share of a query's attention that falls on keys not kept, output error that of "
+        "a head's output relative to its norm. Density is that of the measured queries, with no layer left dense."
     )
-    columns = [(metric, statistic) for metric in ("lost_mass", "output_error") for statistic in ("mean", "worst")]
-    header = ["context length", "lost mass", "worst 1 %", "output error", "worst 1 %", "density"]
-    body = []
-    for length in lengths:
-        found = [cells.get((metric, statistic, length)) for metric, statistic in columns]
-        body.append([f"{length:,}", *("-" if row is None else f"{row.value:.4f}" for row in found)])
-        body[-1].append(_cell(cells["lost_mass", "mean", length].density, "{:.3f}"))
-    yield _table(header, body)
+    yield _table(["context length", "lost mass", "worst 1 %", "output error", "worst 1 %", "density"], body)
     yield from _images(plots, "attention-error/", "Attention error against visible keys")
 
 
-def _speed(rows: Sequence[QualityRow], plots: Sequence[str]) -> Iterator[str]:
-    found = {(row.metric, row.method == "dense", row.length): row for row in rows}
-    speedups = [row for row in rows if row.metric.endswith("-speedup")]
-    for metric in dict.fromkeys(row.metric for row in speedups):
-        own = [row for row in speedups if row.metric == metric]
-        what = metric.removesuffix("-speedup")
+def _speed(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
+    values = {(record.metric, record.method == DENSE, record.length): record.value for record in records}
+    found = _speedups(records)
+    for metric, own in found.items():
         first = own[0]
         yield (
-            f"**Speed**, {_TIMES.get(what, what)}: median seconds in the same run on {first.device} (`{first.model}`, "
-            f"{first.dtype}); the ratio is dense / sparse, above 1 where sparse is faster."
+            f"**Speed**, {_TIMES.get(metric, metric)}: median seconds in the same run on {first.device} "
+            f"(`{first.model}`, {first.dtype}); the ratio is dense / sparse, above 1 where sparse is faster."
         )
-        body = []
-        for row in own:
-            times = (found.get((what, dense, row.length)) for dense in (True, False))
-            seconds = ("-" if time is None else f"{time.value:.3g}" for time in times)
-            body.append([f"{row.length:,}", *seconds, f"{row.value:.2f}", _interval(row, "{:.2f}")])
+        body = [
+            [
+                f"{record.length:,}",
+                *(_cell(values.get((metric, dense, record.length)), ".3g") for dense in (True, False)),
+                f"{record.value:.2f}",
+                _interval(record, ".2f"),
+            ]
+            for record in own
+        ]
         yield _table(["length", "dense", "sparse", "ratio", "95 % interval"], body)
-    if speedups:
+    if found:
         yield from _images(plots, "bench/", "Time against length")
 
 
-def losses(rows: Sequence[QualityRow]) -> Iterator[str]:
+def losses(records: Sequence[QualityRecord]) -> Iterator[str]:
     """Where dense attention, or a fixed budget, was measured to be better, and what was not measured: one line each."""
     for metric in _PERPLEXITIES:
-        yield from _perplexity_losses(metric, [row for row in rows if row.metric == f"{metric}_ratio"])
-    fixed = [row for row in rows if row.metric == "ratio_to_fixed"]
+        yield from _perplexity_losses(metric, _ratios(records, metric))
+    fixed = [record for record in records if record.metric == "ratio_to_fixed"]
     if fixed:
-        yield _lengths(
-            "A fixed number of keys at equal cost is better, beyond what resampling explains,",
-            fixed,
-            lambda row: (row.low or 0) > 1,
-        )
-    if not any(row.metric == "lost_mass" for row in rows):
+        what = "A fixed number of keys at equal cost is better, beyond what resampling explains,"
+        yield _lengths(what, fixed, _surely_above_one)
+    if not any(record.metric == _ERRORS[0] for record in records):
         yield "Attention error was not measured."
-    speedups = [row for row in rows if row.metric.endswith("-speedup")]
-    for metric in dict.fromkeys(row.metric for row in speedups):
-        what = metric.removesuffix("-speedup")
-        slower = [row for row in speedups if row.metric == metric]
-        yield _lengths(f"Slower than dense ({_TIMES.get(what, what)})", slower, lambda row: row.value < 1)
-    if not speedups:
+    found = _speedups(records)
+    for metric, own in found.items():
+        yield _lengths(f"Slower than dense ({_TIMES.get(metric, metric)})", own, lambda record: record.value < 1)
+    if not found:
         yield "Speed was not measured."
 
 
-def _perplexity_losses(metric: str, ratios: Sequence[QualityRow]) -> Iterator[str]:
+def _perplexity_losses(metric: str, ratios: Sequence[QualityRecord]) -> Iterator[str]:
     decoding = " in decoding" if metric != "perplexity" else ""
     if not ratios:
         yield f"Perplexity{decoding} was not measured."
         return
-    worst = max(ratios, key=lambda row: row.value)
+    worst = max(ratios, key=lambda record: record.value)
     yield (
         f"Perplexity{decoding} against dense is worst at {worst.length:,} tokens, with a ratio of {worst.value:.4f} "
-        f"({_interval(worst, '{:.4f}')})."
+        f"({_interval(worst, '.4f')})."
     )
-    what = f"Dense is better{decoding}, beyond what resampling explains,"
-    yield _lengths(what, ratios, lambda row: (row.low or 0) > 1)
-    longest = max(row.length for row in ratios)
-    yield f"Perplexity{decoding} was measured up to {longest:,} tokens; what happens beyond is not known."
+    yield _lengths(f"Dense is better{decoding}, beyond what resampling explains,", ratios, _surely_above_one)
+    longest = max(record.length for record in ratios)
+    yield f"Perplexity{decoding} was measured up to {longest:,} tokens, and not beyond."
 
 
-def _lengths(what: str, rows: Sequence[QualityRow], holds: Callable[[QualityRow], bool]) -> str:
-    lengths = [f"{row.length:,}" for row in rows if holds(row)]
+def _ratios(records: Sequence[QualityRecord], metric: str) -> list[QualityRecord]:
+    return [record for record in records if record.metric == f"{metric}_ratio"]
+
+
+def _speedups(records: Sequence[QualityRecord]) -> dict[str, list[QualityRecord]]:
+    """Kind of time -> its ratios to dense."""
+    out: dict[str, list[QualityRecord]] = {}
+    for record in records:
+        if record.metric.endswith(_SPEEDUP):
+            out.setdefault(record.metric.removesuffix(_SPEEDUP), []).append(record)
+    return out
+
+
+def _surely_above_one(record: QualityRecord) -> bool:
+    return (record.low or 0) > 1
+
+
+def _lengths(what: str, records: Sequence[QualityRecord], holds: Callable[[QualityRecord], bool]) -> str:
+    lengths = [f"{record.length:,}" for record in records if holds(record)]
     return f"{what} at {names(lengths)} tokens." if lengths else f"{what} at no length that was measured."
 
 
@@ -168,18 +174,16 @@ def _images(plots: Sequence[str], folder: str, text: str) -> Iterator[str]:
     return (f"![{text}]({path})" for path in plots if path.startswith(folder))
 
 
-def _interval(row: QualityRow, form: str) -> str:
-    if row.low is None or row.high is None:
-        return "-"
-    return f"{form.format(row.low)} to {form.format(row.high)}"
+def _interval(record: QualityRecord, form: str) -> str:
+    return "-" if record.low is None or record.high is None else f"{record.low:{form}} to {record.high:{form}}"
 
 
 def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+    return "-" if value is None else f"{value:{form}}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---:"] * len(header), *rows])
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---:"] * len(header), *lines])
 
 
 def names(names: Sequence[str]) -> str:

@@ -14,9 +14,9 @@ BEGIN, END = "<!-- hf-sparse: begin -->", "<!-- hf-sparse: end -->"
 
 _SHOWN_LENGTHS = (1024, 4096, 16384)
 _SELECTORS = {
-    "grouped": "64 neighbouring rows and the heads of a GQA group vote on all older keys; each row and head picks its "
-    "own, by exact scores, of the best twice as many as it has room for",
-    "topk": "the keys with the highest scores, exactly, for each row and head",
+    "grouped": "64 neighbouring queries and the heads of a GQA group share candidate keys, those of the highest "
+    "aggregated scores; each query and head keeps the best of twice as many candidates as its budget, by exact scores",
+    "topk": "the keys with the highest scores, exactly, for each query and head",
     "window": "the first and the most recent keys",
 }
 _TARGETS = {
@@ -48,15 +48,15 @@ def section(policy: Policy, name: str, plots: Sequence[str] = (), license: str |
 
 def _introduction(policy: Policy, license: str | None) -> Iterator[str]:
     base = "a model"
-    if policy.base_model is not None and not policy.base_is_local:
+    if policy.base.is_on_hub:
         base = f"[{policy.base_model}](https://huggingface.co/{policy.base_model})"
         base += f" at revision `{policy.revision}`" if policy.revision else ""
     yield "## Sparse attention"
     holds = "a policy, `sparse_config.json`"
     holds = f"the weights of {base} and {holds}" if policy.weights else f"{holds}, for {base}, and no weights"
     yield (
-        f"This repository holds {holds}. Under the policy, a row of attention "
-        "that sees n keys reads the k(n) that matter most instead of all n "
+        f"This repository holds {holds}. Under the policy, a query that sees n keys attends to the k(n) that matter "
+        "most instead of all n "
         "([arXiv 2404.02690](https://arxiv.org/abs/2404.02690)). No weight is changed."
     )
     yield "The weights are under the licence of the base model" + (f": `{license}`." if license else ".")
@@ -92,8 +92,8 @@ def _law(config: SparseAttentionConfig) -> Iterator[str]:
     else:
         named = ", ".join(map(str, config.dense_layers))
         dense = f"Layers that stay dense: {named or 'none'}."
-    if below := config.budget().dense_below:
-        dense += f" Rows that see fewer than {below:,} keys stay dense."
+    if below := config.dense_below:
+        dense += f" Queries that see fewer than {below:,} keys stay dense."
     yield f"Selector `{config.selector}`: {_SELECTORS[str(config.selector)]}. {dense}"
 
 
@@ -125,7 +125,7 @@ def _calibration(record: CalibrationRecord) -> str:
         out += f"; held out: {names(record.held_out)}"
     if record.fitted_to:
         out += (
-            f". The rows that were fitted see {record.fitted_from:,} to {record.fitted_to:,} keys; beyond, nothing is "
-            "known"
+            f". The queries that were fitted see {record.fitted_from:,} to {record.fitted_to:,} keys; beyond, the laws "
+            "are extrapolated"
         )
     return out + "."

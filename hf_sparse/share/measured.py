@@ -1,4 +1,4 @@
-"""From folders of results to `QualityRow`s: what was measured of one configuration, with dense attention beside it."""
+"""`Results`: a folder that an evaluation wrote, and what it says of one configuration as `QualityRecord`s."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import Any
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.files import inside, write_whole
-from hf_sparse.policy.quality import QualityRow
+from hf_sparse.policy.quality import DENSE, QualityRecord
 from hf_sparse.results import ROWS, SUMMARY, TABLES, command_of
 from hf_sparse.selectors import selector_name
 
-DENSE = "dense"
-OURS = "hf_sparse"  # as `bench` calls it
+_OURS = "hf_sparse"  # as `bench` calls it
 _DECODE = "decode"  # as `perplexity` calls the policy itself, its targets read one at a time
 DECODED = "decoded_"
 """Before the name of a metric: of tokens that were read one at a time after their context."""
@@ -62,7 +61,7 @@ class Results:
             ) from error
         return cls(kind, Path(folder), summary)
 
-    def rows(self, config: SparseAttentionConfig) -> list[QualityRow]:
+    def records(self, config: SparseAttentionConfig) -> list[QualityRecord]:
         """What was measured of `config`, and of dense attention beside it.
 
         Raises:
@@ -70,22 +69,19 @@ class Results:
         """
         try:
             if self.kind == "bench":
-                rows = list(_bench_rows(self.summary, config))
+                records = list(_bench_records(self.summary, config))
             else:
-                made = _perplexity_rows if self.kind == "perplexity" else _error_rows
-                rows = [
-                    row
-                    for method in self._methods(config)
-                    for row in made(self.summary, method, selector_name(config.selector))
-                ]
+                made = _perplexity_records if self.kind == "perplexity" else _error_records
+                name = selector_name(config.selector)
+                records = [record for method in self._methods(config) for record in made(self.summary, method, name)]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.folder / SUMMARY} was not written by this release: it lacks {error}") from error
-        if not rows:
+        if not records:
             raise UserError(
                 f"{self.folder} holds no measurement of this configuration: what it measured has other settings; "
                 "measure again with the policy"
             )
-        return rows
+        return records
 
     def _methods(self, config: SparseAttentionConfig) -> list[str]:
         """The methods that are `config`: one for whole texts, and one for decoding."""
@@ -97,13 +93,13 @@ class Results:
         for pattern in _KEPT:
             yield from self.folder.glob(pattern)
 
-    def copy_to(self, folder: Path) -> None:
-        """Copy rows, summary, tables and plots into a folder named after the command in `folder`."""
+    def copy_to(self, folder: Path) -> Results:
+        """Copy records, summary, tables and plots into a folder named after the command in `folder`; gives the copy."""
         target = folder / self.kind
-        if target.resolve() == self.folder.resolve():
-            return
-        for path in self.files():
-            write_whole(target / path.name, inside(path, self.folder).read_bytes())
+        if target.resolve() != self.folder.resolve():
+            for path in self.files():
+                write_whole(target / path.name, inside(path, self.folder).read_bytes())
+        return replace(self, folder=target)
 
 
 def results_beside(folder: Path, without: Collection[str] = ()) -> list[Results]:
@@ -114,7 +110,7 @@ def results_beside(folder: Path, without: Collection[str] = ()) -> list[Results]
         without: Commands whose results are not looked at.
 
     Raises:
-        UserError: if one holds rows without their summary, or a summary that cannot be read.
+        UserError: if one holds records without their summary, or a summary that cannot be read.
     """
     found = []
     for kind in _KINDS:
@@ -125,7 +121,7 @@ def results_beside(folder: Path, without: Collection[str] = ()) -> list[Results]
         elif (folder / kind / ROWS).exists():
             raise UserError(
                 f"{folder / kind} holds {ROWS} without {SUMMARY}: make it with hf-sparse {kind} --output "
-                f"{folder / kind} and the options of the rows, or delete the folder"
+                f"{folder / kind} and the options of that run, or delete the folder"
             )
     return [Results.read(inside(path, folder)) for path in found]
 
@@ -135,15 +131,19 @@ def plots(results: Iterable[Results]) -> list[str]:
     return [f"{result.kind}/{path.name}" for result in results for path in sorted(result.folder.glob("*.png"))]
 
 
-def quality(results: Iterable[Results], config: SparseAttentionConfig) -> tuple[QualityRow, ...]:
-    """The rows of all `results`; see `Results.rows`."""
-    return tuple(row for result in results for row in result.rows(config))
+def quality(results: Iterable[Results], config: SparseAttentionConfig) -> tuple[QualityRecord, ...]:
+    """The records of all `results`; see `Results.records`."""
+    return tuple(record for result in results for record in result.records(config))
 
 
 def _same(found: Mapping[str, Any], config: SparseAttentionConfig, **fields: Any) -> bool:
     """Whether two configurations give the same figures, both with `fields`: engines and records change none."""
     fields |= {"engine": "auto", "calibration": None, "extra": {}}
-    return replace(SparseAttentionConfig.from_dict(found), **fields) == replace(config, **fields)
+    try:
+        measured = SparseAttentionConfig.from_dict({**found, "engine": "auto"})
+    except ValueError:
+        return False  # a selector or law of a user's own
+    return replace(measured, **fields) == replace(config, **fields)
 
 
 def _about(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,28 +156,28 @@ def _about(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _perplexity_rows(summary: Mapping[str, Any], method: str, name: str) -> Iterator[QualityRow]:
+def _perplexity_records(summary: Mapping[str, Any], method: str, name: str) -> Iterator[QualityRecord]:
     about = _about(summary)
     before = DECODED if method == _DECODE else ""
     for result in _of(summary["results"], (DENSE, method)):
         own = about | {"length": result["length"], "density": result["density"], "tokens": result["tokens"]}
         own["method"] = DENSE if result["method"] == DENSE else name
-        yield QualityRow(metric=f"{before}perplexity", value=result["perplexity"], **own)
+        yield QualityRecord(metric=f"{before}perplexity", value=result["perplexity"], **own)
         if result["method"] == method:
-            yield QualityRow(metric=f"{before}perplexity_ratio", **_interval(result, "ratio"), **own)
+            yield QualityRecord(metric=f"{before}perplexity_ratio", **_interval(result, "ratio"), **own)
     for verdict in summary["adaptive_vs_fixed"]:
         if verdict["adaptive"] == method:
-            for row in verdict["by_length"]:
-                ratio = _interval(row, "ratio")
-                yield QualityRow(metric="ratio_to_fixed", method=name, length=row["length"], **ratio, **about)
+            for record in verdict["by_length"]:
+                ratio = _interval(record, "ratio")
+                yield QualityRecord(metric="ratio_to_fixed", method=name, length=record["length"], **ratio, **about)
 
 
-def _error_rows(summary: Mapping[str, Any], method: str, name: str) -> Iterator[QualityRow]:
+def _error_records(summary: Mapping[str, Any], method: str, name: str) -> Iterator[QualityRecord]:
     about = _about(summary)
     for result in _of(summary["results"], (method,)):
         for metric in _ERRORS:
             for statistic, value in result[metric].items():
-                yield QualityRow(
+                yield QualityRecord(
                     metric=metric,
                     method=name,
                     statistic=statistic,
@@ -189,35 +189,35 @@ def _error_rows(summary: Mapping[str, Any], method: str, name: str) -> Iterator[
                 )
 
 
-def _bench_rows(summary: Mapping[str, Any], config: SparseAttentionConfig) -> Iterator[QualityRow]:
-    about = summary["about"]
+def _bench_records(summary: Mapping[str, Any], config: SparseAttentionConfig) -> Iterator[QualityRecord]:
+    about, name = summary["about"], selector_name(config.selector)
     own = {"dtype": about["dtype"], "device": about["device_name"], "model": about["model"]["name"]}
     for kind, condition in summary["conditions"].items():
-        # A layer alone is measured sparse, however few keys its rows see, and whichever layer it is.
+        # A layer alone is measured sparse, however few keys its queries see, and whichever layer it is.
         alone = {"dense_below": 0, "dense_layers": ()} if kind in _LAYER_ALONE else {}
         if not _same(condition["config"], config, **alone):
             continue
         baseline = summary["break_even"][kind]["against"]
         for result in summary["results"]:
-            if result["kind"] != kind or result["method"] not in (baseline, OURS):
+            if result["kind"] != kind or result["method"] not in (baseline, _OURS):
                 continue
             metric, place = f"{kind}-{result['quantity']}", {"length": result["length"], **own}
             dense = result["method"] == baseline
-            yield QualityRow(
+            yield QualityRecord(
                 metric=metric,
-                method=DENSE if dense else selector_name(config.selector),
+                method=DENSE if dense else name,
                 density=None if dense else result.get("density"),
                 **_interval(result, "median"),
                 **place,
             )
             if dense:
                 speedup = _interval(result["ratio"], "median")
-                yield QualityRow(metric=f"{metric}-speedup", method=selector_name(config.selector), **speedup, **place)
+                yield QualityRecord(metric=f"{metric}-speedup", method=name, **speedup, **place)
 
 
 def _of(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Iterator[Mapping[str, Any]]:
     return (result for method in methods for result in results if result["method"] == method)
 
 
-def _interval(row: Mapping[str, Any], value: str) -> dict[str, Any]:
-    return {"value": row[value], "low": row["low"], "high": row["high"]}
+def _interval(record: Mapping[str, Any], value: str) -> dict[str, Any]:
+    return {"value": record[value], "low": record["low"], "high": record["high"]}

@@ -20,12 +20,12 @@ from hf_sparse.checks import shown
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.patching import base_model as unwrapped
 from hf_sparse.patching import patch, policy_of
-from hf_sparse.policy import Policy
+from hf_sparse.policy import Origin
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.hub_io import UNREADABLE, hub_errors
-from hf_sparse.policy.origin import Origin, origin_of
+from hf_sparse.policy.origin import origin_of
 from hf_sparse.policy.suitability import check_calibration, warn_of_another_base
-from hf_sparse.share.bundle import Bundle, card_in, make_bundle
+from hf_sparse.share.bundle import Bundle, card_in, check_publishable, make_bundle
 from hf_sparse.share.remote import Remote
 from hf_sparse.support import inspect
 
@@ -78,8 +78,7 @@ def save_pretrained(
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise UserError(f"{folder} is not a folder")
-    named = Origin(base_model, base_revision)
-    bundle = _bundle(model, named, weights=weights, tokenizer=tokenizer, results=results)
+    bundle = _bundle(model, Origin(base_model, base_revision), weights, tokenizer, results)
     bundle.write(path, path.resolve().name, card_in(path))
     return path
 
@@ -103,18 +102,19 @@ def from_pretrained(name_or_path: PathLike, **kwargs: Any) -> PreTrainedModel:
         TypeError: if `name_or_path` is not a name.
     """
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-    loaded = policy_files.load(name_or_path, revision=kwargs.pop("revision", None), **shared)
+    policy = policy_files.load(name_or_path, revision=kwargs.pop("revision", None), **shared)
     named = kwargs.pop("base_model", None)
-    base, revision = loaded.source() if named is None else (os.fspath(named), None)
+    origin = policy.model_origin() if named is None else Origin(os.fspath(named))
+    base, revision = str(origin.name), origin.revision
     if revision is None and not Path(base).is_dir():
         revision = _current_commit(base, shared)
     options = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
     if revision is not None:
         options["revision"] = revision
     try:
-        record = loaded.policy.config.calibration
+        record = policy.config.calibration
         if record is not None:
-            # Before any weights are fetched.
+            # `patch` checks it again on the model; here, before any weights are fetched.
             known = {name: options[name] for name in _CONFIG_OPTIONS & options.keys()}
             config = AutoConfig.from_pretrained(base, **known)
             check_calibration(record, inspect(config), config)
@@ -122,9 +122,8 @@ def from_pretrained(name_or_path: PathLike, **kwargs: Any) -> PreTrainedModel:
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
-        of = "" if base == loaded.location else f", the base model of {loaded.location}"
+        of = "" if base == policy.origin.name else f", the base model of {policy.origin.name}"
         raise UserError(f"cannot load {base}{of}: {first_line(error)}") from error
-    policy = loaded.policy
     if named is not None and warn_of_another_base(policy, origin_of(model)):
         policy = replace(policy, quality=())
     return patch(model, policy)
@@ -174,14 +173,12 @@ def push_to_hub(
     """
     if not isinstance(repo_id, str):
         raise TypeError(f"repo_id must be user/name, or name; got {shown(repo_id)}")
-    policy_of(model)  # refused before the Hub is asked for anything
-    remote = Remote.look(repo_id, token=token, revision=revision, create_pr=create_pr, private=private)
-    named = Origin(base_model, base_revision)
-    bundle = _bundle(model, named, weights=weights, tokenizer=tokenizer, results=results)
+    bundle = _bundle(model, Origin(base_model, base_revision), weights, tokenizer, results)
     check_publishable(bundle.policy)
+    remote = Remote(repo_id, token, revision, create_pr, private).look()
     with TemporaryDirectory() as folder:
         bundle.write(Path(folder), remote.repo_id, remote.card)
-        return remote.commit(Path(folder), commit_message or MESSAGE, private=private)
+        return remote.commit(Path(folder), commit_message or MESSAGE)
 
 
 def _current_commit(name: str, options: Mapping[str, Any]) -> str | None:
@@ -197,60 +194,35 @@ def _current_commit(name: str, options: Mapping[str, Any]) -> str | None:
             return None
 
 
-def check_publishable(policy: Policy) -> None:
-    """Refuse a policy that others could not load.
-
-    Raises:
-        UserError: if it comes without weights and names no base model on the Hub.
-    """
-    if not policy.weights and (policy.base_model is None or policy.base_is_local):
-        raise UserError(
-            "a policy without weights is published with the Hub id of its base model: name it with base_model=... "
-            "(--base-model), or publish the weights, too"
-        )
-
-
 def _bundle(
     model: nn.Module,
     named: Origin,
-    *,
     weights: bool,
     tokenizer: PreTrainedTokenizerBase | None,
     results: Sequence[PathLike],
 ) -> Bundle:
     """The files of a patched model; `named` is what the caller says of its base."""
     base = unwrapped(model)
-    policy = policy_of(base)
+    policy, origin = policy_of(base), origin_of(base)
     if base is not model and weights:
         raise UserError(f"{type(model).__name__} holds an adapter: merge it first, with merge_and_unload()")
     if base is not model:
         warnings.warn("the adapter is not part of the policy: save it, too", UserWarning, stacklevel=3)
-    origin = origin_of(base)
-    if origin.revision is None and origin.name is not None and origin.name == policy.base_model:
+    if origin.revision is None and origin.name == policy.base_model:
         # `from_pretrained` loaded what the policy pins.
-        origin = Origin(origin.name, policy.revision)
-    lineage = _lineage(origin) if weights else origin
-    if named.name is not None or named.revision is not None:
-        lineage = Origin(named.name or lineage.name, named.revision)
-    elif lineage.name is not None and not lineage.is_local and lineage.revision is None:
+        origin = replace(origin, revision=policy.revision)
+    if weights and tokenizer is None:
+        tokenizer = _tokenizer(origin)
+    saved = base if weights else None
+    bundle = make_bundle(policy, origin, results, base=named, weights=weights, model=saved, tokenizer=tokenizer)
+    found = bundle.policy.base
+    if found.is_on_hub and found.revision is None and named == Origin():
         warnings.warn(
-            f"the revision of {lineage.name} is not known, so the policy does not pin it: pass base_revision=",
+            f"the revision of {found.name} is not known, so the policy does not pin it: pass base_revision=",
             UserWarning,
             stacklevel=3,
         )
-    policy = replace(policy, base_model=lineage.name, revision=lineage.revision)
-    if weights and tokenizer is None:
-        tokenizer = _tokenizer(origin)
-    return make_bundle(policy, origin, results, model=base if weights else None, tokenizer=tokenizer)
-
-
-def _lineage(origin: Origin) -> Origin:
-    """The base on the Hub of weights that are saved: of a folder, what the policy in it names."""
-    if origin.is_local:
-        beside = Path(str(origin.name)) / policy_files.NAME
-        policy = policy_files.read(beside) if beside.is_file() else None
-        return Origin() if policy is None or policy.base_is_local else Origin(policy.base_model, policy.revision)
-    return origin
+    return bundle
 
 
 def _tokenizer(origin: Origin) -> PreTrainedTokenizerBase | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -22,88 +23,80 @@ _EMPTY = frozenset({".gitattributes", CARD, "LICENSE", "LICENSE.md", "LICENSE.tx
 
 @dataclass(frozen=True)
 class Remote:
-    """What was found on the Hub, and where to commit.
+    """Where to commit, and what `look` found there.
 
     Attributes:
-        repo_id: `user/name`.
-        api: The client, with its token.
-        revision: The branch; `None` for the default one.
+        repo_id: `user/name`, or `name` for one of one's own.
+        token: As in `huggingface_hub`.
+        revision: The branch to commit to; `None` for the default one.
         create_pr: Whether to open a pull request.
-        exists: Whether the repository exists.
+        private: Whether the repository must be private.
+        sha: The commit that was looked at; `None` if there is no repository.
         has_branch: Whether the branch exists.
-        sha: The commit that was looked at; `None` if there is none.
         files: What it holds.
         card: Its card, or `None`.
     """
 
     repo_id: str
-    api: HfApi
+    token: str | bool | None = None
     revision: str | None = None
     create_pr: bool = False
-    exists: bool = False
-    has_branch: bool = False
+    private: bool | None = None
     sha: str | None = None
-    files: frozenset[str] = field(default_factory=frozenset)
+    has_branch: bool = False
+    files: frozenset[str] = frozenset()
     card: str | None = None
 
-    @classmethod
-    def look(
-        cls,
-        repo_id: str,
-        *,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        private: bool | None = None,
-        anonymous: bool = False,
-    ) -> Remote:
-        """Look at what is there; nothing is changed.
+    @cached_property
+    def api(self) -> HfApi:
+        """The client, with its token."""
+        return HfApi(token=self.token)
+
+    def look(self, *, anonymous: bool = False) -> Remote:
+        """The same with what is on the Hub, where nothing is changed.
 
         Args:
-            repo_id: `user/name`, or `name` for one of one's own.
-            token: As in `huggingface_hub`.
-            revision: The branch to commit to.
-            create_pr: Whether to open a pull request.
-            private: Whether the repository must be private.
             anonymous: Whether to look without a token, too.
 
         Raises:
             UserError: without a token, out of reach of the Hub, or if something else is there.
         """
-        if not is_hub_id(repo_id):
-            raise UserError(f"{shown(repo_id)} is not the name of a repository: pass user/name, or name")
-        known = token is not False and (isinstance(token, str) or get_token() is not None)
+        if not is_hub_id(self.repo_id):
+            raise UserError(f"{shown(self.repo_id)} is not the name of a repository: pass user/name, or name")
+        known = self.token is not False and (isinstance(self.token, str) or get_token() is not None)
         if not known and not anonymous:
-            raise UserError(f"cannot publish {repo_id} without a token: log in with `hf auth login`, or set HF_TOKEN")
-        api = HfApi(token=token)
-        with hub_errors(f"cannot look at {repo_id}"):
-            if "/" not in repo_id and known:
-                repo_id = f"{api.whoami()['name']}/{repo_id}"
+            raise UserError(
+                f"cannot publish {self.repo_id} without a token: log in with `hf auth login`, or set HF_TOKEN"
+            )
+        with hub_errors(f"cannot look at {self.repo_id}"):
+            name = self.repo_id
+            if "/" not in name and known:
+                name = f"{self.api.whoami()['name']}/{name}"
             has_branch = True
             try:
                 try:
-                    info = api.model_info(repo_id, revision=revision)
+                    info = self.api.model_info(name, revision=self.revision)
                 except RevisionNotFoundError:
                     has_branch = False
-                    info = api.model_info(repo_id)
+                    info = self.api.model_info(name)
             except RepositoryNotFoundError:
-                return cls(repo_id, api, revision, create_pr)
+                return replace(self, repo_id=name)
             files = frozenset(sibling.rfilename for sibling in info.siblings or [])
-            card = None
-            if CARD in files:
-                path = api.hf_hub_download(repo_id, CARD, revision=info.sha)
-                try:
-                    card = Path(path).read_text(encoding="utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{CARD} of {repo_id} is no text: {first_line(error)}") from error
-        if files - _EMPTY and NAME not in files and not create_pr:
+            card = self._read_card(name, info.sha) if CARD in files else None
+        if files - _EMPTY and NAME not in files and not self.create_pr:
             raise UserError(
-                f"{repo_id} exists and is not a published policy: it holds no {NAME}; choose another name, or propose "
+                f"{name} exists and is not a published policy: it holds no {NAME}; choose another name, or propose "
                 "the change with --create-pr (create_pr=True)"
             )
-        if private and info.private is False:
-            raise UserError(f"{repo_id} exists and is public: only a new repository can be made private")
-        return cls(repo_id, api, revision, create_pr, True, has_branch, info.sha, files, card)
+        if self.private and info.private is False:
+            raise UserError(f"{name} exists and is public: only a new repository can be made private")
+        return replace(self, repo_id=name, sha=info.sha, has_branch=has_branch, files=files, card=card)
+
+    def _read_card(self, name: str, sha: str | None) -> str:
+        try:
+            return Path(self.api.hf_hub_download(name, CARD, revision=sha)).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{CARD} of {name} is no text: {first_line(error)}") from error
 
     def additions(self, folder: Path) -> list[tuple[str, Path]]:
         """What of `folder` would be committed: paths in the repository and files, by name."""
@@ -115,13 +108,12 @@ class Remote:
             out = [(name, path) for name, path in out if name != CONFIG]
         return out
 
-    def commit(self, folder: Path, message: str, *, private: bool | None = None) -> str:
+    def commit(self, folder: Path, message: str) -> str:
         """Commit `folder` at once, making repository and branch if need be.
 
         Args:
             folder: What to publish.
             message: Of the commit.
-            private: Whether a new repository is private.
 
         Returns:
             The address of the commit, or of the pull request.
@@ -131,8 +123,8 @@ class Remote:
         """
         operations = [CommitOperationAdd(name, path) for name, path in self.additions(folder)]
         with hub_errors(f"cannot publish {self.repo_id}"):
-            if not self.exists:
-                self.api.create_repo(self.repo_id, private=private)
+            if self.sha is None:
+                self.api.create_repo(self.repo_id, private=self.private)
             if self.revision is not None and not self.has_branch and not self.create_pr:
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
             done = self.api.create_commit(

@@ -1,4 +1,4 @@
-"""Where the evaluated model comes from: a Hub id, a folder or a GGUF file."""
+"""`ModelSource`: a model that a command names by a Hub id, a folder, a GGUF file or a policy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.machine import find_device
 from hf_sparse.patching import patched
-from hf_sparse.policy import Policy, is_hub_id
+from hf_sparse.policy import Origin, Policy, is_hub_id
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.hub_io import UNREADABLE
 from hf_sparse.policy.origin import cached_commit
@@ -35,6 +35,7 @@ from hf_sparse.support import SupportReport, inspect
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _WHAT = "a Hub id, a folder that holds a config.json or a .gguf file"
+_ADVICE = "pass a folder or a .gguf file, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
 _WEIGHTS = (".safetensors", ".bin")
 # What is read of each end of a weight file to tell two models in folders of the same name apart.
 _SAMPLE_BYTES = 1 << 20
@@ -67,16 +68,12 @@ class ModelSource:
     """A model that was found and not loaded yet. Each part is read when it is asked for.
 
     Attributes:
-        location: What `from_pretrained` takes.
-        name: Hub id, or the last part of the path.
-        revision: Commit, branch or tag on the Hub; `None` for the default branch.
-        gguf_file: File in `location` that holds the model.
+        origin: Its folder, or its repository at a commit, branch or tag; the default branch without a revision.
+        gguf_file: File in the folder that holds the model.
         policy: The policy that named the model; `None` if the model was named itself.
     """
 
-    location: str
-    name: str
-    revision: str | None = None
+    origin: Origin
     gguf_file: str | None = None
     policy: Policy | None = None
 
@@ -100,13 +97,13 @@ class ModelSource:
                 return cls._of_policy(policy_files.load(path))
             if not (path / "config.json").is_file():
                 raise UserError(f"{name} holds no model: there is no config.json; pass a .gguf file by its own name")
-            return cls(str(path), path.resolve().name)
+            return cls(Origin(str(path.absolute())))
         if path.suffix == ".gguf":
             if not path.is_file():
                 raise UserError(f"{name}: no such file")
             if find_spec("gguf") is None:
                 raise UserError(f'reading {path.name} needs the package gguf: pip install "hf_sparse[gguf]"')
-            return cls(str(path.parent), path.name, gguf_file=path.name)
+            return cls(Origin(str(path.parent.absolute())), path.name)
         if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise UserError(f"{name} is not a model: pass {_WHAT}")
         if is_hub_id(name):
@@ -116,18 +113,32 @@ class ModelSource:
                 # No such file, no such repository, no Hub: it is a model, or the model's own error says what it is.
                 if not isinstance(error.__cause__, OSError):
                     raise
-        return cls(name, name, revision)
+        return cls(Origin(name, revision))
 
     @classmethod
-    def _of_policy(cls, loaded: policy_files.Loaded) -> ModelSource:
-        location, revision = loaded.source()
-        name = Path(location).resolve().name if Path(location).is_dir() else location
-        return cls(location, name, revision, policy=loaded.policy)
+    def _of_policy(cls, policy: Policy) -> ModelSource:
+        return cls(policy.model_origin(), policy=policy)
+
+    @property
+    def location(self) -> str:
+        """What `from_pretrained` takes: a Hub id or a folder."""
+        return str(self.origin.name)
+
+    @property
+    def name(self) -> str:
+        """Hub id, or the last part of the path."""
+        if self.gguf_file is not None or not self._is_here:
+            return self.gguf_file or self.location
+        return Path(self.location).resolve().name
+
+    @property
+    def _is_here(self) -> bool:
+        return Path(self.location).is_dir()
 
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The model's configuration."""
-        with _user_errors(self):
+        with self._user_errors():
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.location, **self._arguments())
         return config
 
@@ -144,53 +155,63 @@ class ModelSource:
 
     def info(self) -> ModelInfo:
         """What identifies the model; reads the configuration, and local weights for their hash."""
-        return ModelInfo(
-            self.name,
-            self._fingerprint() or self.commit or "unknown",
-            self.max_positions,
-            self.config.model_type,
-        )
+        revision = self._fingerprint() if self._is_here else self.commit
+        return ModelInfo(self.name, revision or "unknown", self.max_positions, self.config.model_type)
 
     @property
     def commit(self) -> str | None:
         """The commit on the Hub, where it is known; `None` for a folder or file."""
-        if self.gguf_file is not None or Path(self.location).is_dir():
+        if self._is_here:
             return None
         commit: str | None = getattr(self.config, "_commit_hash", None)
-        return commit or cached_commit(self.location, self.revision)
+        return commit or cached_commit(self.location, self.origin.revision)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        with _user_errors(self):
+        with self._user_errors():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.location, **self._arguments())
         return tokenizer
 
     def model(self, *, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
-        """The model in evaluation mode; see `load_model` for the arguments."""
+        """The model in evaluation mode.
+
+        Args:
+            dtype: One of `DTYPES`; `"auto"` is the dtype the weights are stored in, float32 for a GGUF file, whose
+                weights are dequantised.
+            device_map: A device such as `"cpu"` or `"cuda:0"`, `"auto"` to spread the model, or `None`.
+
+        Raises:
+            UserError: if the model cannot be found, reached or read, or is not taken with these.
+        """
         check_loading(dtype, device_map)
         arguments = self._arguments()
         if self.gguf_file is not None:
             arguments["quantization_config"] = GgufConfig(dequantize=True)
-        with _user_errors(self):
+        kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+        with self._user_errors():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                self.location,
-                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-                device_map=device_map,
-                **arguments,
+                self.location, dtype=kind, device_map=device_map, **arguments
             )
         return model
 
+    @contextmanager
+    def _user_errors(self) -> Iterator[None]:
+        """What transformers raises on a model that is absent, out of reach or damaged, as one line."""
+        try:
+            yield
+        except UNREADABLE as error:
+            advice = "" if self._is_here else f"; {_ADVICE}"
+            raise UserError(f"cannot read the model {self.name}: {first_line(error)}{advice}") from error
+
     def _arguments(self) -> dict[str, Any]:
-        given = {"revision": self.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
+        given = {"revision": self.origin.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
         return {name: value for name, value in given.items() if value is not None}
 
-    def _fingerprint(self) -> str | None:
+    def _fingerprint(self) -> str:
         folder = Path(self.location)
         if self.gguf_file is not None:
             with (folder / self.gguf_file).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        if not folder.is_dir():
-            return None
         # As it is on disk: once loaded, it also says where it came from.
         digest = hashlib.sha256((folder / "config.json").read_bytes())
         for path in sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS):
@@ -202,26 +223,8 @@ class ModelSource:
         return digest.hexdigest()[:16]
 
 
-def load_model(
-    name: str, *, dtype: str = "auto", device_map: str | None = None, revision: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelInfo]:
-    """Load a causal language model, its tokenizer and what identifies it.
-
-    Args:
-        name: Hub id, folder, or `.gguf` file (its weights are dequantised).
-        dtype: One of `DTYPES`; `"auto"` is the type the weights are stored in, float32 for a GGUF file.
-        device_map: A device such as `"cpu"` or `"cuda:0"`, `"auto"` to spread the model, or `None`.
-        revision: Commit, branch or tag on the Hub.
-
-    Raises:
-        UserError: if the model cannot be found, reached or read.
-    """
-    source = ModelSource.find(name, revision)
-    return source.model(dtype=dtype, device_map=device_map), source.tokenizer(), source.info()
-
-
 def check_loading(dtype: str, device_map: str | None) -> None:
-    """Refuse a type of numbers or a device that no model can be loaded with; see `load_model`.
+    """Refuse a dtype or a device that `ModelSource.model` does not take.
 
     Raises:
         UserError: naming it, and what there is.
@@ -232,11 +235,7 @@ def check_loading(dtype: str, device_map: str | None) -> None:
 
 
 def check_device(device_map: str | None) -> None:
-    """Refuse a `device_map` that `load_model` does not take.
-
-    Raises:
-        UserError: naming the devices that there are.
-    """
+    """Refuse a device that is not here: see `check_loading`."""
     if device_map not in (None, "auto"):
         find_device(device_map)
 
@@ -252,16 +251,3 @@ def check_config(model: PreTrainedModel, config: SparseAttentionConfig) -> None:
             pass
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-@contextmanager
-def _user_errors(source: ModelSource) -> Iterator[None]:
-    """What transformers raises on a model that is absent, out of reach or damaged, as one line."""
-    local = Path(source.location).is_dir()
-    advice = (
-        "" if local else "; pass a folder or a .gguf file, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
-    )
-    try:
-        yield
-    except UNREADABLE as error:
-        raise UserError(f"cannot read the model {source.name}: {first_line(error)}{advice}") from error

@@ -7,7 +7,7 @@ import pytest
 
 import hf_sparse
 from hf_sparse.laws import LawName
-from hf_sparse.measure.equal_cost import density, kept_keys, last_true, matched, with_dense_layers
+from hf_sparse.measure.equal_cost import density, kept_keys, matched, with_dense_layers
 from tests import small, tiny
 
 LENGTH = 200
@@ -62,9 +62,3 @@ def test_the_first_layer_is_dense_where_that_leaves_anything_to_the_others() -> 
     frugal = replace(small.CONFIG, per_head=dict.fromkeys((0, 1), ((2.0, 0.2),) * 4))
     assert matched(generous, support, [LENGTH], "power").dense_layers == (0,)
     assert matched(frugal, support, [LENGTH], "power").dense_layers == ()
-
-
-def test_bisection_ends_at_the_last_true_value() -> None:
-    assert last_true(lambda value: value <= 7, 1e-3, 1e3) == pytest.approx(7, rel=1e-9)
-    assert last_true(lambda _: False, 2.0, 1e3) == pytest.approx(2, rel=1e-6)
-    assert last_true(lambda _: True, 1e-3, 50.0) == pytest.approx(50, rel=1e-6)

@@ -1,4 +1,4 @@
-// Attention of groups of rows to the columns that they keep: an online softmax over tiles of gathered keys.
+// Attention of groups of (query, head) pairs to the keys they keep: an online softmax over tiles of gathered keys.
 
 #include "scores.hpp"
 
@@ -10,85 +10,85 @@ namespace {
 
 struct Call {
     States key, value;
-    const float *query; // (batch, heads, rows, dim), contiguous, scaled
-    int64_t batches, heads, kv_heads, rows, size, width;
-    int64_t per_head; // whether a group holds rows of one head, and not of all that share keys
-    const int64_t *columns;  // (batch, kv_heads, groups, width); if `per_head`, groups go by head, then row
-    const uint8_t *allowed;  // (batch, kv_heads, groups, members, width)
-    const float *scores;     // like `allowed`, or null: they are worked out here
-    const float *sinks;      // (heads) logits without a value, or null
-    double softcap;          // 0 for none
-    float *out;              // (batch, heads, rows, value.dim), contiguous
+    const float *query; // (batch, heads, q_len, dim), contiguous, scaled
+    int64_t batches, heads, kv_heads, q_len, size, width;
+    int64_t per_head; // whether a group holds queries of one head instead of all heads that share keys
+    const int64_t *positions; // (batch, kv_heads, groups, width); if `per_head`, groups go by head, then query
+    const uint8_t *allowed;   // (batch, kv_heads, groups, pairs, width)
+    const float *scores;      // like `allowed`, or null to compute them here
+    const float *sinks;       // (heads) logits without a value, or null
+    double softcap;           // 0 for none
+    float *out;               // (batch, heads, q_len, value.dim), contiguous
     int64_t threads;
 };
 
-constexpr int64_t CHUNK = 256; // columns that are gathered at a time
-constexpr int64_t TOGETHER = SHARING > 8 ? 8 : SHARING; // members that share what is loaded
-constexpr int64_t PART = 512;   // columns that a thread takes at a time where all threads share one group
+constexpr int64_t CHUNK = 256; // keys that are gathered at a time
+constexpr int64_t TOGETHER = SHARING > 8 ? 8 : SHARING; // pairs that share loaded values
+constexpr int64_t PART = 512; // places of the list that a thread takes where all threads share one group
 constexpr float LOWEST = -1e38f; // below every score
 
-// One group's members: running maximum, sum of weights and weighted values of each.
+// One group's pairs: running maximum, sum of weights and weighted values of each.
 class Attention {
   public:
     Attention(const Call &call, int64_t index)
-        : call(call), share(call.heads / call.kv_heads), members(call.per_head ? call.size : share * call.size),
-          groups(call.rows / call.size), group(index % groups), first_head(index / groups * (call.per_head ? 1 : share)),
+        : call(call), share(call.heads / call.kv_heads), pairs(call.per_head ? call.size : share * call.size),
+          groups(call.q_len / call.size), group(index % groups), first_head(index / groups * (call.per_head ? 1 : share)),
           kv_head(first_head / share % call.kv_heads), batch(first_head / call.heads),
-          columns(call.columns + index * call.width),
-          allowed(call.allowed + index * members * call.width),
-          scores(call.scores ? call.scores + index * members * call.width : nullptr),
+          positions(call.positions + index * call.width),
+          allowed(call.allowed + index * pairs * call.width),
+          scores(call.scores ? call.scores + index * pairs * call.width : nullptr),
           padded(round_up(call.value.dim, LANES)) {}
 
-    // Numbers that hold what was attended to so far: of each member the highest score, and relative to it the sum of
-    // weights and that of weighted values.
-    int64_t room() const { return members * (2 + padded); }
+    // Size of the running softmax: for each pair the highest score, and relative to it the sums of weights and of
+    // weighted values.
+    int64_t room() const { return pairs * (2 + padded); }
 
     void start(float *state) {
         highest_of = state;
-        total_of = highest_of + members;
-        sum_of = total_of + members;
+        total_of = highest_of + pairs;
+        sum_of = total_of + pairs;
         std::fill(state, state + room(), 0.0f);
-        std::fill(highest_of, highest_of + members, -INFINITY);
+        std::fill(highest_of, highest_of + pairs, -INFINITY);
     }
 
-    // Attend to the columns in [from, to) of the list.
+    // Attend to the places in [from, to) of the list.
     void attend(int64_t from, int64_t to) {
         find_used(from, to);
         const int64_t step = CHUNK / LANES;
         for (int64_t at = 0; at < used_count; at += step) attend_to_used(at, std::min(step, used_count - at));
     }
 
-    // Add what another one attended to, of the same group.
+    // Add the running softmax of another part of the same group.
     void add(const Attention &other) {
-        for (int64_t m = 0; m < members; m++) {
-            if (other.highest_of[m] == -INFINITY) continue;
-            raise(m, other.highest_of[m]);
-            const float factor = std::exp(other.highest_of[m] - highest_of[m]);
-            total_of[m] += other.total_of[m] * factor;
-            for (int64_t i = 0; i < padded; i++) sum_of[m * padded + i] += other.sum_of[m * padded + i] * factor;
+        for (int64_t p = 0; p < pairs; p++) {
+            if (other.highest_of[p] == -INFINITY) continue;
+            raise(p, other.highest_of[p]);
+            const float factor = std::exp(other.highest_of[p] - highest_of[p]);
+            total_of[p] += other.total_of[p] * factor;
+            for (int64_t i = 0; i < padded; i++) sum_of[p * padded + i] += other.sum_of[p * padded + i] * factor;
         }
     }
 
     void finish() {
-        for (int64_t m = 0; m < members; m++) finish(m);
+        for (int64_t p = 0; p < pairs; p++) finish(p);
     }
 
   private:
     const Call &call;
-    const int64_t share, members, groups, group;
+    const int64_t share, pairs, groups, group;
     const int64_t first_head; // counted over the batch
     const int64_t kv_head, batch;
-    const int64_t *columns;
+    const int64_t *positions;
     const uint8_t *allowed;
     const float *scores;
     const int64_t padded; // components of a value, a multiple of LANES
     float *highest_of, *total_of, *sum_of;
-    int64_t *used; // where in `columns` tiles begin of which some member is allowed some
+    int64_t *used; // tiles of `positions` from which some pair keeps a key
     int64_t used_count = 0;
 
-    int64_t head_of(int64_t m) const { return first_head % call.heads + m / call.size; }
-    int64_t at(int64_t m) const {
-        return (first_head + m / call.size) * call.rows + group * call.size + m % call.size;
+    int64_t head_of(int64_t p) const { return first_head % call.heads + p / call.size; }
+    int64_t at(int64_t p) const {
+        return (first_head + p / call.size) * call.q_len + group * call.size + p % call.size;
     }
 
     void find_used(int64_t from, int64_t to) {
@@ -96,7 +96,7 @@ class Attention {
         used_count = 0;
         for (int64_t i = from; i < to; i += LANES) {
             Bytes any{};
-            for (int64_t m = 0; m < members; m++) any |= load_bytes(allowed + m * call.width + i);
+            for (int64_t p = 0; p < pairs; p++) any |= load_bytes(allowed + p * call.width + i);
             if (bits(__builtin_convertvector(any, Ints)) != 0) used[used_count++] = i;
         }
     }
@@ -104,26 +104,26 @@ class Attention {
     void attend_to_used(int64_t from, int64_t count) {
         const int64_t width = count * LANES, dim = call.key.dim;
         int64_t *own = scratch<int64_t, 15>(CHUNK);
-        for (int64_t i = 0; i < width; i++) own[i] = columns[used[from + i / LANES] + i % LANES];
+        for (int64_t i = 0; i < width; i++) own[i] = positions[used[from + i / LANES] + i % LANES];
         float *turned = scratch<float, 16>(CHUNK * dim);
         if (!scores) turn_keys(call.key, batch, kv_head, own, width, turned);
         float *values = scratch<float, 17>(CHUNK * padded), *buffer = scratch<float, 18>(call.value.dim);
         for (int64_t i = 0; i < width; i++) {
-            if (i + ROWS_AHEAD < width) call.value.prefetch(batch, kv_head, own[i + ROWS_AHEAD]);
-            const float *row = call.value.row(batch, kv_head, own[i], buffer);
-            std::copy(row, row + call.value.dim, values + i * padded);
+            if (i + VECTORS_AHEAD < width) call.value.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
+            const float *vector = call.value.vector(batch, kv_head, own[i], buffer);
+            std::copy(vector, vector + call.value.dim, values + i * padded);
             std::fill(values + i * padded + call.value.dim, values + (i + 1) * padded, 0.0f);
         }
         float *weights = scratch<float, 19>(TOGETHER * CHUNK);
-        for (int64_t set = 0; set < members; set += TOGETHER) {
-            const int64_t number = std::min(TOGETHER, members - set);
+        for (int64_t set = 0; set < pairs; set += TOGETHER) {
+            const int64_t number = std::min(TOGETHER, pairs - set);
             if (!scores) {
                 const float *queries[TOGETHER];
-                for (int64_t m = 0; m < TOGETHER; m++) queries[m] = call.query + at(std::min(set + m, members - 1)) * dim;
+                for (int64_t p = 0; p < TOGETHER; p++) queries[p] = call.query + at(std::min(set + p, pairs - 1)) * dim;
                 turned_scores<TOGETHER>(queries, turned, dim, width, weights, CHUNK);
             }
-            for (int64_t m = 0; m < number; m++) weigh(set + m, used + from, count, weights + m * CHUNK);
-            for (int64_t m = number; m < TOGETHER; m++) std::fill(weights + m * CHUNK, weights + (m + 1) * CHUNK, 0.0f);
+            for (int64_t p = 0; p < number; p++) weigh(set + p, used + from, count, weights + p * CHUNK);
+            for (int64_t p = number; p < TOGETHER; p++) std::fill(weights + p * CHUNK, weights + (p + 1) * CHUNK, 0.0f);
             int64_t part = 0;
             for (; padded - part >= 2 * LANES; part += 2 * LANES)
                 add_values<2>(set, number, weights, values, width, part);
@@ -131,10 +131,10 @@ class Attention {
         }
     }
 
-    // Scores -> weights of the allowed columns relative to the highest score so far.
-    void weigh(int64_t m, const int64_t *places, int64_t count, float *weights) {
-        const uint8_t *may = allowed + m * call.width;
-        const float *known = scores ? scores + m * call.width : nullptr;
+    // Scores -> weights of the allowed keys, relative to the highest score so far.
+    void weigh(int64_t p, const int64_t *places, int64_t count, float *weights) {
+        const uint8_t *may = allowed + p * call.width;
+        const float *known = scores ? scores + p * call.width : nullptr;
         const float softcap = float(call.softcap);
         Floats most = all(-INFINITY);
         for (int64_t i = 0; i < count; i++) {
@@ -144,26 +144,26 @@ class Attention {
             store(weights + i * LANES, score);
             most = larger(most, score);
         }
-        raise(m, highest(most));
-        const float base = highest_of[m] * LOG2_E;
+        raise(p, highest(most));
+        const float base = highest_of[p] * LOG2_E;
         Floats total{};
         for (int64_t i = 0; i < count; i++) {
             const Floats score = load(weights + i * LANES);
-            // Also where no key was allowed yet: the difference is no number then, and is not used.
+            // Where no key was allowed yet the difference is NaN, and the weight 0.
             const Floats weight = score > all(LOWEST) ? exp2<false>(score * LOG2_E - base) : Floats{};
             store(weights + i * LANES, weight);
             total += weight;
         }
-        total_of[m] += sum(total);
+        total_of[p] += sum(total);
     }
 
-    // Measure weights from `score` if it is higher than all so far.
-    void raise(int64_t m, float score) {
-        if (score <= highest_of[m]) return;
-        const float change = std::exp(highest_of[m] - score);
-        total_of[m] *= change;
-        for (int64_t i = 0; i < padded; i++) sum_of[m * padded + i] *= change;
-        highest_of[m] = score;
+    // Make weights relative to `score` if it is the highest so far.
+    void raise(int64_t p, float score) {
+        if (score <= highest_of[p]) return;
+        const float change = std::exp(highest_of[p] - score);
+        total_of[p] *= change;
+        for (int64_t i = 0; i < padded; i++) sum_of[p * padded + i] *= change;
+        highest_of[p] = score;
     }
 
     template <int parts>
@@ -171,31 +171,31 @@ class Attention {
         Floats sums[TOGETHER][parts] = {};
         for (int64_t i = 0; i < count; i++) {
             Floats value[parts];
-            for (int p = 0; p < parts; p++) value[p] = load(values + i * padded + part + p * LANES);
-            for (int64_t m = 0; m < TOGETHER; m++)
-                for (int p = 0; p < parts; p++) sums[m][p] += value[p] * weights[m * CHUNK + i];
+            for (int j = 0; j < parts; j++) value[j] = load(values + i * padded + part + j * LANES);
+            for (int64_t p = 0; p < TOGETHER; p++)
+                for (int j = 0; j < parts; j++) sums[p][j] += value[j] * weights[p * CHUNK + i];
         }
-        for (int64_t m = 0; m < number; m++)
-            for (int p = 0; p < parts; p++) {
-                float *to = sum_of + (set + m) * padded + part + p * LANES;
-                store(to, load(to) + sums[m][p]);
+        for (int64_t p = 0; p < number; p++)
+            for (int j = 0; j < parts; j++) {
+                float *to = sum_of + (set + p) * padded + part + j * LANES;
+                store(to, load(to) + sums[p][j]);
             }
     }
 
-    void finish(int64_t m) {
-        float *to = call.out + at(m) * call.value.dim;
-        float total = total_of[m], factor = 1;
+    void finish(int64_t p) {
+        float *to = call.out + at(p) * call.value.dim;
+        float total = total_of[p], factor = 1;
         if (call.sinks && total > 0) {
-            const float sink = call.sinks[head_of(m)], most = std::max(sink, highest_of[m]);
-            factor = std::exp(highest_of[m] - most);
+            const float sink = call.sinks[head_of(p)], most = std::max(sink, highest_of[p]);
+            factor = std::exp(highest_of[p] - most);
             total = total * factor + std::exp(sink - most);
         }
         const float share = total > 0 ? factor / total : 0.0f;
-        for (int64_t i = 0; i < call.value.dim; i++) to[i] = sum_of[m * padded + i] * share;
+        for (int64_t i = 0; i < call.value.dim; i++) to[i] = sum_of[p * padded + i] * share;
     }
 };
 
-// Few groups of few rows, as in decoding: the threads share the columns of each group.
+// Few groups of one query, as in decoding: the threads share the keys of each group.
 void attend_to_few(const Call &call, int64_t groups) {
     const int64_t pieces = std::max<int64_t>(1, (call.width + PART - 1) / PART);
     std::vector<Attention> parts;
@@ -216,8 +216,8 @@ void attend_to_few(const Call &call, int64_t groups) {
 } // namespace
 
 extern "C" void hfs_attend(const Call *call) {
-    const int64_t groups = call->batches * (call->per_head ? call->heads : call->kv_heads) * (call->rows / call->size);
-    if (call->rows == 1 && groups > 0) return attend_to_few(*call, groups);
+    const int64_t groups = call->batches * (call->per_head ? call->heads : call->kv_heads) * (call->q_len / call->size);
+    if (call->q_len == 1 && groups > 0) return attend_to_few(*call, groups);
     in_parallel(groups, call->threads, [&](int64_t index) {
         Attention attention(*call, index);
         attention.start(scratch<float, 10>(attention.room()));

@@ -1,4 +1,4 @@
-"""Compile the kernels for this very processor, once; later processes load what was compiled."""
+"""Compilation of the kernels for the CPU at hand, once; later processes load the compiled library."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from pathlib import Path
 from huggingface_hub import constants
 
 SWITCH = "HF_SPARSE_KERNELS"
-"""The environment variable that, set to `0`, leaves the kernels alone: everything is done by PyTorch then."""
+"""The environment variable that turns compiled kernels off when set to `0`: PyTorch does everything then."""
 
-# No -ffast-math: a library that is linked with it changes how the whole process rounds the smallest numbers.
+# No -ffast-math: loading a library that is linked with it flushes denormal numbers to zero in the whole process.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
+# Seconds for one run of the compiler.
 _LONGEST = 300.0
 
 
@@ -30,12 +31,12 @@ class _UnavailableError(Exception):
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or `None` where there are none: `why_not` says why."""
+    """The compiled kernels; `None` where `unsupported_reason` says why."""
     return _found()[0]
 
 
-def why_not() -> str | None:
-    """Why there are no compiled kernels here; `None` if there are. Compiles them if that was not done before."""
+def unsupported_reason() -> str | None:
+    """Why there are no compiled kernels on this machine; `None` if there are. Compiles them the first time."""
     return _found()[1]
 
 
@@ -76,9 +77,9 @@ def _compiler() -> tuple[str, ...]:
 
 
 def _native(compiler: tuple[str, ...]) -> str:
-    """What the compiler predefines here: its version, and the instructions that this very processor has.
+    """What the compiler predefines here: its version, and the instructions of this CPU.
 
-    Processors with different instructions may share a name, and a home directory.
+    CPUs with different instructions may share a name, and a home directory.
     """
     command = [*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull]
     try:

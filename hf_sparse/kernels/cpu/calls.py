@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels with tensors."""
+"""The compiled kernels, called with tensors. The structures mirror those of the C++ sources, field by field."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ctypes import c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from hf_sparse.kernels.cpu.build import library, why_not
+from hf_sparse.kernels.cpu import build
 from hf_sparse.kernels.layout import Layout, adjacent
 
 TILE = 16
-"""Widths of lists of columns are multiples of this: as many numbers as the largest registers hold."""
+"""Lists of key positions have a multiple of this length: as many numbers as the largest registers hold."""
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -23,7 +23,7 @@ class _States(ctypes.Structure):
         ("format", c_int64),
         ("batch_stride", c_int64),
         ("head_stride", c_int64),
-        ("row_stride", c_int64),
+        ("position_stride", c_int64),
         ("dim", c_int64),
     )
 
@@ -54,12 +54,12 @@ class _Selecting(ctypes.Structure):
         ("first", c_void_p),
         ("stop", c_void_p),
         ("budget", c_void_p),
-        *((name, c_int64) for name in ("budget_batch", "budget_head", "budget_row")),
-        *((name, c_int64) for name in ("batches", "heads", "kv_heads", "rows", "size")),
+        *((name, c_int64) for name in ("budget_batch", "budget_head", "budget_query")),
+        *((name, c_int64) for name in ("batches", "heads", "kv_heads", "q_len", "size")),
         *((name, c_int64) for name in ("sink_keys", "recent_keys", "oversampling")),
         ("softcap", c_double),
         ("width", c_int64),
-        *((name, c_void_p) for name in ("columns", "allowed", "kept", "scores")),
+        *((name, c_void_p) for name in ("positions", "allowed", "kept", "scores")),
         ("threads", c_int64),
     )
 
@@ -69,47 +69,47 @@ class _Attending(ctypes.Structure):
         ("key", _States),
         ("value", _States),
         ("query", c_void_p),
-        *((name, c_int64) for name in ("batches", "heads", "kv_heads", "rows", "size", "width", "per_head")),
-        *((name, c_void_p) for name in ("columns", "allowed", "scores", "sinks")),
+        *((name, c_int64) for name in ("batches", "heads", "kv_heads", "q_len", "size", "width", "per_head")),
+        *((name, c_void_p) for name in ("positions", "allowed", "scores", "sinks")),
         ("softcap", c_double),
         ("out", c_void_p),
         ("threads", c_int64),
     )
 
 
-def refusal(*states: Tensor) -> str | None:
-    """Why there are no kernels for keys or values like these; `None` if there are."""
+def unsupported_reason(*states: Tensor) -> str | None:
+    """Why the kernels cannot run, on this machine or with keys and values like `states`; `None` if they can."""
     for x in states:
         if x.device.type != "cpu":
-            return f"the compiled kernels are for processors, not for {x.device.type}"
+            return f"the compiled kernels run on the CPU, not on {x.device.type}"
         if x.dtype not in _FORMATS:
             return f"the compiled kernels take float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
-    return why_not()
+    return build.unsupported_reason()
 
 
 def lanes() -> int:
-    """Keys that are quantised side by side: as many numbers as a register of this processor holds, 4, 8 or 16."""
+    """Keys in a tile of quantised keys: as many numbers as a register of this CPU holds, 4, 8 or 16."""
     return int(_library().hfs_lanes())
 
 
 def allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
     """Tiles of zeros for at least `room` keys: see `quantise`."""
     batch, heads, _, dim = key.shape
-    side_by_side = lanes()
-    tiles = -(-room // side_by_side)
+    keys = lanes()
+    tiles = -(-room // keys)
     return (
-        key.new_zeros(batch, heads, tiles, dim // 4, side_by_side, 4, dtype=torch.uint8),
-        key.new_zeros(batch, heads, tiles * side_by_side, dtype=torch.float32),
+        key.new_zeros(batch, heads, tiles, dim // 4, keys, 4, dtype=torch.uint8),
+        key.new_zeros(batch, heads, tiles * keys, dtype=torch.float32),
     )
 
 
 def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
-    """Write the keys at columns `start` to `stop` - 1 in 8 bits.
+    """Write the keys at positions `start` to `stop` - 1 in 8 bits.
 
     Args:
         key: `(batch, kv_heads, kv_len, head_dim)`; `head_dim` a multiple of 4.
-        start: First column.
-        stop: Column after the last.
+        start: First position.
+        stop: Position after the last.
         out: Codes, uint8 `(batch, kv_heads, tiles, head_dim / 4, lanes, 4)`: 128 + key / scale, rounded; and scales,
             float32 `(batch, kv_heads, tiles * lanes)`: the largest component divided by 127.
     """
@@ -122,14 +122,14 @@ def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> 
 
 
 LAYOUT = Layout(allocate, quantise)
-"""Tiles of `lanes` keys, 4 components of each side by side."""
+"""Tiles of `lanes` keys, in which 4 components of each key lie together."""
 
 
 def select(
     query: Tensor,
     key: Tensor,
     quantised: tuple[Tensor, Tensor],
-    spans: tuple[Tensor, Tensor],
+    visible: tuple[Tensor, Tensor],
     budgets: Tensor,
     *,
     size: int,
@@ -140,56 +140,56 @@ def select(
     softcap: float | None,
     want_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The keys that each member of each group keeps: see `group.hpp`.
+    """The keys that each (query, head) pair of each group keeps: see `group.hpp`.
 
     Args:
-        query: Scaled, float32 `(batch, heads, rows, head_dim)`, contiguous.
+        query: Scaled, float32 `(batch, heads, q_len, head_dim)`, contiguous.
         key: `(batch, kv_heads, kv_len, head_dim)`.
         quantised: As `quantise` writes them.
-        spans: First visible column of each row, and the one after its last: int64 `(batch, rows)`, contiguous.
-        budgets: int64 `(batch, heads, rows)`; may be expanded.
-        size: Rows in a group.
-        width: Columns to make room for, a multiple of `TILE`.
-        sink_keys: Of each row, as in the configuration.
-        recent_keys: The same.
-        oversampling: Columns in a group's pool for each that its members want at most.
+        visible: First visible position of each query, and the one after its last: int64 `(batch, q_len)`, contiguous.
+        budgets: int64 `(batch, heads, q_len)`; may be expanded.
+        size: Queries in a group.
+        width: Room for the positions of a group, a multiple of `TILE`.
+        sink_keys: Of each query, as in the configuration.
+        recent_keys: Of each query, as in the configuration.
+        oversampling: Candidate keys of a group for each that its pairs want at most.
         softcap: Soft cap of the scores, or `None`.
-        want_scores: Whether to give the scores of the columns.
+        want_scores: Whether to return scores.
 
     Returns:
-        Columns int64 `(batch, kv_heads, groups, width)`, which each member keeps, bool `(batch, kv_heads, groups,
-        members, width)`, how many, int64 `(batch, kv_heads, groups, members)`, and float32 scores before any soft cap,
-        or `None`.
+        Positions, int64 `(batch, kv_heads, groups, width)`; which of them each pair keeps, bool `(batch, kv_heads,
+        groups, pairs, width)`; how many, int64 `(batch, kv_heads, groups, pairs)`; and their scores before any soft
+        cap, float32 `(batch, kv_heads, groups, pairs, width)`, or `None`.
     """
     key = adjacent(key)
-    batch, heads, rows, _ = query.shape
+    batch, heads, q_len, _ = query.shape
     kv_heads = key.shape[1]
-    groups = (batch, kv_heads, rows // size)
-    members = heads // kv_heads * size
-    columns = key.new_empty(*groups, width, dtype=torch.int64)
-    allowed = key.new_empty(*groups, members, width, dtype=torch.bool)
-    kept = key.new_empty(*groups, members, dtype=torch.int64)
-    scores = key.new_empty(*groups, members, width, dtype=torch.float32) if want_scores else None
+    groups = (batch, kv_heads, q_len // size)
+    pairs = heads // kv_heads * size
+    positions = key.new_empty(*groups, width, dtype=torch.int64)
+    allowed = key.new_empty(*groups, pairs, width, dtype=torch.bool)
+    kept = key.new_empty(*groups, pairs, dtype=torch.int64)
+    scores = key.new_empty(*groups, pairs, width, dtype=torch.float32) if want_scores else None
     call = _Selecting(
         _States(key),
         _Quantised(quantised),
-        *(x.data_ptr() for x in (query, *spans, budgets)),
+        *(x.data_ptr() for x in (query, *visible, budgets)),
         *budgets.stride(),
-        *(batch, heads, kv_heads, rows, size),
+        *(batch, heads, kv_heads, q_len, size),
         *(sink_keys, recent_keys, oversampling, softcap or 0.0, width),
-        *(x.data_ptr() for x in (columns, allowed, kept)),
+        *(x.data_ptr() for x in (positions, allowed, kept)),
         None if scores is None else scores.data_ptr(),
         torch.get_num_threads(),
     )
     _library().hfs_select(ctypes.byref(call))
-    return columns, allowed, kept, scores
+    return positions, allowed, kept, scores
 
 
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    columns: Tensor,
+    positions: Tensor,
     allowed: Tensor,
     *,
     size: int,
@@ -198,32 +198,32 @@ def attend(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention to the columns that each member is allowed.
+    """Attention to the keys that each (query, head) pair is allowed.
 
     Args:
-        query: Scaled, float32 `(batch, heads, rows, head_dim)`, contiguous.
+        query: Scaled, float32 `(batch, heads, q_len, head_dim)`, contiguous.
         key: `(batch, kv_heads, kv_len, head_dim)`.
         value: `(batch, kv_heads, kv_len, value_dim)`.
-        columns: int64 `(batch, kv_heads, groups, width)`, contiguous; `width` a multiple of `TILE`.
-        allowed: bool `(batch, kv_heads, groups, members, width)`, contiguous.
-        size: Rows in a group.
-        per_head: Whether each query head has groups of its own, ordered by (head in the GQA group, row).
-        scores: Of the columns, float32 like `allowed` and contiguous, if they are known.
+        positions: int64 `(batch, kv_heads, groups, width)`, contiguous; `width` a multiple of `TILE`.
+        allowed: bool `(batch, kv_heads, groups, pairs, width)`, contiguous.
+        size: Queries in a group.
+        per_head: Whether each query head has groups of its own, ordered by (head in the GQA group, query).
+        scores: Of the keys at `positions`, float32 like `allowed` and contiguous, if they are known.
         sinks: Logits `(heads,)` that take part without a value, float32; or `None`.
         softcap: Soft cap of the scores, or `None`.
 
     Returns:
-        float32 `(batch, heads, rows, value_dim)`.
+        float32 `(batch, heads, q_len, value_dim)`.
     """
     key, value = adjacent(key), adjacent(value)
-    batch, heads, rows, _ = query.shape
-    out = query.new_empty(batch, heads, rows, value.shape[3])
+    batch, heads, q_len, _ = query.shape
+    out = query.new_empty(batch, heads, q_len, value.shape[3])
     call = _Attending(
         _States(key),
         _States(value),
         query.data_ptr(),
-        *(batch, heads, key.shape[1], rows, size, columns.shape[-1], per_head),
-        *(None if x is None else x.data_ptr() for x in (columns, allowed, scores, sinks)),
+        *(batch, heads, key.shape[1], q_len, size, positions.shape[-1], per_head),
+        *(None if x is None else x.data_ptr() for x in (positions, allowed, scores, sinks)),
         softcap or 0.0,
         out.data_ptr(),
         torch.get_num_threads(),
@@ -233,6 +233,6 @@ def attend(
 
 
 def _library() -> ctypes.CDLL:
-    found = library()
-    assert found is not None, "no compiled kernels: ask `refusal` first"
+    found = build.library()
+    assert found is not None, "no compiled kernels: ask `unsupported_reason` first"
     return found

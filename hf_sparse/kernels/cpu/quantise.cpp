@@ -1,4 +1,5 @@
-// Keys in 8 bits, with a scale of their own each: a quarter of float32's bytes, and whole-number products.
+// Keys in 8 bits with one scale a key (symmetric absmax, as in LLM.int8(), arXiv 2208.07339): a quarter of float32's
+// bytes, and integer products. They only rank keys; attention reads the keys themselves.
 
 #include "states.hpp"
 
@@ -6,7 +7,7 @@ using namespace hfs;
 
 extern "C" int64_t hfs_lanes() { return LANES; }
 
-// Quantise the keys from column `start` to `stop` - 1.
+// Quantise the keys at positions `start` to `stop` - 1.
 extern "C" void hfs_quantise(const States *key, const QuantisedKeys *out, int64_t batches, int64_t heads,
                              int64_t start, int64_t stop, int64_t threads) {
     const int64_t dim = key->dim, step = 256;
@@ -16,15 +17,15 @@ extern "C" void hfs_quantise(const States *key, const QuantisedKeys *out, int64_
         const Tiles tiles = out->of(batch, head);
         float *buffer = scratch<float, 0>(dim);
         const int64_t end = std::min(stop, start + (part + 1) * step);
-        for (int64_t column = start + part * step; column < end; column++) {
-            const float *row = key->row(batch, head, column, buffer);
+        for (int64_t position = start + part * step; position < end; position++) {
+            const float *vector = key->vector(batch, head, position, buffer);
             float most = 0;
-            for (int64_t i = 0; i < dim; i++) most = std::max(most, std::fabs(row[i]));
+            for (int64_t i = 0; i < dim; i++) most = std::max(most, std::fabs(vector[i]));
             const float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
-            tiles.scales[column] = scale;
-            uint8_t *tile = tiles.bytes + column / LANES * LANES * dim + column % LANES * 4;
+            tiles.scales[position] = scale;
+            uint8_t *tile = tiles.bytes + position / LANES * LANES * dim + position % LANES * 4;
             for (int64_t i = 0; i < dim; i++)
-                tile[i / 4 * LANES * 4 + i % 4] = uint8_t(128 + int32_t(std::nearbyint(row[i] * inverse)));
+                tile[i / 4 * LANES * 4 + i % 4] = uint8_t(128 + int32_t(std::nearbyint(vector[i] * inverse)));
         }
     });
 }

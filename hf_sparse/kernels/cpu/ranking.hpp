@@ -1,4 +1,4 @@
-// The best of many numbers, by bisection: comparing and counting is what vectors do well.
+// The highest of many numbers, by bisection: vector instructions compare and count fast.
 #pragma once
 
 #include "states.hpp"
@@ -7,13 +7,13 @@
 
 namespace hfs {
 
-// Whole numbers in the order of the floats that they come from, so that halving a range halves the numbers in it.
+// Integers in the order of the floats that they come from, for bisection to halve their range.
 inline Ints in_order(Floats x) {
     const Ints bits = (Ints)x;
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-constexpr int32_t NEVER = INT32_MIN; // below every number: a place that does not count
+constexpr int32_t NEVER = INT32_MIN; // below every number: left out
 
 inline Ints load(const int32_t *from) {
     Ints out;
@@ -30,8 +30,8 @@ inline int64_t count_from(const int32_t *values, int64_t tiles, int32_t least) {
     return -int64_t(sum(counts[0] + counts[1] + counts[2] + counts[3]));
 }
 
-// A bound such that the values above it, and those equal to it but for the first `left_out`, are the best `wanted`.
-// Of equal keys the most recent are kept, for they are the likelier ones to matter.
+// A bound such that the values above it, and those equal to it except for the first `left_out`, are the best `wanted`.
+// Of equal keys the most recent are kept: they are more likely to matter.
 struct Bound {
     int32_t value;
     int64_t left_out;
@@ -66,8 +66,8 @@ inline Bound best_of_few(const int32_t *values, int64_t tiles, int64_t wanted) {
 
 constexpr int64_t SAMPLED = 16; // one tile in so many
 
-// Of many values, a sample says roughly where the bound lies. Only those near it are looked at more than once; should
-// the sample be wrong, which the counts tell, all are.
+// Of many values, a sample says roughly where the bound lies, and only values near it are bisected. If the counts show
+// that the sample was wrong, all values are.
 inline Bound best(const int32_t *values, int64_t tiles, int64_t wanted) {
     if (wanted <= 0) return {INT32_MAX, INT64_MAX};
     const int64_t sampled = tiles / SAMPLED;
@@ -93,7 +93,7 @@ inline Bound best(const int32_t *values, int64_t tiles, int64_t wanted) {
     return best_of_few(near, kept, left);
 }
 
-// Whether each of some values is among the best; counts down what the bound leaves out.
+// Whether each value is among the best; counts down `left_out`.
 inline Ints among_best(Ints values, Bound &bound) {
     Ints yes = values >= bound.value;
     if (bound.left_out > 0)

@@ -17,12 +17,12 @@ enum Format : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
 struct States {
     const void *data;
     Format format;
-    int64_t batch_stride, head_stride, row_stride;
+    int64_t batch_stride, head_stride, position_stride;
     int64_t dim;
 
-    // Row `column` of a sequence and head as floats: in place, or copied to `buffer`.
-    const float *row(int64_t batch, int64_t head, int64_t column, float *buffer) const {
-        int64_t at = batch * batch_stride + head * head_stride + column * row_stride;
+    // The key or value at `position` of a sequence and head, as floats: in place, or copied to `buffer`.
+    const float *vector(int64_t batch, int64_t head, int64_t position, float *buffer) const {
+        int64_t at = batch * batch_stride + head * head_stride + position * position_stride;
         if (format == FLOAT32) return static_cast<const float *>(data) + at;
         const uint16_t *from = static_cast<const uint16_t *>(data) + at;
         if (format == BFLOAT16)
@@ -32,19 +32,19 @@ struct States {
         return buffer;
     }
 
-    // Ask for row `column`, which is wanted soon.
-    void prefetch(int64_t batch, int64_t head, int64_t column) const {
+    // Prefetch the key or value at `position`.
+    void prefetch(int64_t batch, int64_t head, int64_t position) const {
         const int64_t item = format == FLOAT32 ? 4 : 2;
         const char *at = static_cast<const char *>(data) +
-                         (batch * batch_stride + head * head_stride + column * row_stride) * item;
+                         (batch * batch_stride + head * head_stride + position * position_stride) * item;
         for (int64_t byte = 0; byte < dim * item; byte += 64) __builtin_prefetch(at + byte);
     }
 };
 
-constexpr int64_t ROWS_AHEAD = 8; // rows that are asked for before they are read, where they do not lie in order
+constexpr int64_t VECTORS_AHEAD = 8; // vectors that are prefetched where positions are gathered
 
-// Keys of one sequence and head in 8 bits: 128 + key / scale. LANES neighbouring keys make a tile of dim / 4 rows,
-// each with 4 components of all of them: (tiles, dim / 4, LANES, 4). Scales: (tiles, LANES).
+// Keys of one sequence and head in 8 bits: 128 + key / scale. LANES neighbouring keys make a tile,
+// (dim / 4, LANES, 4): 4 components of every key lie together. Scales: (tiles, LANES).
 struct Tiles {
     uint8_t *bytes;
     float *scales;
@@ -63,7 +63,7 @@ struct QuantisedKeys {
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-// Run task(i) for i in [0, count) on up to `threads` threads, those that are free taking the next.
+// Run task(i) for i in [0, count) on up to `threads` threads; a free thread takes the next task.
 template <typename Task> void in_parallel(int64_t count, int64_t threads, Task task) {
 #ifdef _OPENMP
     if (threads > 1 && count > 1) {
@@ -75,7 +75,7 @@ template <typename Task> void in_parallel(int64_t count, int64_t threads, Task t
     for (int64_t i = 0; i < count; i++) task(i);
 }
 
-// Room that a thread keeps from call to call, so that no task has to ask the system for memory.
+// Memory that a thread keeps from call to call, one buffer for each `purpose`.
 template <typename T, int purpose> T *scratch(size_t count) {
     static thread_local std::vector<T> room;
     if (room.size() < count) room.resize(count);

@@ -1,5 +1,5 @@
-// As many numbers at a time as a register of the processor holds, in the vector extensions that GCC and Clang share.
-// (Of longer vectors, GCC works out each number by itself.) Few instructions are needed by name.
+// Vectors of as many numbers as a register of the CPU holds, in the vector extensions that GCC and Clang share. (GCC
+// handles longer vectors number by number.) Few instructions are needed by name.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@ namespace hfs {
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
-constexpr int SHARING = 16; // members whose sums fit into the registers beside what they share
+constexpr int SHARING = 16; // pairs whose sums fit into the registers beside the shared keys
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
 constexpr int SHARING = 6;
@@ -40,7 +40,7 @@ inline void store(float *to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
 inline void store(int32_t *to, Ints x) { std::memcpy(to, &x, sizeof x); }
 
-// Yes and no as bytes 1 and 0, and as lanes of all bits and none.
+// Booleans: bytes of 1 and 0, or lanes of all bits and none.
 inline Bytes load_bytes(const uint8_t *from) {
     Bytes bytes;
     std::memcpy(&bytes, from, sizeof bytes);
@@ -57,7 +57,7 @@ inline void store_bytes(uint8_t *to, Ints yes) {
 inline Floats all(float x) { return Floats{} + x; }
 
 #if defined(__AVX512F__)
-// One instruction each, which compilers do not find for these.
+// One instruction each, which compilers do not use for a conditional.
 inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 
 inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -93,7 +93,7 @@ inline int sum(Ints x) {
 #endif
 }
 
-// Which lanes say yes: a bit for each.
+// A bit for each lane that is true.
 inline uint32_t bits(Ints yes) {
 #if defined(__AVX512F__)
     return _mm512_test_epi32_mask((__m512i)yes, (__m512i)yes);
@@ -116,7 +116,7 @@ inline float from_word(uint32_t word) {
     return out;
 }
 
-// A float16 has 5 bits of exponent where a float has 8: what is moved to a float's place lacks a factor of 2^112.
+// A float16 has 5 bits of exponent where a float has 8: its bits in a float's place lack a factor of 2^112.
 inline float from_float16(uint16_t half) {
     const float size = from_word(uint32_t(half & 0x7fff) << 13) * 0x1p112f;
     const float out = (half & 0x7c00) == 0x7c00 ? from_word(0x7f800000u | uint32_t(half & 0x3ff) << 13) : size;
@@ -172,8 +172,8 @@ inline Floats capped(Floats x, float cap) {
     return cap - 2 * cap / (power + 1.0f);
 }
 
-// For each key of a tile, the sum of products of its components, unsigned bytes, and those of a query, signed ones: four
-// components at a time, `left` (LANES, 4) and `right`, which holds numbers of the type `Part`.
+// For each key of a tile, the product of its components, unsigned bytes, with those of a query, signed ones: four
+// components at a time, `left` (LANES, 4) and `right` (4) of the type `Part`.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 class Products {
   public:

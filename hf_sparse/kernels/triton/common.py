@@ -1,4 +1,4 @@
-"""What the kernels share: where they run, how work is cut into parts, and exponentials to the base 2."""
+"""Helpers of all kernels: the device they run on, work cut into parts, and exponentials to the base 2."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -36,31 +36,31 @@ def on_its_device(function: Callable[Concatenate[Tensor, Rest], Result]) -> Call
 
 
 def parts_for(device: torch.device, programs: int, steps: int, *, most: int, programs_each: int) -> tuple[int, int]:
-    """Into how many parts to cut the walk of a program, so that few programs fill the GPU.
+    """Parts into which to cut the work of each program, so that few programs fill the GPU.
 
     Args:
         device: Where the programs run.
-        programs: Programs if nothing is cut.
-        steps: Tiles that a program walks over.
+        programs: Programs before cutting.
+        steps: Tiles that each of them reads.
         most: Most parts.
         programs_each: Programs that each multiprocessor should get.
 
     Returns:
         Number of parts, and steps in each; the last part may be shorter.
     """
-    wanted = programs_each * _processors(device) // max(1, programs)
+    wanted = programs_each * _multiprocessors(device) // max(1, programs)
     each = max(1, triton.cdiv(steps, max(1, min(wanted, most))))
     return max(1, triton.cdiv(steps, each)), each
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit
 def fold(scores, highest, mass):
-    """Fold a tile of scores `(rows, columns)`, to the base 2, into the running maximum and sum of each row.
+    """Fold a tile of scores `(pairs, keys)`, to the base 2, into the running maximum and sum of each pair.
 
     Returns the weights of the tile and the factor of what was summed before, both relative to the new maximum.
     """
@@ -78,13 +78,13 @@ def log_of(highest, mass):
 
 
 @triton.jit
-def total_of(logs, certain):
-    """Log to the base 2 of the sum of parts `(rows, parts)` and of what is certain, a log to the base e.
+def total_of(logs, kept_lse):
+    """Log to the base 2 of the sum of parts `(pairs, parts)` and of `kept_lse`, a log to the base e.
 
-    Inf for a row without a vote, which is one where `certain` is inf, or that sees nothing.
+    Inf for a pair that is not counted: where `kept_lse` is inf, or nothing is seen.
     """
-    votes = certain < float("inf")
-    own = tl.where(votes, tl.maximum(certain * LOG2_E, LOWEST), LOWEST)
+    counted = kept_lse < float("inf")
+    own = tl.where(counted, tl.maximum(kept_lse * LOG2_E, LOWEST), LOWEST)
     highest = tl.maximum(tl.max(logs, 1), own)
     mass = tl.sum(tl.exp2(logs - highest[:, None]), 1) + tl.exp2(own - highest)
-    return tl.where(votes & (highest > LOWEST), highest + tl.log2(mass), float("inf"))
+    return tl.where(counted & (highest > LOWEST), highest + tl.log2(mass), float("inf"))

@@ -19,7 +19,7 @@ def allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
 
 
 def write(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
-    """Write the keys at columns `start` to `stop` - 1."""
+    """Write the keys at positions `start` to `stop` - 1."""
     for part, new in zip(out, quantise(key[:, :, start:stop]), strict=True):
         part[:, :, start:stop] = new
 

@@ -1,4 +1,4 @@
-"""Vectors in 8 bits: half the bytes of bfloat16, and products at twice its rate, for a look at all keys."""
+"""Vectors in 8 bits, to rank keys by: half the bytes of bfloat16, and products at twice its rate."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_sparse.kernels.layout import adjacent
 from hf_sparse.kernels.triton.common import on_its_device
 
-_ROWS = 32
+_VECTORS = 32
 
 
 @on_its_device
@@ -32,8 +32,8 @@ def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
     whole = torch.empty(states.shape, dtype=torch.int8, device=states.device)
     scales = torch.empty(states.shape[:3], dtype=torch.float32, device=states.device)
     padded = triton.next_power_of_2(dim)
-    _quantise[triton.cdiv(length, _ROWS), batch * heads](
-        states, whole, scales, states.stride()[:3], heads, length, DIM=dim, PADDED_DIM=padded, ROWS=_ROWS
+    _quantise[triton.cdiv(length, _VECTORS), batch * heads](
+        states, whole, scales, states.stride()[:3], heads, length, DIM=dim, PADDED_DIM=padded, VECTORS=_VECTORS
     )
     return whole, scales
 
@@ -47,15 +47,15 @@ def rounded(x):
 
 @triton.jit
 def _quantise(
-    states, whole, scales, strides, heads, length, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr
+    states, whole, scales, strides, heads, length, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, VECTORS: tl.constexpr
 ):
     """Grid: (tiles of vectors, batch x heads)."""
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    index = (tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)).to(tl.int64)
     d = tl.arange(0, PADDED_DIM)
-    real = (row < length)[:, None] & (d < DIM)[None, :]
-    place = batch * strides[0] + head * strides[1] + row * strides[2]
+    real = (index < length)[:, None] & (d < DIM)[None, :]
+    place = batch * strides[0] + head * strides[1] + index * strides[2]
     x, scale = rounded(tl.load(states + place[:, None] + d[None, :], mask=real, other=0.0).to(tl.float32))
-    place = tl.program_id(1).to(tl.int64) * length + row
+    place = tl.program_id(1).to(tl.int64) * length + index
     tl.store(whole + place[:, None] * DIM + d[None, :], x, mask=real)
-    tl.store(scales + place, scale, mask=row < length)
+    tl.store(scales + place, scale, mask=index < length)

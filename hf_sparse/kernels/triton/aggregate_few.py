@@ -1,6 +1,6 @@
-"""Votes of one group of few members, as in decoding: the keys are read once, and that is what it costs.
+"""Aggregated scores of one group of few pairs, as in decoding: the keys are read once, which takes most of the time.
 
-The keys are cut into parts, so that the GPU is full. One kernel stores the scores of the members, which are much
+The keys are cut into parts, so that the GPU is full. One kernel stores the scores of the pairs, which are much
 smaller than the keys, with the total of each part; another turns them into weights and sums these. Tiles, counted for
 Hopper and not measured yet: 128 keys, 16 KB of int8 at head_dim 128, three of them on their way while one is in use.
 """
@@ -18,17 +18,17 @@ from torch import Tensor
 from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, fold, log_of, parts_for, total_of
 from hf_sparse.kernels.triton.quantise import rounded
 
-MOST_MEMBERS = 16
-"""Members in a tile of the tensor cores; for more of them, scores are no longer small beside the keys."""
+MOST_PAIRS = 16
+"""Pairs in a tile of the tensor cores; for more of them, scores are no longer small beside the keys."""
 
 _MOST_PARTS = 128
 
 
-def votes_of_few(
-    members: Tensor, keys: Tensor, key_scales: Tensor, certain: Tensor, begin: Tensor, low: Tensor
+def aggregated_scores_of_few(
+    pairs: Tensor, keys: Tensor, key_scales: Tensor, kept_lse: Tensor, past_start: Tensor, past_stop: Tensor
 ) -> Tensor:
-    """`hf_sparse.kernels.triton.votes.votes` for one group of at most `MOST_MEMBERS` members that see the same keys."""
-    batch, kv_heads, _, size, dim = members.shape
+    """The same as `aggregate.aggregated_scores`, for one group of at most `MOST_PAIRS` pairs that see the same keys."""
+    batch, kv_heads, _, size, dim = pairs.shape
     padded = max(32, triton.next_power_of_2(dim))
     length = keys.shape[2]
     tile = 128
@@ -36,11 +36,11 @@ def votes_of_few(
     scores = torch.empty(batch, kv_heads, size, length, dtype=torch.float32, device=keys.device)
     logs = scores.new_empty(batch, kv_heads, size, parts)
     _scores[parts, batch * kv_heads](
-        members.contiguous(),
+        pairs.contiguous(),
         keys,
         key_scales,
-        begin,
-        low,
+        past_start,
+        past_stop,
         scores,
         logs,
         keys.stride()[:3],
@@ -50,7 +50,7 @@ def votes_of_few(
         length,
         DIM=dim,
         PADDED_DIM=padded,
-        MEMBERS=MOST_MEMBERS,
+        PAIRS=MOST_PAIRS,
         KEYS=tile,
         num_warps=4,
         # As many tiles of keys as the shared memory of any GPU holds.
@@ -61,15 +61,15 @@ def votes_of_few(
     _sums[triton.cdiv(length, tile), batch * kv_heads](
         scores,
         logs,
-        certain,
-        begin,
-        low,
+        kept_lse,
+        past_start,
+        past_stop,
         out,
         kv_heads,
         size,
         length,
         parts,
-        MEMBERS=triton.next_power_of_2(size),
+        PAIRS=triton.next_power_of_2(size),
         KEYS=tile,
         PARTS=triton.next_power_of_2(parts),
     )
@@ -78,11 +78,11 @@ def votes_of_few(
 
 @triton.jit
 def _scores(
-    members,
+    pairs,
     keys,
     key_scales,
-    begin,
-    low,
+    past_start,
+    past_stop,
     scores_out,
     logs,
     key_strides,
@@ -92,29 +92,29 @@ def _scores(
     length,
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    MEMBERS: tl.constexpr,
+    PAIRS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Scores to the base 2, and the log of their summed exponentials. Grid: (parts, batch x kv_heads)."""
+    """Scores and their log-sum-exp, to the base 2. Grid: (parts, batch x kv_heads)."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
-    member = tl.arange(0, MEMBERS)
-    real = member < size
+    pair = tl.arange(0, PAIRS)
+    real = pair < size
     d = tl.arange(0, PADDED_DIM)
-    place = tl.program_id(1).to(tl.int64) * size + member
-    q = tl.load(members + place[:, None] * DIM + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0)
+    place = tl.program_id(1).to(tl.int64) * size + pair
+    q = tl.load(pairs + place[:, None] * DIM + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0)
     q, q_scale = rounded(q.to(tl.float32))
     q_scale *= LOG2_E
     keys += batch * key_strides[0] + kv_head * key_strides[1]
     key_scales += batch * scale_strides[0] + kv_head * scale_strides[1]
 
-    start = tl.load(begin + batch).to(tl.int32)
-    stop = tl.load(low + batch).to(tl.int32)
+    start = tl.load(past_start + batch).to(tl.int32)
+    stop = tl.load(past_stop + batch).to(tl.int32)
     width = tl.cdiv(tl.cdiv(stop - start, parts), KEYS) * KEYS
     start += part * width
     stop = tl.minimum(stop, start + width)
-    highest = tl.full([MEMBERS], LOWEST, tl.float32)
-    mass = tl.zeros([MEMBERS], tl.float32)
+    highest = tl.full([PAIRS], LOWEST, tl.float32)
+    mass = tl.zeros([PAIRS], tl.float32)
     for at in range(start, stop, KEYS):
         key = at + tl.arange(0, KEYS)
         inside = key < stop
@@ -132,28 +132,28 @@ def _scores(
 def _sums(
     scores,
     logs,
-    certain,
-    begin,
-    low,
+    kept_lse,
+    past_start,
+    past_stop,
     out,
     kv_heads,
     size,
     length,
     parts,
-    MEMBERS: tl.constexpr,
+    PAIRS: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Weights summed over the members. Grid: (tiles of keys, batch x kv_heads)."""
+    """Weights summed over the pairs. Grid: (tiles of keys, batch x kv_heads)."""
     batch = tl.program_id(1) // kv_heads
-    member, part = tl.arange(0, MEMBERS), tl.arange(0, PARTS)
-    real = member < size
-    place = tl.program_id(1).to(tl.int64) * size + member
+    pair, part = tl.arange(0, PAIRS), tl.arange(0, PARTS)
+    real = pair < size
+    place = tl.program_id(1).to(tl.int64) * size + pair
     mask = real[:, None] & (part < parts)[None, :]
     own_logs = tl.load(logs + place[:, None] * parts + part[None, :], mask=mask, other=LOWEST)
-    total = total_of(own_logs, tl.load(certain + place, mask=real, other=float("inf")).to(tl.float32))
+    total = total_of(own_logs, tl.load(kept_lse + place, mask=real, other=float("inf")).to(tl.float32))
     key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    inside = (key >= tl.load(begin + batch)) & (key < tl.load(low + batch))
+    inside = (key >= tl.load(past_start + batch)) & (key < tl.load(past_stop + batch))
     mask = real[:, None] & inside[None, :]
     own = tl.load(scores + place[:, None] * length + key[None, :], mask=mask, other=-float("inf"))
     sums = tl.sum(tl.exp2(own - total[:, None]), 0)

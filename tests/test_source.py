@@ -1,3 +1,5 @@
+"""`ModelSource`: what a name stands for, and models that cannot be used."""
+
 from __future__ import annotations
 
 import hashlib
@@ -11,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from hf_sparse.errors import UserError
-from hf_sparse.share.source import ModelSource, load_model
+from hf_sparse.share.source import ModelSource
 from tests import small, tiny
 
 
@@ -21,7 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_gives_the_model_that_was_saved(folder: Path) -> None:
-    model, tokenizer, info = load_model(str(folder), device_map="cpu")
+    source = ModelSource.find(str(folder))
+    model, tokenizer, info = source.model(device_map="cpu"), source.tokenizer(), source.info()
     ids = tiny.tokens(1, 20)
     assert torch.equal(tiny.logits(model, ids), tiny.logits(tiny.model("llama"), ids))
     assert not model.training
@@ -30,8 +33,9 @@ def test_a_folder_gives_the_model_that_was_saved(folder: Path) -> None:
 
 
 def test_dtype_is_the_one_asked_for(folder: Path) -> None:
-    assert load_model(str(folder), dtype="bfloat16")[0].dtype == torch.bfloat16
-    assert load_model(str(folder))[0].dtype == torch.float32
+    source = ModelSource.find(str(folder))
+    assert source.model(dtype="bfloat16").dtype == torch.bfloat16
+    assert source.model().dtype == torch.float32
 
 
 def test_nothing_of_the_machine_is_in_the_info(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +108,7 @@ def test_unusable_models_are_named_in_one_line(
     (tmp_path / "torn" / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        load_model(name)
+        ModelSource.find(name).model()
     assert "\n" not in str(caught.value)
 
 
@@ -112,9 +116,9 @@ def test_a_hub_out_of_reach_is_one_line_with_advice(monkeypatch: pytest.MonkeyPa
     def from_pretrained(*_: Any, **__: Any) -> None:
         raise OSError("We couldn't connect to 'https://huggingface.co'.\nCheck your connection.")
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
     with pytest.raises(UserError, match=r"user/model: We couldn't connect .*; pass a folder or a \.gguf file"):
-        load_model("user/model")
+        ModelSource.find("user/model").tokenizer()
 
 
 @pytest.mark.parametrize(
@@ -123,4 +127,4 @@ def test_a_hub_out_of_reach_is_one_line_with_advice(monkeypatch: pytest.MonkeyPa
 )
 def test_wrong_options_are_refused(folder: Path, options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_model(str(folder), **options)
+        ModelSource.find(str(folder)).model(**options)

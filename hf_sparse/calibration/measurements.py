@@ -1,4 +1,4 @@
-"""The measurements of a calibration, each made once and kept: a run that was stopped goes on where it was."""
+"""Measurements of a calibration, each made once and kept in a file: interrupted runs resume."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.calibration.curves import ErrorCurve, error_curves, visible_grid
 from hf_sparse.calibration.sensitivity import divergences, layer_sensitivity
+from hf_sparse.calibration.texts import SHORTEST
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.equal_cost import matched
@@ -20,11 +21,8 @@ from hf_sparse.measure.windows import Window
 from hf_sparse.results import ResultFile, Row, row_key
 from hf_sparse.support import SupportReport
 
-SHORTEST = 512
-"""Visible keys below which no law is fitted."""
 
-
-class Run:
+class Measurements:
     """A model, and what was measured on it.
 
     Args:
@@ -32,11 +30,11 @@ class Run:
         support: From `inspect`.
         config: Everything but the laws.
         folder: Where measurements are kept.
-        about: From `provenance`; written into every row.
+        about: From `provenance`; written into every record.
 
     Attributes:
         layers: The layers with laws to fit: all but those in `config.dense_layers` and the sliding-window layers of
-            a hybrid model.
+            a hybrid model. The first layer is one of them: its own error decides whether it stays dense.
         dense: The other layers.
 
     Raises:
@@ -55,59 +53,56 @@ class Run:
         self._modules: dict[int, nn.Module] = {layer.layer: model.get_submodule(layer.name) for layer in self.layers}
         self._decisive = [
             [about["model"]["name"], about["model"]["revision"], about["dtype"], about["device"]],
-            [config.selector, config.sink_keys, config.recent_keys],
+            [config.to_dict()["selector"], config.sink_keys, config.recent_keys],
         ]
 
     def curves(self, windows: Sequence[Window]) -> dict[str, list[ErrorCurve]]:
         """Error curves of all layers with laws, by document."""
-        results = ResultFile(self.folder / "curves.jsonl")
-        results.repair()
+        results = self._file("curves.jsonl")
         out: dict[str, list[ErrorCurve]] = {}
-        done = results.rows()
-        layers = sorted(self._modules)
         for window in tqdm(windows, desc="error against budget", unit="document"):
-            key = row_key(command="calibrate curves", window=window.sha256, about=self._decisive, layers=layers)
-            if key not in done:
+            key = self._key("calibrate curves", window, layers=sorted(self._modules))
+            if key not in results.rows():
                 visible = visible_grid(SHORTEST, window.length)
                 curves = error_curves(self.model, window.input_ids, visible, self._modules, self.config)
-                row = {"document": window.document, "text_sha256": window.text_sha256, **self.about}
-                results.append({"key": key, **row, "curves": [curve.to_dict() for curve in curves]})
-                done = results.rows()
+                record = {"key": key, "document": window.document, "text_sha256": window.text_sha256, **self.about}
+                results.append(record | {"curves": [curve.to_dict() for curve in curves]})
             with results.summed_up():
-                out[window.document] = [ErrorCurve.from_dict(curve) for curve in done[key]["curves"]]
+                out[window.document] = [ErrorCurve.from_dict(curve) for curve in results.rows()[key]["curves"]]
         return out
 
     def sensitivity(self, windows: Sequence[Window], curves: Mapping[str, Sequence[ErrorCurve]]) -> dict[int, float]:
-        """Nats a token that a relative error of 1 costs, by layer (`layer_sensitivity`)."""
-        results = ResultFile(self.folder / "probes.jsonl")
-        results.repair()
-        rows = windows[0].length // 2
+        """Nats a token that a relative error of 1 costs, by layer (`layer_sensitivity`).
+
+        Args:
+            windows: Texts to make layers sparse on, all of one length; their second halves are compared.
+            curves: From `curves`, of these texts and others.
+        """
+        results = self._file("probes.jsonl")
+        length = windows[0].length
+        compared = length // 2
         total = dict.fromkeys(self._modules, 0.0)
-        every = [layer.layer for layer in self.support.layers]
         with tqdm(total=len(windows) * len(total), desc="layers one at a time", unit="layer") as progress:
             for window in windows:
+                keys = {layer: self._key("calibrate probe", window, layer=layer) for layer in total}
                 done = results.rows()
-                keys = {
-                    layer: row_key(command="calibrate probe", window=window.sha256, about=self._decisive, layer=layer)
-                    for layer in total
-                }
                 missing = [layer for layer in total if keys[layer] not in done]
                 progress.update(len(total) - len(missing))
-                for layer, nats in divergences(self.model, window.input_ids, rows, missing, every, self.config):
-                    row = {"document": window.document, "layer": layer, "nats": nats, **self.about}
-                    results.append({"key": keys[layer], **row})
+                found = divergences(self.model, window.input_ids, compared, missing, self.support, self.config)
+                for layer, nats in found:
+                    record = {"key": keys[layer], "document": window.document, "layer": layer, "nats": nats}
+                    results.append(record | self.about)
                     progress.update()
                 done = results.rows()
                 with results.summed_up():
                     for layer, key in keys.items():
                         total[layer] += done[key]["nats"] / len(windows)
         probed = [curve for window in windows for curve in curves[window.document]]
-        return layer_sensitivity(probed, total, (windows[0].length - rows, windows[0].length))
+        return layer_sensitivity(probed, total, (length - compared, length))
 
     def ratio(self, config: SparseAttentionConfig, windows: Sequence[Window]) -> float:
         """Perplexity under `config` over that of the dense model."""
-        ratio: float = calibrated(self._perplexities(windows, {"dense": None, "calibrated": config}))["ratio"]
-        return ratio
+        return calibrated_ratio(self._perplexities(windows, {"dense": None, "calibrated": config}))
 
     def check(self, config: SparseAttentionConfig, windows: Sequence[Window]) -> Summary:
         """Perplexities: dense, under `config` ("calibrated"), and under one law for all heads at equal cost."""
@@ -116,12 +111,19 @@ class Run:
 
     def _perplexities(self, windows: Sequence[Window], methods: Mapping[str, SparseAttentionConfig | None]) -> Summary:
         results = ResultFile(self.folder / "check.jsonl")
-        rows = evaluate(self.model, windows, methods, results, self.about)
+        records = evaluate(self.model, windows, methods, results, self.about)
         with results.summed_up():
-            return summarise(rows, self.about["seed"])
+            return summarise(records, self.about["seed"])
+
+    def _file(self, name: str) -> ResultFile:
+        results = ResultFile(self.folder / name)
+        results.repair()
+        return results
+
+    def _key(self, command: str, window: Window, **more: object) -> str:
+        return row_key(command=command, window=window.sha256, about=self._decisive, **more)
 
 
-def calibrated(check: Summary) -> Summary:
-    """The result of the calibrated model in a check of one length."""
-    result: Summary = next(result for result in check["results"] if result["method"] == "calibrated")
-    return result
+def calibrated_ratio(check: Summary) -> float:
+    """Perplexity of the calibrated model over that of the dense one, in a check of one length."""
+    return next(float(result["ratio"]) for result in check["results"] if result["method"] == "calibrated")

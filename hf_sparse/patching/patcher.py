@@ -1,4 +1,4 @@
-"""`patch` and its inverse: with `own_configs` and `cache_hooks`, the only place that touches a model's modules."""
+"""`patch` and its inverse."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_sparse.attention import NAME, STATE, LayerState, register
-from hf_sparse.cache_hooks import CacheHooks, install, remove
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import find_engine
 from hf_sparse.laws import warn_if_too_slow
 from hf_sparse.monitor import SparsityReport, make_report
-from hf_sparse.own_configs import OwnConfigs, asked_for
+from hf_sparse.patching.caches import CacheHooks, install, remove
+from hf_sparse.patching.configs import OwnConfigs, asked_for
 from hf_sparse.plan import BudgetTable
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
@@ -221,11 +221,10 @@ def _policy(model: PreTrainedModel, config: ConfigLike, fields: Mapping[str, Any
     elif config is None or isinstance(config, SparseAttentionConfig):
         policy = Policy(config or SparseAttentionConfig())
     elif isinstance(config, str | os.PathLike):
-        loaded = policy_files.load(config)
-        policy = loaded.policy
+        policy = policy_files.load(config)
         origin = origin_of(model)
         # A model may also come from the weights beside its policy.
-        if origin.name != loaded.location and warn_of_another_base(policy, origin):
+        if origin.name != policy.origin.name and warn_of_another_base(policy, origin):
             policy = replace(policy, quality=())
     else:
         raise TypeError(

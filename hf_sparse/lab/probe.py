@@ -1,0 +1,261 @@
+"""A model under test: its layers, sampled queries of its attention, and its rotation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from hf_sparse.call import AttentionCall
+from hf_sparse.diagnostics import DenseBlock, observed
+from hf_sparse.errors import UserError
+from hf_sparse.lab.experiment import Cell, Setting
+from hf_sparse.lab.fits import FloatArray, shortened
+from hf_sparse.measure.windows import Window
+from hf_sparse.patching import base_model
+from hf_sparse.results import Row
+from hf_sparse.support import attention_modules
+
+QUERIES = {"small": 4, "full": 16}
+"""Queries sampled at each n."""
+
+NEAR = 0.9
+"""Queries that stand for n visible keys see between this share of n and n."""
+
+SINKS = 4
+"""First keys that may be attention sinks."""
+
+_LEAST_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its index, its attention module, and the module that maps hidden states to hidden states."""
+
+    index: int
+    attention: Any
+    block: Any
+
+    def heads(self, side: str) -> int:
+        """Number of heads of the queries (`"q"`) or the keys (`"k"`)."""
+        return len(getattr(self.attention, f"{side}_proj").weight) // int(self.attention.head_dim)
+
+
+def layers_of(model: PreTrainedModel) -> list[Layer]:
+    """The decoder layers of `model`, in order.
+
+    Raises:
+        UserError: if its attention modules lack an index or the projections `q_proj`, `k_proj` and `o_proj`.
+    """
+    layers = []
+    for name, module in attention_modules(model):
+        attention: Any = module
+        if not all(hasattr(module, part) for part in ("q_proj", "k_proj", "o_proj", "layer_idx")):
+            raise UserError(
+                f"{type(module).__name__} has no separate q_proj, k_proj and o_proj, which the theory experiments read"
+            )
+        layers.append(Layer(attention.layer_idx, module, model.get_submodule(name.rpartition(".")[0])))
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def check_layers(config: PreTrainedConfig) -> None:
+    """Refuse a model that the experiments cannot read, before it is loaded.
+
+    Raises:
+        UserError: as `layers_of`, or if there are too few layers for errors to travel through.
+    """
+    with torch.device("meta"):
+        layers = layers_of(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+    if len(layers) < _LEAST_LAYERS:
+        raise UserError(f"the theory experiments need a model of {_LEAST_LAYERS} layers or more; it has {len(layers)}")
+
+
+def token_axis(x: Tensor, heads: int) -> int:
+    """The axis of tokens in queries or keys: `(batch, tokens, heads * dim)`, or 4-D with heads before or after them."""
+    return 2 if x.dim() == 4 and x.shape[1] == heads else 1
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Queries or keys of the first sequence, in any layout of `token_axis`, as `(heads, tokens, dim)`."""
+    return x[0] if token_axis(x, heads) == 2 else x[0].reshape(x.shape[1], heads, -1).transpose(0, 1)
+
+
+@contextmanager
+def hooks() -> Iterator[list[Any]]:
+    """A list for handles of hooks, which are removed at the end of the `with` block."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def longest_windows(setting: Setting, at_most: int | None = None) -> list[Window]:
+    """For each document its longest window, or the longest of `at_most` tokens if there is one that short."""
+    found: dict[str, list[Window]] = {}
+    for window in setting.subject.windows:
+        found.setdefault(window.document, []).append(window)
+    short = {name: [w for w in own if at_most is None or w.length <= at_most] for name, own in found.items()}
+    return [max(short[name] or own[:1], key=lambda window: window.length) for name, own in found.items()]
+
+
+def window_cell(window: Window, **more: Any) -> Cell:
+    """The entries of a cell that say which tokens it reads."""
+    return {"document": window.document, "window": window.sha256, "length": window.length, **more}
+
+
+def find_window(cell: Cell, setting: Setting) -> Window:
+    """The window that a cell names."""
+    return next(window for window in setting.subject.windows if window.sha256 == cell["window"])
+
+
+def row_lengths(length: int, least: int = 128) -> list[int]:
+    """Two or more n at which queries are sampled: `least` times powers of 2, and at last `length`."""
+    powers = [least << i for i in range(32) if least << i < length]
+    return [*(powers or [length // 2]), length]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some queries of one layer that see about `length` keys, all of them from the first key on.
+
+    Attributes:
+        layer: Index of the layer.
+        length: n, the number of keys of the query that sees the most.
+        dense: Attention of the queries, for all heads.
+        logits: float32 `(heads, queries, length)`: what the softmax takes; -inf for keys that a query does not see.
+        weights: float32 `(heads, queries, length)`.
+        visible: Number of keys a query sees, int64 `(queries,)`.
+        seen: Which keys a query sees, bool `(queries, length)`.
+        values: float32 `(heads, length, value_dim)`, repeated over the GQA groups.
+    """
+
+    layer: int
+    length: int
+    dense: DenseBlock
+    logits: Tensor
+    weights: Tensor
+    visible: Tensor
+    seen: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, layer: int, length: int, inputs: AttentionCall, queries: Tensor) -> Sample:
+        """The sample of a call, computed on the CPU in float32.
+
+        Args:
+            layer: Index of the layer.
+            length: n.
+            inputs: The call.
+            queries: Places of the queries in it, int64 `(queries,)`.
+        """
+        place = queries.to(inputs.query.device)
+        inputs = replace(
+            inputs,
+            query=inputs.query[:, :, place].float().cpu(),
+            key=inputs.key[:, :, :length].float().cpu(),
+            value=inputs.value[:, :, :length].float().cpu(),
+            intervals=inputs.intervals[:, :, place].cpu(),
+            sinks=None if inputs.sinks is None else inputs.sinks.float().cpu(),
+            dropout=0.0,
+            origin=inputs.text_start.cpu(),
+        )
+        dense, visible = DenseBlock.of(inputs), inputs.visible[0]
+        logits = dense.scores[0] * inputs.scaling
+        if inputs.softcap is not None:
+            logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+        seen = torch.arange(length) < visible[:, None]
+        values = inputs.value[0].repeat_interleave(inputs.group_size, 0)
+        return cls(layer, length, dense, logits.masked_fill(~seen, -torch.inf), dense.weights[0], visible, seen, values)
+
+
+def visit_samples(
+    model: PreTrainedModel, window: Window, lengths: Sequence[int], queries: int, look: Callable[[Sample], Row]
+) -> list[Row]:
+    """Run `model` dense over a window and look at some queries of every layer at every number of visible keys.
+
+    Layers whose sliding window hides keys at the largest n are left out: to them n does not grow with the text.
+
+    Args:
+        model: An unpatched model.
+        window: The text; attention is causal, so one pass over it serves all `lengths`.
+        lengths: n, at most the length of the window.
+        queries: Queries at each n, spread evenly between `NEAR` n and n; few enough to be different ones.
+        look: Called for every layer and n.
+
+    Returns:
+        What `look` returns, numbers shortened, with `layer` and `n`.
+    """
+    found: list[Row] = []
+
+    @torch.no_grad()
+    def observer(layer: int, inputs: AttentionCall) -> None:
+        if int(inputs.intervals[0, 0, max(lengths) - 1, 0]) > 0:
+            return
+        for n in lengths:
+            sample = Sample.of(layer, n, inputs, torch.linspace(NEAR * n, n, queries).long() - 1)
+            found.append({"layer": layer, "n": n, **shortened(look(sample))})
+
+    with observed(model, observer), torch.no_grad():
+        # Without the head: the logits of a long text take more memory than all the rest.
+        base_model(model).base_model(input_ids=window.input_ids[None].to(model.device), use_cache=False)
+    return found
+
+
+def frequencies_of(model: PreTrainedModel, layer: Layer) -> FloatArray:
+    """Radians per token of each pair of dimensions of `layer` under RoPE, `(head_dim / 2,)`; zeros without RoPE.
+
+    Raises:
+        UserError: if only a part of the dimensions is rotated.
+    """
+    buffers = {name.rpartition(".")[2]: buffer for _, name, buffer in _frequencies(model)}
+    kind = getattr(layer.attention, "layer_type", None)
+    half = layer.attention.head_dim // 2
+    buffer = buffers.get(f"{kind}_inv_freq", buffers.get("inv_freq", torch.zeros(half)))
+    if len(buffer) != half:
+        raise UserError(
+            f"{type(layer.attention).__name__} rotates {2 * len(buffer)} of {2 * half} dimensions; the theory "
+            "experiments read full RoPE only"
+        )
+    return np.asarray(buffer.double().cpu())
+
+
+def with_base(frequencies: FloatArray, factor: float | None) -> FloatArray:
+    """The frequencies after multiplying the base of RoPE by `factor`; zeros for `None`: no position embedding."""
+    if factor is None:
+        return frequencies * 0
+    return np.asarray(frequencies * factor ** -(np.arange(len(frequencies)) / len(frequencies)))
+
+
+@contextmanager
+def rope_base(model: PreTrainedModel, factor: float | None) -> Iterator[PreTrainedModel]:
+    """Run `model` with the base of its RoPE multiplied by `factor`; `None` removes positions: all are alike.
+
+    The weights were trained with the model's own base: such a pass shows the effect of the rotation on this model, not
+    how a model trained with another base would attend.
+    """
+    originals = _frequencies(model)
+    try:
+        for module, name, buffer in originals:
+            setattr(module, name, torch.from_numpy(with_base(buffer.double().cpu().numpy(), factor)).to(buffer))
+        yield model
+    finally:
+        for module, name, buffer in originals:
+            setattr(module, name, buffer)
+
+
+def _frequencies(model: PreTrainedModel) -> list[tuple[nn.Module, str, Tensor]]:
+    """The tensors of inverse frequencies that `model` reads: module, attribute, value."""
+    return [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq") and "original" not in name
+    ]

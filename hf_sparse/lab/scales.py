@@ -1,0 +1,160 @@
+"""Three scales of the logits of every head of a model, from what the theory assumes to what is there.
+
+- formal: R = B^2 ||W||_F with B the largest entry of the inputs of the projections;
+- independent: the standard deviation if the entries of those inputs were independent, with the variances they have;
+- measured: the standard deviation of the logits of a query, the mean over queries.
+
+A softmax ignores a constant added to all logits of a query, so they are taken relative to their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_sparse.lab.bounds import rope_scales, spectral_scale
+from hf_sparse.lab.fits import FloatArray
+from hf_sparse.lab.probe import SINKS, Layer, Sample, frequencies_of, hooks, layers_of, split_heads
+from hf_sparse.results import Row
+
+_TILTS = (-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0)
+"""Arguments, in standard deviations, at which the moment generating function is compared with a Gaussian's."""
+
+Form = tuple[FloatArray, FloatArray]
+"""The bilinear form of a head, `(head_dim, inputs)` each: its logit is (query @ x)^T R_D (key @ y)."""
+
+Moments = tuple[FloatArray, FloatArray]
+"""Largest entry `(heads or 1,)` and standard deviation `(heads or 1, inputs)` of inputs, over the tokens of a text."""
+
+
+def is_normed(layer: Layer) -> bool:
+    """Whether queries and keys are normalised after their projection (Gemma-3, Qwen3).
+
+    The logit is then no bilinear form of the layer's input, but one of the normalised queries and keys, whose matrix is
+    the rotation alone: they are taken for the inputs.
+    """
+    return hasattr(layer.attention, "q_norm")
+
+
+def head_forms(layer: Layer) -> list[Form]:
+    """The form of every query head of `layer`, the factor of the scores included."""
+    attention, heads = layer.attention, layer.heads("q")
+    if is_normed(layer):
+        identity = np.eye(attention.head_dim)
+        return [(attention.scaling * identity, identity)] * heads
+    query, key = (
+        part.weight.detach().double().cpu().numpy().reshape(-1, attention.head_dim, part.weight.shape[1])
+        for part in (attention.q_proj, attention.k_proj)
+    )
+    return [(attention.scaling * query[head], key[head * len(key) // heads]) for head in range(heads)]
+
+
+def weight_scales(model: PreTrainedModel, distances: FloatArray) -> dict[str, list[Any]]:
+    """||W_D||_F of every head with B = 1, from the weights alone.
+
+    Lists by layer, then head: `plain`, without RoPE; `rope`, the maximum over `distances` of query and key in tokens;
+    `at`, where it is; `least`; `rms`, the root mean square over distances; `spectral`, a bound of the spectral norm.
+    """
+    out: dict[str, list[Any]] = {}
+    for layer in layers_of(model):
+        frequencies, forms = frequencies_of(model, layer), head_forms(layer)
+        over = np.array([rope_scales(*form, frequencies, distances) for form in forms])
+        found = {
+            "plain": [rope_scales(*form, 0 * frequencies, np.zeros(1))[0] for form in forms],
+            "rope": over.max(1),
+            "at": distances[over.argmax(1)],
+            "least": over.min(1),
+            "rms": np.sqrt((over**2).mean(1)),
+            "spectral": [spectral_scale(*form) for form in forms],
+        }
+        for name, values in found.items():
+            out.setdefault(name, []).append(values)
+    return out
+
+
+@contextmanager
+def watched_inputs(model: PreTrainedModel) -> Iterator[dict[tuple[int, str], Moments]]:
+    """Note the moments of the inputs of every layer's forms during forward passes, by layer and side, `q` or `k`."""
+    found: dict[tuple[int, str], Moments] = {}
+
+    def note(layer: Layer, side: str) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> None:
+            x = split_heads(result, layer.heads(side)) if is_normed(layer) else arguments[0][:1]
+            # Reductions alone: large copies of every layer's input would be more memory than the model.
+            x = x.detach().float()
+            moments = torch.maximum(x.amax((1, 2)), -x.amin((1, 2))), x.std(1)
+            largest, deviation = (moment.double().cpu().numpy() for moment in moments)
+            found[layer.index, side] = largest, deviation
+
+        return hook
+
+    with hooks() as handles:
+        for layer in layers_of(model):
+            for side in "qk":
+                module = getattr(layer.attention, f"{side}_{'norm' if is_normed(layer) else 'proj'}")
+                handles.append(module.register_forward_hook(note(layer, side)))
+        yield found
+
+
+def input_scales(model: PreTrainedModel, moments: dict[tuple[int, str], Moments], length: int) -> Row:
+    """B and the logit deviation that independent inputs would have, of every head.
+
+    Lists by layer, then head: `bound`, B (the geometric mean where queries and keys differ), and `independent`, the
+    root mean square over distances of ||D_q W_D D_k||_F, with D the standard deviations of the inputs.
+    """
+    distances = np.unique(np.geomspace(1, length - 1, 48).round())
+    out: dict[str, list[list[float]]] = {"bound": [], "independent": []}
+    for layer in layers_of(model):
+        forms, frequencies = head_forms(layer), frequencies_of(model, layer)
+        bounds, independent = [], []
+        for head, (query, key) in enumerate(forms):
+            (q_largest, q_scale), (k_largest, k_scale) = (
+                [moment[head * len(moment) // len(forms)] for moment in moments[layer.index, side]] for side in "qk"
+            )
+            bounds.append(float(np.sqrt(q_largest * k_largest)))
+            over = rope_scales(query * q_scale, key * k_scale, frequencies, distances)
+            independent.append(float(np.sqrt((over**2).mean())))
+        out["bound"].append(bounds)
+        out["independent"].append(independent)
+    return dict(out)
+
+
+def logit_spread(sample: Sample) -> dict[str, list[float]]:
+    """How far the logits of each head spread, means over the queries.
+
+    - `deviation`: standard deviation of the logits a query sees; `rest`: the same without the first `SINKS` keys;
+    - `sub_gaussian`: the least s with E exp(l (x - mean)) <= exp(l^2 s^2 / 2) at the tilts l that are tried;
+    - `tilted`: sqrt(2 (ln mean exp(x) - mean)), the s at the tilt of the softmax itself: Gaussian logits with that
+      deviation have the same normaliser;
+    - `spread`: largest minus smallest logit.
+    """
+    logits, seen = sample.logits, sample.seen
+    centred, deviation = _standardise(logits, seen)
+
+    def scale(tilt: Tensor) -> Tensor:
+        """s of every query at a tilt `(heads, queries)`."""
+        log_sum = (centred * tilt.unsqueeze(-1)).masked_fill(~seen, -torch.inf).logsumexp(-1)
+        return (2 * (log_sum - seen.sum(-1).log()).clamp(min=0)).sqrt() / tilt.abs()
+
+    found = {
+        "deviation": deviation,
+        "rest": _standardise(logits, seen & (torch.arange(sample.length) >= SINKS))[1],
+        "sub_gaussian": torch.stack([*(scale(tilt / deviation) for tilt in _TILTS), deviation]).amax(0),
+        "tilted": scale(torch.ones_like(deviation)),
+        "spread": logits.amax(-1) - logits.masked_fill(~seen, torch.inf).amin(-1),
+    }
+    return {name: value.double().mean(-1).tolist() for name, value in found.items()}
+
+
+def _standardise(logits: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits minus their mean over the keys `seen`, 0 elsewhere, and their standard deviation `(heads, queries)`."""
+    count = seen.sum(-1)
+    mean = logits.masked_fill(~seen, 0.0).sum(-1) / count
+    centred = (logits - mean.unsqueeze(-1)).masked_fill(~seen, 0.0)
+    return centred, (centred.square().sum(-1) / count).sqrt()
