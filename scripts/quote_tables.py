@@ -17,7 +17,10 @@ QUOTE = re.compile(r"<!-- table: (\S+) (\d+) -->\n\n((?:\|.*\n)*)")
 def pages() -> list[Path]:
     """README.md and every page that is written by hand; model cards are generated with their tables in them."""
     folders = ("", "memory/", "theory/", "notes/")
-    return [ROOT / "README.md", *(path for folder in folders for path in sorted(ROOT.glob(f"model_cards/{folder}*.md")))]
+    return [
+        ROOT / "README.md",
+        *(path for folder in folders for path in sorted(ROOT.glob(f"model_cards/{folder}*.md"))),
+    ]
 
 
 def tables(path: str) -> list[str]:
@@ -27,7 +30,9 @@ def tables(path: str) -> list[str]:
 
 def with_tables(text: str) -> str:
     """A page with every quoted table as the results have it."""
-    return QUOTE.sub(lambda quote: f"<!-- table: {quote[1]} {quote[2]} -->\n\n{tables(quote[1])[int(quote[2])]}\n", text)
+    return QUOTE.sub(
+        lambda quote: f"<!-- table: {quote[1]} {quote[2]} -->\n\n{tables(quote[1])[int(quote[2])]}\n", text
+    )
 
 
 def main() -> None:
