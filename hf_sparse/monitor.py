@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_sparse.tables import text_table
+
 # Numbers of kept keys that may wait for being added up.
 _MOST_WAITING = 1 << 10
 
@@ -115,7 +117,10 @@ class SparsityReport:
             return "\n".join(["nothing was attended to yet: there is no density", *self.notes])
         header = ("layers", "heads", "calls", "queries", "mean visible", "mean keys", "density", "dense queries")
         lines = _folded((layer, _line(list(heads))) for layer, heads in groupby(self.rows, lambda row: row["layer"]))
-        whole = [*_aligned([header, *lines]), f"density {self.density:.3f} (kept / visible keys, all layers)"]
+        whole = [
+            text_table(header, lines, left=(len(header) - 1,)),
+            f"density {self.density:.3f} (kept / visible keys, all layers)",
+        ]
         return "\n".join([*whole, *self.notes, *self._audit_lines()])
 
     def _audit_lines(self) -> list[str]:
@@ -130,7 +135,7 @@ class SparsityReport:
             lines.append(
                 (str(layer), str(heads[0]["rows"]), f"{mass:.4f}", f"{least:.4f}", f"{error:.4f}", f"{largest:.4f}")
             )
-        return ["", *_aligned(lines)]
+        return ["", text_table(lines[0], lines[1:], left=(5,))]
 
 
 def _line(heads: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -162,19 +167,6 @@ def _ranges(numbers: Sequence[int]) -> str:
     runs = [list(run) for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     ends = [[number for _, number in run] for run in runs]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ends)
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of a table: its last column to the left, the others to the right."""
-    last = len(lines[0]) - 1
-    widths = [max(len(line[i]) for line in lines) for i in range(last + 1)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == last else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
 
 
 def make_report(layers: Mapping[int, LayerCounters], notes: Sequence[str] = ()) -> SparsityReport:

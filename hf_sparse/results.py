@@ -1,4 +1,4 @@
-"""Results on disk: one JSON line per measurement, with what is needed to repeat it and to resume a run."""
+"""Results on disk: one JSON record per measurement, with what is needed to repeat it and to resume a run."""
 
 from __future__ import annotations
 
@@ -7,26 +7,36 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.files import check_writable, write_whole
-from hf_sparse.machine import device_name
+from hf_sparse.machine import device_name, process_state
+from hf_sparse.policy.quality import DENSE as DENSE
+from hf_sparse.tables import Table, markdown_table
 
-Row = dict[str, Any]
+Record = dict[str, Any]
+Summary = dict[str, Any]
+CellT = TypeVar("CellT")
 
 ROWS, SUMMARY, TABLES = "rows.jsonl", "summary.json", "tables.md"
 
-# What tells the rows or summary of one command from those of another, in this order, where they do not say it.
+CALIBRATE = "calibrate"
+CALIBRATION = "calibration.json"
+
+# Files of `calibrate` have names of their own and may lie beside results of the policy that it made.
+_OF_CALIBRATE = ("curves.jsonl", "probes.jsonl", "check.jsonl", CALIBRATION)
+
+# Fields by which results of earlier releases, which do not name their command, are recognised, in this order.
 _MARKS = {
     "adaptive_vs_fixed": "perplexity",
     "slopes": "attention-error",
@@ -38,26 +48,30 @@ _MARKS = {
 }
 
 
-def command_of(found: Mapping[str, Any]) -> str | None:
-    """The command that a row or summary comes from; `None` if it is of none."""
-    if "command" in found:
-        return str(found["command"])
-    return next((command for mark, command in _MARKS.items() if mark in found), None)
-
-
-def row_key(**decisive: Any) -> str:
-    """A hash of everything that decides a measured number, by which a run that starts again knows what it has.
+def record_key(**decisive: Any) -> str:
+    """A hash of everything that decides a measured number, by which a resumed run finds what it has.
 
     That is: the command and method, the model and its revision, dtype and kind of device, the tokens of the window
-    (see `Window.sha256`), and the configuration. Not: time, host, versions, commit, threads and seed (which only
-    drives the bootstrap, made anew from the rows each time). After a change of the code that should change numbers,
-    give another output folder.
+    (see `Window.sha256`), and the configuration. Not: time, host, versions, commit, threads and the seed of a
+    bootstrap, which is made anew from the records each time. After a change of the code that should change numbers,
+    use another output folder.
     """
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def provenance(info: Mapping[str, Any], model: PreTrainedModel, seed: int) -> Row:
-    """What every row says about how it was made; no path of the machine."""
+def identity(about: Mapping[str, Any]) -> list[Any]:
+    """What of a `provenance` decides measured numbers: a part of the key of every record."""
+    return [about["model"]["name"], about["model"]["revision"], about["dtype"], about["device"]]
+
+
+def provenance(info: Mapping[str, Any], model: PreTrainedModel | torch.Tensor, seed: int) -> Record:
+    """How a record was made: model, dtype, device, threads, seed and versions; no path of the machine.
+
+    Args:
+        info: What identifies the model.
+        model: The model, or a tensor of its dtype on its device.
+        seed: Of everything random.
+    """
     device = model.device
     return {
         "model": dict(info),
@@ -70,8 +84,8 @@ def provenance(info: Mapping[str, Any], model: PreTrainedModel, seed: int) -> Ro
     }
 
 
-def software() -> Row:
-    """Versions and commit of what ran."""
+def software() -> Record:
+    """Versions and commit of the code that runs."""
     versions = {name: version(name) for name in ("hf_sparse", "torch", "transformers")}
     return {"versions": versions | {"python": platform.python_version()}, "commit": commit()}
 
@@ -94,10 +108,10 @@ def commit() -> str | None:
 
 
 class ResultFile:
-    """A JSONL file that several processes append to and a killed run leaves usable.
+    """A JSONL file of records that several processes append to and that a killed run leaves usable.
 
     Args:
-        path: The file; made with its folders when the first row is written.
+        path: The file; made with its folders when the first record is written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,40 +125,40 @@ class ResultFile:
             with self.path.open("r+b") as file:
                 file.truncate(data.rfind(b"\n") + 1)
 
-    def append(self, row: Row) -> None:
-        """Add a row, stamped with the time in UTC."""
-        row = {**row, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    def append(self, record: Record) -> None:
+        """Add a record, stamped with the time in UTC."""
+        record = {**record, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # One write in append mode: lines of several processes do not mix.
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             if os.write(file, line) != len(line):
-                raise OSError(f"{self.path.name}: the disk took a part of a row only; is it full?")
+                raise OSError(f"{self.path.name}: only a part of a record was written; is the disk full?")
         finally:
             os.close(file)
-        self._appended.add(row["key"])
+        self._appended.add(record["key"])
 
-    def rows(self) -> dict[str, Row]:
-        """The rows by their key, the first of each; empty if there is no file. An unfinished last line is none.
+    def records(self) -> dict[str, Record]:
+        """The records by their key, the first of each; an unfinished last line is ignored.
 
         Raises:
-            UserError: naming the file and the line that is not a row.
+            UserError: naming the file and the line that is not a record.
         """
-        out: dict[str, Row] = {}
+        out: dict[str, Record] = {}
         for number, line in enumerate(self._read().split(b"\n")[:-1], start=1):
             try:
-                row = json.loads(line.decode("utf-8"))
-                if not (isinstance(row, dict) and isinstance(row.get("key"), str)):
+                record = json.loads(line.decode("utf-8"))
+                if not (isinstance(record, dict) and isinstance(record.get("key"), str)):
                     raise ValueError("it must be a JSON object with a key")
             except (ValueError, RecursionError) as error:
-                raise self._broken(f"line {number} is not a row: {first_line(error)}") from error
-            out.setdefault(row["key"], row)
+                raise self._broken(f"line {number} is not a record: {first_line(error)}") from error
+            out.setdefault(record["key"], record)
         return out
 
     @contextmanager
     def summed_up(self) -> Iterator[None]:
-        """While rows are made use of: what those of an earlier run lack, or hold in its place, as one line.
+        """A `with` block that summarises records: an error caused by records of an earlier run is told in one line.
 
         Raises:
             UserError: naming the file.
@@ -154,10 +168,11 @@ class ResultFile:
         except UserError:
             raise
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            # Rows that this run has made are not to blame: then the error is ours.
-            if self.rows().keys() <= self._appended:
+            # Records of this run are not to blame: then the error is ours.
+            if self.records().keys() <= self._appended:
                 raise
-            raise self._broken(f"its rows cannot be summed up: {type(error).__name__}: {first_line(error)}") from error
+            why = f"its records cannot be summed up: {type(error).__name__}: {first_line(error)}"
+            raise self._broken(why) from error
 
     def _broken(self, why: str) -> UserError:
         return UserError(f"{self.path}: {why}; delete the file, or take another folder")
@@ -171,24 +186,75 @@ class ResultFile:
             raise self._broken(f"it cannot be read: {error.strerror or first_line(error)}") from error
 
 
+def resume(
+    results: ResultFile,
+    cells: Mapping[str, CellT],
+    measure: Callable[[dict[str, CellT]], Iterable[tuple[str, Record]]],
+) -> list[Record]:
+    """The records of all cells: those that the file holds, and the others, measured now and appended one by one.
+
+    Of several processes, each appends what its own `measure` yields (see `machine.my_share`), and all get all records.
+
+    Args:
+        results: The file.
+        cells: What to measure, by the key of its record (`record_key`).
+        measure: Takes the cells that the file lacks and yields the key and the record of each as soon as it has it.
+
+    Returns:
+        One record for each cell, in the order of `cells`.
+    """
+    state = process_state()
+    if state.is_main_process:
+        results.repair()
+    state.wait_for_everyone()
+    done = results.records()
+    for key, record in measure({key: cell for key, cell in cells.items() if key not in done}):
+        results.append({"key": key, **record})
+    state.wait_for_everyone()
+    done = results.records()
+    return [done[key] for key in cells]
+
+
+def describe(command: str, records: Sequence[Record]) -> Summary:
+    """What every summary says of its records: command, documents, model and machine."""
+    documents = {record["text_sha256"]: record["document"] for record in records}
+    about = ("model", "dtype", "device", "device_name", "versions", "commit")
+    return {
+        "command": command,
+        "documents": [{"document": name, "text_sha256": sha256} for sha256, name in documents.items()],
+        "about": {name: records[0][name] for name in about},
+    }
+
+
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write `data` as readable JSON, all or nothing."""
     write_whole(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 
 
-CALIBRATE = "calibrate"
-CALIBRATION = "calibration.json"
+def write_summary(folder: Path, summary: Summary, tables: Sequence[Table]) -> None:
+    """Write `summary.json`, and `tables.md` with the same for people."""
+    write_json(folder / SUMMARY, summary)
+    write_whole(folder / TABLES, ("\n\n".join(markdown_table(*table) for table in tables) + "\n").encode())
 
-# What calibrate writes has names of its own, and may lie beside results of the policy that it made.
-_OF_CALIBRATE = ("curves.jsonl", "probes.jsonl", "check.jsonl", CALIBRATION)
+
+def command_of(found: Mapping[str, Any]) -> str | None:
+    """The command that a record or summary comes from; `None` if it is of none."""
+    if "command" in found:
+        return str(found["command"])
+    return next((command for mark, command in _MARKS.items() if mark in found), None)
+
+
+def default_folder(model: str, command: str) -> Path:
+    """`results/MODEL-COMMAND`, where results go unless a user says otherwise."""
+    return Path("results") / f"{model.rpartition('/')[2].removesuffix('.gguf')}-{command}"
 
 
 def check_folder(folder: Path, command: str, model: Mapping[str, Any] | None = None) -> None:
     """Refuse a folder that the results of a command cannot go into.
 
     Args:
-        folder: The folder. It need not be there, and is not made.
-        command: Which command, as rows name it.
+        folder: The folder. It need not exist, and is not made.
+        command: The command, as records name it.
         model: `name` and `revision` of the model that is measured; `None` where any may be.
 
     Raises:
@@ -211,14 +277,14 @@ def _taken(path: Path, theirs: str, ours: str) -> UserError:
 
 
 def _held(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The rows and summaries in a folder, each with its file; those of calibrate if there are no others."""
+    """The records and summaries in a folder, each with its file; those of calibrate if there are no others."""
     paths = [folder / name for name in (ROWS, SUMMARY)]
     if not any(path.exists() for path in paths):
         paths = [folder / name for name in _OF_CALIBRATE]
     for path in paths:
         if path.suffix == ".jsonl":
-            for row in ResultFile(path).rows().values():
-                yield path, row
+            for record in ResultFile(path).records().values():
+                yield path, record
         elif path.exists():
             yield path, _read(path)
 
@@ -234,7 +300,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _model(found: Any) -> Mapping[str, Any] | None:
-    """The model that was measured: a row says it, a summary under `about`, a calibration in that of its check."""
+    """The model that was measured: in a record itself, in a summary under `about`, in a calibration in its check's."""
     while isinstance(found, dict) and "model" not in found:
         found = found.get("about", found.get("check"))
     model = found["model"] if isinstance(found, dict) else None

@@ -157,7 +157,7 @@ def test_inspect_says_yes_and_no(capsys: pytest.CaptureFixture[str]) -> None:
             "device 'meta' cannot be used: this is no machine for meta; there is cpu",
         ),
         ("perplexity tiny-llama --device=", "device '' cannot be used: Device string must not be empty; there is cpu"),
-        ("perplexity tiny-llama --threads 100000", "processors here; got 100000"),
+        ("perplexity tiny-llama --threads 100000", "CPUs here; got 100000"),
         ("theory --threads 100000000", "threads must be at most"),
         ("perplexity tiny-llama --seed 99999999999999999999", "--seed"),
         ("memory --seed 99999999999999999999", "--seed"),
@@ -186,7 +186,7 @@ def test_a_programming_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("hf_sparse.cli.runs.cut_windows", broken)
+    monkeypatch.setattr("hf_sparse.measure.run.cut_windows", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["perplexity", "tiny-llama", "--text", "texts", *SHORT])
 

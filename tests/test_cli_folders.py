@@ -21,6 +21,7 @@ PERPLEXITY = f"perplexity tiny-llama {DATA} --methods window"
 COMMANDS = [
     PERPLEXITY,
     "attention-error tiny-llama --text texts --lengths 48,96 --device cpu",
+    "retrieval tiny-llama --text texts --lengths 48,96 --codes 1 --device cpu",
     "calibrate tiny-llama --text texts --device cpu",
     "bench tiny-llama --decode 64 --prefill none --cached none --generate none --text texts/text0.txt --device cpu",
     "bench --shape 4/2/16 --decode 64 --prefill none --cached none --generate none --device cpu",
@@ -32,10 +33,10 @@ COMMANDS = [
 ]
 NEVER = (
     "hf_sparse.share.source.ModelSource.model",
-    "hf_sparse.bench.subject.random_model",
+    "hf_sparse.bench.run.random_model",
     "hf_sparse.cli.bench.evaluate",
     "hf_sparse.lab.run.run",
-    "hf_sparse.measure.memory.evaluate",
+    "hf_sparse.cli.memory.evaluate",
 )
 
 
@@ -149,7 +150,7 @@ def test_a_folder_where_a_file_belongs_is_refused(
 
 @pytest.mark.usefixtures("_unmeasured")
 @pytest.mark.parametrize("line", [b"", b"garbage", b"[1]", b'"key"', b"{}", b'{"key": 5}', b'{"key": "\xff"}'])
-@pytest.mark.parametrize(("command", "name"), [(PERPLEXITY, "rows.jsonl"), (COMMANDS[2], "probes.jsonl")])
+@pytest.mark.parametrize(("command", "name"), [(PERPLEXITY, "rows.jsonl"), (COMMANDS[3], "probes.jsonl")])
 def test_a_line_that_is_no_row_is_refused_before_anything_is_measured(
     command: str, name: str, line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +159,7 @@ def test_a_line_that_is_no_row_is_refused_before_anything_is_measured(
     (tmp_path / name).write_bytes(b"\n".join([good, line, good, b""]))
     before = (tmp_path / name).read_bytes()
     said = refusal(capsys, *command.split(), "--output", str(tmp_path))
-    assert f"{name}: line 2 is not a row: " in said
+    assert f"{name}: line 2 is not a record: " in said
     assert "delete the file, or take another folder" in said
     assert (tmp_path / name).read_bytes() == before
 
@@ -177,7 +178,7 @@ def test_stored_rows_that_cannot_be_summed_up_are_refused(
     capsys.readouterr()
     assert run_command(*PERPLEXITY.split(), *out) == 2
     said = capsys.readouterr().err
-    assert "rows.jsonl: its rows cannot be summed up: " in said
+    assert "rows.jsonl: its records cannot be summed up: " in said
     assert "Traceback" not in said
     assert (tmp_path / "summary.json").read_bytes() == summary
 
@@ -186,7 +187,7 @@ def test_an_error_of_ours_is_not_blamed_on_stored_rows(tmp_path: Path, monkeypat
     def broken(*_: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("hf_sparse.cli.runs.perplexity_summary.summarise", broken)
+    monkeypatch.setattr("hf_sparse.measure.run.perplexity_summary.summarise", broken)
     with pytest.raises(KeyError, match="a bug"):
         hf_sparse.cli.main([*PERPLEXITY.split(), "--output", str(tmp_path)])
 

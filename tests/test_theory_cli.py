@@ -11,8 +11,8 @@ import pytest
 from hf_sparse.lab import run
 from hf_sparse.lab.experiment import Experiment, Findings, Setting
 from hf_sparse.lab.inputs import Input
-from hf_sparse.measure.tables import markdown_table
-from hf_sparse.results import row_key
+from hf_sparse.results import record_key
+from hf_sparse.tables import markdown_table
 from tests.small import run_command
 from tests.test_theory_synthetic import SIMULATED_EXPONENTS, SIMULATED_SLOPES
 
@@ -127,7 +127,7 @@ def test_a_committed_summary_follows_from_its_rows(path: Path) -> None:
 def test_committed_synthetic_records_are_those_that_a_run_would_look_for() -> None:
     folder = ROOT / "model_cards/theory/synthetic"
     keys = {
-        row_key(command="theory", experiment=experiment.name, seed=0, cell=cell)
+        record_key(command="theory", experiment=experiment.name, seed=0, cell=cell)
         for experiment in run.EXPERIMENTS
         if not experiment.needs_model
         for cell in experiment.cells(Setting("full", 0))

@@ -21,14 +21,13 @@ from hf_sparse.calibration.texts import fitted_length, split
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
-from hf_sparse.measure.perplexity_summary import Summary
 from hf_sparse.measure.windows import cut_windows
 from hf_sparse.patching import base_model, is_patched
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import origin_of
 from hf_sparse.record import CalibrationRecord
-from hf_sparse.results import CALIBRATE, CALIBRATION, check_folder, provenance, write_json
+from hf_sparse.results import CALIBRATE, CALIBRATION, Summary, check_folder, provenance, write_json
 from hf_sparse.selectors import selector_name
 from hf_sparse.share.source import ModelInfo, check_config
 from hf_sparse.support import inspect

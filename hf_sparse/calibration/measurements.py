@@ -16,9 +16,9 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.equal_cost import matched
 from hf_sparse.measure.perplexity import evaluate
-from hf_sparse.measure.perplexity_summary import Summary, summarise
+from hf_sparse.measure.perplexity_summary import summarise
 from hf_sparse.measure.windows import Window
-from hf_sparse.results import ResultFile, Row, row_key
+from hf_sparse.results import Record, ResultFile, Summary, record_key
 from hf_sparse.support import SupportReport
 
 
@@ -42,7 +42,7 @@ class Measurements:
     """
 
     def __init__(
-        self, model: PreTrainedModel, support: SupportReport, config: SparseAttentionConfig, folder: Path, about: Row
+        self, model: PreTrainedModel, support: SupportReport, config: SparseAttentionConfig, folder: Path, about: Record
     ) -> None:
         self.model, self.support, self.config, self.folder, self.about = model, support, config, folder, about
         out = {*support.sliding_layers, *(config.dense_layers or ())}
@@ -62,13 +62,13 @@ class Measurements:
         out: dict[str, list[ErrorCurve]] = {}
         for window in tqdm(windows, desc="error against budget", unit="document"):
             key = self._key("calibrate curves", window, layers=sorted(self._modules))
-            if key not in results.rows():
+            if key not in results.records():
                 visible = visible_grid(SHORTEST, window.length)
                 curves = error_curves(self.model, window.input_ids, visible, self._modules, self.config)
                 record = {"key": key, "document": window.document, "text_sha256": window.text_sha256, **self.about}
                 results.append(record | {"curves": [curve.to_dict() for curve in curves]})
             with results.summed_up():
-                out[window.document] = [ErrorCurve.from_dict(curve) for curve in results.rows()[key]["curves"]]
+                out[window.document] = [ErrorCurve.from_dict(curve) for curve in results.records()[key]["curves"]]
         return out
 
     def sensitivity(self, windows: Sequence[Window], curves: Mapping[str, Sequence[ErrorCurve]]) -> dict[int, float]:
@@ -85,7 +85,7 @@ class Measurements:
         with tqdm(total=len(windows) * len(total), desc="layers one at a time", unit="layer") as progress:
             for window in windows:
                 keys = {layer: self._key("calibrate probe", window, layer=layer) for layer in total}
-                done = results.rows()
+                done = results.records()
                 missing = [layer for layer in total if keys[layer] not in done]
                 progress.update(len(total) - len(missing))
                 found = divergences(self.model, window.input_ids, compared, missing, self.support, self.config)
@@ -93,7 +93,7 @@ class Measurements:
                     record = {"key": keys[layer], "document": window.document, "layer": layer, "nats": nats}
                     results.append(record | self.about)
                     progress.update()
-                done = results.rows()
+                done = results.records()
                 with results.summed_up():
                     for layer, key in keys.items():
                         total[layer] += done[key]["nats"] / len(windows)
@@ -121,7 +121,7 @@ class Measurements:
         return results
 
     def _key(self, command: str, window: Window, **more: object) -> str:
-        return row_key(command=command, window=window.sha256, about=self._decisive, **more)
+        return record_key(command=command, window=window.sha256, about=self._decisive, **more)
 
 
 def calibrated_ratio(check: Summary) -> float:

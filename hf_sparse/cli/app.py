@@ -13,11 +13,10 @@ from typing import Annotated
 import typer
 
 import hf_sparse
-from hf_sparse.bench.shapes import parse_shape
 from hf_sparse.cli.bench import BenchOptions, run_bench
 from hf_sparse.cli.calibrate import CalibrationOptions, run_calibrate
 from hf_sparse.cli.demo import DEMO_MODEL, run_demo
-from hf_sparse.cli.memory import run_memory
+from hf_sparse.cli.memory import MemoryOptions, run_memory
 from hf_sparse.cli.options import (
     DataOptions,
     Json,
@@ -25,22 +24,30 @@ from hf_sparse.cli.options import (
     Policy,
     Revision,
     RunOptions,
-    Seed,
     SparseOptions,
-    parse_integers,
     read_policy,
     share_options,
 )
 from hf_sparse.cli.publish import BundleOptions, Target, run_card, run_publish
-from hf_sparse.cli.runs import Outcome, Ready, check, is_main_process, run_attention_error, run_perplexity
 from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
 from hf_sparse.errors import UserError
-from hf_sparse.measure.attention_error import ROWS_PER_LENGTH
-from hf_sparse.measure.attention_error import make_methods as make_error_methods
-from hf_sparse.measure.perplexity import METHODS, MORE_METHODS, make_methods
-from hf_sparse.measure.windows import check_lengths
+from hf_sparse.machine import is_main_process
+from hf_sparse.measure import attention_error as errors
+from hf_sparse.measure import perplexity as perplexities
+from hf_sparse.measure import retrieval as codes_in_texts
+from hf_sparse.measure.methods import (
+    DECODED,
+    OTHER_METHODS,
+    PERPLEXITY_METHODS,
+    error_methods,
+    perplexity_methods,
+    split_names,
+)
+from hf_sparse.measure.run import Outcome, check, run_attention_error, run_perplexity, run_retrieval
 from hf_sparse.share.publish import MESSAGE
 from hf_sparse.share.source import ModelSource
+
+_OWN_SELECTOR = "or a selector as path/to/file.py:ClassName"
 
 app = typer.Typer(
     name="hf-sparse",
@@ -92,19 +99,17 @@ def perplexity(
     sparse: SparseOptions,
     targets: Annotated[int, typer.Option(min=1, help="Last tokens of each window, the same at every length.")] = 512,
     methods: Annotated[
-        str, typer.Option(help=f"What to compare with dense: also {', '.join(MORE_METHODS)}.")
-    ] = ",".join(METHODS[1:]),
+        str, typer.Option(help=f"What to compare with dense: also {', '.join(OTHER_METHODS)}, {_OWN_SELECTOR}.")
+    ] = ",".join(PERPLEXITY_METHODS),
     policy: Policy = None,
 ) -> None:
     """Perplexity of the same tokens across context lengths: dense, adaptive, and fixed at equal cost."""
-    lengths = data.parsed_lengths()
     source = ModelSource.find(model, run.revision)
     config = sparse.config(read_policy(policy, source.policy))
-    # Methods are matched in cost over the rows of every length.
-    check_lengths(lengths, targets, source.max_positions)
-    compared = make_methods([name.strip() for name in methods.split(",")], config, lengths, source.support)
-    ready = check(source, "perplexity", data, run, lengths, targets).load()
-    _print(run_perplexity(ready, compared), ready, run)
+    lengths = data.parsed_lengths()
+    checked = check(source, perplexities.COMMAND, data, run, lengths, targets)
+    compared = perplexity_methods(split_names(methods), config, lengths, source.support)
+    _print(run_perplexity(checked.load(), compared), checked.folder, run)
 
 
 @app.command("attention-error")
@@ -114,17 +119,47 @@ def attention_error(
     data: DataOptions,
     run: RunOptions,
     sparse: SparseOptions,
-    rows: Annotated[int, typer.Option(min=1, help="Rows measured before each length.")] = ROWS_PER_LENGTH,
+    rows: Annotated[int, typer.Option(min=1, help="Queries measured before each length.")] = (errors.ROWS_PER_LENGTH),
+    methods: Annotated[
+        str | None,
+        typer.Option(help=f"Selectors and laws, {_OWN_SELECTOR}.", show_default="all laws, then all selectors"),
+    ] = None,
     policy: Policy = None,
 ) -> None:
     """How far sparse attention is from dense attention across context lengths, every law at equal cost."""
-    lengths = data.parsed_lengths()
     source = ModelSource.find(model, run.revision)
     config = sparse.config(read_policy(policy, source.policy))
-    check_lengths(lengths, 1, source.max_positions)
-    compared = make_error_methods(config, lengths, source.support)
-    ready = check(source, "attention-error", data, run, lengths, targets=1).load()
-    _print(run_attention_error(ready, lengths, compared, rows), ready, run)
+    lengths = data.parsed_lengths()
+    checked = check(source, errors.COMMAND, data, run, lengths, targets=1)
+    names = None if methods is None else split_names(methods)
+    compared = error_methods(names, config, lengths, source.support)
+    _print(run_attention_error(checked.load(), lengths, compared, rows), checked.folder, run)
+
+
+@app.command()
+@share_options
+def retrieval(
+    model: Model,
+    data: DataOptions,
+    run: RunOptions,
+    sparse: SparseOptions,
+    codes: Annotated[
+        int, typer.Option(min=1, max=len(codes_in_texts.NAMES), help="Codes in each text, at even depths.")
+    ] = 8,
+    methods: Annotated[str, typer.Option(help=f"What to compare with dense, {_OWN_SELECTOR}.")] = ",".join(
+        codes_in_texts.METHODS
+    ),
+    policy: Policy = None,
+) -> None:
+    """How many codes, each said once in a long text, are found again: exact answers and their likelihood."""
+    source = ModelSource.find(model, run.revision)
+    config = sparse.config(read_policy(policy, source.policy))
+    lengths = data.parsed_lengths()
+    checked = check(source, codes_in_texts.COMMAND, data, run, lengths, targets=1)
+    compared = perplexity_methods(split_names(methods), config, lengths, source.support)
+    if decoded := sorted(compared.keys() & set(DECODED)):
+        raise UserError(f"retrieval always answers token by token: leave out {decoded[0]!r}")
+    _print(run_retrieval(checked.load(), compared, codes), checked.folder, run)
 
 
 @app.command()
@@ -142,27 +177,9 @@ def calibrate(model: Model, options: CalibrationOptions, run: RunOptions) -> Non
 
 @app.command()
 @share_options
-def memory(
-    sparse: SparseOptions,
-    lengths: Annotated[str, typer.Option(help="One call: rows and keys, rising.")] = "2048,4096,8192,16384",
-    prefill: Annotated[str, typer.Option(help="Model: tokens of the prompt, rising; none to leave it out.")] = "32768",
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 9,
-    kv_heads: Annotated[int, typer.Option(min=1, help="Key heads.")] = 3,
-    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2,
-    limit: Annotated[float, typer.Option(min=0, help="GiB that no single call may be expected to take.")] = 10.0,
-    seed: Seed = 0,
-    output: Annotated[Path, typer.Option(help="Folder for summary and plot.")] = Path("results/memory"),
-    as_json: Json = False,
-) -> None:
+def memory(options: MemoryOptions, sparse: SparseOptions) -> None:
     """Peak memory of one attention call, and of a whole prefill, dense and sparse (Linux, CPU)."""
-    numbers = parse_integers("--lengths", lengths)
-    prompts = [] if prefill == "none" else parse_integers("--prefill", prefill)
-    for given in (numbers, prompts) if prompts else (numbers,):
-        check_lengths(given, 1, None)
-    shape = parse_shape(f"{heads}/{kv_heads}/{head_dim}").part(layers)
-    outcome = run_memory(numbers, prompts, shape, sparse.config(), limit, seed, output)
-    print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary, tables and plot: {output}")
+    run_memory(options, sparse)
 
 
 @app.command()
@@ -176,9 +193,8 @@ def bench(
     run: RunOptions,
     sparse: SparseOptions,
 ) -> None:
-    """Time ours beside dense attention: one layer, and a model that writes; and from which length ours is faster."""
-    outcome = run_bench(model, bench, run, sparse)
-    print(json.dumps(outcome.summary) if run.as_json else outcome)
+    """Time sparse beside dense attention, in one layer and in generation; from which length is it faster?"""
+    run_bench(model, bench, run, sparse)
 
 
 @app.command()
@@ -234,11 +250,11 @@ def demo(
     run_demo(model, run)
 
 
-def _print(outcome: Outcome, ready: Ready, run: RunOptions) -> None:
+def _print(outcome: Outcome, folder: Path, run: RunOptions) -> None:
     if not is_main_process():
         return
     if run.as_json:
         print(json.dumps(outcome.summary))
     else:
         print(f"{outcome}\n\nintervals: 95 %, bootstrap over {outcome.summary['resampled']}")
-        print(f"rows, summary, tables and plot: {ready.folder}")
+        print(f"records, summary, tables and plot: {folder}")

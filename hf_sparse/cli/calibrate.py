@@ -14,16 +14,13 @@ from hf_sparse.calibration.tables import calibration_tables
 from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import LONGEST, split
 from hf_sparse.cli.options import Documents, KeyOptions, RunOptions, TextOptions
-from hf_sparse.cli.runs import Outcome
 from hf_sparse.errors import UserError
+from hf_sparse.machine import process_state
 from hf_sparse.measure.data import load_documents
-from hf_sparse.measure.processes import process_state
-from hf_sparse.measure.tables import markdown_table
+from hf_sparse.measure.run import Outcome
 from hf_sparse.results import CALIBRATE, TABLES, check_folder
 from hf_sparse.share.source import ModelSource, check_loading
-
-# A text of a data set has at least this many characters for each token that is needed.
-_CHARS_PER_TOKEN = 8
+from hf_sparse.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,9 @@ def run_calibrate(name: str, options: CalibrationOptions, run: RunOptions) -> tu
     folder = run.output or Path("results") / f"{info.name.rpartition('/')[2].removesuffix('.gguf')}-{CALIBRATE}"
     check_folder(folder, CALIBRATE, info.to_dict())
     check_loading(run.dtype, device := run.device or str(process_state().device))
-    characters = _CHARS_PER_TOKEN * (1 + max(options.length or LONGEST, target.length or 0))
+    tokens = 1 + max(options.length or LONGEST, target.length or 0)
     texts, held_out = (
-        load_documents(names, count=options.documents, column=options.column, min_chars=characters)
+        load_documents(names, count=options.documents, column=options.column, tokens=tokens)
         if names is not None
         else None
         for names in (options.text or [], options.held_out)

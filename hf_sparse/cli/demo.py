@@ -11,12 +11,12 @@ import torch
 
 import hf_sparse
 from hf_sparse.cli.options import DataOptions, RunOptions
-from hf_sparse.cli.runs import Ready, check, is_main_process, run_attention_error, run_perplexity
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.measure.attention_error import make_methods as make_error_methods
-from hf_sparse.measure.perplexity import make_methods
-from hf_sparse.measure.tables import Table, text_table
+from hf_sparse.machine import is_main_process
+from hf_sparse.measure.methods import error_methods, perplexity_methods
+from hf_sparse.measure.run import Ready, check, run_attention_error, run_perplexity
 from hf_sparse.share.source import ModelSource
+from hf_sparse.tables import Table, text_table
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -58,10 +58,10 @@ def run_demo(name: str, run: RunOptions) -> None:
     say(f"after {_LENGTHS[0]:,} tokens that end with {texts['prompt']!r}")
     say(f"  dense writes   {texts['dense']!r}\n  sparse writes  {texts['sparse']!r}\n")
     config = SparseAttentionConfig()
-    perplexity = run_perplexity(_in(ready, _PERPLEXITY), make_methods(_METHODS, config, _LENGTHS))
+    perplexity = run_perplexity(_in(ready, _PERPLEXITY), perplexity_methods(_METHODS, config, _LENGTHS, source.support))
     say(f"perplexity of the same {_TARGETS} tokens after more and more context, and its ratio to dense:\n")
     say(f"{text_table(*_perplexities(perplexity.summary))}\n")
-    methods = {name: method for name, method in make_error_methods(config, _LENGTHS).items() if name in _ERROR_METHODS}
+    methods = error_methods(_ERROR_METHODS, config, _LENGTHS, source.support)
     error = run_attention_error(_in(ready, _ATTENTION_ERROR), _LENGTHS, methods, _ROWS_PER_LENGTH)
     say("attention mass that is lost (mean query / worst 1 %), every method at equal cost over these lengths:\n")
     say(f"{text_table(*_lost_masses(error.summary))}\n")

@@ -16,6 +16,7 @@ from hf_sparse.checks import shown
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import AUTO
 from hf_sparse.errors import UserError
+from hf_sparse.measure.run import Run, Texts
 from hf_sparse.policy import Policy as ReadPolicy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.selectors import parse_selector
@@ -40,19 +41,18 @@ Documents = Annotated[
 
 # The largest number in a list: more tokens than any model reads at once.
 _MOST = 1 << 24
-# More threads than this for each processor only wait for one another, and far more of them end the process.
-_THREADS_PER_PROCESSOR = 4
+# More threads than this for each CPU only wait for one another, and far more of them end the process.
+_THREADS_PER_CPU = 4
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Run):
     """How a command runs.
 
     Raises:
         UserError: for a device that is not there, or more threads than are of use here.
     """
 
-    revision: Revision = None
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = "auto"
     device: Annotated[
         str | None,
@@ -62,17 +62,18 @@ class RunOptions:
     seed: Seed = 0
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for rows, summary and plots.", show_default="results/MODEL-COMMAND; results/theory"),
+        typer.Option(help="Folder of records, summary, plots.", show_default="results/MODEL-COMMAND; results/theory"),
     ] = None
+    revision: Revision = None
     as_json: Json = False
 
     def __post_init__(self) -> None:
         check_device(self.device)
-        processors = os.cpu_count() or 1
-        if self.threads is not None and self.threads > _THREADS_PER_PROCESSOR * processors:
+        cpus = os.cpu_count() or 1
+        if self.threads is not None and self.threads > _THREADS_PER_CPU * cpus:
             raise UserError(
-                f"threads must be at most {_THREADS_PER_PROCESSOR * processors}, {_THREADS_PER_PROCESSOR} for each of "
-                f"the {processors} processors here; got {self.threads}"
+                f"threads must be at most {_THREADS_PER_CPU * cpus}, {_THREADS_PER_CPU} for each of the {cpus} CPUs "
+                f"here; got {self.threads}"
             )
 
 
@@ -93,7 +94,7 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions(TextOptions):
+class DataOptions(TextOptions, Texts):
     """Which tokens are evaluated."""
 
     lengths: Annotated[str, typer.Option(help="Input lengths in tokens, rising.")] = "512,1024,2048,4096"

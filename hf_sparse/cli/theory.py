@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_sparse.cli.options import DataOptions, RunOptions, parse_integers
-from hf_sparse.cli.runs import Checked, check
 from hf_sparse.errors import UserError
+from hf_sparse.measure.run import Checked, check
 from hf_sparse.measure.windows import check_lengths
 from hf_sparse.results import check_folder
 from hf_sparse.share.source import ModelSource

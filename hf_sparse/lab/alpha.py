@@ -24,7 +24,7 @@ from hf_sparse.lab.fits import FloatArray
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.topk import NORMS, top_k_errors
 from hf_sparse.laws import bisect
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 ALPHA = {"small": 2.0, "full": 8.0}
 """The law alpha sqrt(n) whose cost all others have."""
@@ -53,12 +53,12 @@ def cells(setting: Setting) -> Sequence[Cell]:
     return [probe.window_cell(window, **more) for window in probe.longest_windows(setting)]
 
 
-def measure(cell: Cell, setting: Setting) -> Row:
+def measure(cell: Cell, setting: Setting) -> Record:
     """See `head_errors`: a list with an entry per layer and n."""
     model = setting.subject.model
     layers = {layer.index: layer for layer in probe.layers_of(model)}
 
-    def look(sample: probe.Sample) -> Row:
+    def look(sample: probe.Sample) -> Record:
         needed = concentration(sample.dense)["keys_95"][0].mean(-1).tolist()
         return head_errors(sample, layers[sample.layer], cell["alpha"]) | {"keys_95": needed}
 
@@ -122,7 +122,7 @@ class Curves:
     needed: dict[int, FloatArray]
 
     @classmethod
-    def of(cls, records: Sequence[Row]) -> Curves:
+    def of(cls, records: Sequence[Record]) -> Curves:
         """The mean curves of some documents."""
         columns = fits.by_length(records, "curves")
         return cls({n: np.pad(curves, ((0, 0), (0, 1))) for n, curves in columns["error"].items()}, columns["keys_95"])
@@ -188,7 +188,7 @@ def laws_of(curves: Curves, cost: float) -> dict[str, Law]:
     }
 
 
-def conclude(records: Sequence[Row]) -> Findings:
+def conclude(records: Sequence[Record]) -> Findings:
     """Laws fitted on all documents but the last, judged on the last; certificates on all."""
     fitted, held_out = (Curves.of(part) for part in ((records[:-1] or records), records[-1:]))
     alpha, lengths = records[0]["alpha"], list(fitted.error)

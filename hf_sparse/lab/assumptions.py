@@ -14,7 +14,7 @@ from hf_sparse.lab.inputs import Input, by_input, draw_rows
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.topk import NORMS, row_shape, softmax, top_k_errors
 from hf_sparse.lab.windows import SIZES, kept_keys
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 WINDOW = "n^0.5"
 MEASURED = ("max entry", "lost mass", "output", "relative output")
@@ -53,7 +53,7 @@ def cells(setting: Setting) -> list[Cell]:
     return [source.fields() | {"n": 2**e, **size} for source in INPUTS for e in exponents]
 
 
-def measure(cell: Cell, setting: Setting) -> Row:
+def measure(cell: Cell, setting: Setting) -> Record:
     """Errors of the window, keys for 90 % of the mass, and the logits against their bound: one number per repeat."""
     n, source = cell["n"], Input.of(cell)
     # What row_radius gives for a query with ||W^T x||_2 = R, which is what it is on average over bounded queries.
@@ -70,7 +70,7 @@ def measure(cell: Cell, setting: Setting) -> Row:
     return {name: shortened(values) for name, values in out.items()}
 
 
-def fit_input(label: str, records: Sequence[Row]) -> dict[str, Any]:
+def fit_input(label: str, records: Sequence[Record]) -> dict[str, Any]:
     """Slopes over all lengths of one input, and its values at the longest."""
     lengths = [record["n"] for record in records]
     slopes = {name: slope(lengths, [record[name] for record in records]) for name in (*MEASURED, "keys_90")}
@@ -86,7 +86,7 @@ def fit_input(label: str, records: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def conclude(records: Sequence[Row]) -> Findings:
+def conclude(records: Sequence[Record]) -> Findings:
     """For each violated assumption, which errors surely fall less, or rise more, than without it."""
     inputs = by_input(records)
     fits = {label: fit_input(label, own) for label, own in inputs.items()}

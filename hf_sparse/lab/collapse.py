@@ -27,7 +27,7 @@ from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.probe import SINKS, Sample
 from hf_sparse.lab.topk import EPSILON
 from hf_sparse.measure.perplexity import token_nll
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 REFERENCE = {"small": 128, "full": 512}
 """Keys up to which log-n scaling leaves logits as they are."""
@@ -52,12 +52,12 @@ def cells(setting: Setting) -> Sequence[Cell]:
     return [*plain, probe.window_cell(windows[0], scaled=True, **more)]
 
 
-def measure(cell: Cell, setting: Setting) -> Row:
+def measure(cell: Cell, setting: Setting) -> Record:
     """Detectors by layer and n, on the logits as they are and scaled after the fact; the mixing of values; the loss."""
     model, window = setting.subject.model, probe.find_window(cell, setting)
     mixed: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def look(sample: Sample) -> Row:
+    def look(sample: Sample) -> Record:
         output = weighted_values(sample.dense.call, sample.dense.weights)[0]
         mixed.setdefault(sample.layer, []).append((output, sample.values[:, sample.visible - 1]))
         entry = detect(sample.logits, sample.visible, SINKS)
@@ -69,7 +69,7 @@ def measure(cell: Cell, setting: Setting) -> Row:
     with log_n_scaling(model, cell["reference"]) if cell["scaled"] else nullcontext():
         lengths = probe.row_lengths(cell["length"], LEAST)
         detectors = probe.visit_samples(model, window, lengths, cell["rows"], look)
-        out: Row = {"detectors": detectors, "mixing": []}
+        out: Record = {"detectors": detectors, "mixing": []}
         for layer, pairs in mixed.items():
             outputs, values = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
             out["mixing"].append({"layer": layer, **fits.shortened(mixing(outputs, values))})
@@ -163,7 +163,7 @@ def log_n_scaling(model: PreTrainedModel, reference: int) -> Iterator[PreTrained
         yield model
 
 
-def conclude(records: Sequence[Row]) -> Findings:
+def conclude(records: Sequence[Record]) -> Findings:
     """The kinds of the heads by n, and the growth of effective entries."""
     plain = [record for record in records if not record["scaled"]]
     forward = next(record for record in records if record["scaled"])

@@ -24,7 +24,7 @@ from hf_sparse.lab.fits import shortened
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.tiny import random_model, random_tokens
 from hf_sparse.patching import base_model
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 ALPHA = 2.0
 """alpha of the sparse layers, which keep alpha sqrt(n) keys: few, for errors to be seen."""
@@ -54,7 +54,7 @@ def cells(setting: Setting) -> Sequence[Cell]:
     ]
 
 
-def measure(cell: Cell, setting: Setting) -> Row:
+def measure(cell: Cell, setting: Setting) -> Record:
     """See `errors_through_depth`."""
     if cell["part"] == "model":
         return errors_through_depth(setting.subject.model, probe.find_window(cell, setting).input_ids, ALPHA)
@@ -89,7 +89,7 @@ def without(model: PreTrainedModel, *, residual: bool, norm: bool) -> Iterator[P
 
 
 @torch.no_grad()
-def errors_through_depth(model: PreTrainedModel, ids: Tensor, alpha: float) -> Row:
+def errors_through_depth(model: PreTrainedModel, ids: Tensor, alpha: float) -> Record:
     """Relative errors of the hidden states after every layer, means over the second half of the tokens.
 
     - `single`: entry [i][l]: the error after layer l when layer i alone is sparse, 0 for l < i;
@@ -135,7 +135,7 @@ def _hidden_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     return found
 
 
-def summary(records: Sequence[Row]) -> dict[str, float]:
+def summary(records: Sequence[Record]) -> dict[str, float]:
     """How errors of single layers travel and add up, medians over repeats.
 
     - `own`: error right after a sparse layer, median over layers; `final`: the same after the last layer;
@@ -165,7 +165,7 @@ def summary(records: Sequence[Row]) -> dict[str, float]:
     return {name: float(np.median([found[name] for found in repeats])) for name in repeats[0]}
 
 
-def conclude(records: Sequence[Row]) -> Findings:
+def conclude(records: Sequence[Record]) -> Findings:
     """How errors grow with depth, and the part of residual connections and normalisation in it."""
     model = next(record for record in records if record["part"] == "model")
     own = [record for record in records if record["part"] == "random"]

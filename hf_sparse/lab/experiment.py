@@ -12,9 +12,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from hf_sparse.lab.plots import Panel
-from hf_sparse.measure.tables import Table
 from hf_sparse.measure.windows import Window
-from hf_sparse.results import Row, row_key
+from hf_sparse.results import Record, record_key
+from hf_sparse.tables import Table
 
 Cell = dict[str, Any]
 """Everything that decides one measurement, as JSON; an interrupted run recognises its records by it."""
@@ -31,7 +31,7 @@ class Subject:
 
     model: PreTrainedModel
     windows: Sequence[Window]
-    about: Row
+    about: Record
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Setting:
 
     def rng(self, cell: Cell) -> np.random.Generator:
         """Random numbers of a cell: independent of other cells and of the order of measurements."""
-        return np.random.default_rng(np.random.SeedSequence([self.seed, int(row_key(**cell), 16)]))
+        return np.random.default_rng(np.random.SeedSequence([self.seed, int(record_key(**cell), 16)]))
 
 
 def judge(claim: Mapping[str, Any], held: Any, quantities: Mapping[str, Any]) -> dict[str, str]:
@@ -129,8 +129,8 @@ class Experiment:
 
     name: str
     cells: Callable[[Setting], Sequence[Cell]]
-    measure: Callable[[Cell, Setting], Row]
-    conclude: Callable[[Sequence[Row]], Findings]
+    measure: Callable[[Cell, Setting], Record]
+    conclude: Callable[[Sequence[Record]], Findings]
     needs_model: bool = False
 
     def verdicts(self, findings: Findings) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 FloatArray = NDArray[np.float64]
 CONFIDENCE = 0.95
@@ -113,7 +113,7 @@ def bands(columns: dict[int, FloatArray]) -> FloatArray:
     return np.quantile(np.stack(list(columns.values())), [0.25, 0.5, 0.75], axis=1)
 
 
-def by_length(records: Sequence[Row], part: str) -> dict[str, dict[int, FloatArray]]:
+def by_length(records: Sequence[Record], part: str) -> dict[str, dict[int, FloatArray]]:
     """Entries of the layers of `records[...][part]` by name and n, `(heads of all layers, ...)`: document means."""
     lengths = sorted({layer["n"] for layer in records[0][part]})
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 Array = NDArray[np.float32]
 
@@ -47,7 +47,7 @@ class Input:
     shape: float = 0.0
 
     @classmethod
-    def of(cls, cell: Row) -> Input:
+    def of(cls, cell: Record) -> Input:
         """The input of a cell, which holds the fields."""
         return cls(cell["kind"], cell["norm"], cell["growth"], cell["shape"])
 
@@ -76,9 +76,9 @@ class Input:
         return float(self.norm * math.log(n) ** self.growth)
 
 
-def by_input(records: Sequence[Row], length: str = "n") -> dict[str, list[Row]]:
+def by_input(records: Sequence[Record], length: str = "n") -> dict[str, list[Record]]:
     """The records of each input by its label, `length` rising."""
-    groups: dict[str, list[Row]] = {Input.of(record).label: [] for record in records}
+    groups: dict[str, list[Record]] = {Input.of(record).label: [] for record in records}
     for record in sorted(records, key=lambda record: int(record[length])):
         groups[Input.of(record).label].append(record)
     return groups

@@ -14,7 +14,7 @@ from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
 from hf_sparse.lab.fits import FloatArray, quartiles
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.scales import input_scales, logit_spread, watched_inputs, weight_scales
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 DELTA = 0.05
 """Probability with which the formal bound on the logits of a query may fail."""
@@ -27,7 +27,7 @@ def cells(setting: Setting) -> Sequence[Cell]:
     return [weights, *(probe.window_cell(window, part="text", rows=rows) for window in windows)]
 
 
-def measure(cell: Cell, setting: Setting) -> Row:
+def measure(cell: Cell, setting: Setting) -> Record:
     """See `weight_scales`, `input_scales` and `logit_spread`; a list `spread` with an entry per layer and n."""
     model, length = setting.subject.model, cell["length"]
     if cell["part"] == "weights":
@@ -47,7 +47,7 @@ def trivial_rotation(ratio: FloatArray) -> str:
     return "queries and keys are normalised, so that W is the rotation alone" if trivial else ""
 
 
-def conclude(records: Sequence[Row]) -> Findings:
+def conclude(records: Sequence[Record]) -> Findings:
     """R and the spread of logits against the thresholds."""
     weights = next(record["scales"] for record in records if record["part"] == "weights")
     texts = [record for record in records if record["part"] == "text"]

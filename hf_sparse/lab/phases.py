@@ -16,7 +16,7 @@ from hf_sparse.lab.inputs import Input, by_input, draw_rows
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.topk import EPSILON, row_shape, softmax
 from hf_sparse.lab.windows import LATE
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 LOST = 0.1
 """k_90 loses this share of the mass."""
@@ -47,7 +47,7 @@ def cells(setting: Setting) -> list[Cell]:
     return out
 
 
-def measure(cell: Cell, setting: Setting) -> Row:
+def measure(cell: Cell, setting: Setting) -> Record:
     """What `row_shape` counts, averaged over queries: one number per repeat."""
     shapes = [
         [row_shape(softmax(logits)) for logits, _ in draw_rows(Input.of(cell), cell["n"], cell["rows"], rng)]
@@ -56,7 +56,7 @@ def measure(cell: Cell, setting: Setting) -> Row:
     return {name: fits.shortened([np.mean([s[name] for s in own]) for own in shapes]) for name in shapes[0][0]}
 
 
-def fit_keys(records: Sequence[Row]) -> dict[str, Any]:
+def fit_keys(records: Sequence[Record]) -> dict[str, Any]:
     """The exponent of k_90 of one input: over all lengths, over the longest, and in theory."""
     source, lengths = Input.of(records[0]), [record["n"] for record in records]
     keys = np.array([record["keys_90"] for record in records])
@@ -74,7 +74,7 @@ def fit_keys(records: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def conclude(records: Sequence[Row]) -> Findings:
+def conclude(records: Sequence[Record]) -> Findings:
     """Exponents of k_90 beside the closed forms."""
     found = [fit_keys(own) for own in by_input(records).values()]
     grid = [record for record in records if record["growth"] == 0 and record["kind"] == "logits"]
@@ -143,7 +143,7 @@ def conclude(records: Sequence[Row]) -> Findings:
     return Findings(figures, more, held, _panels(grid, list(growing.values())), [(header, body)])
 
 
-def _panels(grid: Sequence[Row], growing: Sequence[dict[str, Any]]) -> list[Panel]:
+def _panels(grid: Sequence[Record], growing: Sequence[dict[str, Any]]) -> list[Panel]:
     lengths, norms = sorted({record["n"] for record in grid}), sorted({record["norm"] for record in grid})
     places = {(record["norm"], record["n"]): record for record in grid}
 

@@ -19,7 +19,7 @@ from hf_sparse.lab.experiment import Cell, Setting
 from hf_sparse.lab.fits import FloatArray, shortened
 from hf_sparse.measure.windows import Window
 from hf_sparse.patching import base_model
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 from hf_sparse.support import attention_modules
 
 QUERIES = {"small": 4, "full": 16}
@@ -177,8 +177,8 @@ class Sample:
 
 
 def visit_samples(
-    model: PreTrainedModel, window: Window, lengths: Sequence[int], queries: int, look: Callable[[Sample], Row]
-) -> list[Row]:
+    model: PreTrainedModel, window: Window, lengths: Sequence[int], queries: int, look: Callable[[Sample], Record]
+) -> list[Record]:
     """Run `model` dense over a window and look at some queries of every layer at every number of visible keys.
 
     Layers whose sliding window hides keys at the largest n are left out: to them n does not grow with the text.
@@ -193,7 +193,7 @@ def visit_samples(
     Returns:
         What `look` returns, numbers shortened, with `layer` and `n`.
     """
-    found: list[Row] = []
+    found: list[Record] = []
 
     @torch.no_grad()
     def observer(layer: int, inputs: AttentionCall) -> None:

@@ -15,7 +15,7 @@ from hf_sparse.lab.norms import trivial_rotation
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.scales import head_forms, logit_spread
 from hf_sparse.measure.perplexity import token_nll
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 FACTORS = {"small": (None, 0.1, 1.0, 10.0), "full": (None, 0.01, 0.1, 1.0, 10.0, 100.0)}
 """Factors of the base of RoPE; `None` for no position embedding."""
@@ -31,11 +31,11 @@ def cells(setting: Setting) -> Sequence[Cell]:
     return [probe.window_cell(window, rows=rows, factor=factor) for factor in FACTORS[setting.scale]]
 
 
-def measure(cell: Cell, setting: Setting) -> Row:
+def measure(cell: Cell, setting: Setting) -> Record:
     """With the base of the cell: ||W_D||_F of every head, spread and concentration of its attention, and the loss."""
     model, window = setting.subject.model, probe.find_window(cell, setting)
 
-    def look(sample: probe.Sample) -> Row:
+    def look(sample: probe.Sample) -> Record:
         return {
             "deviation": logit_spread(sample)["deviation"],
             "keys_90": concentration(sample.dense)["keys_90"][0].mean(-1).tolist(),
@@ -54,7 +54,7 @@ def measure(cell: Cell, setting: Setting) -> Row:
     return {"scale": fits.shortened(scale), "rows": found, "nll": nll}
 
 
-def conclude(records: Sequence[Row]) -> Findings:
+def conclude(records: Sequence[Record]) -> Findings:
     """The effect of the rotation on R, on the spread and on the keys needed, against the model's own base."""
     by_base = {_NONE if r["factor"] is None else f"base x {r['factor']:g}": r for r in records}
     own = by_base[_OWN]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from hf_sparse.errors import UserError
@@ -16,8 +16,9 @@ from hf_sparse.lab import alpha, assumptions, collapse, depth, norms, phases, ro
 from hf_sparse.lab.experiment import CLAIMS, Experiment, Findings, Setting
 from hf_sparse.lab.fits import shortened
 from hf_sparse.lab.plots import draw_page
-from hf_sparse.measure.tables import Table, markdown_table
-from hf_sparse.results import ROWS, SUMMARY, TABLES, ResultFile, Row, row_key, software, write_json
+from hf_sparse.machine import device_name
+from hf_sparse.results import ROWS, SUMMARY, TABLES, Record, ResultFile, record_key, software, write_json
+from hf_sparse.tables import Table, markdown_table
 
 EXPERIMENTS = tuple(
     module.EXPERIMENT for module in (windows, phases, workloads, assumptions, norms, rope, depth, collapse, alpha)
@@ -49,27 +50,30 @@ def run(experiments: Sequence[Experiment], setting: Setting, folder: Path) -> di
         records = _measured(experiment, setting, results)
         with results.summed_up():
             found[experiment.name] = experiment.conclude(records)
-    about: Row = {"scale": setting.scale, "seed": setting.seed, "device_name": platform.machine(), **software()}
+    name = device_name(torch.device("cpu"))
+    about: Record = {"scale": setting.scale, "seed": setting.seed, "device_name": name, **software()}
     if setting.model_subject is not None:
         about |= setting.model_subject.about
     return write(experiments, found, about, folder)
 
 
-def _measured(experiment: Experiment, setting: Setting, results: ResultFile) -> list[Row]:
+def _measured(experiment: Experiment, setting: Setting, results: ResultFile) -> list[Record]:
     """The records of an experiment in the order of its cells: those of `results`, and the others measured now."""
     about = {} if setting.model_subject is None else setting.model_subject.about
-    decisive: Row = {name: about[name] for name in ("model", "dtype", "device") if name in about}
+    decisive: Record = {name: about[name] for name in ("model", "dtype", "device") if name in about}
     decisive |= {"command": "theory", "experiment": experiment.name, "seed": setting.seed}
-    cells = {row_key(cell=cell, **decisive): cell for cell in experiment.cells(setting)}
-    missing = cells.keys() - results.rows().keys()
+    cells = {record_key(cell=cell, **decisive): cell for cell in experiment.cells(setting)}
+    missing = cells.keys() - results.records().keys()
     for key in tqdm([key for key in cells if key in missing], desc=experiment.name, unit="cell", disable=not missing):
         record = {"key": key, "experiment": experiment.name, "seed": setting.seed, **cells[key]}
         results.append(record | experiment.measure(cells[key], setting) | software())
-    records = results.rows()
+    records = results.records()
     return [records[key] for key in cells]
 
 
-def write(experiments: Sequence[Experiment], found: Mapping[str, Findings], about: Row, folder: Path) -> dict[str, Any]:
+def write(
+    experiments: Sequence[Experiment], found: Mapping[str, Findings], about: Record, folder: Path
+) -> dict[str, Any]:
     """Write `summary.json`, `tables.md` and a page of plots for each experiment.
 
     Args:

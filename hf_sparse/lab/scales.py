@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from hf_sparse.lab.bounds import rope_scales, spectral_scale
 from hf_sparse.lab.fits import FloatArray
 from hf_sparse.lab.probe import SINKS, Layer, Sample, frequencies_of, hooks, layers_of, split_heads
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 _TILTS = (-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0)
 """Arguments, in standard deviations, at which the moment generating function is compared with a Gaussian's."""
@@ -102,7 +102,7 @@ def watched_inputs(model: PreTrainedModel) -> Iterator[dict[tuple[int, str], Mom
         yield found
 
 
-def input_scales(model: PreTrainedModel, moments: dict[tuple[int, str], Moments], length: int) -> Row:
+def input_scales(model: PreTrainedModel, moments: dict[tuple[int, str], Moments], length: int) -> Record:
     """B and the logit deviation that independent inputs would have, of every head.
 
     Lists by layer, then head: `bound`, B (the geometric mean where queries and keys differ), and `independent`, the

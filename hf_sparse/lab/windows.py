@@ -14,7 +14,7 @@ from hf_sparse.lab.inputs import Input, by_input, draw_rows
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.topk import NORMS, softmax, top_k_errors
 from hf_sparse.laws import Budget
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 WINDOWS = {
     "16 keys": Budget("fixed", keys=16),
@@ -53,7 +53,7 @@ def kept_keys(windows: Sequence[str], n: int) -> list[int]:
     return [int(WINDOWS[name](torch.tensor(n))) for name in windows]
 
 
-def measure(cell: Cell, setting: Setting) -> Row:
+def measure(cell: Cell, setting: Setting) -> Record:
     """Errors of each window in each norm, mean query, and of single entries the worst query: one number per repeat."""
     n, windows = cell["n"], cell["windows"]
     kept = kept_keys(windows, n)
@@ -63,13 +63,13 @@ def measure(cell: Cell, setting: Setting) -> Row:
             for rng in setting.rng(cell).spawn(cell["repeats"])
         ]
     )
-    out: Row = {"kept": kept}
+    out: Record = {"kept": kept}
     for name, errors, norms in (("mean", repeats.mean(1), NORMS), ("worst", repeats.max(1), ENTRYWISE)):
         out[name] = {w: {m: shortened(errors[:, NORMS.index(m), i]) for m in norms} for i, w in enumerate(windows)}
     return out
 
 
-def fit_errors(records: Sequence[Row], label: str, window: str, norm: str) -> dict[str, Any]:
+def fit_errors(records: Sequence[Record], label: str, window: str, norm: str) -> dict[str, Any]:
     """Slopes of one error in n: over all lengths and over the longest, for the mean and for the worst query."""
     lengths = [record["n"] for record in records]
     mean = np.array([record["mean"][window][norm] for record in records])
@@ -88,7 +88,7 @@ def fit_errors(records: Sequence[Row], label: str, window: str, norm: str) -> di
     }
 
 
-def conclude(records: Sequence[Row]) -> Findings:
+def conclude(records: Sequence[Record]) -> Findings:
     """Slopes and trends of every input, window and norm."""
     inputs, windows = by_input(records), records[0]["windows"]
     fits = [fit_errors(own, label, w, norm) for label, own in inputs.items() for w in windows for norm in NORMS]

@@ -17,7 +17,7 @@ from hf_sparse.lab.inputs import Input, by_input, draw_rows
 from hf_sparse.lab.plots import Panel
 from hf_sparse.lab.topk import NORMS, softmax, top_k_errors
 from hf_sparse.laws import Budget, match_cost, total_cost
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 BASE = Budget("power", alpha=8.0, exponent=0.5)
 """The package's default law; the others spend as many keys over a workload."""
@@ -67,7 +67,7 @@ def cells(setting: Setting) -> list[Cell]:
     return [source.fields() | {"length": n, "lengths": lengths, **size} for source in INPUTS for n in lengths]
 
 
-def measure(cell: Cell, setting: Setting) -> Row:
+def measure(cell: Cell, setting: Setting) -> Record:
     """Errors of every law of every workload, averaged over queries of one sequence: one number per repeat.
 
     Query i of a sequence sees i keys. Queries are drawn one from each of equal stretches of the sequence.
@@ -94,7 +94,9 @@ def _sequence_errors(cell: Cell, laws: Sequence[Budget], rng: np.random.Generato
     return np.asarray(np.mean(errors, axis=0))
 
 
-def compare(law: str, label: str, records: Sequence[Row], norm: str, workload: str, statistic: str) -> dict[str, Any]:
+def compare(
+    law: str, label: str, records: Sequence[Record], norm: str, workload: str, statistic: str
+) -> dict[str, Any]:
     """The ratio of errors of one input, a law over fixed: geometric mean over the repeats, with its interval."""
     lengths = [record["length"] for record in records]
     counts = np.array([workload_lengths(workload, lengths).count(length) for length in lengths])
@@ -118,7 +120,7 @@ def compare(law: str, label: str, records: Sequence[Row], norm: str, workload: s
     }
 
 
-def conclude(records: Sequence[Row]) -> Findings:
+def conclude(records: Sequence[Record]) -> Findings:
     """Adaptive over fixed, on average over a workload and at its worst length."""
     inputs, lengths = by_input(records, "length"), tuple(records[0]["lengths"])
     # Every norm for the law of the claim; one for the others, which show the effect of the exponent.

@@ -1,1 +1,1 @@
-"""What sparse attention costs on real models and real texts: perplexity and attention error across lengths."""
+"""What sparse attention costs on real models and texts: perplexity, attention error and retrieval across lengths."""

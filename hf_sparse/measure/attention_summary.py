@@ -1,4 +1,4 @@
-"""From rows to answers: attention error with intervals, its slope against n, and laws compared at equal cost."""
+"""From records to answers: attention error with intervals, its slope against n, and laws compared at equal cost."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from hf_sparse.errors import UserError
-from hf_sparse.measure.attention_error import ADAPTIVE, CALIBRATED
-from hf_sparse.measure.layer_errors import DENSE
-from hf_sparse.measure.statistics import CONFIDENCE, FloatArray, percentile_interval
-from hf_sparse.results import Row
-
-Summary = dict[str, Any]
+from hf_sparse.measure.attention_error import COMMAND
+from hf_sparse.measure.methods import CALIBRATED, EXACT
+from hf_sparse.measure.statistics import CONFIDENCE, FloatArray, estimate, log_slope, percentile_interval
+from hf_sparse.results import DENSE, Record, Summary, describe
 
 ERRORS = ("lost_mass", "l1", "max_entry", "l2", "output_error")
 """Metrics of a method that are 0 for dense attention."""
@@ -26,7 +24,7 @@ SHAPES = (*NEEDED, "entropy")
 """Metrics of dense attention itself."""
 
 STATISTICS = ("mean", "worst")
-"""Over the rows of a head: their mean, and the mean of the worst 1 %."""
+"""Over the queries of a head: their mean, and the mean of the worst 1 %."""
 
 SAMPLES = 2000
 
@@ -35,8 +33,8 @@ MOST_DENSE = 0.5
 error falls to 0 by no power of n."""
 
 
-def summarise(rows: Sequence[Row], seed: int) -> Summary:
-    """Sum up rows of `evaluate`: every method on the same documents and lengths, `dense` among them.
+def summarise(records: Sequence[Record], seed: int) -> Summary:
+    """Summarise records of `evaluate`: every method on the same documents and lengths, `dense` among them.
 
     Values are means over documents, layers and heads of what `layer_errors` keeps of a head. Layers in which a sliding
     window hides keys are left out, except in `layers`: their n does not grow with the length. `low` and `high` are
@@ -46,31 +44,33 @@ def summarise(rows: Sequence[Row], seed: int) -> Summary:
     Returns:
         A dictionary for `json.dumps`:
 
-        - `results`: for each method and length `rows` (measured per head), `visible`, `kept`, `density`; under the
-          name of each metric, `mean` and `worst`, each a `value` with `low` and `high`; `lost_mass` is there beside
+        - `results`: for each method and length `rows` (queries measured per head), `visible`, `kept`, `density`; under
+          the name of each metric, `mean` and `worst`, each a `value` with `low` and `high`; `lost_mass` is there beside
           `retained_mass`; `frobenius` has one value;
         - `slopes`: for each method, metric and statistic the least-squares line through (ln n, ln value), where n is
           the mean of the visible keys: `slope` with `low` and `high`, `intercept`, and `lengths`, the lengths it goes
           through. Lengths at which more than half of the visible keys are kept, or where nothing is lost, are left
           out; `slope` and the others are `None` where less than two remain;
-        - `reference`: the method that the others are compared with: `"calibrated"`, or `"topk"` where there is none;
+        - `reference`: the method that the others are compared with: `"calibrated"` if it was measured, else `"topk"`,
+          else the first;
         - `comparisons`: error of each other method divided by that of `reference`: of the mean over lengths (`mean`)
           and of each one's own worst length (`worst_length`), `ratio` with `low` and `high`: above 1, `reference` is
           better;
         - `layers`: `value` alone, for each method and layer, at the longest length, with `windowed`;
-        - `methods`, `lengths`, `documents`, `resampled`, `seed`, `samples`, `confidence`, `configs`, `about`.
+        - `command`, `methods`, `lengths`, `documents`, `resampled` (what the bootstrap drew), `seed`, `samples`,
+          `confidence`, `configs`, `about`.
 
     Raises:
         UserError: (a `ValueError`) if a sliding window hides keys in every layer.
     """
-    cells = _Cells.of(rows, seed)
+    cells = _Cells.of(records, seed)
     methods = [method for method in cells.methods if method != DENSE]
-    reference = CALIBRATED if CALIBRATED in methods else ADAPTIVE
-    documents = {row["text_sha256"]: row["document"] for row in rows}
-    first = rows[0]
+    reference = next(name for name in (CALIBRATED, EXACT, *methods) if name in methods)
     metrics = {method: NEEDED if method == DENSE else ERRORS for method in cells.methods}
+    described = describe(COMMAND, records)
     return {
-        "results": [_result(cells, rows, method, length) for method in cells.methods for length in cells.lengths],
+        **described,
+        "results": [_result(cells, records, method, length) for method in cells.methods for length in cells.lengths],
         "slopes": [
             {
                 "method": method,
@@ -91,16 +91,14 @@ def summarise(rows: Sequence[Row], seed: int) -> Summary:
             for metric in ERRORS
             for statistic in STATISTICS
         ],
-        "layers": [row for method in cells.methods for row in _layers(rows, method, cells.lengths[-1])],
+        "layers": [row for method in cells.methods for row in _layers(records, method, cells.lengths[-1])],
         "methods": methods,
         "lengths": cells.lengths,
-        "documents": [{"document": name, "text_sha256": sha256} for sha256, name in documents.items()],
-        "resampled": "documents" if len(documents) > 1 else "layers and heads",
+        "resampled": "documents" if len(described["documents"]) > 1 else "layers and heads",
         "seed": seed,
         "samples": SAMPLES,
         "confidence": CONFIDENCE,
-        "configs": {row["method"]: row["config"] for row in rows if row["config"] is not None},
-        "about": {name: first[name] for name in ("model", "dtype", "device", "device_name", "versions", "commit")},
+        "configs": {row["method"]: row["config"] for row in records if row["config"] is not None},
     }
 
 
@@ -119,11 +117,11 @@ class _Cells:
     shares: FloatArray
 
     @classmethod
-    def of(cls, rows: Sequence[Row], seed: int) -> _Cells:
-        methods = list(dict.fromkeys(row["method"] for row in rows))
-        lengths = sorted({row["length"] for row in rows})
-        documents = list(dict.fromkeys(row["text_sha256"] for row in rows))
-        columns = {(row["method"], row["length"], row["text_sha256"]): _columns(row) for row in rows}
+    def of(cls, records: Sequence[Record], seed: int) -> _Cells:
+        methods = list(dict.fromkeys(row["method"] for row in records))
+        lengths = sorted({row["length"] for row in records})
+        documents = list(dict.fromkeys(row["text_sha256"] for row in records))
+        columns = {(row["method"], row["length"], row["text_sha256"]): _columns(row) for row in records}
         growing = ~next(iter(columns.values()))["windowed"].astype(bool)
         if not growing.any():
             raise UserError("a sliding window hides keys in every layer: there is no error against n to sum up")
@@ -150,13 +148,12 @@ class _Cells:
 
     def with_interval(self, method: str, column: str, index: int) -> dict[str, float]:
         """The value at one length, with its interval."""
-        low, high = percentile_interval(self.draws(method, column)[:, index])
-        return {"value": float(self.mean(method, column)[index]), "low": low, "high": high}
+        return estimate(self.mean(method, column)[index], self.draws(method, column)[:, index])
 
 
-def _columns(row: Row) -> dict[str, FloatArray]:
-    """The columns of a row as arrays, the lost mass among them."""
-    out = {name: np.asarray(column, dtype=np.float64) for name, column in row["columns"].items()}
+def _columns(record: Record) -> dict[str, FloatArray]:
+    """The columns of a record as arrays, the lost mass among them."""
+    out = {name: np.asarray(column, dtype=np.float64) for name, column in record["columns"].items()}
     for statistic in STATISTICS:
         if f"l1_{statistic}" in out:
             # Not 1 - retained mass, of which rounding to six digits leaves little where little is lost.
@@ -164,10 +161,10 @@ def _columns(row: Row) -> dict[str, FloatArray]:
     return out
 
 
-def _result(cells: _Cells, rows: Sequence[Row], method: str, length: int) -> dict[str, Any]:
+def _result(cells: _Cells, records: Sequence[Record], method: str, length: int) -> dict[str, Any]:
     index = cells.lengths.index(length)
     out: dict[str, Any] = {"method": method, "length": length}
-    out["rows"] = next(row["rows"] for row in rows if row["length"] == length)
+    out["rows"] = next(row["rows"] for row in records if row["length"] == length)
     for name in ("visible", "kept", "density"):
         out[name] = float(cells.mean(method, name)[index])
     for metric in SHAPES if method == DENSE else ("retained_mass", *ERRORS):
@@ -185,20 +182,13 @@ def _slope(cells: _Cells, method: str, column: str) -> dict[str, Any]:
     lengths = [length for length, use in zip(cells.lengths, used, strict=True) if use]
     if len(lengths) < 2:
         return {"slope": None, "low": None, "high": None, "intercept": None, "lengths": lengths}
-    n = np.log(cells.mean(method, "visible")[used])
-    slope, intercept = _line(n, np.log(value[used]))
+    n = cells.mean(method, "visible")[used]
+    slope, intercept = log_slope(n, value[used])
     draws = cells.draws(method, column)[:, used]
     # A sample may consist of clusters without any error at some length: it has no slope.
-    slopes, _ = _line(n, np.log(draws[(draws > 0).all(1)]))
+    slopes, _ = log_slope(n, draws[(draws > 0).all(1)])
     low, high = percentile_interval(slopes)
     return {"slope": float(slope), "low": low, "high": high, "intercept": float(intercept), "lengths": lengths}
-
-
-def _line(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Slopes and intercepts of the least-squares lines through `y` `(..., points)` against `x` `(points,)`."""
-    centred = x - x.mean()
-    slope = (y * centred).sum(-1) / (centred**2).sum()
-    return slope, y.mean(-1) - slope * x.mean()
 
 
 def _comparison(cells: _Cells, method: str, reference: str, column: str) -> dict[str, Any]:
@@ -215,8 +205,8 @@ def _comparison(cells: _Cells, method: str, reference: str, column: str) -> dict
     return out
 
 
-def _layers(rows: Sequence[Row], method: str, length: int) -> list[dict[str, Any]]:
-    found = [_columns(row) for row in rows if row["method"] == method and row["length"] == length]
+def _layers(records: Sequence[Record], method: str, length: int) -> list[dict[str, Any]]:
+    found = [_columns(row) for row in records if row["method"] == method and row["length"] == length]
     layers = found[0]["layer"]
     means = {name: np.mean([columns[name] for columns in found], axis=0) for name in found[0]}
     out = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_sparse.measure.attention_summary import NEEDED, SHAPES, STATISTICS, Summary
-from hf_sparse.measure.layer_errors import DENSE
-
-Table = tuple[list[str], list[list[str]]]
+from hf_sparse.measure.attention_summary import NEEDED, SHAPES, STATISTICS
+from hf_sparse.measure.methods import CALIBRATED
+from hf_sparse.results import DENSE, Summary
+from hf_sparse.tables import Table
 
 # What the tables show of the errors: the row L1 is twice the lost mass.
 _SHOWN = ("retained_mass", "max_entry", "l2", "output_error")
@@ -23,6 +23,14 @@ _TITLES = {
     "keys_99": "keys for 99 %",
     "entropy": "entropy (nats)",
 }
+
+
+def all_tables(summary: Summary) -> list[Table]:
+    """Every table; layers are shown of the default method, if it was measured."""
+    makers = (error_cells, shape_cells, slope_cells, comparison_cells)
+    methods = summary["methods"]
+    shown = next(name for name in (CALIBRATED, "grouped", *methods) if name in methods)
+    return [*(cells(summary) for cells in makers), layer_cells(summary, shown)]
 
 
 def error_cells(summary: Summary) -> Table:

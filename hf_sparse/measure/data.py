@@ -14,6 +14,9 @@ from hf_sparse.errors import UserError, first_line
 TEXT_SUFFIXES = (".txt", ".md")
 DEFAULT_SPLIT = "test"
 
+# A document of so many characters a token is long enough in most languages; a shorter one is refused later.
+_CHARS_PER_TOKEN = 8
+
 _HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
 _HUB_ADVICE = "pass a text file or folder, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
 
@@ -31,9 +34,7 @@ class Document:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def load_documents(
-    sources: Sequence[str], *, count: int = 4, column: str = "text", min_chars: int = 0
-) -> list[Document]:
+def load_documents(sources: Sequence[str], *, count: int = 4, column: str = "text", tokens: int = 0) -> list[Document]:
     """Read the documents that `sources` name, in their order.
 
     Args:
@@ -41,15 +42,15 @@ def load_documents(
             `id[:config][@split]`, which is streamed. None at all: `embedded_documents`.
         count: Documents made of each data set, parquet file or of the embedded text; files and folders are read whole.
         column: Column that holds the text of a data set or parquet file.
-        min_chars: Consecutive rows of a data set are joined until a document has that many characters, as some data
-            sets (wikitext) hold a paragraph a row.
+        tokens: Consecutive rows of a data set, which may hold a paragraph each (wikitext), are joined until a document
+            is long enough for that many tokens.
 
     Raises:
         UserError: if a source cannot be found, reached or read, holds no text, or names a text twice.
     """
     if not sources:
         return embedded_documents(count)
-    documents = [document for source in sources for document in _load(source, count, column, min_chars)]
+    documents = [document for source in sources for document in _load(source, count, column, _CHARS_PER_TOKEN * tokens)]
     seen: dict[str, str] = {}
     for document in documents:
         if document.sha256 in seen:

@@ -16,7 +16,7 @@ _HALVINGS = 40
 
 
 def kept_keys(config: SparseAttentionConfig, layers: Sequence[LayerSupport], lengths: Sequence[int]) -> float:
-    """Keys that prefills of `lengths` tokens attend to, summed over the rows and query heads of `layers`.
+    """Keys that prefills of `lengths` tokens attend to, summed over the queries and heads of `layers`.
 
     Args:
         config: With `dense_layers` spelled out: see `with_dense_layers`.
@@ -47,7 +47,7 @@ def with_dense_layers(config: SparseAttentionConfig, support: SupportReport) -> 
     """`config` with the layers that it leaves dense in this model spelled out in `dense_layers`."""
     if config.dense_layers is not None:
         return config
-    return replace(config, dense_layers=_dense_by_default(support))
+    return replace(config, dense_layers=tuple(support.default_dense_reasons()))
 
 
 def matched(
@@ -55,9 +55,9 @@ def matched(
 ) -> SparseAttentionConfig:
     """One `law` for all heads, under which prefills of `lengths` attend to as many keys as under `config`.
 
-    A power law has the default exponent. The layers that are dense by default are dense, if that leaves anything to
-    the others, and else the sliding-window layers of a hybrid model alone. The clamps of `config` stay: where these
-    alone cost more, the smallest law it is.
+    A power law has the default exponent. The default layers are dense if that leaves some of the cost to the others;
+    otherwise only the sliding-window layers of a hybrid model are. The clamps of `config` stay; where they alone cost
+    more, the smallest law is used.
 
     Args:
         config: Laws of any kind, per head or not.
@@ -71,7 +71,7 @@ def matched(
         return kept_keys(made, support.layers, lengths)
 
     low, high = 1.0 if law == "fixed" else 1e-4, 1.0 if law == "fraction" else float(max(lengths))
-    for dense in (_dense_by_default(support), support.sliding_layers):
+    for dense in (tuple(support.default_dense_reasons()), support.sliding_layers):
         plain = replace(config, per_head=None, calibration=None, dense_layers=dense)
         if cost(_with_law(plain, law, low)) <= wanted:
             break
@@ -79,10 +79,6 @@ def matched(
         lambda value: cost(_with_law(plain, law, value)) <= wanted, low, high, _HALVINGS, logarithmic=True
     )
     return _with_law(plain, law, parameter)
-
-
-def _dense_by_default(support: SupportReport) -> tuple[int, ...]:
-    return tuple(sorted({min(layer.layer for layer in support.layers), *support.sliding_layers}))
 
 
 def _with_law(config: SparseAttentionConfig, law: LawName, value: float) -> SparseAttentionConfig:

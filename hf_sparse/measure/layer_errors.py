@@ -1,4 +1,4 @@
-"""Attention errors of one layer: rows taken a block and a key head at a time, and what is kept of them."""
+"""Attention errors of one layer, measured a block of queries and a key head at a time."""
 
 from __future__ import annotations
 
@@ -12,49 +12,45 @@ from torch import Tensor
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.diagnostics import DenseBlock, concentration, query_errors
+from hf_sparse.results import DENSE
 from hf_sparse.selectors import find_selector
 from hf_sparse.selectors.grouped import GROUP_QUERIES
 from hf_sparse.visibility import interval_to_mask
 
 Columns = dict[str, list[float]]
 
-DENSE = "dense"
-"""Method under which dense attention itself is described."""
-
 WORST = 0.01
-"""Share of the rows that counts as the worst."""
+"""Share of the queries that counts as the worst."""
 
-_Values = dict[tuple[str, str], Tensor]  # (method, metric) -> (batch, heads, rows)
+_Values = dict[tuple[str, str], Tensor]  # (method, metric) -> (batch, heads, queries)
 
 
 def layer_errors(
     layer: int, inputs: AttentionCall, start: int, stop: int, methods: Mapping[str, SparseAttentionConfig]
 ) -> dict[str, Columns]:
-    """Measure query rows `start` to `stop` of a layer with every method.
+    """Measure queries `start` to `stop` of a layer with every method.
 
     Args:
         layer: Index of the layer, for laws calibrated per layer.
-        inputs: The attention call of one sequence, all of its rows.
-        start: First row; a multiple of `GROUP_QUERIES`, where the groups of the grouped selector begin.
-        stop: Row after the last.
+        inputs: The attention call of one sequence, all of its queries.
+        start: First query; a multiple of `block_queries(methods)`.
+        stop: Query after the last.
         methods: Configurations by name. Of each its selector, `sink_keys`, `recent_keys` and budget law are used, or
             all keys if it names the layer in `dense_layers`.
 
     Returns:
         For each method, and for `"dense"`, one list over the query heads by name:
 
-        - `visible`, `kept`: mean keys that a row sees and keeps; `density`: their ratio;
-        - of each metric of `query_errors` (for `"dense"`, of `concentration`) the `<metric>_mean` over the rows, and
-          `<metric>_worst`, the mean of the worst 1 % of them, one row at least. Worst is the lowest retained mass and
+        - `visible`, `kept`: mean keys that a query sees and keeps; `density`: their ratio;
+        - of each metric of `query_errors` (for `"dense"`, of `concentration`) the `<metric>_mean` over the queries, and
+          `<metric>_worst`, the mean of the worst 1 % of them, one at least. Worst is the lowest retained mass and
           the highest of anything else;
-        - `frobenius`: the Frobenius norm of the error in the measured rows of the attention matrix.
+        - `frobenius`: the Frobenius norm of the error in the measured part of the attention matrix.
 
-        Padding rows count nowhere.
+        Padding counts nowhere.
     """
-    blocks = [
-        _block_values(layer, inputs.queries(i, min(i + GROUP_QUERIES, stop)), methods)
-        for i in range(start, stop, GROUP_QUERIES)
-    ]
+    size = block_queries(methods)
+    blocks = [_block_values(layer, inputs.queries(i, min(i + size, stop)), methods) for i in range(start, stop, size)]
     visible = inputs.visible[:, start:stop].flatten().cpu()
     seen = visible > 0
     mean_visible = visible[seen].double().mean().item()
@@ -71,18 +67,23 @@ def layer_errors(
     return {method: _rounded(columns) for method, columns in out.items()}
 
 
-def _statistics(metric: str, rows: Tensor) -> Columns:
-    """Mean and worst rows of `rows`, float64 `(heads, rows)`."""
-    count = math.ceil(WORST * rows.shape[-1])
-    worst = rows.topk(count, dim=-1, largest=metric != "retained_mass").values
-    out: Columns = {f"{metric}_mean": rows.mean(-1).tolist(), f"{metric}_worst": worst.mean(-1).tolist()}
+def block_queries(methods: Mapping[str, SparseAttentionConfig]) -> int:
+    """Queries that are measured at once: blocks of this many cut no selector's group in two."""
+    return math.lcm(GROUP_QUERIES, *(find_selector(config.selector).group_queries for config in methods.values()))
+
+
+def _statistics(metric: str, values: Tensor) -> Columns:
+    """Mean over the queries, and over the worst of them, of float64 `(heads, queries)`."""
+    count = math.ceil(WORST * values.shape[-1])
+    worst = values.topk(count, dim=-1, largest=metric != "retained_mass").values
+    out: Columns = {f"{metric}_mean": values.mean(-1).tolist(), f"{metric}_worst": worst.mean(-1).tolist()}
     if metric == "l2":
-        out["frobenius"] = rows.square().sum(-1).sqrt().tolist()
+        out["frobenius"] = values.square().sum(-1).sqrt().tolist()
     return out
 
 
 def _block_values(layer: int, inputs: AttentionCall, methods: Mapping[str, SparseAttentionConfig]) -> _Values:
-    """Every metric of every method for a block of rows, one key head and its query heads at a time."""
+    """Every metric of every method for a block of queries, one key head and its query heads at a time."""
     heads, share = inputs.query.shape[1], inputs.group_size
     budgets = {name: _budgets(config, layer, inputs) for name, config in methods.items()}
     parts: list[_Values] = []
@@ -106,7 +107,7 @@ def _block_values(layer: int, inputs: AttentionCall, methods: Mapping[str, Spars
 
 
 def _cut(inputs: AttentionCall, kv_head: int, heads: slice) -> AttentionCall:
-    """`inputs` for one key head, in float32, without the keys before and after those that its rows see."""
+    """`inputs` for one key head, in float32, without the keys before and after those that its queries see."""
     first, stop = inputs.intervals.unbind(-1)
     alive = stop > first
     low, high = (int(first[alive].min()), int(stop.max())) if bool(alive.any()) else (0, 1)
@@ -123,7 +124,7 @@ def _cut(inputs: AttentionCall, kv_head: int, heads: slice) -> AttentionCall:
 
 
 def _budgets(config: SparseAttentionConfig, layer: int, inputs: AttentionCall) -> Tensor:
-    """Keys that each row keeps: int64 `(batch, heads or 1, rows)`."""
+    """Keys that each query keeps: int64 `(batch, heads or 1, queries)`."""
     if layer in (config.dense_layers or ()):
         return inputs.visible.unsqueeze(1)
     kept = config.budget(layer)(inputs.visible)

@@ -1,4 +1,4 @@
-"""From rows to answers: perplexity and ratio to dense with intervals, and adaptive against fixed at equal cost."""
+"""From records to answers: perplexity and ratio to dense with intervals, and adaptive against fixed at equal cost."""
 
 from __future__ import annotations
 
@@ -8,42 +8,41 @@ from typing import Any
 
 import numpy as np
 
+from hf_sparse.measure.methods import FIXED_OF
 from hf_sparse.measure.metric import TokenPerplexity
-from hf_sparse.measure.perplexity import DENSE, FIXED_OF
+from hf_sparse.measure.perplexity import COMMAND
 from hf_sparse.measure.statistics import CONFIDENCE, SAMPLES, FloatArray, bootstrap_means, percentile_interval
-from hf_sparse.results import Row
-
-Summary = dict[str, Any]
+from hf_sparse.results import DENSE, Record, Summary, describe
 
 
-def summarise(rows: Sequence[Row], seed: int) -> Summary:
-    """Sum up rows of `evaluate`: every method on the same documents and lengths, `dense` among them.
+def summarise(records: Sequence[Record], seed: int) -> Summary:
+    """Summarise records of `evaluate`: every method on the same documents and lengths, `dense` among them.
 
     Returns:
         A dictionary for `json.dumps`, in which a ratio is a perplexity divided by another on the same tokens,
         `exp(mean difference of nats per token)`, with `low` and `high` of its 95 % bootstrap interval:
 
         - `results`: for each method and length `perplexity`, `ratio` to dense with `low` and `high`, `density`,
-          `sparse_density` (`None` in rows of earlier releases), `mean_keys`, `seconds` (mean of a forward pass),
+          `sparse_density` (`None` in records of earlier releases), `mean_keys`, `seconds` (mean of a forward pass),
           `tokens`;
         - `methods`: for each method the mean over lengths (of the nats, so a geometric mean of the ratios), the
           length with the worst ratio, and that ratio;
         - `adaptive_vs_fixed`: ratio of each adaptive method to the fixed number of keys at equal cost, by length,
           over all lengths (`mean`), and of each one's own worst length (`worst`): below 1, adaptive is better;
-        - `documents`, `lengths`, `targets`, `block_tokens`, `resampled` (what the bootstrap drew), `seed`,
+        - `command`, `documents`, `lengths`, `targets`, `block_tokens`, `resampled` (what the bootstrap drew), `seed`,
           `samples`, `confidence`, `configs`, `about`.
     """
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    lengths = sorted({row["length"] for row in rows})
-    documents = {row["text_sha256"]: row["document"] for row in rows}
-    series = _Series(rows, methods, lengths, list(documents), seed)
+    methods = list(dict.fromkeys(row["method"] for row in records))
+    lengths = sorted({row["length"] for row in records})
+    documents = list(dict.fromkeys(row["text_sha256"] for row in records))
+    series = _Series(records, methods, lengths, documents, seed)
     pairs = [(adaptive, fixed) for adaptive, fixed in FIXED_OF.items() if {adaptive, fixed} <= set(methods)]
-    first = rows[0]
+    first = records[0]
     return {
-        "results": [_result(series, method, length, rows) for method in methods for length in lengths],
+        **describe(COMMAND, records),
+        "results": [_result(series, method, length, records) for method in methods for length in lengths],
         "methods": [_over_lengths(series, method) for method in methods],
         "adaptive_vs_fixed": [_verdict(series, adaptive, fixed) for adaptive, fixed in pairs],
-        "documents": [{"document": name, "text_sha256": sha256} for sha256, name in documents.items()],
         "lengths": lengths,
         "targets": first["tokens"],
         "block_tokens": first["block_tokens"],
@@ -51,8 +50,7 @@ def summarise(rows: Sequence[Row], seed: int) -> Summary:
         "seed": seed,
         "samples": SAMPLES,
         "confidence": CONFIDENCE,
-        "configs": {row["method"]: row["config"] for row in rows},
-        "about": {name: first[name] for name in ("model", "dtype", "device", "device_name", "versions", "commit")},
+        "configs": {row["method"]: row["config"] for row in records},
     }
 
 
@@ -60,14 +58,14 @@ class _Series:
     """Mean nats per token of every method and length: measured, `(methods, lengths)`, and resampled."""
 
     def __init__(
-        self, rows: Sequence[Row], methods: list[str], lengths: list[int], documents: list[str], seed: int
+        self, records: Sequence[Record], methods: list[str], lengths: list[int], documents: list[str], seed: int
     ) -> None:
         self.methods, self.lengths = methods, lengths
-        cells = {(row["method"], row["length"], row["text_sha256"]): row for row in rows}
+        cells = {(row["method"], row["length"], row["text_sha256"]): row for row in records}
         nll: FloatArray = np.array(
             [[[cells[m, n, d]["block_nll"] for d in documents] for n in lengths] for m in methods], dtype=np.float64
         )
-        tokens = _tokens_of_blocks(rows[0]["tokens"], rows[0]["block_tokens"])
+        tokens = _tokens_of_blocks(records[0]["tokens"], records[0]["block_tokens"])
         self.means: FloatArray = nll.sum((2, 3)) / (len(documents) * tokens.sum())
         draws = bootstrap_means(nll.reshape(-1, *nll.shape[2:]), tokens, seed=seed)
         self.draws: FloatArray = draws.reshape(-1, len(methods), len(lengths))
@@ -87,8 +85,8 @@ def _ratio(value: float, draws: FloatArray) -> dict[str, float]:
     return {"ratio": math.exp(value), "low": math.exp(low), "high": math.exp(high)}
 
 
-def _result(series: _Series, method: str, length: int, rows: Sequence[Row]) -> dict[str, Any]:
-    cell = [row for row in rows if row["method"] == method and row["length"] == length]
+def _result(series: _Series, method: str, length: int, records: Sequence[Record]) -> dict[str, Any]:
+    cell = [row for row in records if row["method"] == method and row["length"] == length]
     perplexity = TokenPerplexity(keep_in_memory=True).compute(
         nll=[row["nll"] for row in cell], tokens=[row["tokens"] for row in cell]
     )
@@ -107,8 +105,8 @@ def _result(series: _Series, method: str, length: int, rows: Sequence[Row]) -> d
     }
 
 
-def _mean(rows: Sequence[Row], column: str) -> float | None:
-    values = [row[column] for row in rows if row.get(column) is not None]
+def _mean(records: Sequence[Record], column: str) -> float | None:
+    values = [row[column] for row in records if row.get(column) is not None]
     return math.fsum(values) / len(values) if values else None
 
 

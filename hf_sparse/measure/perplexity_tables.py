@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_sparse.measure.perplexity import DENSE
-from hf_sparse.measure.perplexity_summary import Summary
-from hf_sparse.measure.tables import Table
+from hf_sparse.results import DENSE, Summary
+from hf_sparse.tables import Table
+
+
+def all_tables(summary: Summary) -> list[Table]:
+    """Every table that has lines."""
+    made = [cells(summary) for cells in (perplexity_cells, method_cells, verdict_cells, overview_cells)]
+    return [table for table in made if table[1]]
 
 
 def perplexity_cells(summary: Summary) -> Table:

@@ -1,183 +1,64 @@
-"""Plots of the summaries: perplexity, and attention error, against context length. Dense is always drawn."""
+"""Plots of the summaries against context length: at most three methods a panel, and dense attention in every one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse.errors import UserError
+from hf_sparse.results import DENSE, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Summary = dict[str, Any]
-
-DENSE = "dense"
-
-# The palette of Okabe and Ito, which colour-blind readers can tell apart, and markers for print in grey.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart, and markers for print in grey. Names that are
+# never drawn together share a colour.
 _STYLES = {
     DENSE: ("#000000", "s"),
     "topk": ("#0072B2", "o"),
-    "fixed": ("#D55E00", "v"),
-    "fraction": ("#009E73", "^"),
-    "log": ("#E69F00", "D"),
-    "grouped": ("#CC79A7", "P"),
-    "window": ("#56B4E9", "X"),
-    "fixed-grouped": ("#8C510A", "<"),
     "calibrated": ("#0072B2", "o"),
-    "power": ("#CC79A7", "P"),
+    "cudnn": ("#0072B2", "o"),
+    "fixed": ("#D55E00", "v"),
+    "dynamic-cache": ("#D55E00", "v"),
+    "masked-sdpa": ("#D55E00", "v"),
+    "fraction": ("#009E73", "^"),
     "uniform": ("#009E73", "^"),
+    "log": ("#E69F00", "D"),
     "decode": ("#E69F00", "D"),
+    "static-cache": ("#E69F00", "D"),
+    "grouped": ("#CC79A7", "P"),
+    "power": ("#CC79A7", "P"),
+    "hf_sparse": ("#CC79A7", "P"),
+    "window": ("#56B4E9", "X"),
+    "flash": ("#56B4E9", "X"),
+    "fixed-grouped": ("#8C510A", "<"),
     "decode-topk": ("#882255", "h"),
+    "sdpa": ("#000000", "s"),
+    "eager": ("#666666", "*"),
 }
+# For methods of users.
+_SPARE = (("#882255", ">"), ("#44AA99", "p"), ("#999933", "H"), ("#AA4499", "d"), ("#332288", "8"))
 
-# metric -> title, label of the axis
-_ERRORS = {
-    "lost_mass": ("Lost attention mass", "1 - retained mass"),
-    "output_error": ("Error of a head's output", "error / norm of the dense output"),
-    "max_entry": ("Largest error of an attention weight", "largest difference in a row"),
-}
+_METHODS_PER_PANEL = 3
+
+Estimate = tuple[float, float, float]
+"""A value and the ends of its interval."""
 
 
-def plot_perplexity(summary: Summary, path: Path) -> None:
-    """Draw perplexity relative to dense with its intervals, perplexity itself, and density, against context length.
+def style(method: str, methods: Sequence[str] = ()) -> dict[str, Any]:
+    """Colour and marker of a method, as arguments for matplotlib.
 
     Args:
-        summary: From `perplexity_summary.summarise`.
-        path: PNG file to write.
-
-    Raises:
-        UserError: without matplotlib.
+        method: Its name.
+        methods: All that are drawn, which decides the colours of those that this package does not know.
     """
-    drawing = figure(13, 4.6)
-    ratio, absolute, density = drawing.subplots(1, 3)
-    methods = list(dict.fromkeys(row["method"] for row in summary["results"]))
-    for i, method in enumerate(methods):
-        rows = [row for row in summary["results"] if row["method"] == method]
-        lengths = [row["length"] for row in rows]
-        style = _style(method) | {"label": _label(method, summary)}
-        # In per cent above dense, on an axis that shows one per cent and fifty at once.
-        values = [100 * (row["ratio"] - 1) for row in rows]
-        bounds = [{name: 100 * (row[name] - 1) for name in ("low", "high")} for row in rows if method != DENSE]
-        # Side by side, so that intervals do not cover one another.
-        aside = 0.0 if method == DENSE else 0.05 * (i - len(methods) / 2)
-        places = [length * 2**aside for length in lengths]
-        ratio.errorbar(places, values, yerr=_bars(values, bounds) if bounds else None, capsize=3, **style)
-        absolute.plot(lengths, [row["perplexity"] for row in rows], **style)
-        density.plot(lengths, [100 * row["density"] for row in rows], **style)
-    ratio.set_yscale("symlog", linthresh=1.0)
-    ratio.set_yticks([-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], ["-1", "", "0", "", "1", "2", "5", "10", "20", "50"])
-    ratio.set(title="Perplexity above dense", ylabel="perplexity / dense perplexity - 1 (%)")
-    absolute.set(title="Perplexity", ylabel=f"perplexity of the last {summary['targets']:,} tokens")
-    density.set(title="Attended keys", ylabel="kept / visible keys, all layers (%)", ylim=(0, None))
-    for axes in (ratio, absolute, density):
-        length_axis(axes, summary["lengths"], "context length (tokens)")
-    _finish(drawing, summary, "perplexity across context lengths", _handles(ratio), path)
-
-
-def plot_attention_error(summary: Summary, path: Path) -> None:
-    """Draw three errors of every method against the visible keys n, on log axes, with their fitted slopes; and k(n).
-
-    Filled markers and solid lines are the mean row, hollow markers and dashed lines the worst 1 % of rows. Bold lines
-    are the least-squares fits whose slopes stand in the legends.
-
-    Args:
-        summary: From `attention_summary.summarise`.
-        path: PNG file to write.
-
-    Raises:
-        UserError: without matplotlib.
-    """
-    drawing = figure(12, 11)
-    panels = drawing.subplots(2, 2).flatten()
-    for axes, (metric, (title, label)) in zip(panels, _ERRORS.items(), strict=False):
-        for method in summary["methods"]:
-            _draw_error(axes, summary, method, metric)
-        axes.set(title=title, ylabel=label, yscale="log")
-        axes.legend(fontsize=8, title="slope of the mean row, of the worst 1 % [95 % interval]", title_fontsize=8)
-    _draw_keys(panels[-1], summary)
-    for axes in panels:
-        length_axis(axes, summary["lengths"], "visible keys n")
-    _finish(
-        drawing,
-        summary,
-        "attention error at equal cost",
-        _handles(panels[-1]),
-        path,
-        "filled, solid: mean row; hollow, dashed: worst 1 % of rows; "
-        "bold: fit over the lengths where at most half of the keys are kept",
-    )
-
-
-def _draw_error(axes: Axes, summary: Summary, method: str, metric: str) -> None:
-    rows = [row for row in summary["results"] if row["method"] == method and row[metric]["mean"]["value"] > 0]
-    slopes = {row["statistic"]: row for row in summary["slopes"] if (row["method"], row["metric"]) == (method, metric)}
-    style = _style(method)
-    n = [row["visible"] for row in rows]
-    looks: dict[str, dict[str, Any]] = {
-        "mean": {"linestyle": "-", "label": ", ".join(_slope_text(slopes[name]) for name in ("mean", "worst"))},
-        "worst": {"linestyle": "--", "markerfacecolor": "white"},
-    }
-    for statistic, look in looks.items():
-        points = [row[metric][statistic] for row in rows]
-        values = [point["value"] for point in points]
-        axes.errorbar(n, values, yerr=_bars(values, points), capsize=2, **style | look | {"linewidth": 0.5})
-        fit = slopes[statistic]
-        if fit["slope"] is not None:
-            fitted = [row["visible"] for row in rows if row["length"] in fit["lengths"]]
-            line = [math.exp(fit["intercept"]) * x ** fit["slope"] for x in fitted]
-            axes.plot(fitted, line, color=style["color"], linewidth=2, alpha=0.8, linestyle=look["linestyle"])
-
-
-def _draw_keys(axes: Axes, summary: Summary) -> None:
-    for i, method in enumerate(summary["methods"]):
-        rows = [row for row in summary["results"] if row["method"] == method]
-        # Selectors that follow the same law lie on one another: the first on top.
-        style = _style(method) | {"label": _label(method, summary), "zorder": 3 - 0.1 * i}
-        axes.plot([row["visible"] for row in rows], [row["kept"] for row in rows], **style)
-    rows = [row for row in summary["results"] if row["method"] == DENSE]
-    n = [row["visible"] for row in rows]
-    axes.plot(n, [row["kept"] for row in rows], **_style(DENSE) | {"label": "dense: all n"})
-    needed = [row["keys_95"]["mean"]["value"] for row in rows]
-    axes.plot(n, needed, color="#666666", linestyle=":", marker="*", label="keys needed for 95 % of the mass, mean row")
-    axes.set(title="Keys kept, and keys needed", ylabel="keys per row", yscale="log")
-
-
-def _bars(values: Sequence[float], intervals: Sequence[Summary]) -> list[list[float]]:
-    """Lengths of the error bars below and above; an interval may miss its value by rounding."""
-    return [
-        [max(0.0, value - interval["low"]) for value, interval in zip(values, intervals, strict=True)],
-        [max(0.0, interval["high"] - value) for value, interval in zip(values, intervals, strict=True)],
-    ]
-
-
-def _slope_text(fit: Summary) -> str:
-    return "none" if fit["slope"] is None else f"{fit['slope']:+.2f} [{fit['low']:+.2f}, {fit['high']:+.2f}]"
-
-
-def _label(method: str, summary: Summary) -> str:
-    """What a method does, from its configuration: how the text is read, selector and law."""
-    config = summary["configs"].get(method)
-    if config is None:
-        return method
-    selector = f"decoding, {config['selector']}" if method.startswith("decode") else config["selector"]
-    if config["per_head"] is not None:
-        return f"{selector}, calibrated per head"
-    law = {
-        "power": f"{config['alpha']:.4g} n$^{{{config['exponent']:.3g}}}$ keys",
-        "fixed": f"{config['keys']} keys",
-        "fraction": f"{100 * (config['fraction'] or 0):.3g} % of n",
-        "log": f"{config['alpha']:.3g} ln n keys",
-    }[config["law"]]
-    return f"{selector}, {law}"
-
-
-def _style(method: str) -> dict[str, Any]:
-    color, marker = _STYLES[method]
-    return {"color": color, "marker": marker, "linewidth": 1.6, "markersize": 5}
+    unknown = [name for name in methods if name not in _STYLES] or [method]
+    color, marker = _STYLES.get(method) or _SPARE[unknown.index(method) % len(_SPARE)]
+    return {"color": color, "marker": marker, "markersize": 5}
 
 
 def figure(width: float, height: float) -> Figure:
@@ -196,25 +77,225 @@ def figure(width: float, height: float) -> Figure:
 def length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
     """Make x a log axis with a tick at each length."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(lengths), [f"{length:,}" for length in lengths])
+    _x_axis(axes, lengths, label)
+
+
+def _x_axis(axes: Axes, ticks: Sequence[int], label: str) -> None:
+    axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(label)
     axes.grid(visible=True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _handles(axes: Axes) -> tuple[list[Any], list[str]]:
-    handles, labels = axes.get_legend_handles_labels()
-    return handles, labels
+@dataclass(frozen=True)
+class _Panel:
+    """One quantity: its title, the label of the y axis, and how it is drawn.
+
+    Attributes:
+        value: What is drawn of a record of the summary.
+        scale: Finishes the y axis, once everything is drawn.
+        by_depth: Whether x is the depth in the longest text, and not the length.
+        band: Under which values the panel is shaded, of a record of dense attention.
+    """
+
+    title: str
+    label: str
+    value: Callable[[Summary], Estimate]
+    scale: Callable[[Axes], object]
+    by_depth: bool = False
+    band: Callable[[Summary], float] | None = None
 
 
-def _finish(
-    drawing: Figure, summary: Summary, title: str, legend: tuple[list[Any], list[str]], path: Path, note: str = ""
+def plot_perplexity(summary: Summary, path: Path) -> None:
+    """Draw perplexity relative to dense with its intervals, perplexity itself, and density, against context length.
+
+    Args:
+        summary: From `perplexity_summary.summarise`.
+        path: PNG file to write.
+
+    Raises:
+        UserError: without matplotlib.
+    """
+    targets = f"perplexity of the last {summary['targets']:,} tokens"
+    panels = [
+        _Panel("Perplexity above dense", "sparse / dense - 1 (%)", _per_cent_above, _one_and_fifty_per_cent),
+        _Panel("Perplexity", targets, lambda row: _exact(row["perplexity"]), lambda axes: None),
+        _Panel("Attended keys", "kept / visible keys (%)", lambda row: _exact(100 * row["density"]), _from_zero),
+    ]
+    _draw(summary, "perplexity across context lengths", panels, path)
+
+
+def plot_attention_error(summary: Summary, path: Path) -> None:
+    """Draw kept keys, lost mass and output error of the mean query against context length, on log axes.
+
+    Args:
+        summary: From `attention_summary.summarise`.
+        path: PNG file to write.
+
+    Raises:
+        UserError: without matplotlib.
+    """
+
+    def error(metric: str) -> tuple[Callable[[Summary], Estimate], Callable[[Axes], None]]:
+        def value(row: Summary) -> Estimate:
+            return _estimate(row[metric]["mean"]) if row["method"] != DENSE else _exact(0.0)
+
+        smallest = min((value(row)[0] for row in summary["results"] if value(row)[0] > 0), default=1.0)
+        threshold = 10.0 ** math.floor(math.log10(smallest))
+
+        def scale(axes: Axes) -> None:
+            # A log axis, at whose foot there is room for dense attention, whose error is 0.
+            axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
+            axes.set_ylim(bottom=-threshold / 5)
+
+        return value, scale
+
+    panels = [
+        _Panel(
+            "Keys kept (grey: needed for 95 % of the mass)",
+            "keys per query and head",
+            lambda row: _exact(row["kept"]),
+            lambda axes: axes.set_yscale("log"),
+            band=lambda row: float(row["keys_95"]["mean"]["value"]),
+        ),
+        _Panel("Lost attention mass", "1 - retained mass", *error("lost_mass")),
+        _Panel("Error of a head's output", "error / norm of the output", *error("output_error")),
+    ]
+    notes = {
+        row["method"]: f"; lost mass grows as n$^{{{row['slope']:+.2f}}}$"
+        for row in summary["slopes"]
+        if (row["metric"], row["statistic"]) == ("lost_mass", "mean") and row["slope"] is not None
+    }
+    _draw(summary, "attention error at equal cost, mean query", panels, path, notes)
+
+
+def plot_retrieval(summary: Summary, path: Path) -> None:
+    """Draw the share of codes found again by length and by depth, and the nats that an answer token costs.
+
+    Args:
+        summary: From `retrieval_summary.summarise`.
+        path: PNG file to write.
+
+    Raises:
+        UserError: without matplotlib.
+    """
+    found, exact = "Codes found again", "exact answers (%)"
+    longest = f"{found} at {summary['lengths'][-1]:,} tokens"
+    panels = [
+        _Panel(found, exact, lambda row: _estimate(row["accuracy"], 100), _all_per_cent),
+        _Panel(longest, exact, lambda row: _exact(100 * row["accuracy"]), _all_per_cent, by_depth=True),
+        _Panel("Cost of the answer", "nats per answer token", lambda row: _estimate(row["nats"]), _from_zero),
+    ]
+    _draw(summary, "retrieval of codes from a text", panels, path)
+
+
+def _draw(
+    summary: Summary, what: str, panels: Sequence[_Panel], path: Path, notes: dict[str, str] | None = None
 ) -> None:
-    about = summary["about"]
-    documents = len(summary["documents"])
-    what = f"{about['model']['name']} ({about['dtype']}): {title}, {documents} document{'s'[: documents > 1]}"
-    drawing.suptitle("\n".join(filter(None, [what, note])), fontsize=11)
-    drawing.legend(*legend, loc="outside lower center", ncols=4, frameon=False)
+    """A line of panels for every three methods, with one legend below."""
+    lengths = summary["lengths"]
+    methods = [method for method in dict.fromkeys(row["method"] for row in summary["results"]) if method != DENSE]
+    number = max(1, math.ceil(len(methods) / _METHODS_PER_PANEL))
+    size = math.ceil(len(methods) / number)
+    drawing = figure(4.4 * len(panels), 3.4 * number + 1.4)
+    grid = drawing.subplots(number, len(panels), squeeze=False, sharey="col")
+    handles: dict[str, Any] = {}
+    for i, row in enumerate(grid):
+        for axes, panel in zip(row, panels, strict=True):
+            for j, method in enumerate([DENSE, *methods[i * size : (i + 1) * size]]):
+                x, estimates = _points(summary, panel, method)
+                # Side by side, so that lines and intervals do not cover one another.
+                aside = 0.01 * (0, -1, 1, 2)[j]
+                span = 100.0 if panel.by_depth else math.log2(lengths[-1] / lengths[0]) or 1.0
+                handles[method] = axes.errorbar(
+                    [at + span * aside if panel.by_depth else at * 2 ** (span * aside) for at in x],
+                    [value for value, *_ in estimates],
+                    yerr=_bars(estimates),
+                    capsize=2,
+                    label=_label(method, summary) + (notes or {}).get(method, ""),
+                    linestyle="--" if method == DENSE else "-",
+                    zorder=3 if method == DENSE else 2,
+                    **style(method, methods),
+                )
+            if panel.band:
+                dense = [record for record in summary["results"] if record["method"] == DENSE]
+                axes.fill_between(lengths, [panel.band(record) for record in dense], color="#DDDDDD", zorder=0)
+    for axes, panel in [each for row in grid for each in zip(row, panels, strict=True)]:
+        if panel.by_depth:
+            _x_axis(axes, range(0, 101, 25), "depth of the code in the text (%)")
+        else:
+            length_axis(axes, lengths, "context length (tokens)")
+        panel.scale(axes)
+        axes.set(title=panel.title, ylabel=panel.label)
+    about, documents = summary["about"], len(summary["documents"])
+    model = f"{about['model']['name']} ({about['dtype']})"
+    drawing.suptitle(f"{model}: {what}, {documents} document{'s'[: documents > 1]}", fontsize=11)
+    drawing.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=150)
+
+
+def _points(summary: Summary, panel: _Panel, method: str) -> tuple[list[float], list[Estimate]]:
+    rows = [row for row in summary["depths" if panel.by_depth else "results"] if row["method"] == method]
+    if panel.by_depth:
+        rows = [row for row in rows if row["length"] == summary["lengths"][-1]]
+    return [100 * row["depth"] if panel.by_depth else row["length"] for row in rows], list(map(panel.value, rows))
+
+
+def _exact(value: float) -> Estimate:
+    return value, value, value
+
+
+def _estimate(row: Summary, factor: float = 1.0) -> Estimate:
+    return factor * row["value"], factor * row["low"], factor * row["high"]
+
+
+def _per_cent_above(row: Summary) -> Estimate:
+    value, low, high = (100 * (row[name] - 1) for name in ("ratio", "low", "high"))
+    return value, low, high
+
+
+def _bars(estimates: Sequence[Estimate]) -> list[list[float]] | None:
+    """Lengths of the error bars below and above; an interval may miss its value by rounding."""
+    bars = [[max(0.0, value - low), max(0.0, high - value)] for value, low, high in estimates]
+    return [list(side) for side in zip(*bars, strict=True)] if any(map(any, bars)) else None
+
+
+def _from_zero(axes: Axes) -> None:
+    axes.set_ylim(bottom=0)
+
+
+def _all_per_cent(axes: Axes) -> None:
+    axes.set_ylim(-3, 103)
+
+
+def _one_and_fifty_per_cent(axes: Axes) -> None:
+    """An axis that shows one per cent and fifty at once."""
+    axes.set_yscale("symlog", linthresh=1.0)
+    limits = axes.get_ylim()
+    axes.set_yticks([-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], ["-1", "", "0", "", "1", "2", "5", "10", "20", "50"])
+    axes.set_ylim(limits)
+
+
+def _label(method: str, summary: Summary) -> str:
+    """What a method does, from its configuration: how the text is read, selector and law."""
+    config = summary["configs"].get(method)
+    if config is None:
+        return method
+    # A user's own selector or law is described by a dictionary.
+    selector, law = (part["name"] if isinstance(part, dict) else part for part in (config["selector"], config["law"]))
+    if method.startswith("decode"):
+        selector = f"decoding, {selector}"
+    if config["per_head"] is not None:
+        return f"{selector}, calibrated per head"
+    match law:
+        case "power":
+            law = f"{config['alpha']:.4g} n$^{{{config['exponent']:.3g}}}$ keys"
+        case "fixed":
+            law = f"{config['keys']} keys"
+        case "fraction":
+            law = f"{100 * (config['fraction'] or 0):.3g} % of n"
+        case "log":
+            law = f"{config['alpha']:.3g} ln n keys"
+    return f"{selector}, {law}"

@@ -1,9 +1,11 @@
-"""How sure a ratio of perplexities is: a paired, hierarchical bootstrap."""
+"""Statistics of measurements: a paired, hierarchical bootstrap, intervals, quartiles and slopes on log axes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
 
@@ -46,3 +48,31 @@ def percentile_interval(draws: FloatArray, confidence: float = CONFIDENCE) -> tu
     """The central interval that holds the share `confidence` of `draws`, `(samples,)`."""
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def estimate(value: float, draws: FloatArray) -> dict[str, float]:
+    """A `value` with the ends of its interval, `low` and `high`, for a summary."""
+    low, high = percentile_interval(draws)
+    return {"value": float(value), "low": low, "high": high}
+
+
+def quartiles(values: FloatArray | Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile of `values`, of any shape."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return float(low), float(middle), float(high)
+
+
+def log_slope(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Least-squares lines through (ln x, ln y): slopes, which are exponents of x, and intercepts.
+
+    Args:
+        x: `(points,)`, positive.
+        y: `(..., points)`, positive: any number of lines.
+
+    Returns:
+        Slopes `(...)` and intercepts `(...)`.
+    """
+    x, y = np.log(x), np.log(y)
+    centred = x - x.mean()
+    slope = (y * centred).sum(-1) / (centred**2).sum()
+    return slope, y.mean(-1) - slope * x.mean()

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
+from hf_sparse.results import Record
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ class Window:
     def length(self) -> int:
         """Input tokens."""
         return len(self.input_ids)
+
+    def about(self) -> Record:
+        """What records say of the window."""
+        return {
+            "length": self.length,
+            "document": self.document,
+            "text_sha256": self.text_sha256,
+            "window_sha256": self.sha256,
+        }
 
     @property
     def sha256(self) -> str:

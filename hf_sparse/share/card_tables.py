@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from hf_sparse.policy.quality import DENSE, QualityRecord
+from hf_sparse.tables import markdown_table
 
 _PERPLEXITIES = {
     "perplexity": "**Perplexity** of the same tokens, dense and sparse, after contexts of each length; the ratio is "
@@ -68,7 +69,7 @@ def _perplexity(records: Sequence[QualityRecord], plots: Sequence[str]) -> Itera
         ]
         if body:
             yield text
-            yield _table(header, body)
+            yield markdown_table(header, body, left=())
     if any(_ratios(records, metric) for metric in _PERPLEXITIES):
         yield from _images(plots, "perplexity/", "Perplexity ratio, perplexity and density against context length")
 
@@ -89,7 +90,9 @@ def _attention_error(records: Sequence[QualityRecord], plots: Sequence[str]) -> 
         "the queries: lost mass is the share of a query's attention that falls on keys not kept, output error that of "
         "a head's output relative to its norm. Density is that of the measured queries, with no layer left dense."
     )
-    yield _table(["context length", "lost mass", "worst 1 %", "output error", "worst 1 %", "density"], body)
+    yield markdown_table(
+        ["context length", "lost mass", "worst 1 %", "output error", "worst 1 %", "density"], body, left=()
+    )
     yield from _images(plots, "attention-error/", "Attention error against visible keys")
 
 
@@ -111,7 +114,7 @@ def _speed(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[s
             ]
             for record in own
         ]
-        yield _table(["length", "dense", "sparse", "ratio", "95 % interval"], body)
+        yield markdown_table(["length", "dense", "sparse", "ratio", "95 % interval"], body, left=())
     if found:
         yield from _images(plots, "bench/", "Time against length")
 
@@ -180,10 +183,6 @@ def _interval(record: QualityRecord, form: str) -> str:
 
 def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---:"] * len(header), *lines])
 
 
 def names(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from hf_sparse import SparseAttentionConfig
-from hf_sparse.results import Row
+from hf_sparse.results import Record
 
 LENGTHS = [512, 1024, 2048, 4096]
 # method -> slope of ln error against ln n
@@ -25,7 +25,7 @@ _CONFIGS = {
 }
 
 
-def rows(documents: int = 3, noise: float = 0.0) -> list[Row]:
+def rows(documents: int = 3, noise: float = 0.0) -> list[Record]:
     """Rows of `documents` documents, two layers of two heads; `noise` is the spread of ln error between them."""
     rng = np.random.default_rng(0)
     out = []

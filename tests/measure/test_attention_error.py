@@ -18,11 +18,12 @@ from hf_sparse.diagnostics import DenseBlock, concentration, query_errors
 from hf_sparse.errors import UserError
 from hf_sparse.laws import total_cost
 from hf_sparse.measure import attention_error
-from hf_sparse.measure.attention_error import evaluate, make_methods, measure
+from hf_sparse.measure.attention_error import evaluate, measure
 from hf_sparse.measure.equal_cost import kept_keys
-from hf_sparse.measure.layer_errors import DENSE, layer_errors
+from hf_sparse.measure.layer_errors import layer_errors
+from hf_sparse.measure.methods import error_methods
 from hf_sparse.measure.windows import Window
-from hf_sparse.results import ResultFile, Row, provenance
+from hf_sparse.results import DENSE, Record, ResultFile, provenance
 from hf_sparse.share.source import ModelInfo
 from hf_sparse.support import inspect
 from tests import tiny
@@ -146,7 +147,7 @@ def test_errors_on_a_model_are_those_of_its_own_weights(name: str) -> None:
 
 
 def test_one_pass_gives_every_length_its_own_result(model: PreTrainedModel) -> None:
-    methods = make_methods(CONFIG, LENGTHS)
+    methods = error_methods(None, CONFIG, LENGTHS, inspect(model))
     together = measure(model, window(), LENGTHS, methods, 64)
     for length in LENGTHS:
         alone = measure(model, window(), [length], methods, 64)
@@ -179,12 +180,12 @@ def test_a_short_window_is_refused(model: PreTrainedModel) -> None:
         measure(model, window(100), [64, 101], {}, 64)
 
 
-# make_methods: the same cost for every law.
+# error_methods: the same cost for every law.
 
 
-def test_laws_cost_the_same() -> None:
+def test_laws_cost_the_same(model: PreTrainedModel) -> None:
     lengths = [512, 2048, 4096]
-    methods = make_methods(SparseAttentionConfig(), lengths)
+    methods = error_methods(None, SparseAttentionConfig(), lengths, inspect(model))
     assert list(methods) == ["topk", "fixed", "fraction", "log", "grouped", "window"]
     assert [config.selector for config in methods.values()] == ["topk"] * 4 + ["grouped", "window"]
     cost = total_cost(methods["topk"].budget(), lengths)
@@ -192,8 +193,9 @@ def test_laws_cost_the_same() -> None:
         assert total_cost(config.budget(), lengths) == pytest.approx(cost, rel=0.005)
 
 
-def test_another_law_is_matched_by_a_power_law() -> None:
-    methods = make_methods(SparseAttentionConfig(law="fixed", keys=300, exponent=0.4), [512, 4096])
+def test_another_law_is_matched_by_a_power_law(model: PreTrainedModel) -> None:
+    config = SparseAttentionConfig(law="fixed", keys=300, exponent=0.4)
+    methods = error_methods(None, config, [512, 4096], inspect(model))
     assert list(methods) == ["topk", "power", "fraction", "log", "grouped", "window"]
     assert methods["power"].exponent == 0.4
     assert methods["grouped"].keys == 300
@@ -203,7 +205,7 @@ def test_calibrated_laws_are_compared_with_one_law_at_equal_cost(model: PreTrain
     support = inspect(model)
     laws = ((2.0, 0.5), (4.0, 0.3), (1.0, 0.9), (3.0, 0.6))
     config = replace(CONFIG, per_head={1: laws}, dense_layers=(0,), selector="window")
-    methods = make_methods(config, LENGTHS, support)
+    methods = error_methods(None, config, LENGTHS, support)
     assert list(methods) == ["calibrated", "power", "fixed", "fraction", "log"]
     assert methods["calibrated"] == config
     assert {method.selector for method in methods.values()} == {"window"}
@@ -216,13 +218,24 @@ def test_calibrated_laws_are_compared_with_one_law_at_equal_cost(model: PreTrain
     assert rows["calibrated"]["columns"]["density"][:4] == [1.0] * 4  # the dense layer
     assert max(rows["calibrated"]["columns"]["l1_mean"][:4]) == 0.0
     assert min(rows["calibrated"]["columns"]["l1_mean"][4:]) > 0.0
-    with pytest.raises(UserError, match="attention layers are needed"):
-        make_methods(config, LENGTHS)
 
 
-def test_lengths_without_a_cost_are_a_users_mistake() -> None:
+def test_methods_are_those_that_are_named(model: PreTrainedModel) -> None:
+    support = inspect(model)
+    methods = error_methods(["window", "dense", "fixed", "power"], CONFIG, LENGTHS, support)
+    assert list(methods) == ["window", "fixed", "power"]
+    assert methods["window"] == replace(CONFIG, selector="window")
+    assert methods["power"] == replace(CONFIG, selector="topk")
+    assert methods["fixed"] == error_methods(None, CONFIG, LENGTHS, support)["fixed"]
+    calibrated = replace(CONFIG, per_head={1: ((2.0, 0.5),) * 4})
+    assert list(error_methods(["topk", "calibrated"], calibrated, LENGTHS, support)) == ["topk", "calibrated"]
+    with pytest.raises(UserError, match=r"methods must be among dense, grouped, topk, window, power, .*; got 'magic'"):
+        error_methods(["magic"], CONFIG, LENGTHS, support)
+
+
+def test_lengths_without_a_cost_are_a_users_mistake(model: PreTrainedModel) -> None:
     with pytest.raises(UserError, match="positive"):
-        make_methods(SparseAttentionConfig(), [0])
+        error_methods(None, SparseAttentionConfig(), [0], inspect(model))
 
 
 # evaluate: rows on disk.
@@ -237,7 +250,9 @@ def test_a_run_resumes_where_it_stopped(
     results = ResultFile(tmp_path / "rows.jsonl")
     measured: list[tuple[str, list[str]]] = []
 
-    def spy(model: PreTrainedModel, text: Window, lengths: Any, methods: Any, *args: Any, **kwargs: Any) -> list[Row]:
+    def spy(
+        model: PreTrainedModel, text: Window, lengths: Any, methods: Any, *args: Any, **kwargs: Any
+    ) -> list[Record]:
         measured.append((text.document, list(methods)))
         return measure(model, text, lengths, methods, *args, **kwargs)
 

@@ -9,8 +9,8 @@ import pytest
 
 from hf_sparse.measure.attention_summary import ERRORS, NEEDED, SHAPES, STATISTICS, _Cells, summarise
 from hf_sparse.measure.attention_tables import comparison_cells, error_cells, layer_cells, shape_cells, slope_cells
-from hf_sparse.measure.tables import text_table
-from hf_sparse.results import Row
+from hf_sparse.results import Record
+from hf_sparse.tables import text_table
 from tests.measure.attention_rows import DENSITY, EXPONENTS, LENGTHS, rows
 
 
@@ -107,7 +107,7 @@ def test_windowed_layers_are_shown_and_not_averaged() -> None:
         summarise(given, seed=0)
 
 
-def _change(given: list[Row], method: str, lengths: list[int], columns: dict[str, float]) -> None:
+def _change(given: list[Record], method: str, lengths: list[int], columns: dict[str, float]) -> None:
     for row in given:
         if row["method"] == method and row["length"] in lengths:
             for name in row["columns"]:

@@ -34,17 +34,17 @@ def _parquet(path: Path, column: str, values: list[Any]) -> str:
 
 def test_rows_of_a_parquet_file_are_joined_until_long_enough(tmp_path: Path) -> None:
     path = _parquet(tmp_path / "a.parquet", "text", ["one\n", "", None, "two", "three\n", "four\n", "five\n"])
-    documents = load_documents([path], count=2, min_chars=7)
+    documents = load_documents([path], count=2, tokens=1)
     assert [(d.name, d.text) for d in documents] == [
         ("a.parquet[0]", "one\ntwo\n"),
         ("a.parquet[1]", "three\nfour\n"),
     ]
-    assert len(load_documents([path], count=100, min_chars=1)) == 5
+    assert len(load_documents([path], count=100)) == 5
 
 
 def test_rows_that_never_suffice_are_still_a_document(tmp_path: Path) -> None:
     path = _parquet(tmp_path / "a.parquet", "body", ["one", "two"])
-    [document] = load_documents([path], column="body", min_chars=1000)
+    [document] = load_documents([path], column="body", tokens=1000)
     assert document.text == "one\ntwo\n"
 
 

@@ -18,17 +18,20 @@ from hf_sparse.laws import total_cost
 from hf_sparse.measure import perplexity
 from hf_sparse.measure.data import Document
 from hf_sparse.measure.equal_cost import kept_keys, with_dense_layers
-from hf_sparse.measure.perplexity import METHODS, evaluate, make_methods, measure, token_nll
+from hf_sparse.measure.methods import PERPLEXITY_METHODS, perplexity_methods
+from hf_sparse.measure.perplexity import evaluate, measure, token_nll
 from hf_sparse.measure.perplexity_summary import summarise
 from hf_sparse.measure.perplexity_tables import method_cells, perplexity_cells, verdict_cells
 from hf_sparse.measure.windows import Window, cut_windows
 from hf_sparse.policy import files as policy_files
-from hf_sparse.results import ResultFile, Row, provenance, row_key
+from hf_sparse.results import Record, ResultFile, provenance, record_key
 from hf_sparse.share.source import ModelInfo
 from tests import small, tiny
 
 LENGTHS = [48, 96]
 TARGETS = 40
+SUPPORT = hf_sparse.inspect(tiny.config("llama"))
+METHODS = ("dense", *PERPLEXITY_METHODS)
 COMMITTED = sorted(Path(__file__).parents[2].glob("model_cards/*/perplexity/rows.jsonl"))
 
 
@@ -38,7 +41,7 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def about(model: PreTrainedModel) -> Row:
+def about(model: PreTrainedModel) -> Record:
     return provenance(ModelInfo("tiny", "abc", tiny.LONGEST, "llama").to_dict(), model, seed=0)
 
 
@@ -50,10 +53,12 @@ def windows() -> list[Window]:
 
 @pytest.fixture(scope="module")
 def rows(
-    model: PreTrainedModel, windows: list[Window], about: Row, tmp_path_factory: pytest.TempPathFactory
-) -> list[Row]:
+    model: PreTrainedModel, windows: list[Window], about: Record, tmp_path_factory: pytest.TempPathFactory
+) -> list[Record]:
     results = ResultFile(tmp_path_factory.mktemp("results") / "rows.jsonl")
-    return evaluate(model, windows, make_methods(METHODS, small.CONFIG, LENGTHS), results, about)
+    return evaluate(
+        model, windows, perplexity_methods(PERPLEXITY_METHODS, small.CONFIG, LENGTHS, SUPPORT), results, about
+    )
 
 
 def _plain_nll(model: PreTrainedModel, window: Window) -> torch.Tensor:
@@ -109,8 +114,8 @@ def test_likelihoods_that_are_not_finite_are_refused(windows: list[Window]) -> N
 
 
 def test_methods_share_one_configuration_and_fixed_costs_the_same() -> None:
-    methods = make_methods(METHODS, small.CONFIG, LENGTHS)
-    assert list(methods) == list(METHODS)
+    methods = perplexity_methods(PERPLEXITY_METHODS, small.CONFIG, LENGTHS, SUPPORT)
+    assert tuple(methods) == METHODS
     assert methods["dense"] is None
     for name in ("topk", "grouped", "window"):
         assert methods[name] == dataclasses.replace(small.CONFIG, selector=name)
@@ -130,7 +135,9 @@ def test_laws_per_head_are_matched_over_all_heads_and_layers() -> None:
     support = hf_sparse.inspect(model)
     laws = {1: ((2.0, 0.5), (6.0, 0.2), (1.0, 0.9), (3.0, 0.6)), 2: ((2.0, 0.4),) * 4}
     config = dataclasses.replace(small.CONFIG, per_head=laws, dense_layers=None, dense_below=0)
-    methods = make_methods(["uniform", "fixed", "fixed-grouped", "decode", "decode-topk"], config, LENGTHS, support)
+    methods = perplexity_methods(
+        ["uniform", "fixed", "fixed-grouped", "decode", "decode-topk"], config, LENGTHS, support
+    )
     assert methods["decode"] == config
     assert methods["decode-topk"] == dataclasses.replace(config, selector="topk")
     calibrated = with_dense_layers(config, support)
@@ -141,8 +148,6 @@ def test_laws_per_head_are_matched_over_all_heads_and_layers() -> None:
         assert made is not None
         assert (made.law, made.selector, made.per_head, made.dense_layers) == (law, selector, None, (0,))
         assert 0.95 * wanted < kept_keys(made, support.layers, LENGTHS) <= 1.001 * wanted
-    with pytest.raises(UserError, match="attention layers are needed"):
-        make_methods(["uniform"], config, LENGTHS)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
@@ -178,7 +183,7 @@ def test_decoding_may_start_from_nothing(model: PreTrainedModel, windows: list[W
 
 def test_the_density_of_full_layers_leaves_sliding_windows_out(windows: list[Window]) -> None:
     model = tiny.model("gemma3")
-    row = measure(model, windows[1], dataclasses.replace(small.CONFIG, dense_layers=None))
+    row = measure(model, windows[1], dataclasses.replace(small.CONFIG, dense_layers=None), sliding_layers=(0,))
     hf_sparse.patch(model, small.CONFIG, dense_layers=None)
     tiny.logits(model, windows[1].input_ids[None])
     full = [r["density"] for r in hf_sparse.report(model).rows if r["layer"] == 1]
@@ -187,7 +192,7 @@ def test_the_density_of_full_layers_leaves_sliding_windows_out(windows: list[Win
 
 
 def test_dense_is_always_there_and_first() -> None:
-    assert list(make_methods(["window"], small.CONFIG, LENGTHS)) == ["dense", "window"]
+    assert list(perplexity_methods(["window"], small.CONFIG, LENGTHS, SUPPORT)) == ["dense", "window"]
 
 
 @pytest.mark.parametrize(
@@ -199,18 +204,18 @@ def test_dense_is_always_there_and_first() -> None:
 )
 def test_methods_that_make_no_sense_are_refused(names: list[str], config: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_methods(names, config, LENGTHS)
+        perplexity_methods(names, config, LENGTHS, SUPPORT)
 
 
 def test_a_fixed_config_can_be_measured_without_its_warning(
     model: PreTrainedModel, windows: list[Window], recwarn: pytest.WarningsRecorder
 ) -> None:
-    config = make_methods(["fixed"], small.CONFIG, LENGTHS)["fixed"]
+    config = perplexity_methods(["fixed"], small.CONFIG, LENGTHS, SUPPORT)["fixed"]
     measure(model, windows[0], config)
     assert not [w for w in recwarn if "grow no faster" in str(w.message)]
 
 
-def test_every_window_is_measured_with_every_method(rows: list[Row]) -> None:
+def test_every_window_is_measured_with_every_method(rows: list[Record]) -> None:
     assert {(row["document"], row["length"], row["method"]) for row in rows} == {
         (f"d{i}", length, method) for i in range(3) for length in LENGTHS for method in METHODS
     }
@@ -218,37 +223,22 @@ def test_every_window_is_measured_with_every_method(rows: list[Row]) -> None:
     assert all(row["versions"]["torch"] == torch.__version__ for row in rows)
 
 
-def test_a_run_that_starts_again_measures_what_is_missing_alone(
-    model: PreTrainedModel, windows: list[Window], about: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_starts_again_measures_nothing_twice(
+    model: PreTrainedModel, windows: list[Window], about: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = ResultFile(tmp_path / "rows.jsonl")
-    methods = make_methods(["window"], small.CONFIG, LENGTHS)
+    methods = perplexity_methods(["window"], small.CONFIG, LENGTHS, SUPPORT)
     first = evaluate(model, windows, methods, results, about)
-    measured: list[tuple[str, int]] = []
-    real = perplexity.measure
-
-    def counting(model: PreTrainedModel, window: Window, config: Any, *, decode: bool) -> Row:
-        measured.append((window.document, window.length))
-        return real(model, window, config, decode=decode)
-
-    monkeypatch.setattr(perplexity, "measure", counting)
+    monkeypatch.setattr(perplexity, "measure", None)
     assert evaluate(model, windows, methods, results, {**about, "seed": 5, "threads": 9}) == first
-    assert measured == []
-    # A kill in the middle of a line: that row, and nothing else, is measured again.
-    lines = results.path.read_text().splitlines(keepends=True)
-    results.path.write_text("".join(lines[:-1]) + lines[-1][:100])
-    again = evaluate(model, windows, methods, results, about)
-    torn = json.loads(lines[-1])
-    assert measured == [(torn["document"], torn["length"])]
-    assert [row["nll"] for row in again] == [row["nll"] for row in first]
 
 
 @pytest.mark.parametrize("change", ["method", "revision", "dtype", "targets"])
 def test_whatever_decides_a_number_is_measured_anew(
-    model: PreTrainedModel, windows: list[Window], about: Row, tmp_path: Path, change: str
+    model: PreTrainedModel, windows: list[Window], about: Record, tmp_path: Path, change: str
 ) -> None:
     results = ResultFile(tmp_path / "rows.jsonl")
-    evaluate(model, windows[:1], make_methods(["window"], small.CONFIG, LENGTHS), results, about)
+    evaluate(model, windows[:1], perplexity_methods(["window"], small.CONFIG, LENGTHS, SUPPORT), results, about)
     config, now, window = small.CONFIG, dict(about), windows[0]
     match change:
         case "method":
@@ -259,12 +249,12 @@ def test_whatever_decides_a_number_is_measured_anew(
             now["dtype"] = "bfloat16"
         case "targets":
             window = dataclasses.replace(window, targets=window.targets[1:])
-    before = len(results.rows())
-    evaluate(model, [window], make_methods(["window"], config, LENGTHS), results, now)
-    assert len(results.rows()) - before == (1 if change == "method" else 2)
+    before = len(results.records())
+    evaluate(model, [window], perplexity_methods(["window"], config, LENGTHS, SUPPORT), results, now)
+    assert len(results.records()) - before == (1 if change == "method" else 2)
 
 
-def test_summary_agrees_with_plain_sums(rows: list[Row]) -> None:
+def test_summary_agrees_with_plain_sums(rows: list[Record]) -> None:
     summary = summarise(rows, seed=0)
     json.dumps(summary, allow_nan=False)
     results = {(row["method"], row["length"]): row for row in summary["results"]}
@@ -286,8 +276,8 @@ def test_summary_agrees_with_plain_sums(rows: list[Row]) -> None:
     assert over["window"]["worst_length"] == LENGTHS[int(np.argmax(ratios))]
 
 
-def _made_rows(excess: dict[str, dict[int, float]]) -> list[Row]:
-    """Rows of 8 documents with dense likelihoods of wide spread and `excess` nats per token above them."""
+def _made_rows(excess: dict[str, dict[int, float]]) -> list[Record]:
+    """Records of 8 documents with dense likelihoods of wide spread and `excess` nats per token above them."""
     rng = np.random.default_rng(0)
     dense = rng.gamma(2.0, 40.0, size=(8, 16))
     out = []
@@ -345,7 +335,7 @@ def test_the_verdict_is_for_the_better_one_and_for_none_if_they_are_alike() -> N
     assert worst["ratio"] == pytest.approx(math.exp(0.02 - 0.06), rel=2e-3)
 
 
-def test_tables_have_a_row_for_each_answer(rows: list[Row]) -> None:
+def test_tables_have_a_row_for_each_answer(rows: list[Record]) -> None:
     summary = summarise(rows, seed=0)
     for cells, number in ((perplexity_cells, 12), (method_cells, 5), (verdict_cells, 8)):
         header, lines = cells(summary)
@@ -353,7 +343,7 @@ def test_tables_have_a_row_for_each_answer(rows: list[Row]) -> None:
         assert {len(line) for line in lines} == {len(header)}
 
 
-def test_rows_of_an_earlier_release_lack_the_density_of_full_layers(rows: list[Row]) -> None:
+def test_rows_of_an_earlier_release_lack_the_density_of_full_layers(rows: list[Record]) -> None:
     old, new = rows[:-1], {**rows[-1], "sparse_density": 0.5 * rows[-1]["density"]}
     header, lines = perplexity_cells(summarise([*({**row, "sparse_density": None} for row in old), new], seed=0))
     shown = [line[header.index("density, full layers")] for line in lines]
@@ -368,12 +358,12 @@ def test_committed_rows_are_found_again(path: Path) -> None:
     config = dataclasses.replace(policy_files.read(path.parents[1] / policy_files.NAME).config, calibration=None)
     # What is matched to laws of heads needs the model.
     names = [name for name in METHODS if config.per_head is None or not name.startswith("fixed")]
-    methods = make_methods(names, config, sorted({row["length"] for row in rows}))
+    methods = perplexity_methods(names, config, sorted({row["length"] for row in rows}), SUPPORT)
     rows = [row for row in rows if row["method"] in methods]
     assert {row["method"] for row in rows} >= {"dense", "grouped"}
     for row in rows:
         config = methods[row["method"]]
-        assert row["key"] == row_key(
+        assert row["key"] == record_key(
             command="perplexity",
             model=[row["model"]["name"], row["model"]["revision"], row["dtype"], row["device"]],
             window=row["window_sha256"],

@@ -2,30 +2,25 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hf_sparse.errors import UserError
-from hf_sparse.measure.tables import markdown_table, text_table
-from hf_sparse.results import (
-    ResultFile,
-    commit,
-    provenance,
-    row_key,
-    write_json,
-)
+from hf_sparse.results import Record, ResultFile, commit, provenance, record_key, resume, write_json
 from hf_sparse.share.source import ModelInfo
+from hf_sparse.tables import markdown_table, text_table
 from tests import tiny
 
 
 def test_rows_come_back_by_key_with_their_time(tmp_path: Path) -> None:
     results = ResultFile(tmp_path / "new" / "rows.jsonl")
-    assert results.rows() == {}
+    assert results.records() == {}
     results.append({"key": "a", "nll": 1.5})
     results.append({"key": "b", "nll": 2.5})
     results.append({"key": "a", "nll": 9.0})
-    rows = results.rows()
+    rows = results.records()
     assert {key: row["nll"] for key, row in rows.items()} == {"a": 1.5, "b": 2.5}
     assert rows["a"]["time"].endswith("+00:00")
 
@@ -41,14 +36,14 @@ def test_a_line_that_a_killed_run_left_is_cut_off(tmp_path: Path, torn: str) -> 
     results.repair()
     assert results.path.read_text() == whole
     results.append({"key": "c"})
-    assert list(results.rows()) == ["a", "c"]
+    assert list(results.records()) == ["a", "c"]
 
 
 def test_a_file_of_one_torn_line_becomes_empty(tmp_path: Path) -> None:
     results = ResultFile(tmp_path / "rows.jsonl")
     results.path.write_text('{"key')
     results.repair()
-    assert results.rows() == {}
+    assert results.records() == {}
 
 
 @pytest.mark.parametrize(
@@ -68,18 +63,18 @@ def test_a_line_in_the_middle_that_is_no_row_is_named(tmp_path: Path, line: byte
     results = ResultFile(tmp_path / "rows.jsonl")
     results.path.write_bytes(b'{"key": "a"}\n' + line + b'\n{"key": "c"}\n')
     results.repair()
-    with pytest.raises(UserError, match=rf"rows\.jsonl: line 2 is not a row: {why}.*; delete the file, or take"):
-        results.rows()
+    with pytest.raises(UserError, match=rf"rows\.jsonl: line 2 is not a record: {why}.*; delete the file, or take"):
+        results.records()
 
 
 def test_an_unfinished_last_line_is_no_row(tmp_path: Path) -> None:
     results = ResultFile(tmp_path / "rows.jsonl")
     results.path.write_text('{"key": "a"}\n{"key": "b"')
-    assert list(results.rows()) == ["a"]
+    assert list(results.records()) == ["a"]
 
 
 def test_rows_that_are_a_folder_are_refused(tmp_path: Path) -> None:
-    for use in (ResultFile.rows, ResultFile.repair):
+    for use in (ResultFile.records, ResultFile.repair):
         with pytest.raises(UserError, match="it cannot be read: Is a directory; delete the file"):
             use(ResultFile(tmp_path))
 
@@ -88,13 +83,13 @@ def test_what_stored_rows_lack_is_said_and_errors_with_new_ones_are_ours(tmp_pat
     results = ResultFile(tmp_path / "rows.jsonl")
     results.append({"key": "a"})
     with pytest.raises(KeyError, match="nll"), results.summed_up():
-        results.rows()["a"]["nll"]
+        results.records()["a"]["nll"]
     stored = ResultFile(results.path)
     with (
-        pytest.raises(UserError, match=r"rows\.jsonl: its rows cannot be summed up: KeyError: 'nll'; delete"),
+        pytest.raises(UserError, match=r"rows\.jsonl: its records cannot be summed up: KeyError: 'nll'; delete"),
         stored.summed_up(),
     ):
-        stored.rows()["a"]["nll"]
+        stored.records()["a"]["nll"]
 
 
 def _write_many(path: Path, name: str) -> None:
@@ -110,19 +105,41 @@ def test_processes_do_not_mix_their_lines(tmp_path: Path) -> None:
         writer.start()
     for writer in writers:
         writer.join()
-    assert len(ResultFile(path).rows()) == 400
+    assert len(ResultFile(path).records()) == 400
+
+
+def test_resume_measures_what_is_missing_and_keeps_the_order(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path / "rows.jsonl")
+    cells = {"a": 1, "b": 2, "c": 3}
+    asked: list[list[str]] = []
+
+    def measure(missing: dict[str, int]) -> Iterator[tuple[str, Record]]:
+        asked.append(list(missing))
+        for key, cell in reversed(missing.items()):
+            if cell == 2 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield key, {"value": 10 * cell}
+
+    with pytest.raises(KeyboardInterrupt):
+        resume(results, cells, measure)
+    assert list(results.records()) == ["c"]
+    with results.path.open("a") as file:
+        file.write('{"key": "b", "val')  # the interrupted record
+    assert [record["value"] for record in resume(results, cells, measure)] == [10, 20, 30]
+    assert [record["value"] for record in resume(results, cells, measure)] == [10, 20, 30]
+    assert asked == [["a", "b", "c"], ["a", "b"], []]
 
 
 def test_a_number_that_json_lacks_is_refused(tmp_path: Path) -> None:
     results = ResultFile(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match="not JSON compliant"):
         results.append({"key": "a", "nll": float("nan")})
-    assert results.rows() == {}
+    assert results.records() == {}
 
 
 def test_the_key_depends_on_values_and_not_on_their_order() -> None:
-    assert row_key(a=1, b={"x": 1, "y": 2}) == row_key(b={"y": 2, "x": 1}, a=1)
-    assert len({row_key(a=1), row_key(a=2), row_key(a="1"), row_key(b=1)}) == 4
+    assert record_key(a=1, b={"x": 1, "y": 2}) == record_key(b={"y": 2, "x": 1}, a=1)
+    assert len({record_key(a=1), record_key(a=2), record_key(a="1"), record_key(b=1)}) == 4
 
 
 def test_provenance_says_what_is_needed_to_repeat_a_run_and_no_path() -> None:
