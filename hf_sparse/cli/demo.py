@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import hf_sparse
 from hf_sparse.cli.options import DataOptions, RunOptions
@@ -53,10 +54,15 @@ def run_demo(name: str, run: RunOptions) -> None:
             print(text, flush=True)
 
     say(f"model: {ready.about['model']['name']}, {ready.about['dtype']} on {ready.about['device_name']}\n")
-    texts, report = _generate(ready)
+    prompt = next(window.input_ids for window in ready.windows if window.length == _LENGTHS[0])
+    with hf_sparse.patched(ready.model):
+        sparse = _continuation(ready, prompt)
+        report = hf_sparse.report(ready.model)
     say(f">>> model = hf_sparse.patch(model)\n>>> print(hf_sparse.report(model))\n{report}\n")
-    say(f"after {_LENGTHS[0]:,} tokens that end with {texts['prompt']!r}")
-    say(f"  dense writes   {texts['dense']!r}\n  sparse writes  {texts['sparse']!r}\n")
+    texts = {"prompt": "..." + str(ready.tokenizer.decode(prompt[-16:])), "sparse": sparse}
+    say(f"after {_LENGTHS[0]:,} tokens that end with {texts['prompt']!r}\n  sparse writes  {sparse!r}")
+    texts["dense"] = _continuation(ready, prompt)
+    say(f"  dense writes   {texts['dense']!r}\n")
     config = SparseAttentionConfig()
     perplexity = run_perplexity(_in(ready, _PERPLEXITY), perplexity_methods(_METHODS, config, _LENGTHS, source.support))
     say(f"perplexity of the same {_TARGETS} tokens after more and more context, and its ratio to dense:\n")
@@ -75,23 +81,14 @@ def _in(ready: Ready, folder: str) -> Ready:
     return replace(ready, folder=ready.folder / folder)
 
 
-def _generate(ready: Ready) -> tuple[dict[str, str], hf_sparse.SparsityReport]:
-    """Greedy continuations of a text, dense and patched, and the report of the patched run."""
-    tokenizer = ready.tokenizer
+def _continuation(ready: Ready, prompt: Tensor) -> str:
+    """What the model, as it is, writes greedily after a prompt, int64 `(tokens,)`."""
     model: Any = ready.model
-    prompt = next(window.input_ids for window in ready.windows if window.length == _LENGTHS[0])
-
-    def write() -> str:
-        ids = prompt[None].to(model.device)
-        options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "do_sample": False}
-        options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": tokenizer.eos_token_id}
-        written = model.generate(ids, **options)
-        return str(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
-
-    texts = {"prompt": "..." + str(tokenizer.decode(prompt[-16:])), "dense": write()}
-    with hf_sparse.patched(model):
-        texts["sparse"] = write()
-        return texts, hf_sparse.report(model)
+    ids = prompt[None].to(model.device)
+    options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "do_sample": False}
+    options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": ready.tokenizer.eos_token_id}
+    written = model.generate(ids, **options)
+    return str(ready.tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
 
 
 def _perplexities(summary: Mapping[str, Any]) -> Table:
