@@ -186,7 +186,7 @@ def test_a_programming_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("hf_sparse.measure.run.cut_windows", broken)
+    monkeypatch.setattr("hf_sparse.cli.evaluate.cut_windows", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["perplexity", "tiny-llama", "--text", "texts", *SHORT])
 

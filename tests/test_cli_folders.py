@@ -187,7 +187,7 @@ def test_an_error_of_ours_is_not_blamed_on_stored_rows(tmp_path: Path, monkeypat
     def broken(*_: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("hf_sparse.measure.run.perplexity_summary.summarise", broken)
+    monkeypatch.setattr("hf_sparse.measure.perplexity_summary.bootstrap_means", broken)
     with pytest.raises(KeyError, match="a bug"):
         hf_sparse.cli.main([*PERPLEXITY.split(), "--output", str(tmp_path)])
 

@@ -17,6 +17,7 @@ from hf_sparse.bench.shapes import parse_shape
 from hf_sparse.cli.bench import BenchOptions, run_bench
 from hf_sparse.cli.calibrate import CalibrationOptions, run_calibrate
 from hf_sparse.cli.demo import DEMO_MODEL, run_demo
+from hf_sparse.cli.evaluate import Evaluation, check, run_attention_error, run_perplexity, run_retrieval
 from hf_sparse.cli.memory import run_memory
 from hf_sparse.cli.options import (
     DataOptions,
@@ -33,6 +34,7 @@ from hf_sparse.cli.options import (
 )
 from hf_sparse.cli.publish import BundleOptions, Target, run_card, run_publish
 from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.machine import is_main_process
 from hf_sparse.measure import attention_error as errors
@@ -46,7 +48,7 @@ from hf_sparse.measure.methods import (
     perplexity_methods,
     split_names,
 )
-from hf_sparse.measure.run import Outcome, check, run_attention_error, run_perplexity, run_retrieval
+from hf_sparse.measure.run import Outcome
 from hf_sparse.measure.windows import check_lengths
 from hf_sparse.share.publish import MESSAGE
 from hf_sparse.share.source import ModelSource
@@ -108,12 +110,9 @@ def perplexity(
     policy: Policy = None,
 ) -> None:
     """Perplexity of the same tokens across context lengths: dense, adaptive, and fixed at equal cost."""
-    source = ModelSource.find(model, run.revision)
-    config = sparse.config(read_policy(policy, source.policy))
-    lengths = data.parsed_lengths()
-    checked = check(source, perplexities.COMMAND, data, run, lengths, targets)
-    compared = perplexity_methods(split_names(methods), config, lengths, source.support)
-    _print(run_perplexity(checked.load(), compared), checked.folder, run)
+    evaluation, config = _checked(model, perplexities.COMMAND, data, run, sparse, policy, targets)
+    compared = perplexity_methods(split_names(methods), config, data.parsed_lengths(), evaluation.source.support)
+    _print(run_perplexity(evaluation, compared), evaluation)
 
 
 @app.command("attention-error")
@@ -131,13 +130,10 @@ def attention_error(
     policy: Policy = None,
 ) -> None:
     """How far sparse attention is from dense attention across context lengths, every law at equal cost."""
-    source = ModelSource.find(model, run.revision)
-    config = sparse.config(read_policy(policy, source.policy))
-    lengths = data.parsed_lengths()
-    checked = check(source, errors.COMMAND, data, run, lengths, targets=1)
-    names = None if methods is None else split_names(methods)
-    compared = error_methods(names, config, lengths, source.support)
-    _print(run_attention_error(checked.load(), lengths, compared, rows), checked.folder, run)
+    evaluation, config = _checked(model, errors.COMMAND, data, run, sparse, policy)
+    lengths, names = data.parsed_lengths(), None if methods is None else split_names(methods)
+    compared = error_methods(names, config, lengths, evaluation.source.support)
+    _print(run_attention_error(evaluation, lengths, compared, rows), evaluation)
 
 
 @app.command()
@@ -156,14 +152,11 @@ def retrieval(
     policy: Policy = None,
 ) -> None:
     """How many codes, each said once in a long text, are found again: exact answers and their likelihood."""
-    source = ModelSource.find(model, run.revision)
-    config = sparse.config(read_policy(policy, source.policy))
-    lengths = data.parsed_lengths()
-    checked = check(source, codes_in_texts.COMMAND, data, run, lengths, targets=1)
-    compared = perplexity_methods(split_names(methods), config, lengths, source.support)
+    evaluation, config = _checked(model, codes_in_texts.COMMAND, data, run, sparse, policy)
+    compared = perplexity_methods(split_names(methods), config, data.parsed_lengths(), evaluation.source.support)
     if decoded := sorted(compared.keys() & set(DECODED)):
         raise UserError(f"retrieval always answers token by token: leave out {decoded[0]!r}")
-    _print(run_retrieval(checked.load(), compared, codes), checked.folder, run)
+    _print(run_retrieval(evaluation, compared, codes), evaluation)
 
 
 @app.command()
@@ -273,11 +266,26 @@ def demo(
     run_demo(model, run)
 
 
-def _print(outcome: Outcome, folder: Path, run: RunOptions) -> None:
+def _checked(
+    model: str,
+    command: str,
+    data: DataOptions,
+    run: RunOptions,
+    sparse: SparseOptions,
+    policy: str | None,
+    targets: int = 1,
+) -> tuple[Evaluation, SparseAttentionConfig]:
+    """An evaluation whose arguments are right, and the configuration that it is about."""
+    source = ModelSource.find(model, run.revision)
+    config = sparse.config(read_policy(policy, source.policy))
+    return check(source, command, data, run, data.parsed_lengths(), targets), config
+
+
+def _print(outcome: Outcome, evaluation: Evaluation) -> None:
     if not is_main_process():
         return
-    if run.as_json:
+    if evaluation.run.as_json:
         print(json.dumps(outcome.summary))
     else:
         print(f"{outcome}\n\nintervals: 95 %, bootstrap over {outcome.summary['resampled']}")
-        print(f"records, summary, tables and plot: {folder}")
+        print(f"records, summary, tables and plot: {evaluation.folder}")

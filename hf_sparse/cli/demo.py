@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 import hf_sparse
+from hf_sparse.cli.evaluate import Evaluation, check, run_attention_error, run_perplexity
 from hf_sparse.cli.options import DataOptions, RunOptions
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.machine import is_main_process
+from hf_sparse.measure import attention_error, perplexity
 from hf_sparse.measure.methods import error_methods, perplexity_methods
-from hf_sparse.measure.run import Ready, check, run_attention_error, run_perplexity
 from hf_sparse.share.source import ModelSource
 from hf_sparse.tables import text_table
 
@@ -26,9 +27,6 @@ _DOCUMENTS = 2
 _METHODS = ("topk", "grouped")
 _ROWS_PER_LENGTH = 64
 _NEW_TOKENS = 24
-
-# The commands that it runs, and the folders of their results.
-_PERPLEXITY, _ATTENTION_ERROR = "perplexity", "attention-error"
 
 
 def run_demo(name: str, run: RunOptions) -> None:
@@ -43,46 +41,36 @@ def run_demo(name: str, run: RunOptions) -> None:
     """
     source = ModelSource.find(name, run.revision)
     data = DataOptions(documents=_DOCUMENTS)
-    ready = check(source, "demo", data, run, _LENGTHS, _TARGETS, (_PERPLEXITY, _ATTENTION_ERROR)).load()
-    say = _Speaker(silent=run.as_json or not is_main_process())
-    say(f"model: {ready.about['model']['name']}, {ready.about['dtype']} on {ready.about['device']}")
+    parts = (perplexity.COMMAND, attention_error.COMMAND)
+    evaluation = check(source, "demo", data, run, _LENGTHS, _TARGETS, parts)
+
+    def say(text: str) -> None:
+        if is_main_process() and not run.as_json:
+            print(text, flush=True)
+
+    say(f"model: {evaluation.info.name}, {evaluation.about['dtype']} on {evaluation.about['device']}")
     say("\n>>> model = hf_sparse.patch(model)")
-    texts, report = _generate(ready)
+    texts, report = _generate(evaluation)
     say(f"{report}\n\nafter {texts['prompt']!r} it writes")
     say(f"  dense:  {texts['dense']!r}\n  sparse: {texts['sparse']!r}")
     config = SparseAttentionConfig()
     methods = perplexity_methods(_METHODS, config, _LENGTHS, source.support)
     say(f"\nperplexity of the same {_TARGETS} tokens of {_DOCUMENTS} documents, after more and more context:\n")
-    perplexity = run_perplexity(_in(ready, _PERPLEXITY), methods)
-    say(f"{text_table(*perplexity.tables[0])}\n\nattention error against dense, every law at equal cost:\n")
+    likelihood = run_perplexity(evaluation, methods, parts[0])
+    say(f"{text_table(*likelihood.tables[0])}\n\nattention error against dense, every law at equal cost:\n")
     compared = error_methods(None, config, _LENGTHS, source.support)
-    error = run_attention_error(_in(ready, _ATTENTION_ERROR), _LENGTHS, compared, _ROWS_PER_LENGTH)
-    say(f"{text_table(*error.tables[0])}\n\nrows, summaries, tables and plots: {ready.folder}")
+    error = run_attention_error(evaluation, _LENGTHS, compared, _ROWS_PER_LENGTH, parts[1])
+    say(f"{text_table(*error.tables[0])}\n\nrecords, summaries, tables and plots: {evaluation.folder}")
     if run.as_json and is_main_process():
-        everything = {"report": asdict(report), "perplexity": perplexity.summary, "attention_error": error.summary}
+        everything = {"report": asdict(report), "perplexity": likelihood.summary, "attention_error": error.summary}
         print(json.dumps({"texts": texts, **everything}))
 
 
-class _Speaker:
-    """`print`, unless nobody should hear."""
-
-    def __init__(self, *, silent: bool) -> None:
-        self.silent = silent
-
-    def __call__(self, text: str) -> None:
-        if not self.silent:
-            print(text, flush=True)
-
-
-def _in(ready: Ready, folder: str) -> Ready:
-    return replace(ready, folder=ready.folder / folder)
-
-
-def _generate(ready: Ready) -> tuple[dict[str, str], hf_sparse.SparsityReport]:
+def _generate(evaluation: Evaluation) -> tuple[dict[str, str], hf_sparse.SparsityReport]:
     """What the model writes after a text, dense and patched, and the report of the latter."""
-    tokenizer = ready.tokenizer
-    model: Any = ready.model
-    prompt = next(window.input_ids for window in ready.windows if window.length == _LENGTHS[1])
+    tokenizer = evaluation.tokenizer
+    model: Any = evaluation.model
+    prompt = next(window.input_ids for window in evaluation.windows if window.length == _LENGTHS[1])
 
     def write() -> str:
         ids = prompt[None].to(model.device)

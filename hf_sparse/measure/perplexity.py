@@ -100,6 +100,16 @@ def decoded_nll(model: PreTrainedModel, cache: Cache | None, input_ids: Tensor, 
     return out
 
 
+def check_finite(nll: Tensor, window: Window, model: PreTrainedModel) -> None:
+    """Refuse likelihoods that are not finite.
+
+    Raises:
+        UserError: naming the document and the dtype of the model.
+    """
+    if not nll.isfinite().all():
+        raise UserError(f"the likelihoods of {window.document} are not finite in {model.dtype}: try another --dtype")
+
+
 def measure(
     model: PreTrainedModel,
     window: Window,
@@ -140,8 +150,7 @@ def measure(
         seconds = time.perf_counter() - start
         if config is not None:
             counts = sum_counts(hf_sparse.report(model), sliding_layers, before)
-    if not nll.isfinite().all():
-        raise UserError(f"the likelihoods of {window.document} are not finite in {model.dtype}: try another --dtype")
+    check_finite(nll, window, model)
     return {
         "tokens": len(nll),
         "block_tokens": BLOCK_TOKENS,
@@ -155,14 +164,9 @@ def measure(
 def evaluate(
     model: PreTrainedModel, windows: Sequence[Window], methods: Methods, results: ResultFile, about: Record
 ) -> list[Record]:
-    """Measure every window under every method, as `measure_each` does.
+    """Measure every window under every method (`perplexity_methods`), as `measure_each` does.
 
-    Args:
-        model: The model, unpatched; it is patched for each sparse measurement and restored.
-        windows: What to predict.
-        methods: From `perplexity_methods`.
-        results: Where records are appended.
-        about: From `provenance`; written into every record.
+    The model is patched for each sparse measurement, and restored.
     """
     sliding_layers = hf_sparse.inspect(model).sliding_layers
 
