@@ -33,10 +33,10 @@ COMMANDS = [
 ]
 NEVER = (
     "hf_sparse.share.source.ModelSource.model",
-    "hf_sparse.bench.subject.random_model",
+    "hf_sparse.bench.run.random_model",
     "hf_sparse.cli.bench.evaluate",
     "hf_sparse.lab.run.run",
-    "hf_sparse.measure.memory.evaluate",
+    "hf_sparse.cli.memory.evaluate",
 )
 
 
@@ -184,7 +184,7 @@ def test_stored_rows_that_cannot_be_summed_up_are_refused(
 
 
 def test_an_error_of_ours_is_not_blamed_on_stored_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr("hf_sparse.measure.perplexity_summary.bootstrap_means", broken)

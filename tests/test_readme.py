@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_sparse.measure import memory, perplexity_summary
+from hf_sparse.bench import memory
+from hf_sparse.measure import perplexity_summary
 from hf_sparse.measure.perplexity_tables import method_cells, overview_cells, perplexity_cells, verdict_cells
 from hf_sparse.tables import markdown_table
 
