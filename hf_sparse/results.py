@@ -284,10 +284,15 @@ def _held(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             for record in ResultFile(path).records().values():
                 yield path, record
         elif path.exists():
-            yield path, _read(path)
+            yield path, read_json(path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: naming the file, if it cannot be read or holds something else.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):

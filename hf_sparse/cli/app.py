@@ -30,6 +30,7 @@ from hf_sparse.cli.options import (
     share_options,
 )
 from hf_sparse.cli.publish import BundleOptions, Target, run_card, run_publish
+from hf_sparse.cli.report import run_report
 from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
@@ -232,6 +233,16 @@ def theory(options: TheoryOptions, run: RunOptions) -> None:
         print(json.dumps(summaries))
     else:
         print_theory(summaries, folder)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Folder that a command wrote its results into.", show_default=False)],
+    write: Annotated[bool, typer.Option("--write", help="Write summary, tables and plots anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the tables of a folder of results again, made anew from its records."""
+    run_report(run_dir, write=write, as_json=as_json)
 
 
 @app.command()
