@@ -15,7 +15,7 @@ from hf_sparse.cli.calibrate import CalibrationOptions
 from hf_sparse.cli.options import SparseOptions
 from hf_sparse.policy import files as policy_files
 from tests import small, tiny
-from tests.small import run_command
+from tests.small import refusal, run_command
 
 FLOORS = ["--min-keys", "96", "--sink-keys", "1", "--recent-keys", "2", "--dense-below", "0"]
 
@@ -136,13 +136,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     arguments: str, message: str, policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    code = run_command(*arguments.split())
-    printed = capsys.readouterr()
-    assert code == 2
-    assert printed.out == ""
-    [line] = [line for line in re.split(r"[\r\n]+", printed.err) if line and not line.startswith("Loading weights")]
-    assert line.startswith("hf-sparse: ")
-    assert message in line
+    assert message in refusal(capsys, *arguments.split())
 
 
 def test_perplexity_evaluates_a_policy(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

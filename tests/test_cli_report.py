@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.small import run_command
+from tests.small import refusal, run_command
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 # A folder of each command, one of its plots, and what its tables say.
@@ -106,15 +106,10 @@ def test_what_is_no_result_is_refused_in_one_line(
     spoil: Any, message: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(run)
-    assert run_command("report", str(run)) == 2
-    printed = capsys.readouterr()
-    [line] = printed.err.splitlines()
-    assert message in line
-    assert printed.out == ""
+    assert message in refusal(capsys, "report", str(run))
 
 
 def test_an_unfinished_run_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = (run / "rows.jsonl").read_text().splitlines(keepends=True)
     (run / "rows.jsonl").write_text("".join(lines[:-1]))
-    assert run_command("report", str(run)) == 2
-    assert "at 4096 tokens of one text, and one is needed: run the command" in capsys.readouterr().err
+    assert "at 4096 tokens of one text, and one is needed: run the command" in refusal(capsys, "report", str(run))

@@ -119,7 +119,9 @@ def attention_error(
     data: DataOptions,
     run: RunOptions,
     sparse: SparseOptions,
-    rows: Annotated[int, typer.Option(min=1, help="Queries measured before each length.")] = (errors.ROWS_PER_LENGTH),
+    rows: Annotated[int, typer.Option(min=1, help="Queries measured before each length.")] = (
+        errors.QUERIES_PER_LENGTH
+    ),
     methods: Annotated[
         str | None,
         typer.Option(help=f"Selectors and laws, {_OWN_SELECTOR}.", show_default="all laws, then all selectors"),

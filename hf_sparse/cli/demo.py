@@ -25,7 +25,7 @@ _LENGTHS = [512, 1024, 2048, 4096]
 _TARGETS = 256
 _DOCUMENTS = 2
 _METHODS = ("topk", "grouped")
-_ROWS_PER_LENGTH = 64
+_QUERIES_PER_LENGTH = 64
 _NEW_TOKENS = 24
 
 
@@ -59,7 +59,7 @@ def run_demo(name: str, run: RunOptions) -> None:
     likelihood = run_perplexity(evaluation, methods, parts[0])
     say(f"{text_table(*likelihood.tables[0])}\n\nattention error against dense, every law at equal cost:\n")
     compared = error_methods(None, config, _LENGTHS, source.support)
-    error = run_attention_error(evaluation, _LENGTHS, compared, _ROWS_PER_LENGTH, parts[1])
+    error = run_attention_error(evaluation, _LENGTHS, compared, _QUERIES_PER_LENGTH, parts[1])
     say(f"{text_table(*error.tables[0])}\n\nrecords, summaries, tables and plots: {evaluation.folder}")
     if run.as_json and is_main_process():
         everything = {"report": asdict(report), "perplexity": likelihood.summary, "attention_error": error.summary}

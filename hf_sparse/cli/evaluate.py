@@ -131,7 +131,7 @@ def run_attention_error(
     evaluation: Evaluation,
     lengths: Sequence[int],
     methods: Mapping[str, SparseAttentionConfig],
-    rows_per_length: int,
+    queries_per_length: int,
     part: str = "",
 ) -> Outcome:
     """Measure attention errors and write the results into `part` of the folder.
@@ -142,7 +142,7 @@ def run_attention_error(
     results = evaluation.results(methods, part)
     windows = [window for window in evaluation.windows if window.length == lengths[-1]]
     records = attention_error.evaluate(
-        evaluation.model, windows, lengths, methods, results, evaluation.about, rows_per_length
+        evaluation.model, windows, lengths, methods, results, evaluation.about, queries_per_length
     )
     return ATTENTION_ERROR.conclude(records, results, evaluation.run.seed)
 
