@@ -71,6 +71,14 @@ def test_calibrate_writes_what_patch_takes(policy: Path, home: Path, capsys: pyt
         assert str(home) not in path.read_text()
 
 
+def test_report_shows_what_calibrate_found(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (policy / "tables.md").read_text()
+    (policy / "tables.md").write_text("")
+    assert run_command("report", "policy", "--write") == 0
+    assert "law of a head" in capsys.readouterr().out
+    assert (policy / "tables.md").read_text() == before
+
+
 def test_calibrate_prints_tables_and_resumes(
     policy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

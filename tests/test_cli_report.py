@@ -97,7 +97,7 @@ def test_tables_come_from_the_records(run: Path, capsys: pytest.CaptureFixture[s
         (lambda run: [path.unlink() for path in run.iterdir()], "holds no results"),
         (shutil.rmtree, "holds no results: pass a folder that a command of hf-sparse wrote"),
         (lambda run: change(run, 0, key="again"), "rows.jsonl holds 2 measurements of "),
-        (lambda run: (run / "rows.jsonl").write_text('{"key": "a", "command": "perplexity"}\n'), "KeyError: 'config'"),
+        (lambda run: (run / "rows.jsonl").write_text('{"key": "a", "command": "perplexity"}\n'), "KeyError: 'method'"),
         (lambda run: (run / "rows.jsonl").write_text("garbage\n"), "line 1 is not a record"),
         (lambda run: (run / "summary.json").write_text("[]"), "summary.json cannot be read"),
     ],
@@ -113,3 +113,17 @@ def test_an_unfinished_run_says_what_is_missing(run: Path, capsys: pytest.Captur
     lines = (run / "rows.jsonl").read_text().splitlines(keepends=True)
     (run / "rows.jsonl").write_text("".join(lines[:-1]))
     assert "at 4096 tokens of one text, and one is needed: run the command" in refusal(capsys, "report", str(run))
+
+
+def test_times_of_other_settings_are_left_out_and_one_is_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(CARDS / "bench/two-layers", run)
+    assert run_command("report", str(run)) == 0
+    shown = capsys.readouterr().out
+    change(run, 0, key="a", config={"alpha": 3.0})
+    assert run_command("report", str(run)) == 0
+    assert capsys.readouterr().out == shown
+    change(run, 0, key="b")
+    assert "rows.jsonl holds 2 measurements of " in refusal(capsys, "report", str(run))

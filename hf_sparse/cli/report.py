@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from hf_sparse.bench import memory
 from hf_sparse.calibration.calibrate import Calibration
@@ -50,12 +51,12 @@ def run_report(folder: Path, *, write: bool, as_json: bool) -> None:
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{folder} holds results that no tables can be made of: {why}") from error
+    if write:
+        found.write()
     if as_json:
         print(json.dumps(found.summary))
     else:
         found.show()
-    if write:
-        found.write()
 
 
 @dataclass(frozen=True)
@@ -90,36 +91,43 @@ def _drawn(outcome: Outcome, command: str, draw: Callable[[Summary, Path], None]
 
 def _evaluation(kind: Kind, records: Sequence[Record], summary: Summary | None, folder: Path) -> _Found:
     if records:
-        if kind is not BENCH:
-            records = _complete(records, summary, folder / ROWS)
-        summary = kind.summarise(records, (summary or records[0]).get("seed", 0))
+        chosen = _chosen(kind, records, summary, folder / ROWS)
+        summary = kind.summarise(chosen, (summary or records[0]).get("seed", 0))
     assert summary is not None
     return _drawn(Outcome(summary, kind.tables(summary)), kind.command, kind.draw, folder)
 
 
-def _complete(records: Sequence[Record], summary: Summary | None, path: Path) -> list[Record]:
+def _chosen(kind: Kind, records: Sequence[Record], summary: Summary | None, path: Path) -> list[Record]:
     """The records that `summary` was made of, in its order; all of them if there is none yet.
 
     Raises:
-        UserError: unless there is one for each method, length and document.
+        UserError: unless there is one for each method, length and document, or each task and length of a benchmark.
     """
-    methods = list(dict.fromkeys(each["method"] for each in (summary["results"] if summary else records)))
-    lengths = list(summary["lengths"] if summary else dict.fromkeys(record["length"] for record in records))
-    texts = list(dict.fromkeys(each["text_sha256"] for each in (summary["documents"] if summary else records)))
-    found: dict[tuple[str, int, str], list[Record]] = {}
+    rows = summary["results"] if summary else records
+    places: list[tuple[Any, ...]]
+    if kind is BENCH:
+        names: tuple[str, ...] = ("kind", "length")
+        places = list(dict.fromkeys((row["kind"], row["length"]) for row in rows))
+        settings = summary["conditions"] if summary else {}
+    else:
+        names = ("method", "length", "text_sha256")
+        methods = dict.fromkeys(row["method"] for row in rows)
+        texts = dict.fromkeys(each["text_sha256"] for each in (summary["documents"] if summary else records))
+        lengths = sorted({row["length"] for row in rows})
+        places = [(method, length, text) for text, length, method in product(texts, lengths, methods)]
+        settings = {name: {"config": config} for name, config in (summary or {}).get("configs", {}).items()}
+    found: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        if summary is None or record["config"] == summary["configs"].get(record["method"]):
-            found.setdefault((record["method"], record["length"], record["text_sha256"]), []).append(record)
-    out = []
-    for text, length, method in product(texts, lengths, methods):
-        own = found.get((method, length, text), [])
-        if len(own) != 1:
+        place = tuple(record[name] for name in names)
+        if settings.get(place[0], {}).items() <= record.items():
+            found.setdefault(place, []).append(record)
+    for place in places:
+        if (number := len(found.get(place, []))) != 1:
+            what = f"{place[0]} at {place[1]} tokens" + (" of one text" if len(place) > 2 else "")
             raise UserError(
-                f"{path} holds {len(own)} measurements of {method} at {length} tokens of one text, and one is needed: "
-                "run the command that wrote it again"
+                f"{path} holds {number} measurements of {what}, and one is needed: run the command that wrote it again"
             )
-        out += own
-    return out
+    return [found[place][0] for place in places]
 
 
 def _theory(records: Sequence[Record], summary: Summary, folder: Path) -> _Found:
@@ -143,6 +151,7 @@ def _calibration(folder: Path) -> _Found:
     data = read_json(folder / CALIBRATION)
     checks = folder / "check.jsonl"
     if records := list(ResultFile(checks).records().values()):
-        data["check"] = PERPLEXITY.summarise(_complete(records, data["check"], checks), data["check"]["seed"])
+        chosen = _chosen(PERPLEXITY, records, data["check"], checks)
+        data["check"] = PERPLEXITY.summarise(chosen, data["check"]["seed"])
     tables = calibration_tables(Calibration.from_dict(data))
     return _Found(data, partial(print, Outcome(data, tables)), partial(write_tables, folder, tables))

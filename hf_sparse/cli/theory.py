@@ -113,7 +113,7 @@ def print_theory(summaries: dict[str, Any], folder: Path) -> None:
             for part in ("where", "evidence"):
                 print(_wrapped(f"{part}: {verdict[part]}", "    "))
             print()
-    print(f"rows, summaries, tables and plots: {folder}")
+    print(f"records, summaries, tables and plots: {folder}")
 
 
 def _wrapped(text: str, indent: str = "") -> str:

@@ -51,19 +51,15 @@ class Kind:
     tables: Callable[[Summary], list[Table]]
     draw: Callable[[Summary, Path], None]
 
-    def outcome(self, records: Sequence[Record], results: ResultFile, seed: int) -> Outcome:
-        """The outcome of `records`, which `results` holds.
+    def conclude(self, records: Sequence[Record], results: ResultFile, seed: int) -> Outcome:
+        """The outcome of `records`, which `results` holds, written beside them.
 
         Raises:
             UserError: naming the file, if records of an earlier run cannot be summed up.
         """
         with results.summed_up():
             summary = self.summarise(records, seed)
-            return Outcome(summary, self.tables(summary))
-
-    def conclude(self, records: Sequence[Record], results: ResultFile, seed: int) -> Outcome:
-        """The outcome of `records`, written beside them."""
-        outcome = self.outcome(records, results, seed)
+            outcome = Outcome(summary, self.tables(summary))
         return write_outcome(outcome, results.path.parent, plot_name(self.command), self.draw)
 
 

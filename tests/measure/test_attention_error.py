@@ -158,7 +158,7 @@ def test_one_pass_gives_every_length_its_own_result(model: PreTrainedModel) -> N
                 assert column == pytest.approx(other["columns"][name], rel=1e-4, abs=1e-6), name
 
 
-def test_rows_per_length_are_rounded_up_to_groups(model: PreTrainedModel) -> None:
+def test_queries_per_length_are_rounded_up_to_groups(model: PreTrainedModel) -> None:
     def rows(queries_per_length: int | None) -> list[int]:
         return [row["rows"] for row in measure(model, window(), LENGTHS, {}, queries_per_length)]
 
