@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import linear_regression, median
@@ -200,8 +201,9 @@ def _in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     # Forked from a server that has imported this module and done nothing else.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with context.Pool(1) as pool:
-        return pool.apply(function, arguments)
+    # Unlike a pool of multiprocessing's own, this one raises if its process dies.
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _peak(call: Callable[[], object]) -> float:
