@@ -215,17 +215,6 @@ def resume(
     return [done[key] for key in cells]
 
 
-def describe(command: str, records: Sequence[Record]) -> Summary:
-    """What every summary says of its records: command, documents, model and machine."""
-    documents = {record["text_sha256"]: record["document"] for record in records}
-    about = ("model", "dtype", "device", "device_name", "versions", "commit")
-    return {
-        "command": command,
-        "documents": [{"document": name, "text_sha256": sha256} for sha256, name in documents.items()],
-        "about": {name: records[0][name] for name in about},
-    }
-
-
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write `data` as readable JSON, all or nothing."""
     write_whole(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
@@ -234,6 +223,11 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def write_summary(folder: Path, summary: Summary, tables: Sequence[Table]) -> None:
     """Write `summary.json`, and `tables.md` with the same for people."""
     write_json(folder / SUMMARY, summary)
+    write_tables(folder, tables)
+
+
+def write_tables(folder: Path, tables: Sequence[Table]) -> None:
+    """Write `tables.md`."""
     write_whole(folder / TABLES, ("\n\n".join(markdown_table(*table) for table in tables) + "\n").encode())
 
 
@@ -249,6 +243,11 @@ def default_folder(model: str, command: str) -> Path:
     return Path("results") / f"{model.rpartition('/')[2].removesuffix('.gguf')}-{command}"
 
 
+def plot_name(command: str) -> str:
+    """The name of the plot of a command."""
+    return command.replace("-", "_") + ".png"
+
+
 def check_folder(folder: Path, command: str, model: Mapping[str, Any] | None = None) -> None:
     """Refuse a folder that the results of a command cannot go into.
 
@@ -261,8 +260,7 @@ def check_folder(folder: Path, command: str, model: Mapping[str, Any] | None = N
         UserError: if it cannot be made or written to, or what it holds cannot be read or comes from another command
             or model.
     """
-    plot = command.replace("-", "_") + ".png"
-    check_writable(folder, (ROWS, SUMMARY, TABLES, plot, *_OF_CALIBRATE))
+    check_writable(folder, (ROWS, SUMMARY, TABLES, plot_name(command), *_OF_CALIBRATE))
     for path, found in _held(folder):
         theirs = CALIBRATE if path.name in _OF_CALIBRATE else command_of(found)
         measured = _model(found)
@@ -286,10 +284,15 @@ def _held(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             for record in ResultFile(path).records().values():
                 yield path, record
         elif path.exists():
-            yield path, _read(path)
+            yield path, read_json(path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: naming the file, if it cannot be read or holds something else.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,14 @@ def run_command(*arguments: str) -> int:
     code = caught.value.code
     assert isinstance(code, int)
     return code
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line with which `hf-sparse` refuses `arguments`, printing nothing else."""
+    assert run_command(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line for line in re.split(r"[\r\n]+", printed.err) if line and not line.startswith("no --model")]
+    [line] = [line for line in lines if not line.startswith("Loading weights")]
+    assert line.startswith("hf-sparse: ")
+    return line

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -15,7 +14,7 @@ from hf_sparse.cli import main
 from hf_sparse.cli.options import SparseOptions
 from hf_sparse.config import DENSE_BELOW, SparseAttentionConfig
 from tests import small, tiny
-from tests.small import run_command
+from tests.small import refusal, run_command
 
 SPARSE = shlex.split("--alpha 2 --min-keys 4 --sink-keys 1 --recent-keys 2 --dense-below 8 --dense-layers none")
 SHORT = ["--lengths", "48,96", "--targets", "40", "--device", "cpu", *SPARSE]
@@ -173,20 +172,14 @@ def test_inspect_says_yes_and_no(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_users_mistake_is_one_line_and_exit_code_2(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = run_command(*(arguments.split(" ") if arguments else []))
-    printed = capsys.readouterr()
-    assert code == 2
-    assert printed.out == ""
-    [line] = [line for line in re.split(r"[\r\n]+", printed.err) if line and not line.startswith("Loading weights")]
-    assert line.startswith("hf-sparse: ")
-    assert message in line
+    assert message in refusal(capsys, *(arguments.split(" ") if arguments else []))
 
 
 def test_a_programming_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("hf_sparse.measure.run.cut_windows", broken)
+    monkeypatch.setattr("hf_sparse.cli.evaluate.cut_windows", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["perplexity", "tiny-llama", "--text", "texts", *SHORT])
 

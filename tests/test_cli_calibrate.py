@@ -15,7 +15,7 @@ from hf_sparse.cli.calibrate import CalibrationOptions
 from hf_sparse.cli.options import SparseOptions
 from hf_sparse.policy import files as policy_files
 from tests import small, tiny
-from tests.small import run_command
+from tests.small import refusal, run_command
 
 FLOORS = ["--min-keys", "96", "--sink-keys", "1", "--recent-keys", "2", "--dense-below", "0"]
 
@@ -69,6 +69,14 @@ def test_calibrate_writes_what_patch_takes(policy: Path, home: Path, capsys: pyt
     hf_sparse.patch(tiny.model("llama"), policy)
     for path in policy.iterdir():
         assert str(home) not in path.read_text()
+
+
+def test_report_shows_what_calibrate_found(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (policy / "tables.md").read_text()
+    (policy / "tables.md").write_text("")
+    assert run_command("report", "policy", "--write") == 0
+    assert "law of a head" in capsys.readouterr().out
+    assert (policy / "tables.md").read_text() == before
 
 
 def test_calibrate_prints_tables_and_resumes(
@@ -136,13 +144,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     arguments: str, message: str, policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    code = run_command(*arguments.split())
-    printed = capsys.readouterr()
-    assert code == 2
-    assert printed.out == ""
-    [line] = [line for line in re.split(r"[\r\n]+", printed.err) if line and not line.startswith("Loading weights")]
-    assert line.startswith("hf-sparse: ")
-    assert message in line
+    assert message in refusal(capsys, *arguments.split())
 
 
 def test_perplexity_evaluates_a_policy(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import hf_sparse
 from hf_sparse.errors import UserError
 from hf_sparse.share.source import ModelSource
 from tests import small, tiny
-from tests.small import run_command
+from tests.small import refusal, run_command
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 DATA = "--text texts --lengths 48 --targets 40 --device cpu --dense-below 8 --dense-layers none --min-keys 4"
@@ -69,17 +68,6 @@ def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in NEVER:
         monkeypatch.setattr(name, never)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line with which a command refuses."""
-    assert run_command(*arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    lines = [line for line in re.split(r"[\r\n]+", printed.err) if line and not line.startswith("no --model")]
-    [line] = [line for line in lines if not line.startswith("Loading weights")]
-    assert line.startswith("hf-sparse: ")
-    return line
 
 
 @pytest.mark.usefixtures("_unmeasured")
@@ -184,10 +172,10 @@ def test_stored_rows_that_cannot_be_summed_up_are_refused(
 
 
 def test_an_error_of_ours_is_not_blamed_on_stored_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("hf_sparse.measure.run.perplexity_summary.summarise", broken)
+    monkeypatch.setattr("hf_sparse.measure.perplexity_summary.bootstrap_means", broken)
     with pytest.raises(KeyError, match="a bug"):
         hf_sparse.cli.main([*PERPLEXITY.split(), "--output", str(tmp_path)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +71,12 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for `json.dumps`."""
         return {**vars(self), "config": self.config.to_dict(), "target": str(self.target)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        """The inverse of `to_dict`."""
+        config, target = SparseAttentionConfig.from_dict(data["config"]), Target.parse(data["target"])
+        return cls(**{**data, "config": config, "target": target})
 
 
 def calibrate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -18,7 +18,7 @@ from hf_sparse.measure.equal_cost import matched
 from hf_sparse.measure.perplexity import evaluate
 from hf_sparse.measure.perplexity_summary import summarise
 from hf_sparse.measure.windows import Window
-from hf_sparse.results import Record, ResultFile, Summary, record_key
+from hf_sparse.results import Record, ResultFile, Summary, identity, record_key, resume
 from hf_sparse.support import SupportReport
 
 
@@ -52,24 +52,29 @@ class Measurements:
             raise UserError(f"{support.architecture} has no layer to fit a law to: all {len(self.dense)} are dense")
         self._modules: dict[int, nn.Module] = {layer.layer: model.get_submodule(layer.name) for layer in self.layers}
         self._decisive = [
-            [about["model"]["name"], about["model"]["revision"], about["dtype"], about["device"]],
+            identity(about),
             [config.to_dict()["selector"], config.sink_keys, config.recent_keys],
         ]
 
     def curves(self, windows: Sequence[Window]) -> dict[str, list[ErrorCurve]]:
         """Error curves of all layers with laws, by document."""
-        results = self._file("curves.jsonl")
-        out: dict[str, list[ErrorCurve]] = {}
-        for window in tqdm(windows, desc="error against budget", unit="document"):
-            key = self._key("calibrate curves", window, layers=sorted(self._modules))
-            if key not in results.records():
+        results = ResultFile(self.folder / "curves.jsonl")
+        keys = [self._key("calibrate curves", window, layers=sorted(self._modules)) for window in windows]
+        cells = dict(zip(keys, windows, strict=True))
+
+        def measured(missing: Mapping[str, Window]) -> Iterator[tuple[str, Record]]:
+            for key, window in tqdm(missing.items(), desc="error against budget", unit="document"):
                 visible = visible_grid(SHORTEST, window.length)
                 curves = error_curves(self.model, window.input_ids, visible, self._modules, self.config)
-                record = {"key": key, "document": window.document, "text_sha256": window.text_sha256, **self.about}
-                results.append(record | {"curves": [curve.to_dict() for curve in curves]})
-            with results.summed_up():
-                out[window.document] = [ErrorCurve.from_dict(curve) for curve in results.records()[key]["curves"]]
-        return out
+                place = {"document": window.document, "text_sha256": window.text_sha256, **self.about}
+                yield key, place | {"curves": [curve.to_dict() for curve in curves]}
+
+        records = dict(zip(cells, resume(results, cells, measured), strict=True))
+        with results.summed_up():
+            return {
+                window.document: [ErrorCurve.from_dict(curve) for curve in records[key]["curves"]]
+                for window, key in zip(windows, keys, strict=True)
+            }
 
     def sensitivity(self, windows: Sequence[Window], curves: Mapping[str, Sequence[ErrorCurve]]) -> dict[int, float]:
         """Nats a token that a relative error of 1 costs, by layer (`layer_sensitivity`).
@@ -78,25 +83,27 @@ class Measurements:
             windows: Texts to make layers sparse on, all of one length; their second halves are compared.
             curves: From `curves`, of these texts and others.
         """
-        results = self._file("probes.jsonl")
+        results = ResultFile(self.folder / "probes.jsonl")
         length = windows[0].length
         compared = length // 2
+        places = [(window, layer) for window in windows for layer in self._modules]
+        keys = [self._key("calibrate probe", window, layer=layer) for window, layer in places]
+        cells = dict(zip(keys, places, strict=True))
+
+        def measured(missing: Mapping[str, tuple[Window, int]]) -> Iterator[tuple[str, Record]]:
+            with tqdm(total=len(missing), desc="layers one at a time", unit="layer") as progress:
+                for window in windows:
+                    own = {layer: key for key, (text, layer) in missing.items() if text is window}
+                    found = divergences(self.model, window.input_ids, compared, [*own], self.support, self.config)
+                    for layer, nats in found:
+                        yield own[layer], {"document": window.document, "layer": layer, "nats": nats, **self.about}
+                        progress.update()
+
         total = dict.fromkeys(self._modules, 0.0)
-        with tqdm(total=len(windows) * len(total), desc="layers one at a time", unit="layer") as progress:
-            for window in windows:
-                keys = {layer: self._key("calibrate probe", window, layer=layer) for layer in total}
-                done = results.records()
-                missing = [layer for layer in total if keys[layer] not in done]
-                progress.update(len(total) - len(missing))
-                found = divergences(self.model, window.input_ids, compared, missing, self.support, self.config)
-                for layer, nats in found:
-                    record = {"key": keys[layer], "document": window.document, "layer": layer, "nats": nats}
-                    results.append(record | self.about)
-                    progress.update()
-                done = results.records()
-                with results.summed_up():
-                    for layer, key in keys.items():
-                        total[layer] += done[key]["nats"] / len(windows)
+        records = dict(zip(cells, resume(results, cells, measured), strict=True))
+        with results.summed_up():
+            for (_, layer), key in zip(places, keys, strict=True):
+                total[layer] += records[key]["nats"] / len(windows)
         probed = [curve for window in windows for curve in curves[window.document]]
         return layer_sensitivity(probed, total, (length - compared, length))
 
@@ -114,11 +121,6 @@ class Measurements:
         records = evaluate(self.model, windows, methods, results, self.about)
         with results.summed_up():
             return summarise(records, self.about["seed"])
-
-    def _file(self, name: str) -> ResultFile:
-        results = ResultFile(self.folder / name)
-        results.repair()
-        return results
 
     def _key(self, command: str, window: Window, **more: object) -> str:
         return record_key(command=command, window=window.sha256, about=self._decisive, **more)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.calibration.curves import ErrorCurve
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.measure.perplexity import applied
+from hf_sparse.measure.evaluation import applied
 from hf_sparse.support import SupportReport
 
 PROBE_KEYS = 128

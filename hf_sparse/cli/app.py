@@ -16,6 +16,7 @@ import hf_sparse
 from hf_sparse.cli.bench import BenchOptions, run_bench
 from hf_sparse.cli.calibrate import CalibrationOptions, run_calibrate
 from hf_sparse.cli.demo import DEMO_MODEL, run_demo
+from hf_sparse.cli.evaluate import Evaluation, check, run_attention_error, run_perplexity, run_retrieval
 from hf_sparse.cli.memory import MemoryOptions, run_memory
 from hf_sparse.cli.options import (
     DataOptions,
@@ -29,7 +30,9 @@ from hf_sparse.cli.options import (
     share_options,
 )
 from hf_sparse.cli.publish import BundleOptions, Target, run_card, run_publish
+from hf_sparse.cli.report import run_report
 from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.machine import is_main_process
 from hf_sparse.measure import attention_error as errors
@@ -43,7 +46,7 @@ from hf_sparse.measure.methods import (
     perplexity_methods,
     split_names,
 )
-from hf_sparse.measure.run import Outcome, check, run_attention_error, run_perplexity, run_retrieval
+from hf_sparse.measure.run import Outcome
 from hf_sparse.share.publish import MESSAGE
 from hf_sparse.share.source import ModelSource
 
@@ -104,12 +107,9 @@ def perplexity(
     policy: Policy = None,
 ) -> None:
     """Perplexity of the same tokens across context lengths: dense, adaptive, and fixed at equal cost."""
-    source = ModelSource.find(model, run.revision)
-    config = sparse.config(read_policy(policy, source.policy))
-    lengths = data.parsed_lengths()
-    checked = check(source, perplexities.COMMAND, data, run, lengths, targets)
-    compared = perplexity_methods(split_names(methods), config, lengths, source.support)
-    _print(run_perplexity(checked.load(), compared), checked.folder, run)
+    evaluation, config = _checked(model, perplexities.COMMAND, data, run, sparse, policy, targets)
+    compared = perplexity_methods(split_names(methods), config, data.parsed_lengths(), evaluation.source.support)
+    _print(run_perplexity(evaluation, compared), evaluation)
 
 
 @app.command("attention-error")
@@ -119,7 +119,9 @@ def attention_error(
     data: DataOptions,
     run: RunOptions,
     sparse: SparseOptions,
-    rows: Annotated[int, typer.Option(min=1, help="Queries measured before each length.")] = (errors.ROWS_PER_LENGTH),
+    rows: Annotated[int, typer.Option(min=1, help="Queries measured before each length.")] = (
+        errors.QUERIES_PER_LENGTH
+    ),
     methods: Annotated[
         str | None,
         typer.Option(help=f"Selectors and laws, {_OWN_SELECTOR}.", show_default="all laws, then all selectors"),
@@ -127,13 +129,10 @@ def attention_error(
     policy: Policy = None,
 ) -> None:
     """How far sparse attention is from dense attention across context lengths, every law at equal cost."""
-    source = ModelSource.find(model, run.revision)
-    config = sparse.config(read_policy(policy, source.policy))
-    lengths = data.parsed_lengths()
-    checked = check(source, errors.COMMAND, data, run, lengths, targets=1)
-    names = None if methods is None else split_names(methods)
-    compared = error_methods(names, config, lengths, source.support)
-    _print(run_attention_error(checked.load(), lengths, compared, rows), checked.folder, run)
+    evaluation, config = _checked(model, errors.COMMAND, data, run, sparse, policy)
+    lengths, names = data.parsed_lengths(), None if methods is None else split_names(methods)
+    compared = error_methods(names, config, lengths, evaluation.source.support)
+    _print(run_attention_error(evaluation, lengths, compared, rows), evaluation)
 
 
 @app.command()
@@ -152,14 +151,11 @@ def retrieval(
     policy: Policy = None,
 ) -> None:
     """How many codes, each said once in a long text, are found again: exact answers and their likelihood."""
-    source = ModelSource.find(model, run.revision)
-    config = sparse.config(read_policy(policy, source.policy))
-    lengths = data.parsed_lengths()
-    checked = check(source, codes_in_texts.COMMAND, data, run, lengths, targets=1)
-    compared = perplexity_methods(split_names(methods), config, lengths, source.support)
+    evaluation, config = _checked(model, codes_in_texts.COMMAND, data, run, sparse, policy)
+    compared = perplexity_methods(split_names(methods), config, data.parsed_lengths(), evaluation.source.support)
     if decoded := sorted(compared.keys() & set(DECODED)):
         raise UserError(f"retrieval always answers token by token: leave out {decoded[0]!r}")
-    _print(run_retrieval(checked.load(), compared, codes), checked.folder, run)
+    _print(run_retrieval(evaluation, compared, codes), evaluation)
 
 
 @app.command()
@@ -242,6 +238,16 @@ def theory(options: TheoryOptions, run: RunOptions) -> None:
 
 
 @app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Folder that a command wrote its results into.", show_default=False)],
+    write: Annotated[bool, typer.Option("--write", help="Write summary, tables and plots anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the tables of a folder of results again, made anew from its records."""
+    run_report(run_dir, write=write, as_json=as_json)
+
+
+@app.command()
 @share_options
 def demo(
     model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.")] = DEMO_MODEL, *, run: RunOptions
@@ -250,11 +256,26 @@ def demo(
     run_demo(model, run)
 
 
-def _print(outcome: Outcome, folder: Path, run: RunOptions) -> None:
+def _checked(
+    model: str,
+    command: str,
+    data: DataOptions,
+    run: RunOptions,
+    sparse: SparseOptions,
+    policy: str | None,
+    targets: int = 1,
+) -> tuple[Evaluation, SparseAttentionConfig]:
+    """An evaluation whose arguments are right, and the configuration that it is about."""
+    source = ModelSource.find(model, run.revision)
+    config = sparse.config(read_policy(policy, source.policy))
+    return check(source, command, data, run, data.parsed_lengths(), targets), config
+
+
+def _print(outcome: Outcome, evaluation: Evaluation) -> None:
     if not is_main_process():
         return
-    if run.as_json:
+    if evaluation.run.as_json:
         print(json.dumps(outcome.summary))
     else:
         print(f"{outcome}\n\nintervals: 95 %, bootstrap over {outcome.summary['resampled']}")
-        print(f"records, summary, tables and plot: {folder}")
+        print(f"records, summary, tables and plot: {evaluation.folder}")

@@ -21,13 +21,15 @@ from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integ
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.machine import find_device, process_state
-from hf_sparse.measure.run import Outcome, write_outcome
+from hf_sparse.measure.run import Kind
 from hf_sparse.results import ROWS, ResultFile, Summary, check_folder, default_folder
 from hf_sparse.selectors import SELECTORS, parse_selector
 from hf_sparse.share.source import ModelSource, check_loading
 
 _DEFAULT_SHAPE, _DEFAULT_LAYERS = "smollm2-135m", 2
 _LENGTHS_HELP = "{}; none to leave it out."
+
+BENCH = Kind(COMMAND, lambda records, _: summarise(records), bench_tables, plot_bench)
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,8 @@ def run_bench(name: str | None, bench: BenchOptions, run: RunOptions, sparse: Sp
         model = loaded(settings, source, bench.text, run.dtype, device)
     results = ResultFile(folder / ROWS)
     records = evaluate(model, results)
-    with results.summed_up():
-        summary = summarise(records)
-    outcome = Outcome(summary, bench_tables(summary))
-    write_outcome(outcome, folder, "bench.png", plot_bench)
+    outcome = BENCH.conclude(records, results, run.seed)
+    summary = outcome.summary
     print(json.dumps(summary) if run.as_json else outcome)
     if "dense_below" in summary and not run.as_json:
         print(f"\nhf_sparse.patch(model, dense_below={summary['dense_below']})  # {_comment(summary)}")

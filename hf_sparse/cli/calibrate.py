@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from hf_sparse.calibration.calibrate import Calibration, run_calibration
 from hf_sparse.calibration.tables import calibration_tables
 from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import LONGEST, split
+from hf_sparse.cli.evaluate import begin
 from hf_sparse.cli.options import Documents, KeyOptions, RunOptions, TextOptions
 from hf_sparse.errors import UserError
 from hf_sparse.machine import process_state
-from hf_sparse.measure.data import load_documents
 from hf_sparse.measure.run import Outcome
-from hf_sparse.results import CALIBRATE, TABLES, check_folder
-from hf_sparse.share.source import ModelSource, check_loading
-from hf_sparse.tables import markdown_table
+from hf_sparse.results import CALIBRATE, write_tables
+from hf_sparse.share.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -69,30 +67,18 @@ def run_calibrate(name: str, options: CalibrationOptions, run: RunOptions) -> tu
     """
     if process_state().num_processes > 1:
         raise UserError("calibrate runs in one process: leave the launcher out")
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
     target, config = Target.parse(options.target), options.config()
     source = ModelSource.find(name, run.revision)
-    info = source.info()
-    if not source.support.supported:
-        raise UserError(str(source.support))
-    folder = run.output or Path("results") / f"{info.name.rpartition('/')[2].removesuffix('.gguf')}-{CALIBRATE}"
-    check_folder(folder, CALIBRATE, info.to_dict())
-    check_loading(run.dtype, device := run.device or str(process_state().device))
+    info, folder = begin(source, CALIBRATE, run)
     tokens = 1 + max(options.length or LONGEST, target.length or 0)
-    texts, held_out = (
-        load_documents(names, count=options.documents, column=options.column, tokens=tokens)
-        if names is not None
-        else None
-        for names in (options.text or [], options.held_out)
-    )
-    split(texts or [], held_out)
+    texts = options.load(tokens)
+    held_out = None if options.held_out is None else replace(options, text=options.held_out).load(tokens)
+    split(texts, held_out)
     tokenizer = source.tokenizer()
-    model = source.model(dtype=run.dtype, device_map=device)
     result = run_calibration(
-        model,
+        source.model(dtype=run.dtype, device_map=run.place),
         tokenizer,
-        texts or [],
+        texts,
         target,
         config=config,
         held_out=held_out,
@@ -103,6 +89,5 @@ def run_calibrate(name: str, options: CalibrationOptions, run: RunOptions) -> tu
         info=info,
     )
     outcome = Outcome(result.to_dict(), calibration_tables(result))
-    markdown = "\n\n".join(markdown_table(*table) for table in outcome.tables)
-    (folder / TABLES).write_text(markdown + "\n", encoding="utf-8")
+    write_tables(folder, outcome.tables)
     return result, outcome, folder

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import hf_sparse
+from hf_sparse.cli.evaluate import Evaluation, check, run_attention_error, run_perplexity
 from hf_sparse.cli.options import DataOptions, RunOptions
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.machine import is_main_process
 from hf_sparse.measure.methods import error_methods, perplexity_methods
-from hf_sparse.measure.run import Ready, check, run_attention_error, run_perplexity
 from hf_sparse.share.source import ModelSource
 from hf_sparse.tables import Table, text_table
 
@@ -26,7 +26,7 @@ _LENGTHS = [1024, 2048, 4096]
 _TARGETS = 256
 _METHODS = ("grouped", "window")
 _ERROR_METHODS = ("topk", "grouped", "window", "fixed")
-_ROWS_PER_LENGTH = 64
+_QUERIES_PER_LENGTH = 64
 _NEW_TOKENS = 24
 
 # The commands that it runs, and the folders of their results.
@@ -46,49 +46,46 @@ def run_demo(name: str, run: RunOptions) -> None:
     """
     source = ModelSource.find(name, run.revision)
     data = DataOptions(documents=1)
-    ready = check(source, "demo", data, run, _LENGTHS, _TARGETS, (_PERPLEXITY, _ATTENTION_ERROR)).load()
+    evaluation = check(source, "demo", data, run, _LENGTHS, _TARGETS, (_PERPLEXITY, _ATTENTION_ERROR))
     silent = run.as_json or not is_main_process()
 
     def say(text: str) -> None:
         if not silent:
             print(text, flush=True)
 
-    say(f"model: {ready.about['model']['name']}, {ready.about['dtype']} on {ready.about['device_name']}\n")
-    prompt = next(window.input_ids for window in ready.windows if window.length == _LENGTHS[0])
-    with hf_sparse.patched(ready.model):
-        sparse = _continuation(ready, prompt)
-        report = hf_sparse.report(ready.model)
+    say(f"model: {evaluation.info.name}, {evaluation.about['dtype']} on {evaluation.about['device_name']}\n")
+    prompt = next(window.input_ids for window in evaluation.windows if window.length == _LENGTHS[0])
+    with hf_sparse.patched(evaluation.model):
+        sparse = _continuation(evaluation, prompt)
+        report = hf_sparse.report(evaluation.model)
     say(f">>> model = hf_sparse.patch(model)\n>>> print(hf_sparse.report(model))\n{report}\n")
-    texts = {"prompt": "..." + str(ready.tokenizer.decode(prompt[-16:])), "sparse": sparse}
+    texts = {"prompt": "..." + str(evaluation.tokenizer.decode(prompt[-16:])), "sparse": sparse}
     say(f"after {_LENGTHS[0]:,} tokens that end with {texts['prompt']!r}\n  sparse writes  {sparse!r}")
-    texts["dense"] = _continuation(ready, prompt)
+    texts["dense"] = _continuation(evaluation, prompt)
     say(f"  dense writes   {texts['dense']!r}\n")
     config = SparseAttentionConfig()
-    perplexity = run_perplexity(_in(ready, _PERPLEXITY), perplexity_methods(_METHODS, config, _LENGTHS, source.support))
+    methods = perplexity_methods(_METHODS, config, _LENGTHS, source.support)
+    perplexity = run_perplexity(evaluation, methods, _PERPLEXITY)
     say(f"perplexity of the same {_TARGETS} tokens after more and more context, and its ratio to dense:\n")
     say(f"{text_table(*_perplexities(perplexity.summary))}\n")
-    methods = error_methods(_ERROR_METHODS, config, _LENGTHS, source.support)
-    error = run_attention_error(_in(ready, _ATTENTION_ERROR), _LENGTHS, methods, _ROWS_PER_LENGTH)
+    compared = error_methods(_ERROR_METHODS, config, _LENGTHS, source.support)
+    error = run_attention_error(evaluation, _LENGTHS, compared, _QUERIES_PER_LENGTH, _ATTENTION_ERROR)
     say("attention mass that is lost (mean query / worst 1 %), every method at equal cost over these lengths:\n")
     say(f"{text_table(*_lost_masses(error.summary))}\n")
-    say(f"results and plots: {ready.folder}")
+    say(f"results and plots: {evaluation.folder}")
     if run.as_json and is_main_process():
         everything = {"report": asdict(report), "perplexity": perplexity.summary, "attention_error": error.summary}
         print(json.dumps({"texts": texts, **everything}))
 
 
-def _in(ready: Ready, folder: str) -> Ready:
-    return replace(ready, folder=ready.folder / folder)
-
-
-def _continuation(ready: Ready, prompt: Tensor) -> str:
+def _continuation(evaluation: Evaluation, prompt: Tensor) -> str:
     """What the model, as it is, writes greedily after a prompt, int64 `(tokens,)`."""
-    model: Any = ready.model
+    model: Any = evaluation.model
     ids = prompt[None].to(model.device)
     options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "do_sample": False}
-    options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": ready.tokenizer.eos_token_id}
+    options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": evaluation.tokenizer.eos_token_id}
     written = model.generate(ids, **options)
-    return str(ready.tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
+    return str(evaluation.tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
 
 
 def _perplexities(summary: Mapping[str, Any]) -> Table:

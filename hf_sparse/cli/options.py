@@ -16,7 +16,8 @@ from hf_sparse.checks import shown
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import AUTO
 from hf_sparse.errors import UserError
-from hf_sparse.measure.run import Run, Texts
+from hf_sparse.machine import process_state
+from hf_sparse.measure.data import Document, load_documents
 from hf_sparse.policy import Policy as ReadPolicy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.selectors import parse_selector
@@ -46,7 +47,7 @@ _THREADS_PER_CPU = 4
 
 
 @dataclass(frozen=True)
-class RunOptions(Run):
+class RunOptions:
     """How a command runs.
 
     Raises:
@@ -76,6 +77,11 @@ class RunOptions(Run):
                 f"here; got {self.threads}"
             )
 
+    @property
+    def place(self) -> str:
+        """The device for the model: the best there is, unless one is given."""
+        return self.device or str(process_state().device)
+
 
 @dataclass(frozen=True)
 class TextOptions:
@@ -92,9 +98,13 @@ class TextOptions:
     documents: Documents = 4
     column: Annotated[str, typer.Option(help="Column of a data set that holds the text.")] = "text"
 
+    def load(self, tokens: int) -> list[Document]:
+        """The documents, long enough for that many tokens where there is a choice; see `load_documents`."""
+        return load_documents(self.text or [], count=self.documents, column=self.column, tokens=tokens)
+
 
 @dataclass(frozen=True)
-class DataOptions(TextOptions, Texts):
+class DataOptions(TextOptions):
     """Which tokens are evaluated."""
 
     lengths: Annotated[str, typer.Option(help="Input lengths in tokens, rising.")] = "512,1024,2048,4096"

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_sparse.cli.evaluate import Evaluation, check
 from hf_sparse.cli.options import DataOptions, RunOptions, parse_integers
 from hf_sparse.errors import UserError
-from hf_sparse.measure.run import Checked, check
 from hf_sparse.measure.windows import check_lengths
 from hf_sparse.results import check_folder
 from hf_sparse.share.source import ModelSource
@@ -113,7 +113,7 @@ def print_theory(summaries: dict[str, Any], folder: Path) -> None:
             for part in ("where", "evidence"):
                 print(_wrapped(f"{part}: {verdict[part]}", "    "))
             print()
-    print(f"rows, summaries, tables and plots: {folder}")
+    print(f"records, summaries, tables and plots: {folder}")
 
 
 def _wrapped(text: str, indent: str = "") -> str:
@@ -145,8 +145,7 @@ def _subjects(
     return found
 
 
-def _load(checked: Checked) -> Subject:
+def _load(evaluation: Evaluation) -> Subject:
     from hf_sparse.lab.experiment import Subject
 
-    ready = checked.load()
-    return Subject(ready.model, ready.windows, ready.about)
+    return Subject(evaluation.model, evaluation.windows, evaluation.about)

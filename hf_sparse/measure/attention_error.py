@@ -24,7 +24,7 @@ from hf_sparse.results import DENSE, Record, ResultFile, identity, record_key, r
 
 COMMAND = "attention-error"
 
-ROWS_PER_LENGTH = 128
+QUERIES_PER_LENGTH = 128
 """Queries measured before each length."""
 
 
@@ -34,7 +34,7 @@ def measure(
     window: Window,
     lengths: Sequence[int],
     methods: Mapping[str, SparseAttentionConfig],
-    rows_per_length: int | None = ROWS_PER_LENGTH,
+    queries_per_length: int | None = QUERIES_PER_LENGTH,
     progress: Callable[[], object] | None = None,
 ) -> list[Record]:
     """Attention errors of every layer and head in the first tokens of one window.
@@ -44,7 +44,7 @@ def measure(
         window: At least `max(lengths)` tokens.
         lengths: Tokens, rising.
         methods: From `error_methods`.
-        rows_per_length: Queries measured before each length, rounded up to whole groups of the selectors; `None` for
+        queries_per_length: Queries measured before each length, rounded up to whole groups of the selectors; `None` for
             all that no shorter length has measured.
         progress: Called after every layer.
 
@@ -59,7 +59,7 @@ def measure(
     if window.length < max(lengths):
         raise ValueError(f"the window has {window.length} tokens, fewer than the length {max(lengths)}")
     found: dict[tuple[int, str], Columns] = {}
-    starts = _starts(lengths, rows_per_length, block_queries(methods))
+    starts = _starts(lengths, queries_per_length, block_queries(methods))
 
     def observer(layer: int, inputs: AttentionCall) -> None:
         heads = inputs.query.shape[1]
@@ -82,10 +82,10 @@ def measure(
     ]
 
 
-def _starts(lengths: Sequence[int], rows_per_length: int | None, block: int) -> dict[int, int]:
+def _starts(lengths: Sequence[int], queries_per_length: int | None, block: int) -> dict[int, int]:
     """By length, the first query that is measured: the first of a block."""
     shorter = [0, *lengths[:-1]]
-    wanted = shorter if rows_per_length is None else [max(0, length - rows_per_length) for length in lengths]
+    wanted = shorter if queries_per_length is None else [max(0, length - queries_per_length) for length in lengths]
     return {length: start // block * block for length, start in zip(lengths, wanted, strict=True)}
 
 
@@ -96,7 +96,7 @@ def evaluate(
     methods: Mapping[str, SparseAttentionConfig],
     results: ResultFile,
     about: Record,
-    rows_per_length: int | None = ROWS_PER_LENGTH,
+    queries_per_length: int | None = QUERIES_PER_LENGTH,
 ) -> list[Record]:
     """Measure every window that `results` does not hold yet, and return the records of all.
 
@@ -107,38 +107,33 @@ def evaluate(
         windows: One a document, of `max(lengths)` tokens.
         lengths: Tokens, rising.
         methods: From `error_methods`.
-        results: Where records are appended: for each window those of `measure`, with `key`, `command`, `document`,
-            `text_sha256`, `window_sha256`, `config` and what is in `about`.
-        about: From `provenance`; written into every record.
-        rows_per_length: As for `measure`.
+        results: Where records are appended: for each window those of `measure`, with `key`, `command`, `config`, what
+            is known about the window, and `about`.
+        about: From `provenance`.
+        queries_per_length: As for `measure`.
     """
-    configs = {name: config.to_dict() for name, config in methods.items()}
-    starts = _starts(lengths, rows_per_length, block_queries(methods))
-    model_key = identity(about)
+    configs = {DENSE: None, **{name: config.to_dict() for name, config in methods.items()}}
+    starts = _starts(lengths, queries_per_length, block_queries(methods))
 
     def key(window: Window, length: int, name: str) -> str:
-        rows = [starts[length], length]
-        config = configs.get(name)
-        return record_key(command=COMMAND, model=model_key, window=window.sha256, rows=rows, method=name, config=config)
+        place = {"window": window.sha256, "rows": [starts[length], length], "method": name, "config": configs[name]}
+        return record_key(command=COMMAND, model=identity(about), **place)
 
-    cells = {
-        key(window, length, name): (i, length, name)
-        for i, window in enumerate(windows)
-        for length in lengths
-        for name in (DENSE, *methods)
-    }
+    cells = {key(window, length, name): (window, name) for window in windows for length in lengths for name in configs}
     layers = model.config.get_text_config().num_hidden_layers
 
-    def measured(missing: dict[str, tuple[int, int, str]]) -> Iterator[tuple[str, Record]]:
-        mine = my_share(sorted({i for i, _, _ in missing.values()}), lambda i: windows[i].length)
+    def measured(missing: Mapping[str, tuple[Window, str]]) -> Iterator[tuple[str, Record]]:
+        names: dict[str, set[str]] = {}
+        for window, name in missing.values():
+            names.setdefault(window.sha256, set()).add(name)
+        mine = my_share([window for window in windows if window.sha256 in names], lambda window: window.length)
         with tqdm(total=len(mine) * layers, desc=COMMAND, unit="layer", disable=not is_main_process()) as bar:
-            for i in mine:
-                names = {name for j, _, name in missing.values() if j == i}
-                left = {name: config for name, config in methods.items() if name in names}
-                for found in measure(model, windows[i], lengths, left, rows_per_length, progress=bar.update):
-                    own = key(windows[i], found["length"], found["method"])
+            for window in mine:
+                left = {name: config for name, config in methods.items() if name in names[window.sha256]}
+                for found in measure(model, window, lengths, left, queries_per_length, progress=bar.update):
+                    own = key(window, found["length"], found["method"])
                     if own in missing:
-                        place = {"command": COMMAND, **windows[i].about()}
-                        yield own, {**place, **found, "config": configs.get(found["method"]), **about}
+                        place = {"command": COMMAND, **window.about()}
+                        yield own, {**place, **found, "config": configs[found["method"]], **about}
 
     return resume(results, cells, measured)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hf_sparse.errors import UserError
 from hf_sparse.measure.attention_error import COMMAND
+from hf_sparse.measure.grid import Grid
 from hf_sparse.measure.methods import CALIBRATED, EXACT
-from hf_sparse.measure.statistics import CONFIDENCE, FloatArray, estimate, log_slope, percentile_interval
-from hf_sparse.results import DENSE, Record, Summary, describe
+from hf_sparse.measure.statistics import FloatArray, estimate, log_slope, percentile_interval
+from hf_sparse.results import DENSE, Record, Summary
 
 ERRORS = ("lost_mass", "l1", "max_entry", "l2", "output_error")
 """Metrics of a method that are 0 for dense attention."""
@@ -34,7 +34,7 @@ error falls to 0 by no power of n."""
 
 
 def summarise(records: Sequence[Record], seed: int) -> Summary:
-    """Summarise records of `evaluate`: every method on the same documents and lengths, `dense` among them.
+    """The summary of the records of `attention_error.evaluate`: every method on the same documents and lengths.
 
     Values are means over documents, layers and heads of what `layer_errors` keeps of a head. Layers in which a sliding
     window hides keys are left out, except in `layers`: their n does not grow with the length. `low` and `high` are
@@ -57,86 +57,68 @@ def summarise(records: Sequence[Record], seed: int) -> Summary:
           and of each one's own worst length (`worst_length`), `ratio` with `low` and `high`: above 1, `reference` is
           better;
         - `layers`: `value` alone, for each method and layer, at the longest length, with `windowed`;
-        - `command`, `methods`, `lengths`, `documents`, `resampled` (what the bootstrap drew), `seed`, `samples`,
-          `confidence`, `configs`, `about`.
+        - `methods`, `resampled` (what the bootstrap drew), and what `Grid.describe` says.
 
     Raises:
         UserError: (a `ValueError`) if a sliding window hides keys in every layer.
     """
-    cells = _Cells.of(records, seed)
-    methods = [method for method in cells.methods if method != DENSE]
+    grid = Grid.of(records)
+    series = _Series(grid, seed)
+    methods = [method for method in grid.methods if method != DENSE]
     reference = next(name for name in (CALIBRATED, EXACT, *methods) if name in methods)
-    metrics = {method: NEEDED if method == DENSE else ERRORS for method in cells.methods}
-    described = describe(COMMAND, records)
+    fitted = [(method, metric) for method in grid.methods for metric in (NEEDED if method == DENSE else ERRORS)]
+    compared = [(method, metric) for method in methods if method != reference for metric in ERRORS]
+    described = grid.describe(COMMAND, seed, SAMPLES)
     return {
         **described,
-        "results": [_result(cells, records, method, length) for method in cells.methods for length in cells.lengths],
+        "results": [_result(series, method, length) for method, length in grid.places()],
         "slopes": [
-            {
-                "method": method,
-                "metric": metric,
-                "statistic": statistic,
-                **_slope(cells, method, f"{metric}_{statistic}"),
-            }
-            for method in cells.methods
-            for metric in metrics[method]
+            {"method": method, "metric": metric, "statistic": statistic}
+            | _slope(series, method, f"{metric}_{statistic}")
+            for method, metric in fitted
             for statistic in STATISTICS
         ],
         "reference": reference,
         "comparisons": [
             {"method": method, "metric": metric, "statistic": statistic}
-            | _comparison(cells, method, reference, f"{metric}_{statistic}")
-            for method in methods
-            if method != reference
-            for metric in ERRORS
+            | _comparison(series, method, reference, f"{metric}_{statistic}")
+            for method, metric in compared
             for statistic in STATISTICS
         ],
-        "layers": [row for method in cells.methods for row in _layers(records, method, cells.lengths[-1])],
+        "layers": [row for method in grid.methods for row in _layers(grid, method)],
         "methods": methods,
-        "lengths": cells.lengths,
-        "resampled": "documents" if len(described["documents"]) > 1 else "layers and heads",
-        "seed": seed,
-        "samples": SAMPLES,
-        "confidence": CONFIDENCE,
-        "configs": {row["method"]: row["config"] for row in records if row["config"] is not None},
+        "resampled": "documents" if len(grid.documents) > 1 else "layers and heads",
+        "configs": {method: described["configs"][method] for method in methods},
     }
 
 
-@dataclass(frozen=True)
-class _Cells:
+class _Series:
     """Values of the columns of every method, and the bootstrap's draws.
 
     Attributes:
+        grid: The records.
         values: (method, column) -> `(clusters, lengths)`, where a cluster is what the bootstrap draws.
         shares: `(samples, clusters)`: share of each cluster in each sample.
     """
 
-    methods: list[str]
-    lengths: list[int]
-    values: Mapping[tuple[str, str], FloatArray]
-    shares: FloatArray
-
-    @classmethod
-    def of(cls, records: Sequence[Record], seed: int) -> _Cells:
-        methods = list(dict.fromkeys(row["method"] for row in records))
-        lengths = sorted({row["length"] for row in records})
-        documents = list(dict.fromkeys(row["text_sha256"] for row in records))
-        columns = {(row["method"], row["length"], row["text_sha256"]): _columns(row) for row in records}
-        growing = ~next(iter(columns.values()))["windowed"].astype(bool)
+    def __init__(self, grid: Grid, seed: int) -> None:
+        self.grid = grid
+        self.values: dict[tuple[str, str], FloatArray] = {}
+        growing = ~_columns(grid.records[0])["windowed"].astype(bool)
         if not growing.any():
             raise UserError("a sliding window hides keys in every layer: there is no error against n to sum up")
-        values = {}
-        for method in methods:
-            for name in columns[method, lengths[0], documents[0]]:
-                # (documents, heads of all layers, lengths)
-                whole = np.array([[columns[method, n, d][name][growing] for n in lengths] for d in documents])
-                whole = whole.swapaxes(1, 2)
-                values[method, name] = whole.mean(1) if len(documents) > 1 else whole[0]
-        clusters = len(documents) if len(documents) > 1 else int(growing.sum())
+        several = len(grid.documents) > 1
+        for method in grid.methods:
+            columns = [[_columns(record) for record in grid.at(method, length)] for length in grid.lengths]
+            for name in columns[0][0]:
+                # (lengths, documents, heads of all layers)
+                whole = np.array([[own[name][growing] for own in documents] for documents in columns])
+                self.values[method, name] = (whole.mean(2) if several else whole[:, 0]).T
+        clusters = len(grid.documents) if several else int(growing.sum())
         # One less than there are: drawing all of them would make the spread of a mean too small by their share.
         drawn = clusters - 1
         draws = np.random.default_rng(seed).multinomial(drawn, np.full(clusters, 1 / clusters), size=SAMPLES)
-        return cls(methods, lengths, values, draws / drawn)
+        self.shares: FloatArray = draws / drawn
 
     def mean(self, method: str, column: str) -> FloatArray:
         """`(lengths,)`."""
@@ -161,39 +143,38 @@ def _columns(record: Record) -> dict[str, FloatArray]:
     return out
 
 
-def _result(cells: _Cells, records: Sequence[Record], method: str, length: int) -> dict[str, Any]:
-    index = cells.lengths.index(length)
-    out: dict[str, Any] = {"method": method, "length": length}
-    out["rows"] = next(row["rows"] for row in records if row["length"] == length)
+def _result(series: _Series, method: str, length: int) -> dict[str, Any]:
+    index = series.grid.lengths.index(length)
+    out: dict[str, Any] = {"method": method, "length": length, "rows": series.grid.at(method, length)[0]["rows"]}
     for name in ("visible", "kept", "density"):
-        out[name] = float(cells.mean(method, name)[index])
+        out[name] = float(series.mean(method, name)[index])
     for metric in SHAPES if method == DENSE else ("retained_mass", *ERRORS):
-        out[metric] = {s: cells.with_interval(method, f"{metric}_{s}", index) for s in STATISTICS}
+        out[metric] = {s: series.with_interval(method, f"{metric}_{s}", index) for s in STATISTICS}
     if method != DENSE:
-        out["frobenius"] = cells.with_interval(method, "frobenius", index)
+        out["frobenius"] = series.with_interval(method, "frobenius", index)
     return out
 
 
-def _slope(cells: _Cells, method: str, column: str) -> dict[str, Any]:
-    value = cells.mean(method, column)
+def _slope(series: _Series, method: str, column: str) -> dict[str, Any]:
+    value = series.mean(method, column)
     used = value > 0
     if method != DENSE:
-        used &= cells.mean(method, "density") <= MOST_DENSE
-    lengths = [length for length, use in zip(cells.lengths, used, strict=True) if use]
+        used &= series.mean(method, "density") <= MOST_DENSE
+    lengths = [length for length, use in zip(series.grid.lengths, used, strict=True) if use]
     if len(lengths) < 2:
         return {"slope": None, "low": None, "high": None, "intercept": None, "lengths": lengths}
-    n = cells.mean(method, "visible")[used]
+    n = series.mean(method, "visible")[used]
     slope, intercept = log_slope(n, value[used])
-    draws = cells.draws(method, column)[:, used]
+    draws = series.draws(method, column)[:, used]
     # A sample may consist of clusters without any error at some length: it has no slope.
     slopes, _ = log_slope(n, draws[(draws > 0).all(1)])
     low, high = percentile_interval(slopes)
     return {"slope": float(slope), "low": low, "high": high, "intercept": float(intercept), "lengths": lengths}
 
 
-def _comparison(cells: _Cells, method: str, reference: str, column: str) -> dict[str, Any]:
-    mine, other = cells.mean(method, column), cells.mean(reference, column)
-    my_draws, other_draws = cells.draws(method, column), cells.draws(reference, column)
+def _comparison(series: _Series, method: str, reference: str, column: str) -> dict[str, Any]:
+    mine, other = series.mean(method, column), series.mean(reference, column)
+    my_draws, other_draws = series.draws(method, column), series.draws(reference, column)
     out: dict[str, Any] = {}
     for name, over in (("mean", np.mean), ("worst_length", np.max)):
         theirs = over(other_draws, axis=1)
@@ -205,13 +186,13 @@ def _comparison(cells: _Cells, method: str, reference: str, column: str) -> dict
     return out
 
 
-def _layers(records: Sequence[Record], method: str, length: int) -> list[dict[str, Any]]:
-    found = [_columns(row) for row in records if row["method"] == method and row["length"] == length]
+def _layers(grid: Grid, method: str) -> list[dict[str, Any]]:
+    length = grid.lengths[-1]
+    found = [_columns(record) for record in grid.at(method, length)]
     layers = found[0]["layer"]
-    means = {name: np.mean([columns[name] for columns in found], axis=0) for name in found[0]}
+    means = {name: np.mean([columns[name] for columns in found], axis=0) for name in found[0] if name != "head"}
     out = []
     for layer in dict.fromkeys(layers.tolist()):
         own = {name: float(mean[layers == layer].mean()) for name, mean in means.items()}
-        del own["head"]
         out.append({"method": method, "length": length, **own, "layer": int(layer), "windowed": bool(own["windowed"])})
     return out

@@ -1,15 +1,16 @@
-"""The summary of attention errors as tables: a header and cells for `text_table` and `markdown_table`."""
+"""Tables of an attention-error summary: of each error the mean over the queries, then of the worst 1 % of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hf_sparse.measure.attention_summary import NEEDED, SHAPES, STATISTICS
 from hf_sparse.measure.methods import CALIBRATED
 from hf_sparse.results import DENSE, Summary
-from hf_sparse.tables import Table
+from hf_sparse.tables import Column, Table, make_table
 
-# What the tables show of the errors: the row L1 is twice the lost mass.
+# What the tables show of the errors: a query's L1 error is twice its lost mass.
 _SHOWN = ("retained_mass", "max_entry", "l2", "output_error")
 _COMPARED = ("lost_mass", "max_entry", "l2", "output_error")
 _TITLES = {
@@ -34,72 +35,70 @@ def all_tables(summary: Summary) -> list[Table]:
 
 
 def error_cells(summary: Summary) -> Table:
-    """Errors of every method and length: the mean row, and the worst 1 % of rows after a slash."""
-    header = ["method", "length", "keys", "density", *(_TITLES[metric] for metric in _SHOWN), "frobenius"]
-    cells = [
-        [row["method"], str(row["length"]), f"{row['kept']:.0f}", f"{row['density']:.3f}"]
-        + [_mean_and_worst(row, metric) for metric in _SHOWN]
-        + [f"{row['frobenius']['value']:.3g}"]
-        for row in summary["results"]
-        if row["method"] != DENSE
+    """Errors of every method and length."""
+    columns: list[Column] = [
+        ("method", "{method}"),
+        ("length", "{length}"),
+        ("keys", "{kept:.0f}"),
+        ("density", "{density:.3f}"),
+        *((_TITLES[metric], _both(metric)) for metric in _SHOWN),
+        ("frobenius", "{frobenius[value]:.3g}"),
     ]
-    return header, cells
+    return make_table(columns, (row for row in summary["results"] if row["method"] != DENSE))
 
 
 def shape_cells(summary: Summary) -> Table:
-    """Keys that dense attention needs, and its entropy: the mean row, and the worst 1 % of rows after a slash."""
-    cells = [
-        [str(row["length"]), f"{row['visible']:.0f}", *(_mean_and_worst(row, metric) for metric in SHAPES)]
-        for row in summary["results"]
-        if row["method"] == DENSE
-    ]
-    return ["length", "visible keys", *(_TITLES[metric] for metric in SHAPES)], cells
+    """Keys that dense attention needs, and its entropy."""
+    columns = [("length", "{length}"), ("visible keys", "{visible:.0f}")]
+    columns += [(_TITLES[metric], _both(metric)) for metric in SHAPES]
+    return make_table(columns, (row for row in summary["results"] if row["method"] == DENSE))
 
 
 def slope_cells(summary: Summary) -> Table:
-    """Slopes of ln error against ln n with their intervals, of the mean row and of the worst 1 %."""
+    """Slopes of ln error against ln n with their intervals."""
     fits = {(row["method"], row["metric"], row["statistic"]): row for row in summary["slopes"]}
-    names = ("mean row", "worst 1 % of rows")
-    header = ["method", "metric", *(f"slope, {name}" for name in names), "lengths fitted"]
-    cells = [
-        [method, _TITLES[metric]]
-        + [_estimate(fits[method, metric, statistic], "slope", "+.3f") for statistic in STATISTICS]
-        + [",".join(map(str, fits[method, metric, "mean"]["lengths"])) or "-"]
+    lines = [
+        {"method": method, "metric": _TITLES[metric], **{name: fits[method, metric, name] for name in STATISTICS}}
         for method in (*summary["methods"], DENSE)
         for metric in (NEEDED if method == DENSE else _COMPARED)
     ]
-    return header, cells
+    columns: list[Column] = [
+        ("method", "{method}"),
+        ("metric", "{metric}"),
+        ("slope, mean row", lambda line: _estimate(line["mean"], "slope", "+.3f")),
+        ("slope, worst 1 % of rows", lambda line: _estimate(line["worst"], "slope", "+.3f")),
+        ("lengths fitted", lambda line: ",".join(map(str, line["mean"]["lengths"])) or "-"),
+    ]
+    return make_table(columns, lines)
 
 
 def comparison_cells(summary: Summary) -> Table:
     """Error divided by that of the reference method, over all lengths and at each one's worst."""
-    header = [f"method / {summary['reference']}", "metric", "rows", "mean over lengths", "worst length"]
-    cells = [
-        [row["method"], _TITLES[row["metric"]], "mean" if row["statistic"] == "mean" else "worst 1 %"]
-        + [_estimate(row[over], "ratio", ".3f") for over in ("mean", "worst_length")]
-        for row in summary["comparisons"]
-        if row["metric"] in _COMPARED
+    columns: list[Column] = [
+        (f"method / {summary['reference']}", "{method}"),
+        ("metric", lambda row: _TITLES[row["metric"]]),
+        ("rows", lambda row: "mean" if row["statistic"] == "mean" else "worst 1 %"),
+        ("mean over lengths", lambda row: _estimate(row["mean"], "ratio", ".3f")),
+        ("worst length", lambda row: _estimate(row["worst_length"], "ratio", ".3f")),
     ]
-    return header, cells
+    return make_table(columns, (row for row in summary["comparisons"] if row["metric"] in _COMPARED))
 
 
 def layer_cells(summary: Summary, method: str) -> Table:
     """Errors of one method in every layer at the longest length."""
-    header = ["layer", "visible keys", "keys", *(_TITLES[metric] for metric in _SHOWN)]
-    cells = [
-        [f"{row['layer']}{' (window)' if row['windowed'] else ''}", f"{row['visible']:.0f}", f"{row['kept']:.0f}"]
-        + [f"{row[f'{metric}_mean']:.3g} / {row[f'{metric}_worst']:.3g}" for metric in _SHOWN]
-        for row in summary["layers"]
-        if row["method"] == method
+    columns: list[Column] = [
+        ("layer", lambda row: f"{row['layer']}{' (window)' if row['windowed'] else ''}"),
+        ("visible keys", "{visible:.0f}"),
+        ("keys", "{kept:.0f}"),
+        *((_TITLES[metric], f"{{{metric}_mean:.3g}} / {{{metric}_worst:.3g}}") for metric in _SHOWN),
     ]
-    return header, cells
+    return make_table(columns, (row for row in summary["layers"] if row["method"] == method))
 
 
-def _mean_and_worst(row: dict[str, Any], metric: str) -> str:
-    return " / ".join(f"{row[metric][statistic]['value']:.3g}" for statistic in STATISTICS)
+def _both(metric: str) -> str:
+    """A cell with both statistics of a metric."""
+    return " / ".join(f"{{{metric}[{statistic}][value]:.3g}}" for statistic in STATISTICS)
 
 
-def _estimate(row: dict[str, Any], name: str, form: str) -> str:
-    if row[name] is None:
-        return "-"
-    return f"{row[name]:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+def _estimate(row: Mapping[str, Any], name: str, form: str) -> str:
+    return "-" if row[name] is None else f"{row[name]:{form}} [{row['low']:{form}}, {row['high']:{form}}]"

@@ -1,14 +1,24 @@
-"""Every input measured under every method, resumable, shared between processes."""
+"""Measurements of every input under every method: patched, counted, resumable, and shared between processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
+import hf_sparse
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.errors import UserError
 from hf_sparse.machine import is_main_process, my_share
 from hf_sparse.measure.methods import Methods
+from hf_sparse.monitor import SparsityReport
 from hf_sparse.results import Record, ResultFile, identity, record_key, resume
 
 
@@ -66,3 +76,69 @@ def measure_each(
             yield key, {**place, **measure(each, name), "config": configs[name], **about}
 
     return resume(results, cells, measured)
+
+
+@contextmanager
+def applied(model: PreTrainedModel, config: SparseAttentionConfig | None) -> Iterator[None]:
+    """The model patched with `config` for the length of a `with` block, or as it is if `None`.
+
+    Raises:
+        UserError: if the model cannot be patched with it.
+    """
+    if config is None:
+        yield
+        return
+    with warnings.catch_warnings(), ExitStack() as stack:
+        # A fixed budget is measured for comparison: no warning is needed.
+        warnings.filterwarnings("ignore", message=".*grow no faster than log")
+        try:
+            stack.enter_context(hf_sparse.patched(model, config))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        yield
+
+
+def check_finite(nll: Tensor, document: str, model: PreTrainedModel) -> None:
+    """Refuse likelihoods that are not finite.
+
+    Raises:
+        UserError: naming the document and the dtype of the model.
+    """
+    if not nll.isfinite().all():
+        raise UserError(f"the likelihoods of {document} are not finite in {model.dtype}: try another --dtype")
+
+
+def sum_counts(
+    report: SparsityReport, sliding_layers: Collection[int] = (), before: SparsityReport | None = None
+) -> Record:
+    """What a patched model kept, over all layers and heads.
+
+    Args:
+        report: Of the model.
+        sliding_layers: Layers that do not count for `sparse_density`.
+        before: An earlier report of the same patch, whose counts are subtracted.
+
+    Returns:
+        `density` (kept / visible keys), `sparse_density` (the same without `sliding_layers`), `mean_keys` kept by a
+        query and head, `rows` (queries, summed over the layers), and `dense_rows`, those of them that ran dense, by
+        reason.
+    """
+    earlier = {(row["layer"], row["head"]): row for row in before.rows} if before else {}
+    heads: list[dict[str, Any]] = []
+    for row in report.rows:
+        old = earlier.get((row["layer"], row["head"]), {})
+        counts = {name: row[name] - old.get(name, 0) for name in ("rows", "visible", "kept")}
+        dense = Counter(row["dense_rows"]) - Counter(old.get("dense_rows", {}))
+        heads.append({"layer": row["layer"], "dense": dense, **counts})
+    layers = {head["layer"]: head for head in heads}.values()  # all heads of a layer have the same queries
+    return {
+        "density": _density(heads),
+        "sparse_density": _density([head for head in heads if head["layer"] not in sliding_layers]),
+        "mean_keys": math.fsum(head["kept"] / max(1, head["rows"]) for head in heads) / len(heads),
+        "rows": sum(layer["rows"] for layer in layers),
+        "dense_rows": dict(sum((layer["dense"] for layer in layers), Counter[str]())),
+    }
+
+
+def _density(heads: Sequence[Mapping[str, int]]) -> float:
+    return sum(head["kept"] for head in heads) / sum(head["visible"] for head in heads)

@@ -8,7 +8,7 @@ from typing import TypeVar, get_args
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.laws import LawName, match_cost
+from hf_sparse.laws import Budget, LawName, match_cost
 from hf_sparse.measure.equal_cost import matched, with_dense_layers
 from hf_sparse.results import DENSE
 from hf_sparse.selectors import SELECTORS, parse_selector, selector_name
@@ -61,21 +61,21 @@ def perplexity_methods(
     """
     methods: dict[str, SparseAttentionConfig | None] = {DENSE: None}
     for name in names:
+        if name == DENSE:
+            continue
+        own, made = name, config
         match name:
-            case "dense":
-                continue
-            case "fixed" | "fixed-grouped":
-                selector = "topk" if name == "fixed" else "grouped"
-                _add(methods, name, replace(_fixed(config, lengths, support), selector=selector))
+            case "fixed":
+                made = replace(_fixed(config, lengths, support), selector="topk")
+            case "fixed-grouped":
+                made = replace(_fixed(config, lengths, support), selector="grouped")
             case "uniform":
-                _add(methods, name, matched(config, support, lengths, "power"))
-            case "decode":
-                _add(methods, name, config)
+                made = matched(config, support, lengths, "power")
             case "decode-topk":
-                _add(methods, name, replace(config, selector="topk"))
-            case _:
-                known = (DENSE, *PERPLEXITY_METHODS, *OTHER_METHODS)
-                _add(methods, *_with_selector(config, name, known))
+                made = replace(config, selector="topk")
+            case _ if name not in DECODED:
+                own, made = _with_selector(config, name, (DENSE, *PERPLEXITY_METHODS, *OTHER_METHODS))
+        _add(methods, own, made)
     return methods
 
 
@@ -152,11 +152,7 @@ def _fixed(config: SparseAttentionConfig, lengths: Sequence[int], support: Suppo
         raise UserError("the fixed methods are matched to an adaptive law: leave them out with --methods")
     if config.per_head is not None:
         return matched(config, support, lengths, "fixed")
-    try:
-        keys = match_cost(config.budget(), "fixed", lengths).keys
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return replace(config, law="fixed", keys=keys, fraction=None)
+    return replace(config, law="fixed", keys=_match(config, lengths, "fixed").keys, fraction=None)
 
 
 def _with_law(config: SparseAttentionConfig, lengths: Sequence[int], law: LawName) -> SparseAttentionConfig:
@@ -164,10 +160,7 @@ def _with_law(config: SparseAttentionConfig, lengths: Sequence[int], law: LawNam
     exact = replace(config, selector=EXACT)
     if law == config.law:
         return exact
-    try:
-        budget = match_cost(config.budget(), law, lengths, exponent=config.exponent)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    budget = _match(config, lengths, law)
     assert isinstance(budget.alpha, float)
     return replace(
         exact,
@@ -176,3 +169,10 @@ def _with_law(config: SparseAttentionConfig, lengths: Sequence[int], law: LawNam
         keys=budget.keys if law == "fixed" else None,
         fraction=budget.fraction if law == "fraction" else None,
     )
+
+
+def _match(config: SparseAttentionConfig, lengths: Sequence[int], law: LawName) -> Budget:
+    try:
+        return match_cost(config.budget(), law, lengths, exponent=config.exponent)
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +12,7 @@ from transformers import Cache, PreTrainedModel
 
 import hf_sparse
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.errors import UserError
-from hf_sparse.measure.counts import sum_counts
-from hf_sparse.measure.evaluation import measure_each
+from hf_sparse.measure.evaluation import applied, check_finite, measure_each, sum_counts
 from hf_sparse.measure.methods import DECODED, Methods
 from hf_sparse.measure.windows import Window
 from hf_sparse.results import Record, ResultFile
@@ -28,26 +24,6 @@ BLOCK_TOKENS = 32
 
 # Positions whose logits are turned into float32 at once: 64 x 262,144 tokens of vocabulary are 64 MiB.
 _LOGIT_ROWS = 64
-
-
-@contextmanager
-def applied(model: PreTrainedModel, config: SparseAttentionConfig | None) -> Iterator[None]:
-    """The model patched with `config` for the length of a `with` block, or as it is if `None`.
-
-    Raises:
-        UserError: if the model cannot be patched with it.
-    """
-    if config is None:
-        yield
-        return
-    with warnings.catch_warnings(), ExitStack() as stack:
-        # A fixed budget is measured for comparison: no warning is needed.
-        warnings.filterwarnings("ignore", message=".*grow no faster than log")
-        try:
-            stack.enter_context(hf_sparse.patched(model, config))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        yield
 
 
 @torch.no_grad()
@@ -140,8 +116,7 @@ def measure(
         seconds = time.perf_counter() - start
         if config is not None:
             counts = sum_counts(hf_sparse.report(model), sliding_layers, before)
-    if not nll.isfinite().all():
-        raise UserError(f"the likelihoods of {window.document} are not finite in {model.dtype}: try another --dtype")
+    check_finite(nll, window.document, model)
     return {
         "tokens": len(nll),
         "block_tokens": BLOCK_TOKENS,
@@ -155,14 +130,9 @@ def measure(
 def evaluate(
     model: PreTrainedModel, windows: Sequence[Window], methods: Methods, results: ResultFile, about: Record
 ) -> list[Record]:
-    """Measure every window under every method, as `measure_each` does.
+    """Measure every window under every method (`perplexity_methods`), as `measure_each` does.
 
-    Args:
-        model: The model, unpatched; it is patched for each sparse measurement and restored.
-        windows: What to predict.
-        methods: From `perplexity_methods`.
-        results: Where records are appended.
-        about: From `provenance`; written into every record.
+    The model is patched for each sparse measurement, and restored.
     """
     sliding_layers = hf_sparse.inspect(model).sliding_layers
 

@@ -1,11 +1,11 @@
-"""The summary of perplexities as tables: a header and cells for `text_table` and `markdown_table`."""
+"""Tables of a perplexity summary."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from hf_sparse.results import DENSE, Summary
-from hf_sparse.tables import Table
+from hf_sparse.tables import Column, Table, known, make_table
+
+_INTERVAL = "{low:.4f} to {high:.4f}"
 
 
 def all_tables(summary: Summary) -> list[Table]:
@@ -19,72 +19,57 @@ def perplexity_cells(summary: Summary) -> Table:
 
     Where sliding-window layers make a difference to the density, that of the other layers has a column too.
     """
-    header = ["method", "length", "perplexity", "ratio to dense", "95 % interval", "density", "mean keys"]
-    hybrid = any(row.get("sparse_density") not in (None, row["density"]) for row in summary["results"])
-    header += ["density, full layers"] if hybrid else []
-    cells = [
-        [
-            row["method"],
-            str(row["length"]),
-            f"{row['perplexity']:.3f}",
-            f"{row['ratio']:.4f}",
-            "-" if row["method"] == DENSE else _interval(row),
-            f"{row['density']:.3f}",
-            _known(row["mean_keys"], ".0f"),
-        ]
-        + ([_known(row["sparse_density"], ".3f")] if hybrid else [])
-        for row in summary["results"]
+    columns: list[Column] = [
+        ("method", "{method}"),
+        ("length", "{length}"),
+        ("perplexity", "{perplexity:.3f}"),
+        ("ratio to dense", "{ratio:.4f}"),
+        ("95 % interval", lambda row: "-" if row["method"] == DENSE else _INTERVAL.format(**row)),
+        ("density", "{density:.3f}"),
+        ("mean keys", known("mean_keys", ".0f")),
     ]
-    return header, cells
-
-
-def overview_cells(summary: Summary) -> Table:
-    """A line per method, a column per length: the dense model's perplexity, then ratios to it."""
-    header = ["method", *(f"{length:,} tokens" for length in summary["lengths"])]
-    cells = []
-    for method in dict.fromkeys(row["method"] for row in summary["results"]):
-        rows = [row for row in summary["results"] if row["method"] == method]
-        if method == DENSE:
-            cells.append(["dense: perplexity", *(f"{row['perplexity']:.2f}" for row in rows)])
-        else:
-            cells.append([f"{method}: ratio", *(f"{row['ratio']:.4f} ({_interval(row)})" for row in rows)])
-            cells.append([f"{method}: density", *(f"{row['density']:.3f}" for row in rows)])
-    return header, cells
+    if any(row.get("sparse_density") not in (None, row["density"]) for row in summary["results"]):
+        columns.append(("density, full layers", known("sparse_density", ".3f")))
+    return make_table(columns, summary["results"])
 
 
 def method_cells(summary: Summary) -> Table:
     """Ratio to dense of every method, over all lengths and at its worst."""
-    header = ["method", "mean ratio", "95 % interval", "worst length", "worst ratio", "95 % interval"]
-    cells = [
-        [
-            row["method"],
-            f"{row['mean']['ratio']:.4f}",
-            _interval(row["mean"]),
-            str(row["worst_length"]),
-            f"{row['worst']['ratio']:.4f}",
-            _interval(row["worst"]),
-        ]
-        for row in summary["methods"]
-        if row["method"] != DENSE
+    columns: list[Column] = [
+        ("method", "{method}"),
+        ("mean ratio", "{mean[ratio]:.4f}"),
+        ("95 % interval", "{mean[low]:.4f} to {mean[high]:.4f}"),
+        ("worst length", "{worst_length}"),
+        ("worst ratio", "{worst[ratio]:.4f}"),
+        ("95 % interval", "{worst[low]:.4f} to {worst[high]:.4f}"),
     ]
-    return header, cells
+    return make_table(columns, (row for row in summary["methods"] if row["method"] != DENSE))
 
 
 def verdict_cells(summary: Summary) -> Table:
     """Adaptive against fixed at equal cost, and which is better where the interval leaves no doubt."""
-    header = ["adaptive / fixed", "over", "ratio", "95 % interval", "better"]
-    cells = []
+    columns: list[Column] = [
+        ("adaptive / fixed", "{adaptive} / {fixed}"),
+        ("over", "{over}"),
+        ("ratio", "{ratio:.4f}"),
+        ("95 % interval", _INTERVAL),
+        ("better", "{better}"),
+    ]
+    lines = []
     for pair in summary["adaptive_vs_fixed"]:
-        over = [(str(row["length"]), row) for row in pair["by_length"]]
+        over = [(row["length"], row) for row in pair["by_length"]]
         for name, row in [*over, ("all lengths", pair["mean"]), ("worst length", pair["worst"])]:
             better = pair["adaptive"] if row["high"] < 1 else pair["fixed"] if row["low"] > 1 else "not resolved"
-            cells.append([f"{pair['adaptive']} / {pair['fixed']}", name, f"{row['ratio']:.4f}", _interval(row), better])
-    return header, cells
+            lines.append(pair | row | {"over": name, "better": better})
+    return make_table(columns, lines)
 
 
-def _interval(row: dict[str, Any]) -> str:
-    return f"{row['low']:.4f} to {row['high']:.4f}"
-
-
-def _known(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def overview_cells(summary: Summary) -> Table:
+    """A line per method, a column per length: the dense model's perplexity, then ratios to it."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in summary["results"]):
+        shown = {"ratio": "{ratio:.4f} (" + _INTERVAL + ")", "density": "{density:.3f}"}
+        for name, form in ({"perplexity": "{perplexity:.2f}"} if method == DENSE else shown).items():
+            own = [form.format(**row) for row in summary["results"] if row["method"] == method]
+            lines.append([f"{method}: {name}", *own])
+    return ["method", *(f"{length:,} tokens" for length in summary["lengths"])], lines

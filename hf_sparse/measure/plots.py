@@ -1,9 +1,12 @@
-"""Plots of the summaries against context length: at most three methods a panel, and dense attention in every one."""
+"""Plots of the summaries against context length: at most three methods a panel, and dense attention in every one.
+
+Every `plot_` function takes a summary and the PNG file to write, and raises a UserError without matplotlib.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,10 +96,10 @@ class _Panel:
     """One quantity: its title, the label of the y axis, and how it is drawn.
 
     Attributes:
-        value: What is drawn of a record of the summary.
+        value: What is drawn of a row of the summary.
         scale: Finishes the y axis, once everything is drawn.
         by_depth: Whether x is the depth in the longest text, and not the length.
-        band: Under which values the panel is shaded, of a record of dense attention.
+        band: Metric of dense attention under which the panel is shaded.
     """
 
     title: str
@@ -104,19 +107,11 @@ class _Panel:
     value: Callable[[Summary], Estimate]
     scale: Callable[[Axes], object]
     by_depth: bool = False
-    band: Callable[[Summary], float] | None = None
+    band: str | None = None
 
 
 def plot_perplexity(summary: Summary, path: Path) -> None:
-    """Draw perplexity relative to dense with its intervals, perplexity itself, and density, against context length.
-
-    Args:
-        summary: From `perplexity_summary.summarise`.
-        path: PNG file to write.
-
-    Raises:
-        UserError: without matplotlib.
-    """
+    """Perplexity relative to dense with its intervals, perplexity itself, and density, against context length."""
     targets = f"perplexity of the last {summary['targets']:,} tokens"
     panels = [
         _Panel("Perplexity above dense", "sparse / dense - 1 (%)", _per_cent_above, _one_and_fifty_per_cent),
@@ -127,17 +122,9 @@ def plot_perplexity(summary: Summary, path: Path) -> None:
 
 
 def plot_attention_error(summary: Summary, path: Path) -> None:
-    """Draw kept keys, lost mass and output error of the mean query against context length, on log axes.
+    """Kept keys, lost mass and output error of the mean query against context length, on log axes."""
 
-    Args:
-        summary: From `attention_summary.summarise`.
-        path: PNG file to write.
-
-    Raises:
-        UserError: without matplotlib.
-    """
-
-    def error(metric: str) -> tuple[Callable[[Summary], Estimate], Callable[[Axes], None]]:
+    def error(title: str, label: str, metric: str) -> _Panel:
         def value(row: Summary) -> Estimate:
             return _estimate(row[metric]["mean"]) if row["method"] != DENSE else _exact(0.0)
 
@@ -149,18 +136,13 @@ def plot_attention_error(summary: Summary, path: Path) -> None:
             axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
             axes.set_ylim(bottom=-threshold / 5)
 
-        return value, scale
+        return _Panel(title, label, value, scale)
 
+    title = "Keys kept (grey: needed for 95 % of the mass)"
     panels = [
-        _Panel(
-            "Keys kept (grey: needed for 95 % of the mass)",
-            "keys per query and head",
-            lambda row: _exact(row["kept"]),
-            lambda axes: axes.set_yscale("log"),
-            band=lambda row: float(row["keys_95"]["mean"]["value"]),
-        ),
-        _Panel("Lost attention mass", "1 - retained mass", *error("lost_mass")),
-        _Panel("Error of a head's output", "error / norm of the output", *error("output_error")),
+        _Panel(title, "keys per query and head", lambda row: _exact(row["kept"]), _log_scale, band="keys_95"),
+        error("Lost attention mass", "1 - retained mass", "lost_mass"),
+        error("Error of a head's output", "error / norm of the output", "output_error"),
     ]
     notes = {
         row["method"]: f"; lost mass grows as n$^{{{row['slope']:+.2f}}}$"
@@ -171,15 +153,7 @@ def plot_attention_error(summary: Summary, path: Path) -> None:
 
 
 def plot_retrieval(summary: Summary, path: Path) -> None:
-    """Draw the share of codes found again by length and by depth, and the nats that an answer token costs.
-
-    Args:
-        summary: From `retrieval_summary.summarise`.
-        path: PNG file to write.
-
-    Raises:
-        UserError: without matplotlib.
-    """
+    """The share of codes found again by length and by depth, and the nats that an answer token costs."""
     found, exact = "Codes found again", "exact answers (%)"
     longest = f"{found} at {summary['lengths'][-1]:,} tokens"
     panels = [
@@ -191,41 +165,34 @@ def plot_retrieval(summary: Summary, path: Path) -> None:
 
 
 def _draw(
-    summary: Summary, what: str, panels: Sequence[_Panel], path: Path, notes: dict[str, str] | None = None
+    summary: Summary, what: str, panels: Sequence[_Panel], path: Path, notes: Mapping[str, str] | None = None
 ) -> None:
     """A line of panels for every three methods, with one legend below."""
-    lengths = summary["lengths"]
     methods = [method for method in dict.fromkeys(row["method"] for row in summary["results"]) if method != DENSE]
     number = max(1, math.ceil(len(methods) / _METHODS_PER_PANEL))
     size = math.ceil(len(methods) / number)
     drawing = figure(4.4 * len(panels), 3.4 * number + 1.4)
     grid = drawing.subplots(number, len(panels), squeeze=False, sharey="col")
+    places = [(axes, panel, i) for i, line in enumerate(grid) for axes, panel in zip(line, panels, strict=True)]
     handles: dict[str, Any] = {}
-    for i, row in enumerate(grid):
-        for axes, panel in zip(row, panels, strict=True):
-            for j, method in enumerate([DENSE, *methods[i * size : (i + 1) * size]]):
-                x, estimates = _points(summary, panel, method)
-                # Side by side, so that lines and intervals do not cover one another.
-                aside = 0.01 * (0, -1, 1, 2)[j]
-                span = 100.0 if panel.by_depth else math.log2(lengths[-1] / lengths[0]) or 1.0
-                handles[method] = axes.errorbar(
-                    [at + span * aside if panel.by_depth else at * 2 ** (span * aside) for at in x],
-                    [value for value, *_ in estimates],
-                    yerr=_bars(estimates),
-                    capsize=2,
-                    label=_label(method, summary) + (notes or {}).get(method, ""),
-                    linestyle="--" if method == DENSE else "-",
-                    zorder=3 if method == DENSE else 2,
-                    **style(method, methods),
-                )
-            if panel.band:
-                dense = [record for record in summary["results"] if record["method"] == DENSE]
-                axes.fill_between(lengths, [panel.band(record) for record in dense], color="#DDDDDD", zorder=0)
-    for axes, panel in [each for row in grid for each in zip(row, panels, strict=True)]:
+    for axes, panel, i in places:
+        for j, method in enumerate([DENSE, *methods[i * size : (i + 1) * size]]):
+            label = _label(method, summary) + (notes or {}).get(method, "")
+            # Side by side, so that lines and intervals do not cover one another.
+            aside = 0.01 * (0, -1, 1, 2)[j]
+            handles[method] = _draw_method(
+                axes, panel, summary, method, aside, {"label": label, **style(method, methods)}
+            )
+        if panel.band:
+            dense = [row for row in summary["results"] if row["method"] == DENSE]
+            needed = [row[panel.band]["mean"]["value"] for row in dense]
+            axes.fill_between([row["length"] for row in dense], needed, color="#DDDDDD", zorder=0)
+    # Panels of a column share their y axis: it is finished once all methods are drawn.
+    for axes, panel, _ in places:
         if panel.by_depth:
             _x_axis(axes, range(0, 101, 25), "depth of the code in the text (%)")
         else:
-            length_axis(axes, lengths, "context length (tokens)")
+            length_axis(axes, summary["lengths"], "context length (tokens)")
         panel.scale(axes)
         axes.set(title=panel.title, ylabel=panel.label)
     about, documents = summary["about"], len(summary["documents"])
@@ -236,11 +203,21 @@ def _draw(
     drawing.savefig(path, dpi=150)
 
 
-def _points(summary: Summary, panel: _Panel, method: str) -> tuple[list[float], list[Estimate]]:
-    rows = [row for row in summary["depths" if panel.by_depth else "results"] if row["method"] == method]
+def _draw_method(
+    axes: Axes, panel: _Panel, summary: Summary, method: str, aside: float, look: Mapping[str, Any]
+) -> Any:
+    """The line of a method in a panel, moved to the right by the share `aside` of the x axis."""
+    lengths = summary["lengths"]
     if panel.by_depth:
-        rows = [row for row in rows if row["length"] == summary["lengths"][-1]]
-    return [100 * row["depth"] if panel.by_depth else row["length"] for row in rows], list(map(panel.value, rows))
+        rows = [row for row in summary["depths"] if (row["method"], row["length"]) == (method, lengths[-1])]
+        x = [100 * (row["depth"] + aside) for row in rows]
+    else:
+        rows = [row for row in summary["results"] if row["method"] == method]
+        octaves = math.log2(lengths[-1] / lengths[0]) or 1.0
+        x = [row["length"] * 2 ** (octaves * aside) for row in rows]
+    y = list(map(panel.value, rows))
+    order, line = (3, "--") if method == DENSE else (2, "-")
+    return axes.errorbar(x, [value for value, *_ in y], yerr=_bars(y), capsize=2, linestyle=line, zorder=order, **look)
 
 
 def _exact(value: float) -> Estimate:
@@ -260,6 +237,10 @@ def _bars(estimates: Sequence[Estimate]) -> list[list[float]] | None:
     """Lengths of the error bars below and above; an interval may miss its value by rounding."""
     bars = [[max(0.0, value - low), max(0.0, high - value)] for value, low, high in estimates]
     return [list(side) for side in zip(*bars, strict=True)] if any(map(any, bars)) else None
+
+
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
 
 
 def _from_zero(axes: Axes) -> None:

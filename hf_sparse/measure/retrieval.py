@@ -22,10 +22,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 import hf_sparse
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.measure.counts import sum_counts
-from hf_sparse.measure.evaluation import measure_each
+from hf_sparse.measure.evaluation import applied, check_finite, measure_each, sum_counts
 from hf_sparse.measure.methods import Methods
-from hf_sparse.measure.perplexity import applied, decoded_nll, prefill
+from hf_sparse.measure.perplexity import decoded_nll, prefill
 from hf_sparse.measure.windows import Window
 from hf_sparse.results import Record, ResultFile
 
@@ -203,25 +202,14 @@ def measure(
             nll = decoded_nll(model, copy.deepcopy(cache), question.input_ids, question.answer_ids)
             # One more token than the code has shows whether its number goes on.
             ids = written(model, copy.deepcopy(cache), question.input_ids, len(question.answer_ids) + 1)
-            if not nll.isfinite().all():
-                raise UserError(
-                    f"the likelihoods of {prompt.window.document} are not finite in {model.dtype}: try another --dtype"
-                )
+            check_finite(nll, prompt.window.document, model)
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
             number = re.search(r"\d+", text)
-            answers.append(
-                {
-                    "name": question.name,
-                    "code": question.code,
-                    "depth": question.depth,
-                    "written": text,
-                    "correct": number is not None and number[0] == question.code,
-                    "nll": nll.sum().item(),
-                    "tokens": len(nll),
-                }
-            )
+            correct = number is not None and number[0] == question.code
+            answer = {"name": question.name, "code": question.code, "depth": question.depth, "written": text}
+            answers.append({**answer, "correct": correct, "nll": nll.sum().item(), "tokens": len(nll)})
         if before is not None:
-            of_text, of_answers = sum_counts(before, ()), sum_counts(hf_sparse.report(model), (), before)
+            of_text, of_answers = sum_counts(before), sum_counts(hf_sparse.report(model), before=before)
             counts = {name: of_text[name] for name in ("density", "mean_keys", "rows", "dense_rows")}
             counts["answer_density"] = of_answers["density"]
     return {"answers": answers, **counts, "seconds": round(time.perf_counter() - start, 3)}
@@ -235,15 +223,9 @@ def evaluate(
     results: ResultFile,
     about: Record,
 ) -> list[Record]:
-    """Ask for the codes of every prompt under every method, as `measure_each` does.
+    """Ask for the codes of every prompt (`make_prompts`) under every method, as `measure_each` does.
 
-    Args:
-        model: The model, unpatched; it is patched for each sparse measurement and restored.
-        tokenizer: Its tokenizer.
-        prompts: From `make_prompts`.
-        methods: Configurations by name.
-        results: Where records are appended.
-        about: From `provenance`; written into every record.
+    The model is patched for each sparse measurement, and restored.
     """
     return measure_each(
         COMMAND, prompts, methods, results, about, lambda each, name: measure(model, tokenizer, each, methods[name])

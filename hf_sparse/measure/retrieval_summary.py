@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from hf_sparse.measure.grid import Grid
 from hf_sparse.measure.retrieval import COMMAND
-from hf_sparse.measure.statistics import CONFIDENCE, SAMPLES, FloatArray, bootstrap_means, estimate
-from hf_sparse.results import DENSE, Record, Summary, describe
-from hf_sparse.tables import Table
+from hf_sparse.measure.statistics import SAMPLES, FloatArray, bootstrap_means, estimate
+from hf_sparse.results import DENSE, Record, Summary
+from hf_sparse.tables import Column, Table, make_table
 
 
 def summarise(records: Sequence[Record], seed: int) -> Summary:
-    """Summarise records of `evaluate`: every method on the same prompts, `dense` among them.
+    """The summary of the records of `retrieval.evaluate`: every method on the same prompts.
 
     Returns:
         A dictionary for `json.dumps`. `accuracy` is the share of questions answered with exactly the code, `nats` the
@@ -26,92 +26,74 @@ def summarise(records: Sequence[Record], seed: int) -> Summary:
           and answers, `mean_keys` and `seconds`;
         - `depths`: for each method, length and depth `accuracy` and `nats`, means over documents;
         - `by_document`: for each method, length and document the same, means over depths;
-        - `command`, `documents`, `lengths`, `codes`, `resampled` (what the bootstrap drew), `seed`, `samples`,
-          `confidence`, `configs`, `about`.
+        - `codes`, `resampled` (what the bootstrap drew), and what `Grid.describe` says.
     """
-    methods = list(dict.fromkeys(record["method"] for record in records))
-    lengths = sorted({record["length"] for record in records})
-    described = describe(COMMAND, records)
-    documents = [document["text_sha256"] for document in described["documents"]]
-    cells = {(record["method"], record["length"], record["text_sha256"]): record for record in records}
+    grid = Grid.of(records)
+    # (methods, lengths, documents, questions)
+    correct = grid.values(lambda record: [answer["correct"] for answer in record["answers"]])
+    nats = grid.values(lambda record: [answer["nll"] / answer["tokens"] for answer in record["answers"]])
+    draws, nats_draws = _draws(correct, seed), _draws(nats, seed)
+    dense = grid.methods.index(DENSE)
     depths = [answer["depth"] for answer in records[0]["answers"]]
-
-    def collect(value: Callable[[Record], float]) -> FloatArray:
-        """`(methods, lengths, documents, questions)`."""
-        found = [
-            [[[value(answer) for answer in cells[m, n, d]["answers"]] for d in documents] for n in lengths]
-            for m in methods
-        ]
-        return np.array(found, dtype=np.float64)
-
-    correct = collect(lambda answer: answer["correct"])
-    nats = collect(lambda answer: answer["nll"] / answer["tokens"])
-    draws = [_draws(values, seed) for values in (correct, nats)]
-    dense = methods.index(DENSE)
     results, by_depth, by_document = [], [], []
-    for i, method in enumerate(methods):
-        for j, length in enumerate(lengths):
-            own = [cells[method, length, document] for document in documents]
-            place = {"method": method, "length": length}
-            results.append(
-                {
-                    **place,
-                    "questions": correct[i, j].size,
-                    "accuracy": estimate(correct[i, j].mean(), draws[0][:, i, j]),
-                    "nats": estimate(nats[i, j].mean(), draws[1][:, i, j]),
-                    "accuracy_above_dense": estimate(
-                        correct[i, j].mean() - correct[dense, j].mean(), draws[0][:, i, j] - draws[0][:, dense, j]
-                    ),
-                    **{name: _mean(own, name) for name in ("density", "answer_density", "mean_keys", "seconds")},
-                }
-            )
-            by_depth += [
-                place | {"depth": depth, "accuracy": float(a), "nats": float(b)}
-                for depth, a, b in zip(depths, correct[i, j].mean(0), nats[i, j].mean(0), strict=True)
-            ]
-            by_document += [
-                place | {"document": record["document"], "accuracy": float(a), "nats": float(b)}
-                for record, a, b in zip(own, correct[i, j].mean(1), nats[i, j].mean(1), strict=True)
-            ]
+    for method, length in grid.places():
+        own = grid.at(method, length)
+        i, j = grid.methods.index(method), grid.lengths.index(length)
+        place = {"method": method, "length": length}
+        above = correct[i, j].mean() - correct[dense, j].mean()
+        results.append(
+            {
+                **place,
+                "questions": correct[i, j].size,
+                "accuracy": estimate(correct[i, j].mean(), draws[:, i, j]),
+                "nats": estimate(nats[i, j].mean(), nats_draws[:, i, j]),
+                "accuracy_above_dense": estimate(above, draws[:, i, j] - draws[:, dense, j]),
+                **{name: _mean(own, name) for name in ("density", "answer_density", "mean_keys", "seconds")},
+            }
+        )
+        by_depth += [
+            place | {"depth": depth, "accuracy": float(a), "nats": float(b)}
+            for depth, a, b in zip(depths, correct[i, j].mean(0), nats[i, j].mean(0), strict=True)
+        ]
+        by_document += [
+            place | {"document": record["document"], "accuracy": float(a), "nats": float(b)}
+            for record, a, b in zip(own, correct[i, j].mean(1), nats[i, j].mean(1), strict=True)
+        ]
     return {
-        **described,
+        **grid.describe(COMMAND, seed, SAMPLES),
         "results": results,
         "depths": by_depth,
         "by_document": by_document,
-        "lengths": lengths,
         "codes": len(depths),
-        "resampled": "documents and questions" if len(documents) > 1 else "questions of the one document",
-        "seed": seed,
-        "samples": SAMPLES,
-        "confidence": CONFIDENCE,
-        "configs": {record["method"]: record["config"] for record in records},
+        "resampled": "documents and questions" if len(grid.documents) > 1 else "questions of the one document",
     }
 
 
 def all_tables(summary: Summary) -> list[Table]:
     """Accuracy, nats and density of every method and length; accuracy by depth at the longest length."""
-    header = ["method", "length", "found", "95 % interval", "found - dense", "nats / token", "95 % interval", "density"]
-    header.append("density, answers")
-    lines = [
-        [
-            row["method"],
-            str(row["length"]),
-            f"{row['accuracy']['value']:.3f}",
-            _interval(row["accuracy"]),
-            "-" if row["method"] == DENSE else f"{row['accuracy_above_dense']['value']:+.3f}",
-            f"{row['nats']['value']:.3f}",
-            _interval(row["nats"]),
-            f"{row['density']:.3f}",
-            f"{row['answer_density']:.3f}",
-        ]
-        for row in summary["results"]
+    columns: list[Column] = [
+        ("method", "{method}"),
+        ("length", "{length}"),
+        ("found", "{accuracy[value]:.3f}"),
+        ("95 % interval", "{accuracy[low]:.3f} to {accuracy[high]:.3f}"),
+        (
+            "found - dense",
+            lambda row: "-" if row["method"] == DENSE else f"{row['accuracy_above_dense']['value']:+.3f}",
+        ),
+        ("nats / token", "{nats[value]:.3f}"),
+        ("95 % interval", "{nats[low]:.3f} to {nats[high]:.3f}"),
+        ("density", "{density:.3f}"),
+        ("density, answers", "{answer_density:.3f}"),
     ]
     longest = summary["lengths"][-1]
     depths = [row for row in summary["depths"] if row["length"] == longest]
-    found = {(row["method"], row["depth"]): f"{row['accuracy']:.2f}" for row in depths}
-    methods, places = (list(dict.fromkeys(row[name] for row in depths)) for name in ("method", "depth"))
-    by_depth = [[method, *(found[method, place] for place in places)] for method in methods]
-    return [(header, lines), ([f"found at {longest} tokens", *(f"depth {place:.2f}" for place in places)], by_depth)]
+    places = list(dict.fromkeys(row["depth"] for row in depths))
+    by_depth = [
+        [method, *(f"{row['accuracy']:.2f}" for row in depths if row["method"] == method)]
+        for method in dict.fromkeys(row["method"] for row in depths)
+    ]
+    header = [f"found at {longest} tokens", *(f"depth {place:.2f}" for place in places)]
+    return [make_table(columns, summary["results"]), (header, by_depth)]
 
 
 def _draws(values: FloatArray, seed: int) -> FloatArray:
@@ -124,7 +106,3 @@ def _draws(values: FloatArray, seed: int) -> FloatArray:
 def _mean(records: Sequence[Record], name: str) -> float | None:
     values = [record[name] for record in records]
     return None if None in values else float(np.mean(values))
-
-
-def _interval(row: dict[str, Any]) -> str:
-    return f"{row['low']:.3f} to {row['high']:.3f}"

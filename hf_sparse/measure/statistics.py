@@ -1,8 +1,6 @@
-"""Statistics of measurements: a paired, hierarchical bootstrap, intervals, quartiles and slopes on log axes."""
+"""Statistics of measurements: a paired, hierarchical bootstrap, intervals and slopes on log axes."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,12 +52,6 @@ def estimate(value: float, draws: FloatArray) -> dict[str, float]:
     """A `value` with the ends of its interval, `low` and `high`, for a summary."""
     low, high = percentile_interval(draws)
     return {"value": float(value), "low": low, "high": high}
-
-
-def quartiles(values: FloatArray | Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile of `values`, of any shape."""
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return float(low), float(middle), float(high)
 
 
 def log_slope(x: ArrayLike, y: ArrayLike) -> tuple[FloatArray, FloatArray]:

@@ -1,4 +1,4 @@
-"""Rows as `attention_error.evaluate` gives them, with errors that follow a known power of n."""
+"""Records as `attention_error.evaluate` gives them, with errors that follow a known power of n."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CONFIGS = {
 
 
 def rows(documents: int = 3, noise: float = 0.0) -> list[Record]:
-    """Rows of `documents` documents, two layers of two heads; `noise` is the spread of ln error between them."""
+    """Records of `documents` documents, two layers of two heads; `noise` is the spread of ln error between them."""
     rng = np.random.default_rng(0)
     out = []
     for document in range(documents):

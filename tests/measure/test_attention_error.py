@@ -158,9 +158,9 @@ def test_one_pass_gives_every_length_its_own_result(model: PreTrainedModel) -> N
                 assert column == pytest.approx(other["columns"][name], rel=1e-4, abs=1e-6), name
 
 
-def test_rows_per_length_are_rounded_up_to_groups(model: PreTrainedModel) -> None:
-    def rows(rows_per_length: int | None) -> list[int]:
-        return [row["rows"] for row in measure(model, window(), LENGTHS, {}, rows_per_length)]
+def test_queries_per_length_are_rounded_up_to_groups(model: PreTrainedModel) -> None:
+    def rows(queries_per_length: int | None) -> list[int]:
+        return [row["rows"] for row in measure(model, window(), LENGTHS, {}, queries_per_length)]
 
     assert rows(1) == [64, 150 - 128]
     assert rows(64) == [64, 150 - 64]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_sparse.measure.attention_summary import ERRORS, NEEDED, SHAPES, STATISTICS, _Cells, summarise
+from hf_sparse.measure.attention_summary import ERRORS, NEEDED, SHAPES, STATISTICS, summarise
 from hf_sparse.measure.attention_tables import comparison_cells, error_cells, layer_cells, shape_cells, slope_cells
 from hf_sparse.results import Record
 from hf_sparse.tables import text_table
@@ -73,10 +73,11 @@ def test_intervals_are_about_documents_where_there_are_several() -> None:
 
 
 def test_the_bootstrap_spreads_as_a_mean_of_few_documents_does() -> None:
-    given = rows(documents=4, noise=0.2)
-    draws = _Cells.of(given, seed=0).draws("topk", "l1_mean")[:, 0]
+    given = rows(documents=12, noise=0.2)
+    found = result(summarise(given, seed=0), "topk", 512)["l1"]["mean"]
     means = [np.mean(row["columns"]["l1_mean"]) for row in given if row["method"] == "topk" and row["length"] == 512]
-    assert draws.std() == pytest.approx(np.std(means, ddof=1) / math.sqrt(4), rel=0.06)
+    # A normal distribution has 95 % of its mass within 1.96 standard deviations.
+    assert (found["high"] - found["low"]) / (2 * 1.96) == pytest.approx(np.std(means, ddof=1) / math.sqrt(12), rel=0.02)
 
 
 def test_intervals_of_one_document_are_about_heads() -> None:

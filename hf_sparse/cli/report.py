@@ -1,0 +1,157 @@
+"""`hf-sparse report`: the tables of a folder of results, made anew from its records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hf_sparse.bench import memory
+from hf_sparse.calibration.calibrate import Calibration
+from hf_sparse.calibration.tables import calibration_tables
+from hf_sparse.cli.bench import BENCH
+from hf_sparse.cli.theory import print_theory
+from hf_sparse.errors import UserError, first_line
+from hf_sparse.measure.run import ATTENTION_ERROR, PERPLEXITY, RETRIEVAL, Kind, Outcome, write_outcome
+from hf_sparse.results import (
+    CALIBRATION,
+    ROWS,
+    SUMMARY,
+    Record,
+    ResultFile,
+    Summary,
+    command_of,
+    plot_name,
+    read_json,
+    write_tables,
+)
+
+_KINDS = {kind.command: kind for kind in (PERPLEXITY, ATTENTION_ERROR, RETRIEVAL, BENCH)}
+
+
+def run_report(folder: Path, *, write: bool, as_json: bool) -> None:
+    """Print what a command found, from the records that it wrote; from its summary where it wrote no records.
+
+    Args:
+        folder: The folder of the results.
+        write: Write summary, tables and plots anew, too.
+        as_json: Print the summary.
+
+    Raises:
+        UserError: if the folder holds no results, or records that no summary can be made of.
+    """
+    try:
+        found = _find(folder)
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{folder} holds results that no tables can be made of: {why}") from error
+    if write:
+        found.write()
+    if as_json:
+        print(json.dumps(found.summary))
+    else:
+        found.show()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A summary, what prints it for people, and what writes it with its tables and plots."""
+
+    summary: Summary
+    show: Callable[[], object]
+    write: Callable[[], object]
+
+
+def _find(folder: Path) -> _Found:
+    records = list(ResultFile(folder / ROWS).records().values())
+    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None
+    command = command_of(records[0] if records else summary or {})
+    if command in _KINDS:
+        return _evaluation(_KINDS[command], records, summary, folder)
+    if command == "theory":
+        return _theory(records, summary or {}, folder)
+    if command == memory.COMMAND and summary:
+        summary |= memory.summarise(summary["results"])
+        return _drawn(Outcome(summary, memory.memory_tables(summary)), memory.COMMAND, memory.plot_memory, folder)
+    if (folder / CALIBRATION).exists():
+        return _calibration(folder)
+    raise UserError(f"{folder} holds no results: pass a folder that a command of hf-sparse wrote")
+
+
+def _drawn(outcome: Outcome, command: str, draw: Callable[[Summary, Path], None], folder: Path) -> _Found:
+    write = partial(write_outcome, outcome, folder, plot_name(command), draw)
+    return _Found(outcome.summary, partial(print, outcome), write)
+
+
+def _evaluation(kind: Kind, records: Sequence[Record], summary: Summary | None, folder: Path) -> _Found:
+    if records:
+        chosen = _chosen(kind, records, summary, folder / ROWS)
+        summary = kind.summarise(chosen, (summary or records[0]).get("seed", 0))
+    assert summary is not None
+    return _drawn(Outcome(summary, kind.tables(summary)), kind.command, kind.draw, folder)
+
+
+def _chosen(kind: Kind, records: Sequence[Record], summary: Summary | None, path: Path) -> list[Record]:
+    """The records that `summary` was made of, in its order; all of them if there is none yet.
+
+    Raises:
+        UserError: unless there is one for each method, length and document, or each task and length of a benchmark.
+    """
+    rows = summary["results"] if summary else records
+    places: list[tuple[Any, ...]]
+    if kind is BENCH:
+        names: tuple[str, ...] = ("kind", "length")
+        places = list(dict.fromkeys((row["kind"], row["length"]) for row in rows))
+        settings = summary["conditions"] if summary else {}
+    else:
+        names = ("method", "length", "text_sha256")
+        methods = dict.fromkeys(row["method"] for row in rows)
+        texts = dict.fromkeys(each["text_sha256"] for each in (summary["documents"] if summary else records))
+        lengths = sorted({row["length"] for row in rows})
+        places = [(method, length, text) for text, length, method in product(texts, lengths, methods)]
+        settings = {name: {"config": config} for name, config in (summary or {}).get("configs", {}).items()}
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        place = tuple(record[name] for name in names)
+        if settings.get(place[0], {}).items() <= record.items():
+            found.setdefault(place, []).append(record)
+    for place in places:
+        if (number := len(found.get(place, []))) != 1:
+            what = f"{place[0]} at {place[1]} tokens" + (" of one text" if len(place) > 2 else "")
+            raise UserError(
+                f"{path} holds {number} measurements of {what}, and one is needed: run the command that wrote it again"
+            )
+    return [found[place][0] for place in places]
+
+
+def _theory(records: Sequence[Record], summary: Summary, folder: Path) -> _Found:
+    from hf_sparse.lab import run as lab
+
+    if not records:
+        raise UserError(f"{folder} holds no {ROWS}, from which the tables of theory are made")
+    names = summary["experiments"] if summary else dict.fromkeys(record["experiment"] for record in records)
+    experiments = lab.find_experiments(list(names))
+    about = summary["about"] if summary else {"seed": records[0]["seed"]}
+    found = {
+        experiment.name: experiment.conclude([each for each in records if each["experiment"] == experiment.name])
+        for experiment in experiments
+    }
+    made = lab.summarise(experiments, found) | {"about": about}
+    show = partial(print_theory, {folder.resolve().name: made}, folder)
+    return _Found(made, show, partial(lab.write, experiments, found, about, folder))
+
+
+def _calibration(folder: Path) -> _Found:
+    data = read_json(folder / CALIBRATION)
+    checks = folder / "check.jsonl"
+    if records := list(ResultFile(checks).records().values()):
+        chosen = _chosen(PERPLEXITY, records, data["check"], checks)
+        data["check"] = PERPLEXITY.summarise(chosen, data["check"]["seed"])
+    tables = calibration_tables(Calibration.from_dict(data))
+    return _Found(data, partial(print, Outcome(data, tables)), partial(write_tables, folder, tables))
