@@ -121,7 +121,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"quality": [{"model": "/home/me/model"}]}, "quality[0]: model must be a name, not a path"),
     ({"calibration": [1]}, "calibration must be a mapping"),
     ({"calibration": {"target": "speed"}}, "target must be one of density, output_error, perplexity_ratio"),
-    ({"per_head": {"0": [[1.0, 2.0]]}}, "per_head['0'][0] exponent must be a finite number"),
+    ({"per_head": {"0": [[1.0, 2.0]]}}, "per_head[0][0] exponent must be a finite number"),
 ]
 
 

@@ -110,7 +110,7 @@ class Subject:
             UserError: for a text, a model or a configuration that cannot be used.
         """
         info = source.info()
-        captured = min(_CAPTURED, info.max_positions or _CAPTURED)
+        captured = min(_CAPTURED, info["max_positions"] or _CAPTURED)
         lengths = sorted({*plan.written, *([captured] if plan.alone else [])})
         documents = load_documents([] if text is None else [text], count=1, tokens=lengths[-1] + 1)
         windows = cut_windows(documents[:1], source.tokenizer(), lengths, targets=1)
@@ -118,7 +118,7 @@ class Subject:
         made = source.model(dtype=dtype, device_map=device)
         check_config(made, plan.config)
         return cls(
-            _about({**info.to_dict(), "text_sha256": documents[0].sha256}, made.dtype, made.device, plan.seed),
+            _about({**info, "text_sha256": documents[0].sha256}, made.dtype, made.device, plan.seed),
             capture(made, prompts[captured], plan.seed) if plan.alone else None,
             Generation(made, plan.config, plan.new_tokens, True, plan.left_out) if plan.written else None,
             prompts,

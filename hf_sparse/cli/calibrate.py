@@ -76,8 +76,8 @@ def run_calibrate(name: str, options: CalibrationOptions, run: RunOptions) -> tu
     info = source.info()
     if not source.support.supported:
         raise UserError(str(source.support))
-    folder = run.output or Path("results") / f"{info.name.rpartition('/')[2].removesuffix('.gguf')}-{CALIBRATE}"
-    check_folder(folder, CALIBRATE, info.to_dict())
+    folder = run.output or Path("results") / f"{info['name'].rpartition('/')[2].removesuffix('.gguf')}-{CALIBRATE}"
+    check_folder(folder, CALIBRATE, info)
     check_loading(run.dtype, device := run.device or str(process_state().device))
     tokens = 1 + max(options.length or LONGEST, target.length or 0)
     texts, held_out = (

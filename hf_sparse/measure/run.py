@@ -38,7 +38,7 @@ from hf_sparse.results import (
     provenance,
     write_summary,
 )
-from hf_sparse.share.source import ModelInfo, ModelSource, check_config, check_loading
+from hf_sparse.share.source import ModelSource, check_config, check_loading
 from hf_sparse.tables import Table, text_table
 
 
@@ -111,7 +111,7 @@ class Checked:
     """
 
     source: ModelSource
-    info: ModelInfo
+    info: Record
     tokenizer: PreTrainedTokenizerBase
     windows: list[Window]
     run: Run
@@ -124,7 +124,7 @@ class Checked:
             UserError: if it cannot be read.
         """
         model = self.source.model(dtype=self.run.dtype, device_map=_device(self.run))
-        about = provenance(self.info.to_dict(), model, self.run.seed)
+        about = provenance(self.info, model, self.run.seed)
         return Ready(model, self.tokenizer, self.windows, about, self.folder)
 
 
@@ -170,11 +170,11 @@ def check(
     if not source.support.supported:
         raise UserError(str(source.support))
     info = source.info()
-    folder = run.output or default_folder(info.name, command)
+    folder = run.output or default_folder(info["name"], command)
     # Processes that try to write into the same folder at once would be in each other's way.
     if is_main_process():
         for place, part in [(folder / part, part) for part in parts] or [(folder, command)]:
-            check_folder(place, part, info.to_dict())
+            check_folder(place, part, info)
     tokens = texts.offset + lengths[-1] + 1
     documents = load_documents(texts.text or [], count=texts.documents, column=texts.column, tokens=tokens)
     tokenizer = source.tokenizer()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,28 +39,6 @@ _ADVICE = "pass a folder or a .gguf file, or set HF_HUB_OFFLINE=1 to use what wa
 _WEIGHTS = (".safetensors", ".bin")
 # What is read of each end of a weight file to tell two models in folders of the same name apart.
 _SAMPLE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What identifies a model in results; never a path of the machine.
-
-    Attributes:
-        name: Hub id, or the last part of the path.
-        revision: Commit on the Hub; for local models the start of a SHA-256, of the GGUF file or of the folder's
-            configuration and weights.
-        max_positions: Longest input in tokens that the model was made for; `None` if it does not say.
-        architecture: transformers' model type, such as `"llama"`.
-    """
-
-    name: str
-    revision: str
-    max_positions: int | None
-    architecture: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The attributes as a dictionary."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -153,10 +131,13 @@ class ModelSource:
         longest: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return longest
 
-    def info(self) -> ModelInfo:
-        """What identifies the model; reads the configuration, and local weights for their hash."""
-        revision = self._fingerprint() if self._is_here else self.commit
-        return ModelInfo(self.name, revision or "unknown", self.max_positions, self.config.model_type)
+    def info(self) -> dict[str, Any]:
+        """What identifies the model in results, never a path of the machine: `describe` with the source's own name.
+
+        Reads the configuration, and local weights for their hash: the `revision` of a local model is the start of a
+        SHA-256, of the GGUF file or of the folder's configuration and weights.
+        """
+        return describe(self.name, self._fingerprint() if self._is_here else self.commit, self.config)
 
     @property
     def commit(self) -> str | None:
@@ -221,6 +202,16 @@ class ModelSource:
                 file.seek(max(0, path.stat().st_size - _SAMPLE_BYTES))
                 digest.update(file.read())
         return digest.hexdigest()[:16]
+
+
+def describe(name: str, revision: str | None, config: PreTrainedConfig) -> dict[str, Any]:
+    """A model as results name it; `max_positions` is its longest input in tokens, or `None` if it does not say."""
+    return {
+        "name": name,
+        "revision": revision or "unknown",
+        "max_positions": getattr(config.get_text_config(), "max_position_embeddings", None),
+        "architecture": config.model_type,
+    }
 
 
 def check_loading(dtype: str, device_map: str | None) -> None:
