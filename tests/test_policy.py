@@ -17,7 +17,7 @@ import hf_sparse
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Origin, Policy, is_hub_id
-from hf_sparse.policy.files import MAX_BYTES, NAME, load, read, text_of, write
+from hf_sparse.policy.files import MAX_BYTES, NAME, load, read, write
 from hf_sparse.policy.quality import QualityRecord
 
 POLICY = Policy(
@@ -52,7 +52,8 @@ def test_a_policy_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_the_file_is_flat_readable_json(tmp_path: Path) -> None:
-    text = text_of(POLICY)
+    write(POLICY, tmp_path / NAME)
+    text = (tmp_path / NAME).read_text()
     data = json.loads(text)
     assert data["alpha"] == 8.0
     assert data["base_model"] == "someone/model"
