@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse.cli import main
-from hf_sparse.policy import files as policy_files
 from tests import tiny
 from tests.hub_server import Hub
 
@@ -70,11 +69,6 @@ def dense(name: str) -> Logits:
 def save(folder: str) -> None:
     """Patch the base model and save it."""
     hf_sparse.save_pretrained(hf_sparse.patch(_model(BASE), **FIELDS), folder)
-
-
-def read(name: str) -> dict[str, Any]:
-    """What the policy of a repository says."""
-    return policy_files.load(name).to_dict()
 
 
 def command(*arguments: str) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from hf_sparse.errors import UserError
 from hf_sparse.share.source import ModelSource
-from tests import small, tiny
+from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.save_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+@pytest.fixture
+def folder(tiny_llama: Path) -> Path:
+    return tiny_llama
 
 
 def test_a_folder_gives_the_model_that_was_saved(folder: Path) -> None:
