@@ -37,7 +37,7 @@ def untouched(world: World) -> Iterator[None]:
 def _files(world: World) -> dict[str, int]:
     out: dict[str, int] = {}
     for folder, folders, files in os.walk(world.folder.parent):
+        folders[:] = [name for name in folders if name != "cache"]
         found = [Path(folder, name) for name in files + folders]
         out |= {str(path): path.lstat().st_size for path in found}
-        folders[:] = [name for name in folders if name != "cache"]
     return out

@@ -38,7 +38,7 @@ from hf_sparse.results import (
     provenance,
     write_summary,
 )
-from hf_sparse.share.source import ModelSource, check_config, check_loading
+from hf_sparse.share.source import ModelSource, check_config, check_loading, max_positions
 from hf_sparse.tables import Table, text_table
 
 
@@ -166,7 +166,7 @@ def check(
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     check_loading(run.dtype, _device(run))
-    check_lengths(lengths, targets, source.max_positions)
+    check_lengths(lengths, targets, max_positions(source.config))
     if not source.support.supported:
         raise UserError(str(source.support))
     info = source.info()

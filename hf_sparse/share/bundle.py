@@ -86,8 +86,9 @@ class Bundle:
         """Whether the configuration written with the weights says what the base's says: dtype and all."""
         assert self.model is not None
         texts = (path.read_bytes(), self.base_config or b"{}")
-        written, base = (type(self.model.config).from_dict(json.loads(text)).to_dict() for text in texts)
-        return all(written.get(name) == base.get(name) for name in {*written, *base}.difference(_INCIDENTAL))
+        said = [type(self.model.config).from_dict(json.loads(text)).to_dict() for text in texts]
+        written, base = ({name: found[name] for name in found.keys() - _INCIDENTAL} for found in said)
+        return written == base
 
 
 def make_bundle(

@@ -82,7 +82,9 @@ def _law(config: SparseAttentionConfig) -> Iterator[str]:
     }[str(config.law)]
     clamp = f"at least {config.min_keys}" + (f", at most {config.max_keys:,}" if config.max_keys else "")
     if config.per_head is None:
-        yield f"`{formula}`, {clamp} and never more than n: {_budgets(config)}."
+        table = config.budget().table(max(_SHOWN_LENGTHS))
+        budgets = ", ".join(f"{int(table[n]):,} of {n:,}" for n in _SHOWN_LENGTHS)
+        yield f"`{formula}`, {clamp} and never more than n: {budgets}."
     else:
         yield f"Calibrated, `k(n) = ceil(alpha · n^C)` with {_spread(config)}; {clamp} and never more than n."
     if config.calibration is not None:
@@ -95,12 +97,6 @@ def _law(config: SparseAttentionConfig) -> Iterator[str]:
     if below := config.dense_below:
         dense += f" Queries that see fewer than {below:,} keys stay dense."
     yield f"Selector `{config.selector}`: {_SELECTORS[str(config.selector)]}. {dense}"
-
-
-def _budgets(config: SparseAttentionConfig) -> str:
-    budget = config.budget()
-    table = budget.table(max(_SHOWN_LENGTHS))
-    return ", ".join(f"{int(table[n]):,} of {n:,}" for n in _SHOWN_LENGTHS)
 
 
 def _spread(config: SparseAttentionConfig) -> str:

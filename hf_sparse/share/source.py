@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -116,20 +114,12 @@ class ModelSource:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The model's configuration."""
-        with self._user_errors():
-            config: PreTrainedConfig = AutoConfig.from_pretrained(self.location, **self._arguments())
-        return config
+        return cast("PreTrainedConfig", self._load(AutoConfig))
 
     @cached_property
     def support(self) -> SupportReport:
         """Whether the model can be patched, and its attention layers."""
         return inspect(self.config)
-
-    @property
-    def max_positions(self) -> int | None:
-        """Longest input in tokens that the model was made for; `None` if it does not say."""
-        longest: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return longest
 
     def info(self) -> dict[str, Any]:
         """What identifies the model in results, never a path of the machine: `describe` with the source's own name.
@@ -149,9 +139,7 @@ class ModelSource:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        with self._user_errors():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.location, **self._arguments())
-        return tokenizer
+        return cast("PreTrainedTokenizerBase", self._load(AutoTokenizer))
 
     def model(self, *, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
         """The model in evaluation mode.
@@ -165,28 +153,20 @@ class ModelSource:
             UserError: if the model cannot be found, reached or read, or is not taken with these.
         """
         check_loading(dtype, device_map)
-        arguments = self._arguments()
-        if self.gguf_file is not None:
-            arguments["quantization_config"] = GgufConfig(dequantize=True)
         kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-        with self._user_errors():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                self.location, dtype=kind, device_map=device_map, **arguments
-            )
-        return model
+        options = {"quantization_config": GgufConfig(dequantize=True)} if self.gguf_file is not None else {}
+        model = self._load(AutoModelForCausalLM, dtype=kind, device_map=device_map, **options)
+        return cast("PreTrainedModel", model)
 
-    @contextmanager
-    def _user_errors(self) -> Iterator[None]:
-        """What transformers raises on a model that is absent, out of reach or damaged, as one line."""
+    def _load(self, kind: Any, **options: Any) -> Any:
+        """What `kind.from_pretrained` gives; one line of error for a model that is absent, out of reach or damaged."""
+        given = {"revision": self.origin.revision, "gguf_file": self.gguf_file}
+        options |= {name: value for name, value in given.items() if value is not None}
         try:
-            yield
+            return kind.from_pretrained(self.location, trust_remote_code=False, **options)
         except UNREADABLE as error:
             advice = "" if self._is_here else f"; {_ADVICE}"
             raise UserError(f"cannot read the model {self.name}: {first_line(error)}{advice}") from error
-
-    def _arguments(self) -> dict[str, Any]:
-        given = {"revision": self.origin.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
-        return {name: value for name, value in given.items() if value is not None}
 
     def _fingerprint(self) -> str:
         folder = Path(self.location)
@@ -204,12 +184,18 @@ class ModelSource:
         return digest.hexdigest()[:16]
 
 
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Longest input in tokens that a model was made for; `None` if its configuration does not say."""
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
 def describe(name: str, revision: str | None, config: PreTrainedConfig) -> dict[str, Any]:
-    """A model as results name it; `max_positions` is its longest input in tokens, or `None` if it does not say."""
+    """A model as results name it."""
     return {
         "name": name,
         "revision": revision or "unknown",
-        "max_positions": getattr(config.get_text_config(), "max_position_embeddings", None),
+        "max_positions": max_positions(config),
         "architecture": config.model_type,
     }
 
