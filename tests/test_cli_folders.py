@@ -33,10 +33,10 @@ COMMANDS = [
 ]
 NEVER = (
     "hf_sparse.share.source.ModelSource.model",
-    "hf_sparse.bench.subject.random_model",
+    "hf_sparse.bench.run.random_model",
     "hf_sparse.cli.bench.evaluate",
     "hf_sparse.lab.run.run",
-    "hf_sparse.measure.memory.evaluate",
+    "hf_sparse.cli.memory.evaluate",
 )
 
 

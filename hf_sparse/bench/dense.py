@@ -1,8 +1,9 @@
-"""The dense attention that users have today, in PyTorch and in transformers."""
+"""Dense attention of PyTorch and of transformers, the baselines."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -23,17 +24,17 @@ _BLOCK = 128
 
 
 def backends(device: torch.device) -> list[str]:
-    """The kernels of SDPA that are measured by name on `device`; on CPU there is one, which SDPA takes anyway."""
+    """Names of the SDPA kernels that are measured one by one on `device`; the CPU has only one."""
     return list(_BACKENDS) if device.type == "cuda" else []
 
 
-def pinned(backend: str | None) -> Any:
-    """A context in which SDPA takes the kernel called `backend`, or the one it chooses itself if `None`."""
+def pinned(backend: str | None) -> AbstractContextManager[object]:
+    """A context in which SDPA uses the kernel `backend`, or the one of its own choice if `None`."""
     return nullcontext() if backend is None else sdpa_kernel(_BACKENDS[backend])
 
 
 def sdpa(inputs: AttentionCall, backend: str | None = None) -> Tensor:
-    """SDPA called directly, causal where there are several rows."""
+    """SDPA called directly, causal if there is more than one query."""
     with pinned(backend):
         return F.scaled_dot_product_attention(
             inputs.query,
@@ -45,16 +46,15 @@ def sdpa(inputs: AttentionCall, backend: str | None = None) -> Tensor:
         )
 
 
-class CachedCall:
-    """A decode step as stock transformers makes it: the new key and value are concatenated to all others.
+class CachedStep:
+    """A decode step of stock transformers: the new key and value are concatenated to all others.
 
     Args:
-        inputs: One row, whose own key is the last.
+        inputs: One query, whose own key is the last.
     """
 
     def __init__(self, inputs: AttentionCall) -> None:
         self._inputs = inputs
-        self._module = _module(inputs)
 
     def attend(self) -> Tensor:
         """Append and attend: `(1, heads, 1, head_dim)`."""
@@ -63,39 +63,30 @@ class CachedCall:
         layer.lazy_initialization(inputs.key, inputs.value)
         layer.keys, layer.values = inputs.key[:, :, :-1], inputs.value[:, :, :-1]
         key, value = layer.update(inputs.key[:, :, -1:], inputs.value[:, :, -1:])
-        out, _ = sdpa_attention_forward(self._module, inputs.query, key, value, None, scaling=inputs.scaling)
-        return out.transpose(1, 2)
+        return _transformers_sdpa(replace(inputs, key=key, value=value), None)
 
 
-class MaskedCall:
-    """A prefill as stock transformers makes it for a batch with padding: SDPA under an n x n mask.
+class MaskedSdpa:
+    """A prefill of stock transformers for a batch with padding: SDPA under an n x n mask.
 
-    Models build that mask once for all layers, so making it is not timed; its memory is counted in the first call.
+    Models build the mask once for all layers, so the first call makes it and later ones are timed without.
     """
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
 
-    def prepare(self, inputs: AttentionCall) -> AttentionCall:
-        """Make the mask, the first time."""
+    def __call__(self, inputs: AttentionCall) -> Tensor:
+        """Attend under the mask: `(1, heads, queries, head_dim)`."""
         if self._mask is None:
             self._mask = interval_to_mask(inputs.intervals, inputs.key.shape[2])
-        return inputs
-
-    def attend(self, inputs: AttentionCall) -> Tensor:
-        """Attend under the mask: `(1, heads, rows, head_dim)`."""
-        module = _module(inputs)
-        out, _ = sdpa_attention_forward(
-            module, inputs.query, inputs.key, inputs.value, self._mask, scaling=inputs.scaling
-        )
-        return out.transpose(1, 2)
+        return _transformers_sdpa(inputs, self._mask)
 
 
 def causal_blocks(length: int, device: torch.device) -> BlockMask:
-    """The block mask of causal attention; unlike `create_block_mask`, nothing of size n x n is formed for it."""
+    """The block mask of causal attention, made without the n x n mask that `create_block_mask` would form."""
     count = -(-length // _BLOCK)
     index = torch.arange(count, dtype=torch.int32, device=device)
-    # Row i of blocks: block i is cut by the diagonal, the i blocks before it are full.
+    # In row i of blocks, block i is cut by the diagonal and the i blocks before it are full.
     cut = ((index + index[:, None]) % count)[None, None]
     return BlockMask.from_kv_blocks(
         torch.ones_like(index)[None, None],
@@ -127,10 +118,12 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _causal(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    return row >= column
+def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
 
 
-def _module(inputs: AttentionCall) -> Any:
-    """What transformers' attention function reads of an attention module."""
-    return SimpleNamespace(num_key_value_groups=inputs.group_size, is_causal=True)
+def _transformers_sdpa(inputs: AttentionCall, mask: Tensor | None) -> Tensor:
+    # All that transformers' attention function reads of an attention module.
+    module: Any = SimpleNamespace(num_key_value_groups=inputs.group_size, is_causal=True)
+    out, _ = sdpa_attention_forward(module, inputs.query, inputs.key, inputs.value, mask, scaling=inputs.scaling)
+    return out.transpose(1, 2)

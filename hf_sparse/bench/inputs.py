@@ -1,4 +1,4 @@
-"""Queries, keys and values of one attention layer, at any length: Gaussian, or a real model's repeated."""
+"""Queries, keys and values of one attention layer, at any length: Gaussian, or those of a real model, repeated."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hf_sparse.errors import UserError
 from hf_sparse.patching import base_model
 
 SCORE_STD = 2.5
-"""Standard deviation of the scores of Gaussian inputs: about that of a row in the middle layers of SmolLM2-135M, whose
-median layer has 2.8. With 1, attention would be almost even, and no selection of keys near it."""
+"""Standard deviation of the scores of Gaussian inputs, about that of the middle layers of SmolLM2-135M, of which the
+median layer has 2.8. With 1, attention would be almost uniform, and no selection of keys close to it."""
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """Where the inputs of a layer's attention come from.
+    """The source of a layer's attention inputs.
 
     Attributes:
-        name: What to say about them in results.
+        name: Its name in results.
         shape: Query heads, key heads and head dimension.
         dtype: Of the tensors.
         device: Of the tensors.
@@ -48,33 +48,37 @@ class LayerInputs:
         """Bytes of one key and its value, over all key heads."""
         return 2 * self.shape[1] * self.shape[2] * self.dtype.itemsize
 
+    def describe(self) -> dict[str, Any]:
+        """What a record says about the inputs."""
+        heads, kv_heads, head_dim = self.shape
+        return {"inputs": self.name, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+
     def prefill(self, length: int) -> AttentionCall:
-        """Causal attention of `length` rows to as many keys."""
+        """Causal attention of `length` queries to as many keys."""
         stop = torch.arange(1, length + 1, dtype=torch.int32, device=self.device)
         return self._make(length, stop, offset=0)
 
     def decode(self, length: int, index: int) -> AttentionCall:
-        """One row that sees `length` keys, its own last. Another `index`: other numbers."""
+        """One query that sees `length` keys, its own last. Each `index` gives other numbers."""
         stop = torch.full((1,), length, dtype=torch.int32, device=self.device)
         return self._make(length, stop, offset=index)
 
     def _make(self, length: int, stop: Tensor, offset: int) -> AttentionCall:
         intervals = torch.stack([torch.zeros_like(stop), stop], dim=-1)[None, None]
-        rows = len(stop)
+        queries = len(stop)
         if self.captured is None:
             heads, kv_heads, dim = self.shape
             generator = torch.Generator(self.device).manual_seed(self.seed + offset)
             query, key, value = (
                 torch.randn(1, h, n, dim, generator=generator, device=self.device, dtype=self.dtype)
-                for h, n in ((heads, rows), (kv_heads, length), (kv_heads, length))
+                for h, n in ((heads, queries), (kv_heads, length), (kv_heads, length))
             )
             return AttentionCall(query * SCORE_STD, key, value, intervals, dim**-0.5)
-        known = self.captured.key.shape[2]
-        # The last row sees the last key: repeats are laid so that both end with the end of what was captured.
-        place = (torch.arange(-length, 0, device=self.device) - offset) % known
+        # Both ends of the repeated tensors are aligned on the right, so that the last query sees its own key last.
+        place = (torch.arange(-length, 0, device=self.device) - offset) % self.captured.key.shape[2]
         return replace(
             self.captured,
-            query=self.captured.query[:, :, place[-rows:]],
+            query=self.captured.query[:, :, place[-queries:]],
             key=self.captured.key[:, :, place],
             value=self.captured.value[:, :, place],
             intervals=intervals,
@@ -84,28 +88,23 @@ class LayerInputs:
 def gaussian(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> LayerInputs:
     """Independent normal numbers.
 
-    Unlike in texts, neighbouring keys have nothing in common, so that looking at blocks of them first finds less: the
-    errors of ours on these inputs are far above those on real ones. Its times hardly depend on the numbers.
+    Neighbouring queries and keys are unrelated, unlike those of a text, so sparse attention has far larger errors than
+    on real inputs. Times hardly depend on the numbers.
     """
-    return LayerInputs(
-        f"gaussian, scores of standard deviation {SCORE_STD}",
-        (shape.heads, shape.kv_heads, shape.head_dim),
-        dtype,
-        device,
-        seed,
-    )
+    name = f"gaussian, scores of standard deviation {SCORE_STD}"
+    return LayerInputs(name, (shape.heads, shape.kv_heads, shape.head_dim), dtype, device, seed)
 
 
 def capture(model: PreTrainedModel, input_ids: Tensor, seed: int) -> LayerInputs:
-    """What the middle one of a model's full-attention layers gets on a text.
+    """The inputs of the middle one of a model's full-attention layers on a text.
 
     Args:
         model: Not patched.
         input_ids: int64 `(tokens,)`.
-        seed: Kept for the rows' record; captured inputs are not random.
+        seed: For the record only: captured inputs are not random.
 
     Raises:
-        UserError: if the layer does more than softmax attention, so that the dense baselines would not do its work.
+        UserError: if the layer does more than softmax attention, which the dense baselines could not do.
     """
     layers = [layer.layer for layer in hf_sparse.inspect(model).layers if layer.sliding_window is None]
     wanted = layers[len(layers) // 2]
@@ -126,9 +125,3 @@ def capture(model: PreTrainedModel, input_ids: Tensor, seed: int) -> LayerInputs
     shape = (call.query.shape[1], call.key.shape[1], call.query.shape[3])
     name = f"layer {wanted} on {len(input_ids)} tokens of text, repeated"
     return LayerInputs(name, shape, call.query.dtype, call.query.device, seed, call, wanted)
-
-
-def describe(inputs: LayerInputs) -> dict[str, Any]:
-    """What a row says about its inputs."""
-    heads, kv_heads, head_dim = inputs.shape
-    return {"inputs": inputs.name, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}

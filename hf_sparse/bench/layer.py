@@ -1,4 +1,4 @@
-"""One attention layer alone: a decode step, or a prefill, by every method on the same inputs."""
+"""One attention layer: a decode step or a prefill, by every method on the same inputs."""
 
 from __future__ import annotations
 
@@ -15,39 +15,36 @@ from torch import Tensor
 from hf_sparse.attention import LayerState, attend
 from hf_sparse.bench import dense
 from hf_sparse.bench.inputs import LayerInputs
-from hf_sparse.bench.timing import alternate, available_bytes, synchronize, timed, with_peak
+from hf_sparse.bench.tasks import DYNAMIC, FLEX, MASKED, SDPA, SPARSE
+from hf_sparse.bench.timing import Rounds, available_bytes, mebibytes, synchronize, timed, with_peak
 from hf_sparse.cache import SparseLayer
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import first_line
 from hf_sparse.monitor import make_report
 
-SPARSE = "hf_sparse"
-"""The method that is ours: append, select and attend."""
+Found = dict[str, dict[str, Any]]
+"""What was measured, by method."""
 
-BASELINE = "sdpa"
-"""The dense method whose outputs are taken as right, and from which a layer runs dense below the break-even."""
-
-# A call that takes longer than this is not made again for its peak of memory alone.
+# A call that takes longer than this is not repeated to measure its peak of memory alone.
 _QUICK = 1.0
-# Several sets of keys stand for the layers of a model: one set alone would stay in the processor's cache.
+# Several sets of keys stand for the layers of a model: one set would stay in the CPU's cache.
 _SETS_BYTES = 1 << 28
 _MOST_SETS = 16
-# Share of the free memory that a method may be expected to take.
+# Share of the free memory that a method may take.
 _SHARE = 0.6
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to do the work of a cell.
+    """One way to do a task.
 
     Attributes:
-        prepare: What is not timed, before every call, whose number it gets: all methods do the same in calls of the
-            same number.
-        run: What is timed: from what `prepare` gave to `(1, heads, rows, head_dim)`.
-        needs: Bytes that it must form besides its inputs and output, where that is known to be much.
-        compiled: Whether its first call compiles it.
-        optional: Whether it may be left out where it does not work.
+        prepare: Gives the input of the call of that number, the same for every method; not timed.
+        run: The timed call, from that input to `(1, heads, queries, head_dim)`.
+        needs: Bytes formed besides inputs and output, where that is known to be much.
+        compiled: Whether the first call compiles it.
+        optional: Whether it is skipped where it does not work.
     """
 
     prepare: Callable[[int], Any]
@@ -57,11 +54,11 @@ class Method:
     optional: bool = False
 
 
-class SparseCall:
-    """A decode step as a patched model makes it: append to the cache that grows in place, select, attend.
+class SparseStep:
+    """A decode step of a patched model: append to the cache that grows in place, select, attend.
 
     Args:
-        inputs: One row, whose own key is the last.
+        inputs: One query, whose own key is the last.
         state: The layer's configuration and counters.
     """
 
@@ -71,84 +68,74 @@ class SparseCall:
         self._cache = SparseLayer()
         self._cache.update(inputs.key[:, :, :-1], inputs.value[:, :, :-1])
 
-    def forget_last(self) -> SparseCall:
-        """Go back to before the step."""
+    def undo(self) -> SparseStep:
+        """Take the last key out of the cache again."""
         self._cache.crop(self._inputs.key.shape[2] - 1 - self._cache.get_seq_length())
         return self
 
     def attend(self) -> Tensor:
         """Append and attend: `(1, heads, 1, head_dim)`."""
         key, value = self._cache.update(self._inputs.key[:, :, -1:], self._inputs.value[:, :, -1:])
-        return attend(self._state, replace(self._inputs, key=key, value=value))[0]
+        return attend(self._state, replace(self._inputs, key=key, value=value, quantised=self._cache.quantised))[0]
 
 
 @torch.no_grad()
-def decode_cell(inputs: LayerInputs, length: int, config: SparseAttentionConfig, repeats: int, seconds: float) -> Any:
-    """Measure a decode step that sees `length` keys; see `_measure` for what is returned."""
+def time_decode(inputs: LayerInputs, length: int, config: SparseAttentionConfig, rounds: Rounds) -> Found:
+    """Measure a decode step that sees `length` keys; see `_measure` for the result."""
     different = max(1, min(_MOST_SETS, _SETS_BYTES // (inputs.kv_bytes * length)))
     sets = [inputs.decode(length, index) for index in range(different)]
-    methods: dict[str, Method] = {BASELINE: Method(_in_turn(sets), dense.sdpa)}
-    methods["dynamic-cache"] = Method(_in_turn([dense.CachedCall(each) for each in sets]), dense.CachedCall.attend)
+    methods = {
+        SDPA: Method(_in_turn(sets), dense.sdpa),
+        DYNAMIC: Method(_in_turn([dense.CachedStep(each) for each in sets]), dense.CachedStep.attend),
+    }
     for name in dense.backends(inputs.device):
         methods[name] = Method(_in_turn(sets), partial(dense.sdpa, backend=name), optional=True)
     state = _state(config, inputs.layer)
-    calls = _in_turn([SparseCall(each, state) for each in sets])
-    methods[SPARSE] = Method(lambda number: calls(number).forget_last(), SparseCall.attend)
-    return _measure(methods, state, inputs.device, repeats, seconds)
+    steps = _in_turn([SparseStep(each, state) for each in sets])
+    methods[SPARSE] = Method(lambda number: steps(number).undo(), SparseStep.attend)
+    return _measure(methods, state, inputs.device, rounds)
 
 
-def prefill_cell(
-    inputs: LayerInputs,
-    length: int,
-    config: SparseAttentionConfig,
-    repeats: int,
-    seconds: float,
-    leave_out: frozenset[str],
-) -> Any:
-    """Measure causal attention of `length` rows to as many keys; see `_measure` for what is returned."""
-    call = inputs.prefill(length)
-
-    def given(number: int) -> AttentionCall:
-        return call
-
-    methods = {BASELINE: Method(given, dense.sdpa)}
-    if "masked-sdpa" not in leave_out:
-        masked = dense.MaskedCall()
-        needs = float(length**2 * (1 + inputs.dtype.itemsize))
-        methods["masked-sdpa"] = Method(lambda number: masked.prepare(call), masked.attend, needs)
+def time_prefill(
+    inputs: LayerInputs, length: int, config: SparseAttentionConfig, rounds: Rounds, left_out: frozenset[str]
+) -> Found:
+    """Measure causal attention of `length` queries to as many keys; see `_measure` for the result."""
+    given = _in_turn([inputs.prefill(length)])
+    methods = {SDPA: Method(given, dense.sdpa)}
+    if MASKED not in left_out:
+        # The mask takes a byte per entry, and in SDPA another number of the inputs' dtype.
+        methods[MASKED] = Method(given, dense.MaskedSdpa(), needs=float(length**2 * (1 + inputs.dtype.itemsize)))
     for name in dense.backends(inputs.device):
         methods[name] = Method(given, partial(dense.sdpa, backend=name), optional=True)
-    if "flex" not in leave_out:
+    if FLEX not in left_out:
         # Models build the block mask once for all layers.
         blocks = dense.causal_blocks(length, inputs.device)
-        methods["flex"] = Method(given, partial(dense.flex, mask=blocks), compiled=True, optional=True)
+        methods[FLEX] = Method(given, partial(dense.flex, mask=blocks), compiled=True, optional=True)
     state = _state(config, inputs.layer)
-    methods[SPARSE] = Method(given, lambda inputs: attend(state, inputs)[0])
-    return _measure(methods, state, inputs.device, repeats, seconds)
+    methods[SPARSE] = Method(given, lambda call: attend(state, call)[0])
+    return _measure(methods, state, inputs.device, rounds)
 
 
 def _in_turn(items: list[Any]) -> Callable[[int], Any]:
-    """Gives one item after the other, and then again from the first."""
+    """A function from a number to one of `items`, over and over."""
     return lambda number: items[number % len(items)]
 
 
 def _state(config: SparseAttentionConfig, layer: int) -> LayerState:
-    # The length is what is varied here: below which one to stay dense is what comes out, not what goes in.
+    # Which lengths should stay dense is the result: here all of them are sparse.
     return LayerState(layer, replace(config, dense_below=0))
 
 
 @torch.no_grad()
-def _measure(
-    methods: dict[str, Method], state: LayerState, device: torch.device, repeats: int, seconds: float
-) -> dict[str, dict[str, Any]]:
-    """Warm up, check and time every method.
+def _measure(methods: dict[str, Method], state: LayerState, device: torch.device, rounds: Rounds) -> Found:
+    """Warm up, check and time every method, the first of which is the baseline.
 
     Returns:
-        Method -> `samples` (`{"seconds": [...]}`), `warm_up` in seconds, compilation included, `peak_mib`,
-        `output_error` (mean and worst row, over the norm of the baseline's output), and for `SPARSE` its `density`;
-        or `skipped`: the reason.
+        Method -> `samples` (`{"seconds": [...]}`), `warm_up` in seconds with compilation, `peak_mib`, `output_error`
+        (mean and worst query, over the norm of the baseline's output), and `density` of `SPARSE`; or `skipped`: the
+        reason.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: Found = {}
     reference: Tensor | None = None
     for name, method in methods.items():
         if method.needs > _SHARE * available_bytes(device):
@@ -157,7 +144,7 @@ def _measure(
         try:
             out, found[name] = _first_calls(method, device)
         except Exception as error:
-            # What a compiler or a kernel library raises where it cannot run is not known beforehand.
+            # Which exception a compiler or a kernel library raises is not known beforehand.
             if not method.optional:
                 raise
             found[name] = {"skipped": f"{type(error).__name__}: {first_line(error)}"}
@@ -167,13 +154,13 @@ def _measure(
         found[name]["output_error"] = _error(out, reference)
     del reference, out
     found[SPARSE]["density"] = make_report({state.layer: state.counters}).density
-    ran = {name: methods[name] for name, facts in found.items() if "skipped" not in facts}
 
     def sampler(method: Method) -> Callable[[], dict[str, float]]:
         number = count()
         return lambda: {"seconds": timed(lambda: method.prepare(next(number)), method.run, device)}
 
-    for name, samples in alternate({n: sampler(m) for n, m in ran.items()}, repeats, seconds).items():
+    working = {name: sampler(methods[name]) for name, facts in found.items() if "skipped" not in facts}
+    for name, samples in rounds.alternate(working).items():
         found[name]["samples"] = samples
     return found
 
@@ -187,10 +174,10 @@ def _first_calls(method: Method, device: torch.device) -> tuple[Tensor, dict[str
 
     (out, warm_up), peak = with_peak(first, device)
     if method.compiled or warm_up < _QUICK:
-        # Without what the first call alone takes: compilers, libraries.
+        # The peak without what only a first call loads: compilers, libraries.
         del out
         (out, _), peak = with_peak(first, device)
-    return out, {"warm_up": warm_up, "peak_mib": None if peak is None else round(peak / 2**20, 1)}
+    return out, {"warm_up": warm_up, "peak_mib": None if peak is None else mebibytes(peak)}
 
 
 def _error(out: Tensor, reference: Tensor) -> dict[str, float]:

@@ -1,33 +1,27 @@
-"""Plot of a benchmark's summary: time against length, with fitted exponents, the ideal line and break-even."""
+"""Plot of a benchmark's summary: time against length, with fitted exponents and break-even."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse.bench.layer import SPARSE
-from hf_sparse.bench.summary import BASELINES, Summary
-from hf_sparse.bench.tables import TITLES
-from hf_sparse.measure.plots import figure, length_axis
+from hf_sparse.bench.tables import TITLES, break_even_text, time_text
+from hf_sparse.bench.tasks import BASELINES, SPARSE
+from hf_sparse.measure.plots import figure, length_axis, style
+from hf_sparse.results import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette.
-_STYLES = {
-    "sdpa": ("#000000", "s"),
-    "dynamic-cache": ("#D55E00", "v"),
-    "static-cache": ("#E69F00", "D"),
-    "masked-sdpa": ("#D55E00", "v"),
-    "flex": ("#009E73", "^"),
-    "flash": ("#56B4E9", "X"),
-    "cudnn": ("#0072B2", "o"),
-    SPARSE: ("#CC79A7", "P"),
-}
+# More lines in a panel are hard to tell apart.
+_MOST_LINES = 4
 
 
 def plot_bench(summary: Summary, path: Path) -> None:
-    """Draw a panel for every kind and quantity that was measured.
+    """Draw a panel for every task and quantity that was measured: medians with their intervals.
+
+    A panel shows at most four lines: the sparse method, the baseline, and the fastest other dense methods.
 
     Args:
         summary: From `summary.summarise`.
@@ -39,64 +33,89 @@ def plot_bench(summary: Summary, path: Path) -> None:
     places = [place for place in TITLES if any((row["kind"], row["quantity"]) == place for row in summary["results"])]
     wide = min(2, len(places))
     high = -(-len(places) // wide)
-    drawing = figure(6 * wide, 4.4 * high)
+    drawing = figure(6 * wide, 4.8 * high)
     panels = drawing.subplots(high, wide, squeeze=False).flatten()
-    for axes, (kind, quantity) in zip(panels, places, strict=False):
-        _draw(axes, summary, kind, quantity)
+    for axes, (task, quantity) in zip(panels, places, strict=False):
+        _draw(axes, summary, task, quantity)
     for axes in panels[len(places) :]:
         axes.set_axis_off()
     about = summary["about"]
-    threads = "" if about["device"] == "cuda" else f", {about['threads']} threads"
-    drawing.suptitle(f"{about['model']['name']}, {about['dtype']}, {about['device_name']}{threads}", fontsize=11)
+    names = [about["model"]["name"], about["dtype"], about["device_name"]]
+    if about["device"] == "cpu":
+        # Older records do not say which instructions were used.
+        names += [f"{about['threads']} threads", *filter(None, [about.get("cpu_capability", {}).get("torch")])]
+    drawing.suptitle(", ".join(names), fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=150)
 
 
-def _draw(axes: Axes, summary: Summary, kind: str, quantity: str) -> None:
-    rows = [row for row in summary["results"] if (row["kind"], row["quantity"]) == (kind, quantity)]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        _draw_method(axes, [row for row in rows if row["method"] == method], summary)
-    dense = {row["length"]: row["median"] for row in rows if row["method"] == BASELINES[kind]}
-    kept = {row["length"]: row["density"] for row in rows if row["method"] == SPARSE}
-    if quantity == "seconds":
-        ideal = [dense[n] * kept[n] for n in dense]
-        axes.plot(list(dense), ideal, color="#666666", linestyle=":", label=f"ideal: {BASELINES[kind]} x density")
-    found = summary["break_even"][kind]
-    if found["quantity"] == quantity and found["length"] is not None:
-        sign = "<= " if found["length"] == found["measured"][0] else ""
-        axes.axvline(found["length"], color="#666666", linewidth=0.8)
-        axes.annotate(
-            f"break-even {sign}{found['length']:,}",
-            (found["length"], 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, -10),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    length_axis(axes, sorted({row["length"] for row in rows}), "n, tokens")
+def draw_method(
+    axes: Axes, methods: Sequence[str], method: str, results: list[Summary], value: str, exponent: float | None
+) -> None:
+    """Draw the line of a method, with the fitted exponent of length in its label.
+
+    Args:
+        axes: Where to draw.
+        methods: All that are drawn.
+        method: One of them.
+        results: Each with a `length`, by length, and the interval `low` to `high` if it has one.
+        value: The key of what is drawn.
+        exponent: `None` if there is none.
+    """
+    bars: Any = None
+    if all("low" in each for each in results):
+        bars = [[abs(each[value] - each[end]) for each in results] for end in ("low", "high")]
+    lengths: Any = [each["length"] for each in results]
+    axes.errorbar(
+        lengths,
+        [each[value] for each in results],
+        yerr=bars,
+        capsize=2,
+        **style(method, methods),
+        label=method if exponent is None else f"{method}: n$^{{{exponent:.2f}}}$",
+    )
+
+
+def finish_panel(axes: Axes, lengths: set[int]) -> None:
+    """Label the lengths, and put the legend below the panel."""
+    length_axis(axes, sorted(lengths), "n, tokens")
     axes.tick_params(axis="x", labelrotation=30)
-    axes.set(yscale="log", ylabel="seconds", title=TITLES[kind, quantity])
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.25))
 
 
-def _draw_method(axes: Axes, rows: list[Summary], summary: Summary) -> None:
-    kind, method, quantity = (rows[0][name] for name in ("kind", "method", "quantity"))
-    rows = sorted(rows, key=lambda row: row["length"])
-    [fit] = [
-        each
-        for each in summary["exponents"]
-        if (each["kind"], each["method"], each["quantity"]) == (kind, method, quantity)
-    ]
-    color, marker = _STYLES[method]
-    label = method if fit["exponent"] is None else f"{method}: n$^{{{fit['exponent']:.2f}}}$"
-    lengths: list[int] = [row["length"] for row in rows]
-    medians: list[float] = [row["median"] for row in rows]
-    bars: Any = [
-        [row["median"] - row["low"] for row in rows],
-        [row["high"] - row["median"] for row in rows],
-    ]
-    style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5}
-    axes.errorbar(lengths, medians, yerr=bars, capsize=2, linewidth=0.6, label=label, **style)
-    if fit["exponent"] is not None:
-        line = [fit["seconds_at_1"] * n ** fit["exponent"] for n in fit["lengths"]]
-        axes.plot(fit["lengths"], line, color=color, linewidth=1.8, alpha=0.8)
+def _draw(axes: Axes, summary: Summary, task: str, quantity: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    series: dict[str, list[Summary]] = {}
+    for row in sorted(summary["results"], key=lambda row: row["length"]):
+        if (row["kind"], row["quantity"]) == (task, quantity):
+            series.setdefault(row["method"], []).append(row)
+    exponents = {
+        fit["method"]: fit["exponent"]
+        for fit in summary["exponents"]
+        if (fit["kind"], fit["quantity"]) == (task, quantity)
+    }
+    baseline = series[BASELINES[task]]
+    # A method that was skipped at the longest length is behind those that were not.
+    others = sorted(
+        series.keys() - {SPARSE, BASELINES[task]},
+        key=lambda name: (-series[name][-1]["length"], series[name][-1]["median"]),
+    )
+    drawn = [SPARSE, BASELINES[task], *others][:_MOST_LINES]
+    for method in drawn:
+        draw_method(axes, drawn, method, series[method], "median", exponents[method])
+    if quantity == "seconds" and len(series) < _MOST_LINES:
+        density = {row["length"]: row["density"] for row in series[SPARSE]}
+        n = [row["length"] for row in baseline]
+        ideal = [row["median"] * density[row["length"]] for row in baseline]
+        axes.plot(n, ideal, color="#666666", linestyle=":", label=f"{BASELINES[task]} x density")
+    title, found = TITLES[task, quantity], summary["break_even"][task]
+    if found["quantity"] == quantity:
+        title += f"\nbreak-even: {break_even_text(found)}"
+        if found["length"] is not None:
+            axes.axvline(found["length"], color="#666666", linewidth=0.8)
+    axes.set(yscale="log", title=title)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: time_text(seconds)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    finish_panel(axes, {row["length"] for rows in series.values() for row in rows})

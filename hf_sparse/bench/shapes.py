@@ -1,9 +1,8 @@
-"""Shapes of attention, and a model in memory that has one."""
+"""Shapes of models, and random models of a shape."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -22,7 +21,7 @@ _WIDEST = 1 << 15
 
 @dataclass(frozen=True)
 class Shape:
-    """The attention of a layer, and what else a model of that shape has.
+    """The sizes of a model.
 
     Attributes:
         heads: Query heads.
@@ -41,21 +40,16 @@ class Shape:
     layers: int
 
     def part(self, layers: int) -> Shape:
-        """`layers` of the layers, with their share of the vocabulary.
+        """The same with only so many layers, and their share of the vocabulary.
 
-        The product with the vocabulary takes as long as several layers: a few of them with all of it would be slow
-        for what they do not have.
+        The product with the whole vocabulary takes as long as several layers, and would hide the time of a few.
 
         Raises:
-            UserError: for more layers than a model has.
+            UserError: for more layers than any model has.
         """
         if layers > _MOST_LAYERS:
             raise UserError(f"layers must be at most {_MOST_LAYERS:,}; got {layers}")
         return replace(self, layers=layers, vocab_size=self.vocab_size * layers // self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The attributes as a dictionary."""
-        return asdict(self)
 
 
 SHAPES = {
@@ -64,13 +58,13 @@ SHAPES = {
     "llama-8b": Shape(32, 8, 128, 14336, 128256, 32),
     "qwen3-4b": Shape(32, 8, 128, 9728, 151936, 36),
 }
-"""Published models whose shape can be asked for by name."""
+"""Shapes of published models."""
 
 
 def parse_shape(text: str) -> Shape:
-    """The shape that `text` names: one of `SHAPES`, or query heads, key heads and head size as in `9/3/64`.
+    """The shape called `text`: one of `SHAPES`, or query heads, key heads and head size such as `9/3/64`.
 
-    A shape in numbers gets an MLP 8/3 as wide as its heads together, 32,768 tokens and 32 layers.
+    A shape in numbers gets an MLP of 8/3 the width of all its heads, 32,768 tokens and 32 layers.
 
     Raises:
         UserError: if it is neither.
@@ -92,7 +86,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
-    """A Llama with random weights, which takes texts of any length that is measured here."""
+    """A Llama with random weights in evaluation mode, for texts of up to 2^20 tokens."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=shape.heads * shape.head_dim,
@@ -119,17 +113,17 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: i
 def check_shape(
     shape: Shape, config: SparseAttentionConfig, dtype: torch.dtype, device: torch.device, *, weights: bool
 ) -> None:
-    """Refuse what would fail when a model of `shape` is made and patched, before anything is measured.
+    """Refuse a model that could not be made or patched, before anything is measured.
 
     Args:
         shape: Of the model.
         config: Of the patch.
         dtype: Of the weights.
         device: Where they would lie.
-        weights: Whether there will be any.
+        weights: Whether the weights are needed.
 
     Raises:
-        UserError: if the configuration does not suit the model, or its weights do not fit into memory.
+        UserError: if the model cannot be patched with the configuration, or its weights do not fit into memory.
     """
     model = random_model(shape, dtype, torch.device("meta"), seed=0)
     check_config(model, config)

@@ -1,46 +1,37 @@
-"""From measured cells to medians, ratios, exponents of length and break-even lengths."""
+"""From records of measurements to medians, ratios, exponents of length and break-even lengths."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median
-from typing import Any
+from statistics import fmean, linear_regression, median
 
-import numpy as np
-
-from hf_sparse.bench import end_to_end, layer
-from hf_sparse.bench.layer import SPARSE
-from hf_sparse.bench.run import LAYER_KINDS
-from hf_sparse.results import Record
-
-Summary = dict[str, Any]
-
-BASELINES = {
-    "decode": layer.BASELINE,
-    "prefill": layer.BASELINE,
-    "cached": end_to_end.BASELINE,
-    "generate": end_to_end.BASELINE,
-    "padded": end_to_end.BASELINE,
-}
-"""The dense method of each kind that break-even is against."""
+from hf_sparse.bench.tasks import BASELINES, LAYER_TASKS, SPARSE
+from hf_sparse.results import Record, Summary
 
 FIT_FROM = 16384
-"""Exponents are fitted from this length on, where fixed costs no longer hide how a time grows, if two lengths are."""
+"""Exponents are fitted to lengths from here on, if there are two: below, fixed costs hide how a time grows."""
 
 _CONFIDENCE = 0.95
+_ABOUT = ("model", "dtype", "device", "device_name", "cpu_capability", "threads", "seed", "versions", "commit")
+_CONDITIONS = ("config", "head_dim", "heads", "inputs", "kv_heads", "new_tokens")
 _FACTS = ("warm_up", "peak_mib", "density", "output_error", "same_tokens")
 
 
 def summarise(rows: Sequence[Record]) -> Summary:
-    """The summary of `run.evaluate`'s rows.
+    """The summary of the records of `run.evaluate`.
 
     Returns:
-        `results`: one dictionary per kind, length, method and quantity: the `median` of its times in seconds with
-        its interval `low` to `high`, the number of `repeats`, `ratio` (time over that of `SPARSE` in the same round,
-        with its interval), and the method's other facts.
-        `skipped`: what was left out, and why. `exponents`: see `exponent`. `break_even`: see `break_even`.
-        `conditions`: what the rows of each kind have in common. `about`: the machine.
+        `about`: model, machine and versions.
+        `conditions`: task -> what its records have in common.
+        `results`: one dictionary per task, length, method and quantity: the `median` of its times in seconds with its
+        interval `low` to `high`, the number of `repeats`, `ratio` (time over that of `SPARSE` in the same round, with
+        its interval), and the method's other facts.
+        `skipped`: methods that were not measured, with the reason.
+        `exponents`: see `exponent`.
+        `break_even`: task -> see `break_even`.
+        `dense_below`: if both tasks of one layer were measured, the length from which neither is slower than the
+        baseline; the longest measured length of a task that is slower there.
     """
     results, skipped = [], []
     for row in rows:
@@ -63,56 +54,63 @@ def summarise(rows: Sequence[Record]) -> Summary:
                         **{name: found[name] for name in _FACTS if name in found},
                     }
                 )
-    shared = ("model", "dtype", "device", "device_name", "threads", "seed", "versions", "commit")
-    facts = {"config", "inputs", "heads", "kv_heads", "head_dim", "new_tokens"}
-    return {
-        "about": {name: rows[-1][name] for name in shared},
-        "conditions": {row["kind"]: {name: row[name] for name in sorted(facts & row.keys())} for row in rows},
+    tasks = list(dict.fromkeys(row["kind"] for row in rows))
+    crossings = {
+        task: break_even([each for each in results if each["kind"] == task], BASELINES[task]) for task in tasks
+    }
+    summary = {
+        "about": {name: rows[-1][name] for name in _ABOUT if name in rows[-1]},
+        "conditions": {row["kind"]: {name: row[name] for name in _CONDITIONS if name in row} for row in rows},
         "results": results,
         "skipped": skipped,
         "exponents": [exponent(series) for series in _series(results)],
-        "break_even": {
-            kind: break_even([r for r in results if r["kind"] == kind], BASELINES[kind])
-            for kind in dict.fromkeys(row["kind"] for row in rows)
-        },
+        "break_even": crossings,
     }
+    if all(task in crossings for task in LAYER_TASKS):
+        found = [crossings[task] for task in LAYER_TASKS]
+        summary["dense_below"] = max(each["length"] or each["measured"][1] for each in found)
+    return summary
 
 
 def exponent(series: Sequence[Summary]) -> Summary:
     """The least-squares slope of log time against log length.
 
+    Args:
+        series: Results of one task, method and quantity, by length.
+
     Returns:
-        `kind`, `method`, `quantity`, `exponent` with its interval `low` to `high`, `seconds_at_1` and the `lengths`
-        fitted: those from `FIT_FROM` on if there are two, else all; no exponent from one length. The interval is what
-        the intervals of the medians make of it: it knows noise, not how far times are from a power of length.
+        `kind`, `method`, `quantity`, `exponent` with its interval `low` to `high`, `seconds_at_1`, and the `lengths`
+        fitted: those from `FIT_FROM` on if there are two, else all. One length gives no exponent. The interval follows
+        from those of the medians: it covers noise, not the distance of the times from a power of length.
     """
     long = [row for row in series if row["length"] >= FIT_FROM]
     fitted = long if len(long) > 1 else list(series)
     place = {name: series[0][name] for name in ("kind", "method", "quantity")}
     out: Summary = {**place, **dict.fromkeys(("exponent", "low", "high", "seconds_at_1"))}
     if len(fitted) > 1:
-        x, y, low, high = (np.log([row[name] for row in fitted]) for name in ("length", "median", "low", "high"))
-        slope, intercept = np.polyfit(x, y, 1)
-        # The slope is a sum of the logs of the medians, whose errors are independent, with these weights.
-        weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-        error = float(np.linalg.norm(weights * (high - low) / 2))
-        out |= {name: round(float(slope) + by, 3) for name, by in (("exponent", 0), ("low", -error), ("high", error))}
-        out["seconds_at_1"] = float(np.exp(intercept))
+        x = [math.log(row["length"]) for row in fitted]
+        slope, intercept = linear_regression(x, [math.log(row["median"]) for row in fitted])
+        # The slope is a weighted sum of the logs of the medians, whose errors are independent.
+        mean, errors = fmean(x), [math.log(row["high"] / row["low"]) / 2 for row in fitted]
+        spread = math.hypot(*(value - mean for value in x)) ** 2
+        error = math.hypot(*((value - mean) / spread * each for value, each in zip(x, errors, strict=True)))
+        out |= {name: round(slope + by, 3) for name, by in (("exponent", 0), ("low", -error), ("high", error))}
+        out["seconds_at_1"] = math.exp(intercept)
     return {**out, "lengths": [row["length"] for row in fitted]}
 
 
 def break_even(results: Sequence[Summary], baseline: str) -> Summary:
-    """The smallest length from which ours is not slower than `baseline`, at every longer length that was measured.
+    """The smallest length from which `SPARSE` is never slower than `baseline`, of those measured.
 
     Between the last length at which it is slower and the next, log(ratio) is taken as linear in log(length).
 
     Args:
-        results: Of one kind; the first quantity counts.
+        results: Of one task. Only its first quantity is used.
         baseline: The dense method.
 
     Returns:
-        `against` and `quantity`; `length`, or `None` if ours is slower at the longest length; `measured`, the shortest
-        and the longest length (a break-even at the shortest may really be below it).
+        `against` and `quantity`; `length`, or `None` if `SPARSE` is slower at the longest length; `measured`, the
+        shortest and the longest length (a break-even at the shortest may really be below it).
     """
     quantity = results[0]["quantity"]
     ratios = sorted(
@@ -140,12 +138,12 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     ordered = sorted(values)
     count = len(ordered)
     outside, cut = 0.0, 0
-    for left_out in range(count // 2):
-        # Both ends beyond `left_out` values: fewer than that many lie on one side of the median, twice.
-        outside += 2 * math.comb(count, left_out) / 2**count
+    for beyond in range(count // 2):
+        # Twice the probability that exactly `beyond` values lie below the true median.
+        outside += 2 * math.comb(count, beyond) / 2**count
         if outside > 1 - _CONFIDENCE:
             break
-        cut = left_out
+        cut = beyond
     return ordered[cut], ordered[count - 1 - cut]
 
 
@@ -155,17 +153,8 @@ def _median(values: Sequence[float]) -> dict[str, float]:
 
 
 def _series(results: Sequence[Summary]) -> list[list[Summary]]:
-    """The results of each kind, method and quantity, by length."""
-    names = dict.fromkeys((row["kind"], row["method"], row["quantity"]) for row in results)
-    return [
-        sorted(
-            (row for row in results if (row["kind"], row["method"], row["quantity"]) == name),
-            key=lambda row: row["length"],
-        )
-        for name in names
-    ]
-
-
-def is_layer(kind: str) -> bool:
-    """Whether a kind is one attention layer alone."""
-    return kind in LAYER_KINDS
+    """The results of each task, method and quantity, by length."""
+    series: dict[tuple[str, str, str], list[Summary]] = {}
+    for row in results:
+        series.setdefault((row["kind"], row["method"], row["quantity"]), []).append(row)
+    return [sorted(rows, key=lambda row: row["length"]) for rows in series.values()]

@@ -4,41 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_sparse.bench.layer import SPARSE
-from hf_sparse.bench.summary import Summary, is_layer
+from hf_sparse.bench.tasks import LAYER_TASKS, SPARSE
+from hf_sparse.results import Summary
 from hf_sparse.tables import Table
 
 TITLES = {
     ("decode", "seconds"): "decode, one layer, n cached keys",
-    ("prefill", "seconds"): "prefill, one layer, n rows and keys",
-    ("cached", "token"): "model, n tokens cached: time a token",
+    ("prefill", "seconds"): "prefill, one layer, n queries and keys",
+    ("cached", "token"): "model, n cached tokens: time per token",
     ("generate", "first_token"): "model, prompt of n: time to first token",
-    ("generate", "token"): "model, prompt of n: time a token",
+    ("generate", "token"): "model, prompt of n: time per token",
     ("padded", "first_token"): "model, padded prompt of n: time to first token",
-    ("padded", "token"): "model, padded prompt of n: time a token",
+    ("padded", "token"): "model, padded prompt of n: time per token",
 }
-"""What each quantity of each kind is."""
+"""Task and quantity -> title."""
 
 _UNITS = ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (float("inf"), 1.0, "s"))
 
 
 def bench_tables(summary: Summary) -> list[Table]:
-    """A table for every kind and quantity, in the order of `TITLES`, then the break-even lengths."""
+    """A table for every task and quantity, in the order of `TITLES`, then the break-even lengths."""
     measured = {(row["kind"], row["quantity"]) for row in summary["results"]}
     return [*(_table(summary, *place) for place in TITLES if place in measured), _break_even(summary)]
 
 
-def _table(summary: Summary, kind: str, quantity: str) -> Table:
-    rows = [row for row in summary["results"] if (row["kind"], row["quantity"]) == (kind, quantity)]
-    lengths = sorted({row["length"] for row in rows})
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    found = {(row["method"], row["length"]): row for row in rows}
+def _table(summary: Summary, task: str, quantity: str) -> Table:
+    results = [row for row in summary["results"] if (row["kind"], row["quantity"]) == (task, quantity)]
+    lengths = sorted({row["length"] for row in results})
+    methods = list(dict.fromkeys(row["method"] for row in results))
+    found = {(row["method"], row["length"]): row for row in results}
     exponents = {
-        fit["method"]: fit["exponent"]
+        fit["method"]: f"n^{fit['exponent']:.2f}"
         for fit in summary["exponents"]
-        if (fit["kind"], fit["quantity"]) == (kind, quantity) and fit["exponent"] is not None
+        if (fit["kind"], fit["quantity"]) == (task, quantity) and fit["exponent"] is not None
     }
-    header = [TITLES[kind, quantity], *(f"n = {n:,}" for n in lengths), "grows as"]
     cells: list[list[str]] = []
 
     def add(name: str, method: str, text: Any, grows: str = "") -> None:
@@ -47,51 +46,51 @@ def _table(summary: Summary, kind: str, quantity: str) -> Table:
             cells.append([name, *line, grows])
 
     for method in methods:
-        grows = f"n^{exponents[method]:.2f}" if method in exponents else ""
-        add(method, method, lambda row: time_text(row["median"]), grows)
+        add(method, method, lambda row: time_text(row["median"]), exponents.get(method, ""))
     for method in methods if quantity == "token" else ():
         add(f"{method}: tokens/s", method, lambda row: f"{1 / row['median']:.3g}")
     for method in methods:
         if method != SPARSE:
-            add(f"{method} / {SPARSE}", method, lambda row: _ratio_text(row["ratio"]))
-    if is_layer(kind):
+            add(f"{method} / {SPARSE}", method, lambda row: ratio_text(row["ratio"]))
+    if task in LAYER_TASKS:
         add("ideal: 1 / density", SPARSE, lambda row: f"{1 / row['density']:.2f}")
-        add(f"{SPARSE}: output error, mean row", SPARSE, lambda row: f"{row['output_error']['mean']:.3f}")
-        add(f"{SPARSE}: output error, worst row", SPARSE, lambda row: f"{row['output_error']['worst']:.3f}")
+        add(f"{SPARSE}: output error, mean query", SPARSE, lambda row: f"{row['output_error']['mean']:.3f}")
+        add(f"{SPARSE}: output error, worst query", SPARSE, lambda row: f"{row['output_error']['worst']:.3f}")
     else:
+        new_tokens = summary["conditions"][task]["new_tokens"]
         add(f"{SPARSE}: density", SPARSE, lambda row: f"{row['density']:.3f}")
-        add(f"{SPARSE}: first tokens as dense", SPARSE, lambda row: _tokens_text(row, summary))
-    if quantity != summary["break_even"][kind]["quantity"]:
-        return header, cells  # the rest is of the whole call, and stands in the table of its first quantity
-    for method in methods:
-        add(f"{method}: peak MiB", method, lambda row: "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}")
-    for method in methods:
-        add(f"{method}: warm-up", method, lambda row: time_text(row["warm_up"]))
-    return header, cells
+        add(
+            f"{SPARSE}: leading tokens as dense",
+            SPARSE,
+            lambda row: f"{row['same_tokens']} of {new_tokens}" if "same_tokens" in row else "-",
+        )
+    if quantity == summary["break_even"][task]["quantity"]:  # once for each task, not for each quantity
+        for method in methods:
+            add(f"{method}: peak MiB", method, lambda row: "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}")
+        for method in methods:
+            add(f"{method}: warm-up", method, lambda row: time_text(row["warm_up"]))
+    return [TITLES[task, quantity], *(f"n = {n:,}" for n in lengths), "grows as"], cells
 
 
 def _break_even(summary: Summary) -> Table:
-    cells = []
-    for kind, found in summary["break_even"].items():
-        shortest, longest = (f"{n:,}" for n in found["measured"])
-        length = f"above {longest}" if found["length"] is None else f"{found['length']:,}"
-        if found["length"] == found["measured"][0]:
-            length = f"at or below {shortest}"
-        cells.append([kind, found["against"], length])
-    return ["break-even", "against", "n from which hf_sparse is not slower"], cells
+    header = ["break-even", "against", f"n from which {SPARSE} is not slower"]
+    return header, [[task, found["against"], break_even_text(found)] for task, found in summary["break_even"].items()]
+
+
+def break_even_text(found: Summary) -> str:
+    """A break-even length, or the end of the measured lengths that it lies beyond."""
+    shortest, longest = found["measured"]
+    if found["length"] is None:
+        return f"above {longest:,}"
+    return f"at or below {shortest:,}" if found["length"] == shortest else f"{found['length']:,}"
 
 
 def time_text(seconds: float) -> str:
-    """Seconds in a fitting unit, three figures."""
+    """Seconds in a fitting unit, with three digits."""
     factor, unit = next((factor, unit) for below, factor, unit in _UNITS if seconds < below)
     return f"{seconds * factor:.3g} {unit}"
 
 
-def _tokens_text(row: Summary, summary: Summary) -> str:
-    if "same_tokens" not in row:
-        return "-"
-    return f"{row['same_tokens']} of {summary['conditions'][row['kind']]['new_tokens']}"
-
-
-def _ratio_text(ratio: Summary) -> str:
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+def ratio_text(ratio: Summary) -> str:
+    """A ratio with its interval."""
+    return "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio)

@@ -1,9 +1,10 @@
-"""Timing methods in turn, and their peak memory."""
+"""Time and peak memory of calls."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -12,9 +13,6 @@ import torch
 
 ResultT = TypeVar("ResultT")
 
-Sample = Mapping[str, float]
-"""What was measured by doing the work once, by the name of the quantity."""
-
 MOST_ROUNDS = 200
 
 _STATUS = Path("/proc/self/status")
@@ -22,38 +20,46 @@ _CLEAR = Path("/proc/self/clear_refs")
 _MEMORY = Path("/proc/meminfo")
 
 
-def alternate(
-    samplers: Mapping[str, Callable[[], Sample]], repeats: int, seconds: float
-) -> dict[str, dict[str, list[float]]]:
-    """Sample every method in turn, round by round, so that a machine whose speed drifts slows them all alike.
+@dataclass(frozen=True)
+class Rounds:
+    """How often methods are sampled.
 
-    Each round begins with another method: none has the same one before it every time.
-
-    Args:
-        samplers: Method -> does its work once.
+    Attributes:
         repeats: Fewest rounds.
-        seconds: Rounds go on for this long, up to `MOST_ROUNDS`.
-
-    Returns:
-        Method -> quantity -> one value a round. The values of different methods in the same round are pairs.
+        seconds: Time after which no other round begins; at most `MOST_ROUNDS` are made.
     """
-    out: dict[str, dict[str, list[float]]] = {name: {} for name in samplers}
-    names = list(samplers)
-    start = perf_counter()
-    done = 0
-    while done < repeats or (done < MOST_ROUNDS and perf_counter() - start < seconds):
-        first = done % len(names)
-        for name in names[first:] + names[:first]:
-            for quantity, value in samplers[name]().items():
-                out[name].setdefault(quantity, []).append(value)
-        done += 1
-    return out
+
+    repeats: int
+    seconds: float
+
+    def alternate(self, samplers: Mapping[str, Callable[[], Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
+        """Sample every method in turn, so that a machine whose speed drifts slows all of them alike.
+
+        Each round begins with another method, so that none always follows the same one.
+
+        Args:
+            samplers: Method -> does its work once, and gives what was measured by quantity.
+
+        Returns:
+            Method -> quantity -> one value per round. Values of different methods in the same round are pairs.
+        """
+        out: dict[str, dict[str, list[float]]] = {name: {} for name in samplers}
+        names = list(samplers)
+        start = perf_counter()
+        done = 0
+        while done < self.repeats or (done < MOST_ROUNDS and perf_counter() - start < self.seconds):
+            first = done % len(names)
+            for name in names[first:] + names[:first]:
+                for quantity, value in samplers[name]().items():
+                    out[name].setdefault(quantity, []).append(value)
+            done += 1
+        return out
 
 
 def timed(prepare: Callable[[], Any], run: Callable[[Any], object], device: torch.device) -> float:
-    """Seconds that `run` takes on what `prepare` gives; `prepare` itself is not timed.
+    """Seconds that `run` takes on the result of `prepare`, which is not timed itself.
 
-    On CUDA they are those between two events in the stream; elsewhere those of the clock.
+    They are taken from two events in the stream on CUDA, and from the clock elsewhere.
     """
     given = prepare()
     if device.type == "cuda":
@@ -70,16 +76,16 @@ def timed(prepare: Callable[[], Any], run: Callable[[Any], object], device: torc
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done what it was asked to do."""
+    """Wait until all work on `device` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def with_peak(call: Callable[[], ResultT], device: torch.device) -> tuple[ResultT, float | None]:
-    """What `call` returns, and the peak of memory above what was in use before it, in bytes.
+    """The result of `call`, and its peak of memory above what was in use before it, in bytes.
 
-    On CUDA that is PyTorch's own count; on Linux with glibc the resident memory of this process, after free memory
-    was given back; elsewhere `None`.
+    It is PyTorch's own count on CUDA, the resident memory of this process on Linux with glibc (free memory is given
+    back to the system before), and `None` elsewhere.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -90,21 +96,26 @@ def with_peak(call: Callable[[], ResultT], device: torch.device) -> tuple[Result
         return result, float(torch.cuda.max_memory_allocated(device) - before)
     if not (_trim() and _CLEAR.exists()):
         return call(), None
-    _CLEAR.write_text("5", encoding="ascii")  # the peak starts again from what is in use now
-    resident = _listed_bytes(_STATUS, "VmRSS")
+    _CLEAR.write_text("5", encoding="ascii")  # resets VmHWM to the memory in use now
+    resident = _read_bytes(_STATUS, "VmRSS")
     result = call()
-    return result, _listed_bytes(_STATUS, "VmHWM") - resident
+    return result, _read_bytes(_STATUS, "VmHWM") - resident
+
+
+def mebibytes(size: float) -> float:
+    """Bytes as MiB, with one decimal."""
+    return round(size / 2**20, 1)
 
 
 def available_bytes(device: torch.device) -> float:
-    """Memory that is free on `device`, in bytes; infinite where it cannot be known."""
+    """Free memory of `device` in bytes; infinite where it is unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return _listed_bytes(_MEMORY, "MemAvailable") if _MEMORY.exists() else float("inf")
+    return _read_bytes(_MEMORY, "MemAvailable") if _MEMORY.exists() else float("inf")
 
 
 def _trim() -> bool:
-    """Give memory that was freed back to the system: kept by the allocator, it would hide what a call takes."""
+    """Give freed memory back to the system: the allocator would use it again, and hide what a call takes."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
@@ -112,8 +123,8 @@ def _trim() -> bool:
     return True
 
 
-def _listed_bytes(file: Path, name: str) -> float:
+def _read_bytes(file: Path, name: str) -> float:
     for line in file.read_text(encoding="ascii").splitlines():
         if line.startswith(name + ":"):
             return 1024.0 * int(line.split()[1])
-    raise OSError(f"{file} does not tell {name}")
+    raise OSError(f"{file} has no line {name}")

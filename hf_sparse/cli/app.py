@@ -13,11 +13,10 @@ from typing import Annotated
 import typer
 
 import hf_sparse
-from hf_sparse.bench.shapes import parse_shape
 from hf_sparse.cli.bench import BenchOptions, run_bench
 from hf_sparse.cli.calibrate import CalibrationOptions, run_calibrate
 from hf_sparse.cli.demo import DEMO_MODEL, run_demo
-from hf_sparse.cli.memory import run_memory
+from hf_sparse.cli.memory import MemoryOptions, run_memory
 from hf_sparse.cli.options import (
     DataOptions,
     Json,
@@ -25,9 +24,7 @@ from hf_sparse.cli.options import (
     Policy,
     Revision,
     RunOptions,
-    Seed,
     SparseOptions,
-    parse_integers,
     read_policy,
     share_options,
 )
@@ -47,7 +44,6 @@ from hf_sparse.measure.methods import (
     split_names,
 )
 from hf_sparse.measure.run import Outcome, check, run_attention_error, run_perplexity, run_retrieval
-from hf_sparse.measure.windows import check_lengths
 from hf_sparse.share.publish import MESSAGE
 from hf_sparse.share.remote import Remote
 from hf_sparse.share.source import ModelSource
@@ -182,27 +178,9 @@ def calibrate(model: Model, options: CalibrationOptions, run: RunOptions) -> Non
 
 @app.command()
 @share_options
-def memory(
-    sparse: SparseOptions,
-    lengths: Annotated[str, typer.Option(help="One call: rows and keys, rising.")] = "2048,4096,8192,16384",
-    prefill: Annotated[str, typer.Option(help="Model: tokens of the prompt, rising; none to leave it out.")] = "32768",
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 9,
-    kv_heads: Annotated[int, typer.Option(min=1, help="Key heads.")] = 3,
-    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2,
-    limit: Annotated[float, typer.Option(min=0, help="GiB that no single call may be expected to take.")] = 10.0,
-    seed: Seed = 0,
-    output: Annotated[Path, typer.Option(help="Folder for summary and plot.")] = Path("results/memory"),
-    as_json: Json = False,
-) -> None:
+def memory(options: MemoryOptions, sparse: SparseOptions) -> None:
     """Peak memory of one attention call, and of a whole prefill, dense and sparse (Linux, CPU)."""
-    numbers = parse_integers("--lengths", lengths)
-    prompts = [] if prefill == "none" else parse_integers("--prefill", prefill)
-    for given in (numbers, prompts) if prompts else (numbers,):
-        check_lengths(given, 1, None)
-    shape = parse_shape(f"{heads}/{kv_heads}/{head_dim}").part(layers)
-    outcome = run_memory(numbers, prompts, shape, sparse.config(), limit, seed, output)
-    print(json.dumps(outcome.summary) if as_json else f"{outcome}\n\nsummary, tables and plot: {output}")
+    run_memory(options, sparse)
 
 
 @app.command()
@@ -216,9 +194,8 @@ def bench(
     run: RunOptions,
     sparse: SparseOptions,
 ) -> None:
-    """Time ours beside dense attention: one layer, and a model that writes; and from which length ours is faster."""
-    outcome = run_bench(model, bench, run, sparse)
-    print(json.dumps(outcome.summary) if run.as_json else outcome)
+    """Time sparse beside dense attention, in one layer and in generation; from which length is it faster?"""
+    run_bench(model, bench, run, sparse)
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""`hf-sparse bench`: how fast ours is beside dense attention, and from which length."""
+"""`hf-sparse bench`: times of sparse and dense attention side by side, and the length from which sparse is faster."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,38 +10,22 @@ from typing import Annotated, Any
 import torch
 import typer
 
-import hf_sparse
 from hf_sparse.bench.plot import plot_bench
-from hf_sparse.bench.run import COMMAND, KINDS, LAYER_KINDS, evaluate
-from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
-from hf_sparse.bench.subject import Plan, Subject
+from hf_sparse.bench.run import BenchModel, evaluate, loaded, with_random_weights
+from hf_sparse.bench.shapes import SHAPES, parse_shape
 from hf_sparse.bench.summary import summarise
 from hf_sparse.bench.tables import bench_tables
+from hf_sparse.bench.tasks import COMMAND, FLEX, LAYER_TASKS, OPTIONAL, TASKS, BenchSettings, task_lengths
+from hf_sparse.bench.timing import Rounds
 from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integers, read_policy
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.machine import find_device, process_state
 from hf_sparse.measure.run import Outcome, write_outcome
-from hf_sparse.measure.windows import check_lengths
-from hf_sparse.results import ROWS, ResultFile, check_folder
-from hf_sparse.selectors import SELECTORS
-from hf_sparse.share.source import DTYPES, ModelSource
+from hf_sparse.results import ROWS, ResultFile, Summary, check_folder, default_folder
+from hf_sparse.selectors import SELECTORS, parse_selector
+from hf_sparse.share.source import ModelSource, check_loading, max_positions
 
-_FULL = {
-    "decode": [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144],
-    "prefill": [1024, 2048, 4096, 8192, 16384, 32768],
-    "cached": [8192, 32768, 131072],
-    "generate": [8192, 32768],
-    "padded": [],
-}
-_QUICK = {
-    "decode": [1024, 4096, 16384],
-    "prefill": [512, 1024, 2048],
-    "cached": [4096, 16384],
-    "generate": [1024],
-    "padded": [],
-}
-_OPTIONAL = ("masked-sdpa", "flex", "static-cache")
 _DEFAULT_SHAPE, _DEFAULT_LAYERS = "smollm2-135m", 2
 _LENGTHS_HELP = "{}; none to leave it out."
 
@@ -57,13 +42,13 @@ class BenchOptions:
     ] = None
     layers: Annotated[
         int | None,
-        typer.Option(min=1, help="Layers of the model in memory, without a MODEL.", show_default=str(_DEFAULT_LAYERS)),
+        typer.Option(min=1, help="Without a MODEL: layers of random weights.", show_default=str(_DEFAULT_LAYERS)),
     ] = None
     decode: Annotated[
         str | None, typer.Option(help=_LENGTHS_HELP.format("One layer: cached keys"), show_default="1024 to 262144")
     ] = None
     prefill: Annotated[
-        str | None, typer.Option(help=_LENGTHS_HELP.format("One layer: rows and keys"), show_default="1024 to 32768")
+        str | None, typer.Option(help=_LENGTHS_HELP.format("One layer: queries and keys"), show_default="1024 to 32768")
     ] = None
     cached: Annotated[
         str | None,
@@ -77,11 +62,11 @@ class BenchOptions:
         str | None,
         typer.Option(help=_LENGTHS_HELP.format("Model: the same, behind a pad token"), show_default="none"),
     ] = None
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens a model writes.")] = 16
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16
     repeats: Annotated[int, typer.Option(min=1, help="Fewest rounds of a measurement.")] = 3
-    seconds: Annotated[float, typer.Option(min=0, help="Rounds go on for this long.")] = 5.0
-    leave_out: Annotated[str, typer.Option(help=f"Dense methods not to measure: some of {', '.join(_OPTIONAL)}.")] = ""
-    selector: Annotated[str, typer.Option(help=f"{', '.join(SELECTORS)}.")] = "grouped"
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds after which no other round begins.")] = 5.0
+    leave_out: Annotated[str, typer.Option(help=f"Dense methods not to measure: some of {', '.join(OPTIONAL)}.")] = ""
+    selector: Annotated[str, typer.Option(help=f"{', '.join(SELECTORS)}, or file.py:ClassName.")] = "grouped"
     text: Annotated[
         str | None,
         typer.Option(help="With a MODEL: text to read; see perplexity.", show_default="Python's language reference"),
@@ -89,58 +74,37 @@ class BenchOptions:
     policy: Policy = None
     quick: Annotated[bool, typer.Option("--quick", help="Short lengths, nothing compiled: under two minutes.")] = False
 
-    def plan(self, run: RunOptions, config: SparseAttentionConfig, max_positions: int | None) -> Plan:
-        """What to measure.
+    def settings(self, config: SparseAttentionConfig, seed: int, max_positions: int | None = None) -> BenchSettings:
+        """The settings of the run.
 
         Args:
-            run: How to run.
-            config: Of the patch, but for a selector that is given.
-            max_positions: Tokens that the model takes, above which no length lies; `None` for no limit.
+            config: Of the patch. A selector that is given goes before its own.
+            seed: Of everything random.
+            max_positions: Tokens that the model takes; `None` for no limit.
 
         Raises:
             UserError: naming the option and what is allowed.
         """
-        lengths = {kind: self._lengths(kind, max_positions) for kind in KINDS}
-        if not any(lengths.values()):
-            raise UserError(
-                f"nothing is left to measure: give lengths to one of {', '.join(f'--{kind}' for kind in KINDS)}"
-            )
-        names = frozenset(name.strip() for name in self.leave_out.split(",") if name.strip())
-        if unknown := sorted(names - set(_OPTIONAL)):
-            raise UserError(f"leave-out takes some of {', '.join(_OPTIONAL)}; got {unknown[0]!r}")
-        if self.selector not in SELECTORS:
-            raise UserError(f"selector must be one of {', '.join(SELECTORS)}; got {self.selector!r}")
-        if self.selector != SparseAttentionConfig.selector:
-            config = replace(config, selector=self.selector)
-        left_out = names | {"flex"} if self.quick else names
-        return Plan(lengths, config, self.new_tokens, left_out, self.repeats, self.seconds, run.seed)
-
-    def _lengths(self, kind: str, max_positions: int | None) -> list[int]:
-        """The lengths of a kind that were given, or the default ones that the model takes."""
-        given = getattr(self, kind)
-        if given == "none":
-            return []
-        # A cache holds all tokens of a prompt but the last.
-        after = self.new_tokens + (kind == "cached")
-        most = max_positions if kind not in LAYER_KINDS else None
-        if given is None:
-            lengths = (_QUICK if self.quick else _FULL)[kind]
-            return [n for n in lengths if most is None or n + after <= most]
-        lengths = parse_integers(f"--{kind}", given)
-        check_lengths(lengths, 1, None)
-        if most is not None and lengths[-1] + after > most:
-            raise UserError(
-                f"--{kind} {lengths[-1]} and the {after} tokens that follow are above the model's maximum of {most} "
-                "tokens"
-            )
-        return lengths
+        lengths = {}
+        for task in TASKS:
+            text = getattr(self, task)
+            given = [] if text == "none" else None if text is None else parse_integers(f"--{task}", text)
+            lengths[task] = task_lengths(task, given, self.new_tokens, max_positions, quick=self.quick)
+        left_out = {name.strip() for name in self.leave_out.split(",") if name.strip()}
+        if self.quick:
+            left_out.add(FLEX)
+        selector = parse_selector(self.selector)
+        if selector != SparseAttentionConfig.selector:
+            config = replace(config, selector=selector)
+        rounds = Rounds(self.repeats, self.seconds)
+        return BenchSettings(lengths, config, self.new_tokens, frozenset(left_out), rounds, seed)
 
 
-def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: SparseOptions) -> Outcome:
-    """Check everything that a user can get wrong, measure, and write rows, summary, tables and plot.
+def run_bench(name: str | None, bench: BenchOptions, run: RunOptions, sparse: SparseOptions) -> None:
+    """Check everything that a user can get wrong, measure, write the results and print them.
 
     Args:
-        model: Hub id, folder or `.gguf` file; `None` for random weights of a shape.
+        name: Hub id, folder or `.gguf` file; `None` for random weights of a shape.
         bench: What is measured.
         run: How to run.
         sparse: The configuration of the patch.
@@ -148,57 +112,63 @@ def run_bench(model: str | None, bench: BenchOptions, run: RunOptions, sparse: S
     Raises:
         UserError: for whatever is wrong.
     """
-    if run.dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {run.dtype!r}")
+    _refuse_unused(name, bench, run)
+    device = run.device or str(process_state().device)
+    check_loading(run.dtype, device)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    _check_goes_together(model, bench, run)
-    device = run.device or str(process_state().device)
-    if model is None:
-        plan = bench.plan(run, sparse.config(), None)
-        shape = bench.shape or _DEFAULT_SHAPE
-        name = shape.replace("/", "-")
-        folder = _folder(run, {"name": name})
-        part = parse_shape(shape).part(bench.layers or _DEFAULT_LAYERS)
-        subject = _in_memory(plan, name, part, run.dtype, device)
+    if name is None:
+        settings = bench.settings(sparse.config(), run.seed)
+        model, folder = _random_model(settings, bench, run, find_device(device))
     else:
-        source = ModelSource.find(model, run.revision)
-        support = hf_sparse.inspect(source.config)
-        if not support.supported:
-            raise UserError(str(support))
+        source = ModelSource.find(name, run.revision)
+        if not source.support.supported:
+            raise UserError(str(source.support))
         config = sparse.config(read_policy(bench.policy, source.policy))
-        info = source.info()
-        plan = bench.plan(run, config, info["max_positions"])
-        folder = _folder(run, info)
-        subject = Subject.loaded(plan, source, bench.text, run.dtype, device)
+        settings = bench.settings(config, run.seed, max_positions(source.config))
+        folder = _checked_folder(run, source.info())
+        model = loaded(settings, source, bench.text, run.dtype, device)
     results = ResultFile(folder / ROWS)
-    rows = evaluate(list(subject.cells(plan)), results, subject.about)
+    records = evaluate(model, results)
     with results.summed_up():
-        summary = summarise(rows)
-    outcome = Outcome(summary, [*bench_tables(summary)])
+        summary = summarise(records)
+    outcome = Outcome(summary, bench_tables(summary))
     write_outcome(outcome, folder, "bench.png", plot_bench)
-    return outcome
+    print(json.dumps(summary) if run.as_json else outcome)
+    if "dense_below" in summary and not run.as_json:
+        print(f"\nhf_sparse.patch(model, dense_below={summary['dense_below']})  # {_comment(summary)}")
 
 
-def _folder(run: RunOptions, model: dict[str, Any]) -> Path:
-    """Where results go, checked."""
-    folder = run.output or Path("results") / f"{model['name'].removesuffix('.gguf')}-{COMMAND}"
+def _comment(summary: Summary) -> str:
+    slower = [task for task in LAYER_TASKS if summary["break_even"][task]["length"] is None]
+    return (
+        f"slower at the longest length measured: {', '.join(slower)}" if slower else "dense where that is faster here"
+    )
+
+
+def _random_model(
+    settings: BenchSettings, bench: BenchOptions, run: RunOptions, device: torch.device
+) -> tuple[BenchModel, Path]:
+    shape = bench.shape or _DEFAULT_SHAPE
+    part = parse_shape(shape).part(bench.layers or _DEFAULT_LAYERS)
+    name = shape.replace("/", "-")
+    folder = _checked_folder(run, {"name": name})
+    usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = usual if run.dtype == "auto" else getattr(torch, run.dtype)
+    return with_random_weights(settings, name, part, dtype, device), folder
+
+
+def _checked_folder(run: RunOptions, model: dict[str, Any]) -> Path:
+    folder = run.output or default_folder(model["name"], COMMAND)
     check_folder(folder, COMMAND, model)
     return folder
 
 
-def _check_goes_together(model: str | None, bench: BenchOptions, run: RunOptions) -> None:
+def _refuse_unused(name: str | None, bench: BenchOptions, run: RunOptions) -> None:
     """Refuse options that would change nothing."""
     of_a_model = {"policy": bench.policy, "text": bench.text, "revision": run.revision}
     of_a_shape = {"shape": bench.shape, "layers": bench.layers}
-    rule = "needs a MODEL" if model is None else f"makes a model: leave it out with {model}"
-    for name, value in (of_a_model if model is None else of_a_shape).items():
+    rule = "needs a MODEL" if name is None else f"makes a model: leave it out with {name}"
+    for option, value in (of_a_model if name is None else of_a_shape).items():
         if value is not None:
-            raise UserError(f"--{name} {rule}")
-
-
-def _in_memory(plan: Plan, name: str, shape: Shape, dtype: str, device: str) -> Subject:
-    place = find_device(device)
-    usual = torch.float32 if place.type == "cpu" else torch.bfloat16
-    number = usual if dtype == "auto" else getattr(torch, dtype)
-    return Subject.in_memory(plan, name, shape, number, place)
+            raise UserError(f"--{option} {rule}")

@@ -1,8 +1,9 @@
-"""`hf-sparse demo`: the one line, and what it costs, on a real model in a few minutes."""
+"""`hf-sparse demo`: the one-line patch on a real model, and what it costs, in a few minutes on two CPU cores."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,15 +16,15 @@ from hf_sparse.machine import is_main_process
 from hf_sparse.measure.methods import error_methods, perplexity_methods
 from hf_sparse.measure.run import Ready, check, run_attention_error, run_perplexity
 from hf_sparse.share.source import ModelSource
-from hf_sparse.tables import text_table
+from hf_sparse.tables import Table, text_table
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-# Chosen so that two cores need a few minutes with 135 million parameters.
-_LENGTHS = [512, 1024, 2048, 4096]
+# Chosen so that two slow cores need less than four minutes with 135 million parameters.
+_LENGTHS = [1024, 2048, 4096]
 _TARGETS = 256
-_DOCUMENTS = 2
-_METHODS = ("topk", "grouped")
+_METHODS = ("grouped", "window")
+_ERROR_METHODS = ("topk", "grouped", "window", "fixed")
 _ROWS_PER_LENGTH = 64
 _NEW_TOKENS = 24
 
@@ -32,46 +33,42 @@ _PERPLEXITY, _ATTENTION_ERROR = "perplexity", "attention-error"
 
 
 def run_demo(name: str, run: RunOptions) -> None:
-    """Patch, generate, report, and measure perplexity and attention error; print all of it.
+    """Patch, generate, report, and measure perplexity and attention error; print a screenful.
 
     Args:
         name: The model.
         run: How to run.
 
     Raises:
-        UserError: if the model cannot be found, reached, read or patched, or takes less than 4,096 tokens.
+        UserError: if the model cannot be found, reached, read or patched, or takes fewer tokens than the longest of
+            the demo's lengths.
     """
     source = ModelSource.find(name, run.revision)
-    data = DataOptions(documents=_DOCUMENTS)
+    data = DataOptions(documents=1)
     ready = check(source, "demo", data, run, _LENGTHS, _TARGETS, (_PERPLEXITY, _ATTENTION_ERROR)).load()
-    say = _Speaker(silent=run.as_json or not is_main_process())
-    say(f"model: {ready.about['model']['name']}, {ready.about['dtype']} on {ready.about['device']}")
-    say("\n>>> model = hf_sparse.patch(model)")
+    silent = run.as_json or not is_main_process()
+
+    def say(text: str) -> None:
+        if not silent:
+            print(text, flush=True)
+
+    say(f"model: {ready.about['model']['name']}, {ready.about['dtype']} on {ready.about['device_name']}\n")
     texts, report = _generate(ready)
-    say(f"{report}\n\nafter {texts['prompt']!r} it writes")
-    say(f"  dense:  {texts['dense']!r}\n  sparse: {texts['sparse']!r}")
+    say(f">>> model = hf_sparse.patch(model)\n>>> print(hf_sparse.report(model))\n{report}\n")
+    say(f"after {_LENGTHS[0]:,} tokens that end with {texts['prompt']!r}")
+    say(f"  dense writes   {texts['dense']!r}\n  sparse writes  {texts['sparse']!r}\n")
     config = SparseAttentionConfig()
-    methods = perplexity_methods(_METHODS, config, _LENGTHS, source.support)
-    say(f"\nperplexity of the same {_TARGETS} tokens of {_DOCUMENTS} documents, after more and more context:\n")
-    perplexity = run_perplexity(_in(ready, _PERPLEXITY), methods)
-    say(f"{text_table(*perplexity.tables[0])}\n\nattention error against dense, every law at equal cost:\n")
-    compared = error_methods(None, config, _LENGTHS, source.support)
-    error = run_attention_error(_in(ready, _ATTENTION_ERROR), _LENGTHS, compared, _ROWS_PER_LENGTH)
-    say(f"{text_table(*error.tables[0])}\n\nrows, summaries, tables and plots: {ready.folder}")
+    perplexity = run_perplexity(_in(ready, _PERPLEXITY), perplexity_methods(_METHODS, config, _LENGTHS, source.support))
+    say(f"perplexity of the same {_TARGETS} tokens after more and more context, and its ratio to dense:\n")
+    say(f"{text_table(*_perplexities(perplexity.summary))}\n")
+    methods = error_methods(_ERROR_METHODS, config, _LENGTHS, source.support)
+    error = run_attention_error(_in(ready, _ATTENTION_ERROR), _LENGTHS, methods, _ROWS_PER_LENGTH)
+    say("attention mass that is lost (mean query / worst 1 %), every method at equal cost over these lengths:\n")
+    say(f"{text_table(*_lost_masses(error.summary))}\n")
+    say(f"results and plots: {ready.folder}")
     if run.as_json and is_main_process():
         everything = {"report": asdict(report), "perplexity": perplexity.summary, "attention_error": error.summary}
         print(json.dumps({"texts": texts, **everything}))
-
-
-class _Speaker:
-    """`print`, unless nobody should hear."""
-
-    def __init__(self, *, silent: bool) -> None:
-        self.silent = silent
-
-    def __call__(self, text: str) -> None:
-        if not self.silent:
-            print(text, flush=True)
 
 
 def _in(ready: Ready, folder: str) -> Ready:
@@ -79,10 +76,10 @@ def _in(ready: Ready, folder: str) -> Ready:
 
 
 def _generate(ready: Ready) -> tuple[dict[str, str], hf_sparse.SparsityReport]:
-    """What the model writes after a text, dense and patched, and the report of the latter."""
+    """Greedy continuations of a text, dense and patched, and the report of the patched run."""
     tokenizer = ready.tokenizer
     model: Any = ready.model
-    prompt = next(window.input_ids for window in ready.windows if window.length == _LENGTHS[1])
+    prompt = next(window.input_ids for window in ready.windows if window.length == _LENGTHS[0])
 
     def write() -> str:
         ids = prompt[None].to(model.device)
@@ -91,10 +88,37 @@ def _generate(ready: Ready) -> tuple[dict[str, str], hf_sparse.SparsityReport]:
         written = model.generate(ids, **options)
         return str(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
 
-    texts = {"prompt": "..." + str(tokenizer.decode(prompt[-24:])), "dense": write()}
-    hf_sparse.patch(model)
-    try:
+    texts = {"prompt": "..." + str(tokenizer.decode(prompt[-16:])), "dense": write()}
+    with hf_sparse.patched(model):
         texts["sparse"] = write()
         return texts, hf_sparse.report(model)
-    finally:
-        hf_sparse.unpatch(model)
+
+
+def _perplexities(summary: Mapping[str, Any]) -> Table:
+    """A line per method, a column per length: perplexity, then ratio to dense at a density."""
+
+    def cell(row: Mapping[str, Any]) -> str:
+        if row["method"] == "dense":
+            return f"{row['perplexity']:.2f}"
+        return f"{row['ratio']:.3f} (reads {100 * row['density']:.0f} %)"
+
+    return _by_length(summary["results"], cell)
+
+
+def _lost_masses(summary: Mapping[str, Any]) -> Table:
+    """A line per method, a column per length: attention mass of the dropped keys."""
+
+    def cell(row: Mapping[str, Any]) -> str:
+        mean, worst = (row["lost_mass"][name]["value"] for name in ("mean", "worst"))
+        return f"{mean:.3f} / {worst:.3f} (reads {100 * row['density']:.0f} %)"
+
+    return _by_length([row for row in summary["results"] if row["method"] != "dense"], cell)
+
+
+def _by_length(rows: list[dict[str, Any]], cell: Callable[[Mapping[str, Any]], str]) -> Table:
+    lengths = sorted({row["length"] for row in rows})
+    cells = [
+        [method, *(cell(row) for row in rows if row["method"] == method)]
+        for method in dict.fromkeys(row["method"] for row in rows)
+    ]
+    return ["method", *(f"{length:,} tokens" for length in lengths)], cells

@@ -1,83 +1,58 @@
-"""`hf-sparse memory`: what one attention call, and a whole prefill, take besides what they are given."""
+"""`hf-sparse memory`: peak memory of one attention call and of a whole prefill, dense and sparse."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import torch
+import typer
 
-from hf_sparse.bench import prefill_memory
-from hf_sparse.bench.shapes import Shape, check_shape
-from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.measure import memory, plot_memory
+from hf_sparse.bench.memory import COMMAND, evaluate, memory_tables, plot_memory
+from hf_sparse.bench.shapes import parse_shape
+from hf_sparse.cli.options import Json, Seed, SparseOptions, parse_integers
 from hf_sparse.measure.run import Outcome, write_outcome
-from hf_sparse.results import check_folder, software
-from hf_sparse.tables import Table
+from hf_sparse.measure.windows import check_lengths
+from hf_sparse.results import check_folder
 
 # Processes in which each prefill is measured.
 _REPEATS = 3
 
 
-def run_memory(
-    lengths: Sequence[int],
-    prefill: Sequence[int],
-    shape: Shape,
-    config: SparseAttentionConfig,
-    limit: float,
-    seed: int,
-    folder: Path,
-) -> Outcome:
-    """Measure, and write summary, tables and plot.
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What is measured."""
 
-    Args:
-        lengths: Rows and keys of the calls.
-        prefill: Tokens of the prompts.
-        shape: Of the layer and of the model.
-        config: For the sparse methods; all layers of the model are sparse unless it names dense ones.
-        limit: GiB that no single call may be expected to take.
-        seed: Of the random inputs and weights.
-        folder: Where results go.
+    lengths: Annotated[str, typer.Option(help="One call: queries and keys, rising.")] = "2048,4096,8192,16384"
+    prefill: Annotated[str, typer.Option(help="Model: tokens of the prompt, rising; none to leave it out.")] = "32768"
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 9
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key heads.")] = 3
+    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2
+    limit: Annotated[float, typer.Option(min=0, help="GiB that no single call may be expected to take.")] = 10.0
+    seed: Seed = 0
+    output: Annotated[Path, typer.Option(help="Folder for summary and plot.")] = Path("results/memory")
+    as_json: Json = False
+
+
+def run_memory(options: MemoryOptions, sparse: SparseOptions) -> None:
+    """Measure, write summary, tables and plot, and print them.
 
     Raises:
         UserError: where peak memory cannot be read, for a shape, configuration or engine that cannot be used, or if
             results cannot go into the folder.
     """
-    check_folder(folder, "memory")
-    heads = (shape.heads, shape.kv_heads, shape.head_dim)
-    sparse = config if config.dense_layers is not None else replace(config, dense_layers=())
-    check_shape(shape, sparse, torch.float32, torch.device("cpu"), weights=bool(prefill))
-    calls = memory.evaluate(lengths, memory.METHODS, heads, config, limit * 2**30, seed)
-    rows = prefill_memory.evaluate(prefill, shape, sparse, _REPEATS, seed)
-    summary = {
-        **memory.summarise(calls),
-        prefill_memory.KEY: rows,
-        "shape": {**shape.to_dict(), "dtype": "float32"},
-        "config": config.to_dict(),
-        "seed": seed,
-        "device": "cpu",
-        "device_name": platform.machine(),
-        **software(),
-    }
-    tables = [
-        *([_call_table(calls, summary)] if calls else []),
-        *([prefill_memory.prefill_table(rows)] if rows else []),
-    ]
-    outcome = Outcome(summary, tables)
-    write_outcome(outcome, folder, "memory.png", plot_memory.plot_memory)
-    return outcome
-
-
-def _call_table(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> Table:
-    lengths = sorted({row["length"] for row in rows})
-    cells = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        peaks = {row["length"]: f"{row['peak_mib']:.0f}" for row in rows if row["method"] == method}
-        exponent = summary["exponents"].get(method)
-        cells.append(
-            [method, *(peaks.get(length, "-") for length in lengths), "-" if exponent is None else f"{exponent:.2f}"]
-        )
-    return ["peak MiB above the inputs", *(f"n = {length:,}" for length in lengths), "grows as n to the"], cells
+    lengths = parse_integers("--lengths", options.lengths)
+    prefill = [] if options.prefill == "none" else parse_integers("--prefill", options.prefill)
+    for given in filter(None, (lengths, prefill)):
+        check_lengths(given, 1, None)
+    shape = parse_shape(f"{options.heads}/{options.kv_heads}/{options.head_dim}").part(options.layers)
+    check_folder(options.output, COMMAND)
+    most_bytes = options.limit * 2**30
+    summary = evaluate(
+        lengths, prefill, shape, sparse.config(), most_bytes=most_bytes, repeats=_REPEATS, seed=options.seed
+    )
+    outcome = Outcome(summary, memory_tables(summary))
+    write_outcome(outcome, options.output, "memory.png", plot_memory)
+    print(json.dumps(summary) if options.as_json else f"{outcome}\n\nsummary, tables and plot: {options.output}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from hf_sparse.errors import UserError
@@ -16,6 +16,7 @@ from hf_sparse.lab import alpha, assumptions, collapse, depth, norms, phases, ro
 from hf_sparse.lab.experiment import CLAIMS, Experiment, Findings, Setting
 from hf_sparse.lab.fits import shortened
 from hf_sparse.lab.plots import draw_page
+from hf_sparse.machine import device_name
 from hf_sparse.results import ROWS, SUMMARY, TABLES, Record, ResultFile, record_key, software, write_json
 from hf_sparse.tables import Table, markdown_table
 
@@ -49,7 +50,8 @@ def run(experiments: Sequence[Experiment], setting: Setting, folder: Path) -> di
         records = _measured(experiment, setting, results)
         with results.summed_up():
             found[experiment.name] = experiment.conclude(records)
-    about: Record = {"scale": setting.scale, "seed": setting.seed, "device_name": platform.machine(), **software()}
+    name = device_name(torch.device("cpu"))
+    about: Record = {"scale": setting.scale, "seed": setting.seed, "device_name": name, **software()}
     if setting.model_subject is not None:
         about |= setting.model_subject.about
     return write(experiments, found, about, folder)
