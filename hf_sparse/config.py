@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
-from hf_sparse import custom
+from hf_sparse import checks, custom
 from hf_sparse.call import AlwaysKept
-from hf_sparse.checks import check_choice, check_extra, check_integer, check_number, shown, split_unknown
 from hf_sparse.engines import AUTO, ENGINES, Engine
 from hf_sparse.laws import LAWS, Budget, Law, LawName
 from hf_sparse.record import CalibrationRecord
@@ -56,20 +56,20 @@ class SparseAttentionConfig:
         ValueError: naming the field, its value and what is allowed.
     """
 
-    alpha: float = 8.0
-    exponent: float = 0.5
-    law: LawName | Law = "power"
-    keys: int | None = None
-    fraction: float | None = None
-    min_keys: int = 128
-    max_keys: int | None = None
-    sink_keys: int = 4
-    recent_keys: int = 64
-    selector: str | Selector = "grouped"
-    engine: str | Engine = AUTO
-    dense_layers: tuple[int, ...] | None = None
-    dense_below: int = DENSE_BELOW
-    per_head: Mapping[int, tuple[HeadLaw, ...]] | None = field(default=None, hash=False)
+    alpha: checks.PositiveNumber = 8.0
+    exponent: checks.Share = 0.5
+    law: Annotated[LawName | Law, _check_law] = "power"
+    keys: checks.PositiveCount | None = None
+    fraction: Annotated[float, partial(checks.number, above=0.0, most=1.0)] | None = None
+    min_keys: checks.PositiveCount = 128
+    max_keys: checks.PositiveCount | None = None
+    sink_keys: checks.Count = 4
+    recent_keys: checks.Count = 64
+    selector: Annotated[str | Selector, partial(_check_part, kind=Selector, names=SELECTORS)] = "grouped"
+    engine: Annotated[str | Engine, partial(_check_part, kind=Engine, names=(AUTO, *ENGINES))] = AUTO
+    dense_layers: Annotated[tuple[int, ...], _check_dense_layers] | None = None
+    dense_below: checks.Count = DENSE_BELOW
+    per_head: Annotated[Mapping[int, tuple[HeadLaw, ...]], _check_per_head] | None = field(default=None, hash=False)
     calibration: CalibrationRecord | None = field(default=None, hash=False)
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -79,36 +79,20 @@ class SparseAttentionConfig:
             object.__setattr__(self, "engine", "cpu")
         if self.dense_below is None:
             object.__setattr__(self, "dense_below", DENSE_BELOW)
-        if not callable(self.law):
-            check_choice("law", self.law, LAWS)
-        _check_part("selector", self.selector, Selector, SELECTORS)
-        _check_part("engine", self.engine, Engine, (AUTO, *ENGINES))
-        check_number("alpha", self.alpha, above=0.0)
-        check_number("exponent", self.exponent, least=0.0, most=1.0)
-        for name in ("min_keys", "max_keys", "keys"):
-            if name == "min_keys" or getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least=1)
-        for name in ("sink_keys", "recent_keys", "dense_below"):
-            check_integer(name, getattr(self, name), least=0)
+        checks.fields(self)
         if self.max_keys is not None and self.max_keys < self.min_keys:
             raise ValueError(f"max_keys must be at least min_keys ({self.min_keys}); got {self.max_keys}")
-        if self.fraction is not None:
-            check_number("fraction", self.fraction, above=0.0, most=1.0)
         for law, name in (("fixed", "keys"), ("fraction", "fraction")):
             if (self.law == law) != (getattr(self, name) is not None):
                 raise ValueError(
                     f"{name} goes with law={law!r}, and with it alone; got law={self.law!r}, "
                     f"{name}={getattr(self, name)!r}"
                 )
-        if self.dense_layers is not None:
-            object.__setattr__(self, "dense_layers", _normalise_layers(self.dense_layers))
-        if self.per_head is not None:
-            if self.law != "power":
-                raise ValueError(f"per_head needs law='power'; got law={self.law!r}")
-            object.__setattr__(self, "per_head", _normalise_heads(self.per_head))
+        if self.per_head is not None and self.law != "power":
+            raise ValueError(f"per_head needs law='power'; got law={self.law!r}")
         if self.calibration is not None and not isinstance(self.calibration, CalibrationRecord):
-            raise ValueError(f"calibration must be a CalibrationRecord or None; got {shown(self.calibration)}")
-        object.__setattr__(self, "extra", check_extra("extra", self.extra, _KNOWN))
+            raise ValueError(f"calibration must be a CalibrationRecord or None; got {checks.shown(self.calibration)}")
+        object.__setattr__(self, "extra", checks.extra("extra", self.extra, _KNOWN))
 
     @property
     def always(self) -> AlwaysKept:
@@ -141,11 +125,8 @@ class SparseAttentionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that `json.dumps` takes and `from_dict` gives back, unless parts of it are `code`."""
-        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        out: dict[str, Any] = {name: checks.as_json(getattr(self, name)) for name in _KNOWN}
         out |= {name: custom.describe(part) for name, part in self.code.items()}
-        out["dense_layers"] = None if self.dense_layers is None else list(self.dense_layers)
-        if self.per_head is not None:
-            out["per_head"] = {str(layer): [list(law) for law in laws] for layer, laws in self.per_head.items()}
         # Left out where there is none: results measured without one are found again by their configuration.
         del out["calibration"]
         if self.calibration is not None:
@@ -155,60 +136,51 @@ class SparseAttentionConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparseAttentionConfig:
         """The inverse of `to_dict`. Unknown keys are kept in `extra`, with a warning; missing ones are defaulted."""
-        extra = split_unknown("config", data, _KNOWN, SCHEMA_VERSION)
-        given = {name: value for name, value in data.items() if name in _KNOWN}
+        given, extra = checks.split_unknown("config", data, _KNOWN, SCHEMA_VERSION)
         if given.get("calibration") is not None:
             given["calibration"] = CalibrationRecord.from_dict(given["calibration"])
         return cls(**given, extra=extra)
 
 
-_KNOWN = frozenset(f.name for f in fields(SparseAttentionConfig)) - {"extra"}
+def _check_law(name: str, value: Any) -> Any:
+    return value if callable(value) else checks.choice(name, value, allowed=LAWS)
 
 
-def _check_part(name: str, value: Any, kind: type[Any], names: Iterable[str]) -> None:
+def _check_part(name: str, value: Any, *, kind: type[Any], names: Collection[str]) -> Any:
     """Refuse what is neither one of the built-in `names` nor a part of a user's own with a name of its own."""
-    names = tuple(names)
-    if not isinstance(value, kind):
-        allowed = ", ".join(names)
-        if isinstance(value, str) and value in names:
-            return
-        raise ValueError(f"{name} must be one of {allowed}, or a {kind.__name__} of your own; got {shown(value)}")
-    if not isinstance(value.name, str) or not value.name or value.name in names:
-        raise ValueError(
-            f"{name}: {type(value).__name__}.name must be a name that no built-in {name} has; got {shown(value.name)}"
-        )
+    if isinstance(value, str) and value in names:
+        return value
+    allowed = f"one of {', '.join(names)}, or a {kind.__name__} of your own"
+    checks.require(isinstance(value, kind), name, value, allowed)
+    named = isinstance(value.name, str) and value.name and value.name not in names
+    checks.require(named, f"{name}: {type(value).__name__}.name", value.name, f"a name that no built-in {name} has")
     if isinstance(value, Selector):
-        check_integer(f"{name}: {type(value).__name__}.group_queries", value.group_queries, least=1)
+        checks.integer(f"{name}: {type(value).__name__}.group_queries", value.group_queries, least=1)
+    return value
 
 
-def _normalise_layers(layers: Any) -> tuple[int, ...]:
-    if isinstance(layers, str | bytes | Mapping) or not hasattr(layers, "__iter__"):
-        raise ValueError(f"dense_layers must be layer indices or None; got {shown(layers)}")
-    layers = tuple(layers)
-    for layer in layers:
-        check_integer("dense_layers", layer, least=0)
-    return tuple(sorted(set(layers)))
+def _check_dense_layers(name: str, value: Any) -> tuple[int, ...]:
+    layers = checks.sequence(name, value, of="layer indices or None")
+    return tuple(sorted({checks.integer(name, layer, least=0) for layer in layers}))
 
 
-def _normalise_heads(per_head: Any) -> dict[int, tuple[HeadLaw, ...]]:
-    if not isinstance(per_head, Mapping) or not per_head:
-        raise ValueError(f"per_head must map layer indices to one (alpha, exponent) per head; got {shown(per_head)}")
-    out: dict[int, tuple[HeadLaw, ...]] = {}
-    for layer, laws in per_head.items():
-        try:
-            index = int(layer) if isinstance(layer, str) else layer
-            pairs = tuple((alpha, exponent) for alpha, exponent in laws)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"per_head[{shown(layer)}] must be one (alpha, exponent) per head; got {shown(laws)}"
-            ) from None
-        check_integer("per_head layer", index, least=0)
-        if not pairs:
-            raise ValueError(f"per_head[{shown(layer)}] must hold at least one (alpha, exponent); got none")
-        for head, (alpha, exponent) in enumerate(pairs):
-            check_number(f"per_head[{shown(layer)}][{head}] alpha", alpha, above=0.0)
-            check_number(f"per_head[{shown(layer)}][{head}] exponent", exponent, least=0.0, most=1.0)
-        if index in out:
-            raise ValueError(f"per_head names layer {index} twice")
-        out[index] = pairs
-    return out
+def _check_per_head(name: str, value: Any) -> dict[int, tuple[HeadLaw, ...]]:
+    holds = isinstance(value, Mapping) and value
+    checks.require(holds, name, value, "a mapping of layer indices to one (alpha, exponent) per head")
+    return checks.layers(name, value, check=_check_laws)
+
+
+def _check_laws(name: str, value: Any) -> tuple[HeadLaw, ...]:
+    of = "one (alpha, exponent) per head, at least one"
+    laws = checks.require(checks.sequence(name, value, of=of), name, value, of)
+    return tuple(_check_law_of_head(f"{name}[{head}]", law) for head, law in enumerate(laws))
+
+
+def _check_law_of_head(name: str, value: Any) -> HeadLaw:
+    alpha, exponent = checks.sequence(name, value, of="(alpha, exponent)", length=2)
+    checks.number(f"{name} alpha", alpha, above=0.0)
+    checks.number(f"{name} exponent", exponent, least=0.0, most=1.0)
+    return alpha, exponent
+
+
+_KNOWN = tuple(f.name for f in fields(SparseAttentionConfig) if f.name != "extra")

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_sparse import checks
 from hf_sparse.attention import STATE, LayerState, Observer, attend
 from hf_sparse.call import AttentionCall
-from hf_sparse.checks import check_integer
 from hf_sparse.engines.common import attention_weights, weighted_values
 from hf_sparse.monitor import LayerCounters
 from hf_sparse.patching import ModelT, base_model, is_patched, patched, states
@@ -65,7 +65,7 @@ def audit(model: nn.Module, rows: int = 16, seed: int = 0) -> None:
     Raises:
         ValueError: If the model is not patched, or `rows` is negative.
     """
-    check_integer("rows", rows, least=0)
+    checks.integer("rows", rows, least=0)
     base = base_model(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched: there is nothing to audit")

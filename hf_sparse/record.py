@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Annotated, Any, Literal, get_args
 
-from hf_sparse.checks import (
-    check_choice,
-    check_extra,
-    check_integer,
-    check_mapping,
-    check_name,
-    check_names,
-    check_number,
-    check_text,
-    check_versions,
-    shown,
-    split_unknown,
-)
+from hf_sparse import checks
 
 Target = Literal["density", "output_error", "perplexity_ratio"]
 TARGETS: tuple[str, ...] = get_args(Target)
@@ -26,6 +16,30 @@ TARGETS: tuple[str, ...] = get_args(Target)
 SCHEMA_VERSION = 1
 
 Interval = tuple[float, float, float, float]
+
+
+def _check_sha256(name: str, value: Any) -> Any:
+    holds = value == "" or (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value))
+    return checks.require(holds, name, value, "64 hexadecimal digits, or empty")
+
+
+def _check_intervals(name: str, value: Any) -> tuple[Interval, ...]:
+    out = checks.sequence(name, value, of="a list with one interval per head")
+    return tuple(_check_interval(f"{name}[{head}]", interval) for head, interval in enumerate(out))
+
+
+def _check_interval(name: str, value: Any) -> Interval:
+    bounds = checks.sequence(name, value, of="(alpha low, alpha high, exponent low, exponent high)", length=4)
+    alpha_low, alpha_high, exponent_low, exponent_high = bounds
+    checks.number(f"{name} alpha low", alpha_low, least=0.0)
+    checks.number(f"{name} alpha high", alpha_high, least=alpha_low)
+    checks.number(f"{name} exponent low", exponent_low)
+    checks.number(f"{name} exponent high", exponent_high, least=exponent_low)
+    return alpha_low, alpha_high, exponent_low, exponent_high
+
+
+_Heads = Annotated[Mapping[int, int], partial(checks.layers, check=partial(checks.integer, least=1))]
+_Intervals = Annotated[Mapping[int, tuple[Interval, ...]], partial(checks.layers, check=_check_intervals)]
 
 
 @dataclass(frozen=True)
@@ -60,108 +74,47 @@ class CalibrationRecord:
         ValueError: naming the field, its value and what is allowed.
     """
 
-    model_type: str = ""
-    architecture: str = ""
-    layers: int = 0
-    heads: Mapping[int, int] = field(default_factory=dict)
-    base_model: str | None = None
-    revision: str | None = None
-    selector: str = ""
-    documents: tuple[str, ...] = ()
-    texts_sha256: str = ""
-    held_out: tuple[str, ...] = ()
-    fitted_from: int = 0
-    fitted_to: int = 0
-    target: Target = "density"
-    target_value: float = 1.0
-    reached: float | None = None
-    reached_at: int | None = None
-    intervals: Mapping[int, tuple[Interval, ...]] | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
+    model_type: checks.ShortText = ""
+    architecture: checks.ShortText = ""
+    layers: checks.Count = 0
+    heads: _Heads = field(default_factory=dict)
+    base_model: checks.GivenName | None = None
+    revision: checks.GivenName | None = None
+    selector: checks.ShortText = ""
+    documents: checks.Names = ()
+    texts_sha256: Annotated[str, _check_sha256] = ""
+    held_out: checks.Names = ()
+    fitted_from: checks.Count = 0
+    fitted_to: checks.Count = 0
+    target: Annotated[Target, partial(checks.choice, allowed=TARGETS)] = "density"
+    target_value: checks.PositiveNumber = 1.0
+    reached: Annotated[float, partial(checks.number, least=0.0)] | None = None
+    reached_at: checks.PositiveCount | None = None
+    intervals: _Intervals | None = None
+    versions: checks.Versions = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("model_type", "architecture", "selector"):
-            check_text(name, getattr(self, name), longest=100)
-        for name in ("base_model", "revision"):
-            check_name(name, getattr(self, name), optional=True)
-        for name in ("layers", "fitted_from", "fitted_to"):
-            check_integer(name, getattr(self, name), least=0)
+        checks.fields(self)
         if self.fitted_to < self.fitted_from:
             raise ValueError(f"fitted_to must be at least fitted_from ({self.fitted_from}); got {self.fitted_to}")
-        _check_sha256("texts_sha256", self.texts_sha256)
-        check_choice("target", self.target, TARGETS)
-        check_number("target_value", self.target_value, above=0.0, most=1.0 if self.target == "density" else None)
-        check_number("reached", self.reached, least=0.0, optional=True)
-        check_integer("reached_at", self.reached_at, least=1, optional=True)
-        made: dict[str, Any] = {name: check_names(name, getattr(self, name)) for name in ("documents", "held_out")}
-        made["heads"] = _normalise_heads(self.heads)
-        made["intervals"] = None if self.intervals is None else _normalise_intervals(self.intervals)
-        made["versions"] = check_versions("versions", self.versions)
-        made["extra"] = check_extra("extra", self.extra, _KNOWN)
-        for name, value in made.items():
-            object.__setattr__(self, name, value)
+        if self.target == "density":
+            checks.number("target_value", self.target_value, above=0.0, most=1.0)
+        object.__setattr__(self, "extra", checks.extra("extra", self.extra, _KNOWN))
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that `json.dumps` takes and `from_dict` gives back."""
-        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
-        out["heads"] = {str(layer): heads for layer, heads in self.heads.items()}
-        out["documents"], out["held_out"] = list(self.documents), list(self.held_out)
-        if self.intervals is not None:
-            out["intervals"] = {str(layer): [list(row) for row in rows] for layer, rows in self.intervals.items()}
-        out["versions"] = dict(self.versions)
-        return {"schema_version": SCHEMA_VERSION, **out, **self.extra}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **{name: checks.as_json(getattr(self, name)) for name in _KNOWN},
+            **self.extra,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CalibrationRecord:
         """The inverse of `to_dict`. Unknown keys are kept in `extra`, with a warning; missing ones are defaulted."""
-        extra = split_unknown("calibration", data, _KNOWN, SCHEMA_VERSION)
-        return cls(**{name: value for name, value in data.items() if name in _KNOWN}, extra=extra)
+        given, extra = checks.split_unknown("calibration", data, _KNOWN, SCHEMA_VERSION)
+        return cls(**given, extra=extra)
 
 
-_KNOWN = frozenset(f.name for f in fields(CalibrationRecord)) - {"extra"}
-
-
-def _check_sha256(name: str, value: Any) -> None:
-    if not isinstance(value, str) or (value and (len(value) != 64 or set(value) - set("0123456789abcdef"))):
-        raise ValueError(f"{name} must be 64 hexadecimal digits, or empty; got {shown(value)}")
-
-
-def _by_layer(name: str, value: Any) -> dict[int, Any]:
-    """`value` by layer index, whose keys JSON makes strings."""
-    check_mapping(name, value)
-    out: dict[int, Any] = {}
-    for key, item in value.items():
-        layer = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
-        check_integer(f"{name} layer", layer, least=0)
-        if layer in out:
-            raise ValueError(f"{name} must name each layer once; got layer {layer} twice")
-        out[layer] = item
-    return out
-
-
-def _normalise_heads(heads: Any) -> dict[int, int]:
-    out = _by_layer("heads", heads)
-    for layer, count in out.items():
-        check_integer(f"heads[{layer}]", count, least=1)
-    return out
-
-
-def _normalise_intervals(intervals: Any) -> dict[int, tuple[Interval, ...]]:
-    out: dict[int, tuple[Interval, ...]] = {}
-    for layer, rows in _by_layer("intervals", intervals).items():
-        if isinstance(rows, str | Mapping) or not hasattr(rows, "__iter__"):
-            raise ValueError(f"intervals[{layer}] must be a list with one interval per head; got {shown(rows)}")
-        out[layer] = tuple(_interval(f"intervals[{layer}][{head}]", row) for head, row in enumerate(rows))
-    return out
-
-
-def _interval(name: str, row: Any) -> Interval:
-    if isinstance(row, str | Mapping) or not hasattr(row, "__iter__") or len(tuple(row)) != 4:
-        raise ValueError(f"{name} must be (alpha low, alpha high, exponent low, exponent high); got {shown(row)}")
-    alpha_low, alpha_high, exponent_low, exponent_high = row
-    check_number(f"{name} alpha low", alpha_low, least=0.0)
-    check_number(f"{name} alpha high", alpha_high, least=alpha_low)
-    check_number(f"{name} exponent low", exponent_low)
-    check_number(f"{name} exponent high", exponent_high, least=exponent_low)
-    return (alpha_low, alpha_high, exponent_low, exponent_high)
+_KNOWN = tuple(f.name for f in fields(CalibrationRecord) if f.name != "extra")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,6 +17,8 @@ if not torch.cuda.is_available():
 # The tests run side by side, one process a core: more threads would only fight over the same cores.
 torch.set_num_threads(1)
 
+from tests import small  # noqa: E402 - imports Triton
+
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
@@ -25,6 +28,12 @@ transformers.logging.set_verbosity_error()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real: needs pretrained weights that are installed as a package")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `tiny-llama` of a small model with its tokenizer; not to be changed."""
+    return small.save_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse.cli import main
-from hf_sparse.policy import files as policy_files
 from tests import tiny
 from tests.hub_server import Hub
 
@@ -72,11 +71,6 @@ def save(folder: str) -> None:
     hf_sparse.save_pretrained(hf_sparse.patch(_model(BASE), **FIELDS), folder)
 
 
-def read(name: str) -> dict[str, Any]:
-    """What the policy of a repository says."""
-    return policy_files.load(name).to_dict()
-
-
 def command(*arguments: str) -> dict[str, Any]:
     """`hf-sparse` with these arguments: exit code, stdout and stderr. Any other exception would be a traceback."""
     code: Any = None
@@ -117,10 +111,12 @@ class Client:
     def __init__(self, url: str, home: Path, token: str = "hf_ada") -> None:
         home.mkdir(parents=True)
         self.token = token
-        context = multiprocessing.get_context("spawn")
+        # One server imports everything, once, and is forked for each client.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, str(home)), daemon=True)
-        with mock.patch.dict(os.environ, _environment(url, home), clear=True):
+        with mock.patch.dict(os.environ, _environment(url), clear=True):
             self._process.start()
         theirs.close()
 
@@ -145,11 +141,11 @@ class Client:
         return outcome.value
 
 
-def _environment(url: str, home: Path) -> dict[str, str]:
-    """The variables of a process that uses this Hub and keeps everything in `home`."""
+def _environment(url: str) -> dict[str, str]:
+    """The variables of processes that use this Hub and keep everything in the folder that each works in."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     off = dict.fromkeys(("XET", "TELEMETRY", "PROGRESS_BARS"), "1")
-    ours = {"HF_ENDPOINT": url, "HF_HOME": str(home / "cache"), "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    ours = {"HF_ENDPOINT": url, "HF_HOME": "cache", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     return {**kept, **ours, **{f"HF_HUB_DISABLE_{name}": value for name, value in off.items()}}
 
 

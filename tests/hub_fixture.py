@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests import small
 from tests.hub_client import BASE, CARD, Client, World
 from tests.hub_server import Hub
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """All of it, started; what it writes is in the folder beside the base model."""
     folder = tmp_path_factory.mktemp("hub")
-    base = small.save_model(folder / "base")
+    base = Path(shutil.copytree(tiny_llama, folder / "base"))
     (base / "README.md").write_bytes(CARD)
     with Hub() as hub, Client(hub.url, folder / "writer") as writer, Client(hub.url, folder / "reader") as reader:
         commit = hub.add(BASE, {file.name: file.read_bytes() for file in base.iterdir()})
@@ -33,6 +35,9 @@ def untouched(world: World) -> Iterator[None]:
 
 
 def _files(world: World) -> dict[str, int]:
-    top = world.folder.parent
-    found = [path for path in top.rglob("*") if "cache" not in path.relative_to(top).parts]
-    return {str(path): path.lstat().st_size for path in found}
+    out: dict[str, int] = {}
+    for folder, folders, files in os.walk(world.folder.parent):
+        folders[:] = [name for name in folders if name != "cache"]
+        found = [Path(folder, name) for name in files + folders]
+        out |= {str(path): path.lstat().st_size for path in found}
+    return out

@@ -237,9 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _writable(self, name: str, revision: str = "main") -> Repo:
         """The repository, if this user may commit to it: pull requests are open to everyone who can read it."""
         repo = self._readable(name)
-        if self.user is None:
-            raise _RefusedError(401, "Invalid username or password.")
-        if repo.owner != self.user and "create_pr" not in self.query:
+        if repo.owner != self._known_user() and "create_pr" not in self.query:
             raise _RefusedError(403, f"You don't have the rights to write to {name}")
         self._oid(repo, revision)
         return repo
@@ -250,10 +248,13 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return oid
 
-    def whoami(self) -> None:
+    def _known_user(self) -> str:
         if self.user is None:
             raise _RefusedError(401, "Invalid username or password.")
-        self._answer({"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}})
+        return self.user
+
+    def whoami(self) -> None:
+        self._answer({"type": "user", "name": self._known_user(), "orgs": [], "auth": {"type": "access_token"}})
 
     def validate_card(self) -> None:
         self._answer({"errors": [], "warnings": []})
@@ -261,9 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
     def create_repo(self) -> None:
         asked = json.loads(self.body)
         namespace = asked.get("organization") or self.user
-        if self.user is None:
-            raise _RefusedError(401, "Invalid username or password.")
-        if namespace != self.user:
+        if namespace != self._known_user():
             raise _RefusedError(403, f"You don't have the rights to create a model under the namespace {namespace!r}")
         name = f"{namespace}/{asked['name']}"
         private = bool(asked.get("private")) or asked.get("visibility") == "private"

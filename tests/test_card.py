@@ -234,12 +234,6 @@ def test_a_card_without_metadata_gets_some() -> None:
     assert "# Just words" in text
 
 
-@pytest.mark.parametrize("metadata", ["license: [mit", "- a list"])
-def test_a_card_that_cannot_be_read_is_refused(metadata: str) -> None:
-    with pytest.raises(UserError, match=r"the metadata of the model card, README\.md of me/x, cannot be read"):
-        make_card(MEASURED, "me/x", f"---\n{metadata}\n---\n")
-
-
 @pytest.mark.parametrize(
     "damage",
     [

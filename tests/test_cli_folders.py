@@ -142,7 +142,7 @@ def test_a_folder_where_a_file_belongs_is_refused(
 def test_a_line_that_is_no_row_is_refused_before_anything_is_measured(
     command: str, name: str, line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    info = ModelSource.find("tiny-llama").info().to_dict()
+    info = ModelSource.find("tiny-llama").info()
     good = json.dumps({"key": "a", "command": "perplexity", "model": info}).encode()
     (tmp_path / name).write_bytes(b"\n".join([good, line, good, b""]))
     before = (tmp_path / name).read_bytes()

@@ -37,10 +37,10 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def base(tiny_llama: Path) -> Path:
     """The folder of a small model."""
-    return small.save_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+    return tiny_llama
 
 
 @pytest.fixture

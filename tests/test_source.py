@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from hf_sparse.errors import UserError
 from hf_sparse.share.source import ModelSource
-from tests import small, tiny
+from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.save_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+@pytest.fixture
+def folder(tiny_llama: Path) -> Path:
+    return tiny_llama
 
 
 def test_a_folder_gives_the_model_that_was_saved(folder: Path) -> None:
@@ -29,7 +29,7 @@ def test_a_folder_gives_the_model_that_was_saved(folder: Path) -> None:
     assert torch.equal(tiny.logits(model, ids), tiny.logits(tiny.model("llama"), ids))
     assert not model.training
     assert tokenizer("w5 w7", add_special_tokens=False)["input_ids"] == [5, 7]
-    assert (info.name, info.max_positions, info.architecture) == ("tiny-llama", tiny.LONGEST, "llama")
+    assert (info["name"], info["max_positions"], info["architecture"]) == ("tiny-llama", tiny.LONGEST, "llama")
 
 
 def test_dtype_is_the_one_asked_for(folder: Path) -> None:
@@ -52,7 +52,7 @@ def test_the_revision_of_a_folder_changes_with_its_weights(folder: Path, tmp_pat
     assert ModelSource.find(str(copy)).info() == before
     weights = load_file(copy / "model.safetensors")
     save_file({name: weight + 1 for name, weight in weights.items()}, copy / "model.safetensors")
-    assert ModelSource.find(str(copy)).info().revision != before.revision
+    assert ModelSource.find(str(copy)).info()["revision"] != before["revision"]
 
 
 def test_a_gguf_file_is_identified_by_its_hash_and_dequantised(
@@ -69,8 +69,8 @@ def test_a_gguf_file_is_identified_by_its_hash_and_dequantised(
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     source = ModelSource.find(str(tmp_path / "some.gguf"))
-    assert source.info().name == "some.gguf"
-    assert source.info().revision == hashlib.sha256(b"GGUF").hexdigest()[:16]
+    assert source.info()["name"] == "some.gguf"
+    assert source.info()["revision"] == hashlib.sha256(b"GGUF").hexdigest()[:16]
     source.model()
     location, options = asked[-1]
     assert (location, options["gguf_file"]) == (str(tmp_path), "some.gguf")

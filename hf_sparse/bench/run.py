@@ -104,7 +104,7 @@ def loaded(settings: BenchSettings, source: ModelSource, text: str | None, dtype
         UserError: for a text, a model or a configuration that cannot be used.
     """
     info = source.info()
-    captured = min(_CAPTURED, info.max_positions or _CAPTURED)
+    captured = min(_CAPTURED, info["max_positions"] or _CAPTURED)
     lengths = sorted({*settings.prompt_lengths, *([captured] if settings.times_layer else [])})
     document = load_documents([] if text is None else [text], count=1, tokens=lengths[-1] + 1)[0]
     windows = cut_windows([document], source.tokenizer(), lengths, targets=1)
@@ -114,7 +114,7 @@ def loaded(settings: BenchSettings, source: ModelSource, text: str | None, dtype
     generation = Generation(made, settings.config, settings.new_tokens, real=True, left_out=settings.left_out)
     return BenchModel(
         settings,
-        _about({**info.to_dict(), "text_sha256": document.sha256}, made, settings.seed),
+        _about({**info, "text_sha256": document.sha256}, made, settings.seed),
         capture(made, prompts[captured], settings.seed) if settings.times_layer else None,
         generation if settings.prompt_lengths else None,
         prompts,

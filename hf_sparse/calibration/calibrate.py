@@ -29,7 +29,7 @@ from hf_sparse.policy.origin import origin_of
 from hf_sparse.record import CalibrationRecord
 from hf_sparse.results import CALIBRATE, CALIBRATION, Summary, check_folder, provenance, write_json
 from hf_sparse.selectors import selector_name
-from hf_sparse.share.source import ModelInfo, check_config
+from hf_sparse.share.source import check_config, describe
 from hf_sparse.support import inspect
 
 PROBE_TOKENS = 2048
@@ -120,7 +120,7 @@ def run_calibration(
     folder: Path | None = None,
     extrapolate: bool = False,
     seed: int = 0,
-    info: ModelInfo | None = None,
+    info: Mapping[str, Any] | None = None,
 ) -> Calibration:
     """Measure every head's error against its budget, spread the budget where it saves most, and check the result.
 
@@ -142,7 +142,7 @@ def run_calibration(
             `sparse_config.json` is written where `config` holds code, a selector or an engine of your own.
         extrapolate: Accept a target at a greater length than laws are fitted on.
         seed: Seed of the bootstraps.
-        info: Name and revision of the model for the results; from its configuration if `None`.
+        info: `ModelSource.info()` of the model for the results; from its configuration if `None`.
 
     Raises:
         UserError: (a `ValueError`) if the model cannot be patched or is patched, there are too few texts, one is too
@@ -171,7 +171,7 @@ def run_calibration(
     trials = []
     if target.metric == "perplexity_ratio":
         trials = cut_windows(fitted[: len(checked)], tokenizer, [at], min(CHECKED_TOKENS, at // 2))
-    about = provenance((info or _info(base)).to_dict(), base, seed)
+    about = provenance(info or _info(base), base, seed)
     if folder is not None:
         check_folder(folder, CALIBRATE, about["model"])
     with tempfile.TemporaryDirectory() as temporary, _evaluating(base):
@@ -231,15 +231,11 @@ def run_calibration(
     return result
 
 
-def _info(model: PreTrainedModel) -> ModelInfo:
+def _info(model: PreTrainedModel) -> dict[str, Any]:
     """Name and revision of a model in memory; no path of the machine."""
     name = model.config.name_or_path or type(model).__name__
-    return ModelInfo(
-        Path(name).resolve().name if Path(name).exists() else name,
-        getattr(model.config, "_commit_hash", None) or "unknown",
-        getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        model.config.model_type,
-    )
+    shown = Path(name).resolve().name if Path(name).exists() else name
+    return describe(shown, getattr(model.config, "_commit_hash", None), model.config)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from hf_sparse.cli.options import (
     read_policy,
     share_options,
 )
-from hf_sparse.cli.publish import BundleOptions, Target, run_card, run_publish
+from hf_sparse.cli.publish import BundleOptions, run_card, run_publish
 from hf_sparse.cli.report import run_report
 from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
 from hf_sparse.config import SparseAttentionConfig
@@ -48,6 +48,7 @@ from hf_sparse.measure.methods import (
 )
 from hf_sparse.measure.run import Outcome
 from hf_sparse.share.publish import MESSAGE
+from hf_sparse.share.remote import Remote
 from hf_sparse.share.source import ModelSource
 
 _OWN_SELECTOR = "or a selector as path/to/file.py:ClassName"
@@ -222,8 +223,8 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Publish a policy and its model card on the Hub, in one commit."""
-    target = Target(repo_id, private or None, revision, create_pr, message)
-    run_publish(model, bundle, target, weights=weights, dry_run=dry_run, as_json=as_json)
+    remote = Remote(repo_id, revision=revision, create_pr=create_pr, private=private or None)
+    run_publish(model, bundle, remote, message, weights=weights, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from hf_sparse.machine import find_device, process_state
 from hf_sparse.measure.run import Kind
 from hf_sparse.results import ROWS, ResultFile, Summary, check_folder, default_folder
 from hf_sparse.selectors import SELECTORS, parse_selector
-from hf_sparse.share.source import ModelSource, check_loading
+from hf_sparse.share.source import ModelSource, check_loading, max_positions
 
 _DEFAULT_SHAPE, _DEFAULT_LAYERS = "smollm2-135m", 2
 _LENGTHS_HELP = "{}; none to leave it out."
@@ -127,8 +127,8 @@ def run_bench(name: str | None, bench: BenchOptions, run: RunOptions, sparse: Sp
         if not source.support.supported:
             raise UserError(str(source.support))
         config = sparse.config(read_policy(bench.policy, source.policy))
-        settings = bench.settings(config, run.seed, source.max_positions)
-        folder = _checked_folder(run, source.info().to_dict())
+        settings = bench.settings(config, run.seed, max_positions(source.config))
+        folder = _checked_folder(run, source.info())
         model = loaded(settings, source, bench.text, run.dtype, device)
     results = ResultFile(folder / ROWS)
     records = evaluate(model, results)

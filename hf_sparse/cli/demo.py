@@ -53,7 +53,7 @@ def run_demo(name: str, run: RunOptions) -> None:
         if not silent:
             print(text, flush=True)
 
-    say(f"model: {evaluation.info.name}, {evaluation.about['dtype']} on {evaluation.about['device_name']}\n")
+    say(f"model: {evaluation.info['name']}, {evaluation.about['dtype']} on {evaluation.about['device_name']}\n")
     prompt = next(window.input_ids for window in evaluation.windows if window.length == _LENGTHS[0])
     with hf_sparse.patched(evaluation.model):
         sparse = _continuation(evaluation, prompt)

@@ -19,7 +19,7 @@ from hf_sparse.measure.methods import Methods
 from hf_sparse.measure.run import ATTENTION_ERROR, PERPLEXITY, RETRIEVAL, Outcome
 from hf_sparse.measure.windows import Window, check_lengths, cut_windows
 from hf_sparse.results import ROWS, Record, ResultFile, check_folder, default_folder, provenance
-from hf_sparse.share.source import ModelInfo, ModelSource, check_config, check_loading
+from hf_sparse.share.source import ModelSource, check_config, check_loading, max_positions
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Evaluation:
     """
 
     source: ModelSource
-    info: ModelInfo
+    info: Record
     tokenizer: PreTrainedTokenizerBase
     windows: list[Window]
     run: RunOptions
@@ -50,7 +50,7 @@ class Evaluation:
     @cached_property
     def about(self) -> Record:
         """Provenance of every record."""
-        return provenance(self.info.to_dict(), self.model, self.run.seed)
+        return provenance(self.info, self.model, self.run.seed)
 
     def results(self, methods: Mapping[str, SparseAttentionConfig | None], part: str) -> ResultFile:
         """The file of records in `part` of the folder.
@@ -88,7 +88,7 @@ def check(
     Raises:
         UserError: for the first thing that is wrong.
     """
-    check_lengths(lengths, targets, source.max_positions)
+    check_lengths(lengths, targets, max_positions(source.config))
     info, folder = begin(source, command, run, parts)
     documents = data.load(tokens=data.offset + lengths[-1] + 1)
     tokenizer = source.tokenizer()
@@ -96,7 +96,7 @@ def check(
     return Evaluation(source, info, tokenizer, windows, run, folder)
 
 
-def begin(source: ModelSource, command: str, run: RunOptions, parts: Sequence[str] = ()) -> tuple[ModelInfo, Path]:
+def begin(source: ModelSource, command: str, run: RunOptions, parts: Sequence[str] = ()) -> tuple[Record, Path]:
     """Name and revision of a model that can be patched, and the folder for its results; see `check`.
 
     Raises:
@@ -108,11 +108,11 @@ def begin(source: ModelSource, command: str, run: RunOptions, parts: Sequence[st
     if not source.support.supported:
         raise UserError(str(source.support))
     info = source.info()
-    folder = run.output or default_folder(info.name, command)
+    folder = run.output or default_folder(info["name"], command)
     # Processes that try to write into the same folder at once would be in each other's way.
     if is_main_process():
         for place, part in [(folder / part, part) for part in parts] or [(folder, command)]:
-            check_folder(place, part, info.to_dict())
+            check_folder(place, part, info)
     return info, folder
 
 

@@ -55,17 +55,6 @@ class BundleOptions:
     ] = None
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where to publish, and how; see `push_to_hub`."""
-
-    repo_id: str
-    private: bool | None
-    revision: str | None
-    create_pr: bool
-    message: str
-
-
 def run_card(model: str, options: BundleOptions, output: Path | None, as_json: bool) -> None:
     """Write policy, card and plots into a folder.
 
@@ -88,14 +77,15 @@ def run_card(model: str, options: BundleOptions, output: Path | None, as_json: b
 
 
 def run_publish(
-    model: str, options: BundleOptions, target: Target, *, weights: bool, dry_run: bool, as_json: bool
+    model: str, options: BundleOptions, remote: Remote, message: str, *, weights: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Publish, or show what would be.
 
     Args:
         model: The model, or the folder or repository of a policy.
         options: What goes beside the policy.
-        target: Where to publish.
+        remote: Where to publish.
+        message: Of the commit.
         weights: Whether to publish weights and tokenizer.
         dry_run: Show everything and upload nothing; the Hub is looked at if it is in reach.
         as_json: Print JSON.
@@ -105,10 +95,13 @@ def run_publish(
     """
     bundle = _bundle(model, options, weights=weights)
     check_publishable(bundle.policy)
-    remote = _look(target, dry_run=dry_run)
-    card = remote.card
-    if card is None and _is_policy_folder(model):
-        card = card_in(Path(model))
+    try:
+        remote = remote.look(anonymous=dry_run)
+    except OutOfReachError as error:
+        if not dry_run:
+            raise
+        print(f"{error}; shown as for a new repository", file=sys.stderr)
+    card = card_in(Path(model)) if remote.card is None and _is_policy_folder(model) else remote.card
     with TemporaryDirectory() as made:
         folder = Path(made)
         bundle.write(folder, remote.repo_id, card)
@@ -116,7 +109,7 @@ def run_publish(
         if dry_run:
             _show(remote, files, (folder / CARD).read_text(encoding="utf-8"), as_json=as_json)
             return
-        url = remote.commit(folder, target.message)
+        url = remote.commit(folder, message)
     said = {"repo_id": remote.repo_id, "url": url, "files": files}
     print(json.dumps(said) if as_json else f"published {remote.repo_id}: {url}")
 
@@ -125,17 +118,6 @@ def _draw(results: Results) -> None:
     if results.kind in _PLOTS and find_spec("matplotlib") is not None:
         name, draw = _PLOTS[results.kind]
         draw(results.summary, results.folder / name)
-
-
-def _look(target: Target, *, dry_run: bool) -> Remote:
-    remote = Remote(target.repo_id, None, target.revision, target.create_pr, target.private)
-    try:
-        return remote.look(anonymous=dry_run)
-    except OutOfReachError as error:
-        if not dry_run:
-            raise
-        print(f"{error}; shown as for a new repository", file=sys.stderr)
-        return remote
 
 
 def _show(remote: Remote, files: list[dict[str, Any]], card: str, *, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from hf_sparse.lab.experiment import Subject
 from hf_sparse.lab.probe import layers_of
 from hf_sparse.measure.windows import Window
 from hf_sparse.results import provenance
-from hf_sparse.share.source import ModelInfo
+from hf_sparse.share.source import describe
 
 _VOCABULARY = 97
 
@@ -63,5 +63,5 @@ def tiny_subject(seed: int, lengths: Sequence[int], targets: int = 64, documents
         for i, ids in enumerate(texts)
         for length in lengths
     ]
-    info = ModelInfo("random tiny model", f"seed {seed}", int(model.config.max_position_embeddings), "llama")
-    return Subject(model, windows, provenance(info.to_dict(), model, seed))
+    info = describe("random tiny model", f"seed {seed}", model.config)
+    return Subject(model, windows, provenance(info, model, seed))

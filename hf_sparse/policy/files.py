@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -107,19 +106,15 @@ def read(path: Path, name: str | None = None) -> Policy:
 
 
 def write(policy: Policy, path: Path) -> None:
-    """Write a policy, all or nothing; see `text_of`."""
-    write_whole(path, text_of(policy).encode())
-
-
-def text_of(policy: Policy) -> str:
-    """The text of the file: indented JSON with lists of numbers and names on one line.
+    """Write a policy, all or nothing: indented JSON with lists of numbers and names on one line.
 
     Raises:
-        UserError: if the policy holds code, which no file can.
+        UserError: if the policy holds code, which no file can, or the file cannot be written.
     """
     check_no_code(policy.config)
     text = json.dumps(policy.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
-    return _INNERMOST.sub(lambda found: "[" + _BETWEEN.sub(", ", found[1]) + "]", text) + "\n"
+    text = _INNERMOST.sub(lambda found: "[" + _BETWEEN.sub(", ", found[1]) + "]", text)
+    write_whole(path, f"{text}\n".encode())
 
 
 def check_no_code(config: SparseAttentionConfig) -> None:
@@ -155,7 +150,8 @@ def _parse(data: bytes) -> dict[str, Any]:
         raise ValueError(f"it must hold a JSON object; got {type(parsed).__name__}")
     level: list[Any] = [parsed]
     for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in _inside(outer)]
+        children = [child for outer in level for child in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [child for child in children if isinstance(child, dict | list)]
     if level:
         raise ValueError(f"it must be nested at most {MAX_DEPTH} deep")
     for field in _BUILT_IN:
@@ -163,11 +159,6 @@ def _parse(data: bytes) -> dict[str, Any]:
         if isinstance(parsed.get(field), dict) and isinstance(parsed[field].get("name"), str):
             raise ValueError(_is_code(field, parsed[field]["name"]))
     return parsed
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    children = value.values() if isinstance(value, dict) else value
-    return (child for child in children if isinstance(child, dict | list))
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -44,9 +44,17 @@ UNREADABLE: tuple[Any, ...] = (
 
 _OUT_OF_REACH = "the Hub is out of reach; check the connection, or HF_ENDPOINT and HF_HUB_OFFLINE"
 _OFFLINE = "HF_HUB_OFFLINE is set"
-_UNREACHED = (_OUT_OF_REACH, _OFFLINE)
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
+# The first that an error is an instance of.
+_KINDS: dict[type[Exception], str] = {
+    OfflineModeIsEnabled: _OFFLINE,
+    LocalTokenNotFoundError: f"there is no token; {_LOGIN}",
+    GatedRepoError: f"its owner asks readers to agree to terms on its page first; {_LOGIN}",
+    RevisionNotFoundError: "there is no such revision",
+    RepositoryNotFoundError: f"there is no such repository, or it is private and needs a token; {_LOGIN}",
+    EntryNotFoundError: "there is no such file",
+}
 _STATUS = {
     400: "the Hub refuses the request",
     401: f"the Hub does not accept the token, or needs one; {_LOGIN}",
@@ -72,7 +80,7 @@ def hub_errors(doing: str) -> Iterator[None]:
         raise
     except (OSError, HFValidationError, EntryNotFoundError, _HTTP_ERROR) as error:
         said = _explain(error)
-        kind = OutOfReachError if said.startswith(_UNREACHED) else UserError
+        kind = OutOfReachError if said.startswith((_OUT_OF_REACH, _OFFLINE)) else UserError
         raise kind(f"{doing}: {said}") from error
     except RuntimeError as error:
         # What failed in a thread that uploads is wrapped.
@@ -82,34 +90,22 @@ def hub_errors(doing: str) -> Iterator[None]:
 
 
 def _explain(error: BaseException) -> str:
-    match error:
-        case OfflineModeIsEnabled():
-            return _OFFLINE
-        case LocalTokenNotFoundError():
-            return f"there is no token; {_LOGIN}"
-        case LocalEntryNotFoundError():
-            # The request failed before it; what is cached does not help either.
-            cause = error.__cause__
-            if isinstance(cause, HfHubHTTPError):
-                return _explain(cause)
-            why = _OFFLINE if isinstance(cause, OfflineModeIsEnabled) else _OUT_OF_REACH
-            return f"{why}, and it was not downloaded before"
-        case GatedRepoError():
-            return f"its owner asks readers to agree to terms on its page first; {_LOGIN}"
-        case RevisionNotFoundError():
-            return "there is no such revision"
-        case RepositoryNotFoundError():
-            return f"there is no such repository, or it is private and needs a token; {_LOGIN}"
-        case EntryNotFoundError():
-            return "there is no such file"
-        case HfHubHTTPError():
-            status = error.response.status_code
-            said = f" ({_line(error.server_message)})" if error.server_message else ""
-            if status >= 500:
-                return f"the Hub answers with an error of its own, {status}; try again later{said}"
-            return f"{_STATUS.get(status, 'the Hub answers')}, {status}{said}"
-        case HFValidationError():
-            return _line(str(error))
+    if isinstance(error, LocalEntryNotFoundError):
+        # The request failed before it; what is cached does not help either.
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError):
+            return _explain(cause)
+        why = _OFFLINE if isinstance(cause, OfflineModeIsEnabled) else _OUT_OF_REACH
+        return f"{why}, and it was not downloaded before"
+    for kind, said in _KINDS.items():
+        if isinstance(error, kind):
+            return said
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        said = f" ({_line(error.server_message)})" if error.server_message else ""
+        if status >= 500:
+            return f"the Hub answers with an error of its own, {status}; try again later{said}"
+        return f"{_STATUS.get(status, 'the Hub answers')}, {status}{said}"
     if isinstance(error, _HTTP_ERROR | ConnectionError):
         return _OUT_OF_REACH
     return _line(str(error)) or type(error).__name__

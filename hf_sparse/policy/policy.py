@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from hf_sparse.checks import check_mapping, check_name, check_text, check_versions, shown
+from hf_sparse import checks
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy.origin import Origin, is_hub_id
@@ -32,25 +32,17 @@ class Policy:
     """
 
     config: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
-    base_model: str | None = None
-    revision: str | None = None
-    weights: bool = False
-    versions: Mapping[str, str] = field(default_factory=dict)
-    quality: tuple[QualityRecord, ...] = ()
+    base_model: Annotated[str, _check_base] | None = None
+    revision: checks.GivenName | None = None
+    weights: checks.Flag = False
+    versions: checks.Versions = field(default_factory=dict)
+    quality: Annotated[tuple[QualityRecord, ...], _check_quality] = ()
     origin: Origin = field(default=Origin(), compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, SparseAttentionConfig):
             raise ValueError(f"config must be a SparseAttentionConfig; got {type(self.config).__name__}")
-        if self.base_model is not None:
-            check_text("base_model", self.base_model)
-            if not is_hub_id(self.base_model) and not Path(self.base_model).is_absolute():
-                raise ValueError(f"base_model must be a Hub id or an absolute path; got {shown(self.base_model)}")
-        check_name("revision", self.revision, optional=True)
-        if not isinstance(self.weights, bool):
-            raise ValueError(f"weights must be true or false; got {shown(self.weights)}")
-        object.__setattr__(self, "versions", check_versions("versions", self.versions))
-        object.__setattr__(self, "quality", _records(self.quality))
+        checks.fields(self)
 
     @property
     def base(self) -> Origin:
@@ -88,9 +80,8 @@ class Policy:
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that `json.dumps` takes and `from_dict` gives back."""
-        own = {name: getattr(self, name) for name in ("base_model", "revision", "weights")}
-        quality = [record.to_dict() for record in self.quality]
-        return {**self.config.to_dict(), **own, "versions": dict(self.versions), "quality": quality}
+        own = {name: checks.as_json(getattr(self, name)) for name in ("base_model", "revision", "weights", "versions")}
+        return {**self.config.to_dict(), **own, "quality": [record.to_dict() for record in self.quality]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Policy:
@@ -99,23 +90,25 @@ class Policy:
         Raises:
             ValueError: naming the field, its value and what is allowed.
         """
-        check_mapping("a policy", data)
-        own = {name: value for name, value in data.items() if name in _OWN}
+        own = {name: value for name, value in checks.mapping("a policy", data).items() if name in _OWN}
         config = {name: value for name, value in data.items() if name not in _OWN}
         return cls(SparseAttentionConfig.from_dict(config), **own)
 
 
-_OWN = frozenset(f.name for f in fields(Policy)) - {"config", "origin"}
+def _check_base(name: str, value: Any) -> Any:
+    holds = is_hub_id(checks.text(name, value)) or Path(value).is_absolute()
+    return checks.require(holds, name, value, "a Hub id or an absolute path")
 
 
-def _records(records: Any) -> tuple[QualityRecord, ...]:
-    """`records` as quality records: each may be one already, or what JSON holds of it."""
-    if isinstance(records, str | Mapping) or not isinstance(records, Sequence):
-        raise ValueError(f"quality must be a list of records; got {shown(records)}")
+def _check_quality(name: str, value: Any) -> tuple[QualityRecord, ...]:
+    """`value` as quality records: each may be one already, or what JSON holds of it."""
     out = []
-    for i, record in enumerate(records):
+    for i, record in enumerate(checks.sequence(name, value, of="a list of records")):
         try:
             out.append(record if isinstance(record, QualityRecord) else QualityRecord.from_dict(record))
         except ValueError as error:
-            raise ValueError(f"quality[{i}]: {error}") from None
+            raise ValueError(f"{name}[{i}]: {error}") from None
     return tuple(out)
+
+
+_OWN = frozenset(f.name for f in fields(Policy)) - {"config", "origin"}

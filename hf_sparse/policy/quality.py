@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
-from hf_sparse.checks import check_integer, check_mapping, check_name, check_names, check_number, check_text, shown
+from hf_sparse import checks
 
 DENSE = "dense"
 """The method of a record that was measured with dense attention."""
-
-_METRIC = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -43,42 +41,28 @@ class QualityRecord:
         ValueError: naming the field, its value and what is allowed.
     """
 
-    metric: str = "perplexity_ratio"
-    method: str = ""
-    statistic: str = "mean"
-    length: int = 0
-    value: float = 0.0
-    low: float | None = None
-    high: float | None = None
-    density: float | None = None
-    tokens: int | None = None
-    documents: tuple[str, ...] = ()
-    model: str = ""
-    dtype: str = ""
-    device: str = ""
+    metric: Annotated[str, _check_identifier] = "perplexity_ratio"
+    method: checks.ShortText = ""
+    statistic: Annotated[str, _check_identifier] = "mean"
+    length: checks.Count = 0
+    value: checks.Number = 0.0
+    low: checks.Number | None = None
+    high: checks.Number | None = None
+    density: checks.Share | None = None
+    tokens: checks.Count | None = None
+    documents: checks.Names = ()
+    model: checks.Name = ""
+    dtype: checks.ShortText = ""
+    device: checks.ShortText = ""
 
     def __post_init__(self) -> None:
-        for name in ("metric", "statistic"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not _METRIC.fullmatch(value):
-                raise ValueError(f"{name} must be a name of lower-case letters, digits, - and _; got {shown(value)}")
-        for name in ("method", "dtype", "device"):
-            check_text(name, getattr(self, name), longest=100)
-        check_name("model", self.model)
-        check_integer("length", self.length, least=0)
-        check_number("value", self.value)
-        check_number("low", self.low, optional=True)
-        check_number("high", self.high, optional=True)
+        checks.fields(self)
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"low must be at most high ({self.high!r}); got {shown(self.low)}")
-        check_number("density", self.density, least=0.0, most=1.0, optional=True)
-        check_integer("tokens", self.tokens, least=0, optional=True)
-        object.__setattr__(self, "documents", check_names("documents", self.documents))
+            raise ValueError(f"low must be at most high ({self.high!r}); got {checks.shown(self.low)}")
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that `json.dumps` takes and `from_dict` gives back; fields that are not said are left out."""
-        out = {f.name: getattr(self, f.name) for f in fields(self)}
-        out["documents"] = list(self.documents)
+        out = {name: checks.as_json(getattr(self, name)) for name in _KNOWN}
         return {name: value for name, value in out.items() if value not in (None, "", [])}
 
     @classmethod
@@ -88,9 +72,15 @@ class QualityRecord:
         Raises:
             ValueError: for a field that does not exist, or a wrong value.
         """
-        check_mapping("quality record", data)
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(data) - set(known))
+        unknown = sorted(set(checks.mapping("quality record", data)) - set(_KNOWN))
         if unknown:
-            raise ValueError(f"fields must be among {', '.join(known)}; got {', '.join(unknown)}")
+            raise ValueError(f"fields must be among {', '.join(_KNOWN)}; got {', '.join(unknown)}")
         return cls(**data)
+
+
+def _check_identifier(name: str, value: Any) -> Any:
+    holds = isinstance(value, str) and re.fullmatch("[a-z][a-z0-9_-]{0,63}", value)
+    return checks.require(holds, name, value, "a name of lower-case letters, digits, - and _")
+
+
+_KNOWN = tuple(f.name for f in fields(QualityRecord))

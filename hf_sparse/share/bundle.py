@@ -23,7 +23,7 @@ from hf_sparse.share.measured import Results, plots, quality
 CARD, CONFIG = "README.md", "config.json"
 
 # What loading adds to a configuration, or every release of transformers writes anew.
-_INCIDENTAL = ("transformers_version", "_name_or_path", "architectures")
+_INCIDENTAL = {"transformers_version", "_name_or_path", "architectures"}
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,10 @@ class Bundle:
     def _is_base_config(self, path: Path) -> bool:
         """Whether the configuration written with the weights says what the base's says: dtype and all."""
         assert self.model is not None
-        kind = type(self.model.config)
-        written, base = (
-            kind.from_dict(json.loads(text)).to_dict() for text in (path.read_bytes(), self.base_config or b"{}")
-        )
-        for said in (written, base):
-            for name in _INCIDENTAL:
-                said.pop(name, None)
-        return bool(written == base)
+        texts = (path.read_bytes(), self.base_config or b"{}")
+        said = [type(self.model.config).from_dict(json.loads(text)).to_dict() for text in texts]
+        written, base = ({name: found[name] for name in found.keys() - _INCIDENTAL} for found in said)
+        return written == base
 
 
 def make_bundle(
@@ -184,13 +180,13 @@ def _base_files(origin: Origin) -> tuple[bytes | None, bytes | None]:
     """`config.json` and card of the base model; `None` for what it lacks, or what is out of reach."""
     if origin.name is None:
         return None, None
-    if origin.is_local:
-        folder = Path(origin.name)
-        paths = [folder / name for name in (CONFIG, CARD)]
-        config, card = (path.read_bytes() if path.is_file() and not leads_out(path, folder) else None for path in paths)
-        return config, card
     found: dict[str, bytes] = {}
     for name in (CONFIG, CARD):
+        path = Path(origin.name) / name
+        if origin.is_local:
+            if path.is_file() and not leads_out(path, path.parent):
+                found[name] = path.read_bytes()
+            continue
         try:
             with hub_errors(f"cannot read {name} of {origin.name}"):
                 found[name] = Path(hf_hub_download(origin.name, name, revision=origin.revision)).read_bytes()

@@ -13,8 +13,9 @@ _PERPLEXITIES = {
     "decoded_perplexity": "**Perplexity in decoding**: the same, with the context read in one pass and the predicted "
     "tokens one at a time; density is that of these tokens, all of which see the whole context.",
 }
-_ERRORS = ("lost_mass", "output_error")
+_ERRORS = [(metric, statistic) for metric in ("lost_mass", "output_error") for statistic in ("mean", "worst")]
 _SPEEDUP = "-speedup"
+_COMPARED = ("dense", "sparse", "ratio", "95 % interval")
 _TIMES = {
     "decode-seconds": "decode of one layer, n cached keys",
     "prefill-seconds": "prefill of one layer, n tokens",
@@ -40,83 +41,78 @@ def measured(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator
     where: dict[tuple[str, str, str, tuple[str, ...]], dict[str, None]] = {}
     for record in records:
         if record.documents:
-            what = "attention error" if record.metric in _ERRORS else "perplexity"
+            what = "attention error" if (record.metric, record.statistic) in _ERRORS else "perplexity"
             where.setdefault((record.model, record.dtype, record.device, record.documents), {})[what] = None
     for (model, dtype, device, documents), measures in where.items():
         stored = ", dequantised" if model.endswith(".gguf") else ""
         what = names(list(measures)).capitalize()
         yield f"{what}: weights `{model}`{stored}, {dtype} on {device}; texts: {names(documents)}."
-    yield from _perplexity(records, plots)
-    yield from _attention_error(records, plots)
-    yield from _speed(records, plots)
+    for kind, paragraphs, caption in (
+        ("perplexity", _perplexity(records), "Perplexity ratio, perplexity and density against context length"),
+        ("attention-error", _attention_error(records), "Attention error against visible keys"),
+        ("bench", _speed(records), "Time against length"),
+    ):
+        if found := list(paragraphs):
+            yield from found
+            yield from (f"![{caption}]({path})" for path in plots if path.startswith(f"{kind}/"))
     yield "### Where it loses"
     yield "\n".join(f"- {line}" for line in losses(records))
 
 
-def _perplexity(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
-    values = {(record.metric, record.method == DENSE, record.length): record.value for record in records}
-    header = ["context length", "dense", "sparse", "ratio", "95 % interval", "density"]
+def _perplexity(records: Sequence[QualityRecord]) -> Iterator[str]:
     for metric, text in _PERPLEXITIES.items():
-        body = [
-            [
-                f"{record.length:,}",
-                *(_cell(values.get((metric, dense, record.length)), ".2f") for dense in (True, False)),
-                f"{record.value:.4f}",
-                _interval(record, ".4f"),
-                _cell(record.density, ".3f"),
-            ]
-            for record in _ratios(records, metric)
-        ]
-        if body:
+        if ratios := _ratios(records, metric):
+            lines = _comparison(records, metric, ratios, value=".2f", ratio=".4f")
+            densities = [_cell(record.density, ".3f") for record in ratios]
+            lines = [[*line, density] for line, density in zip(lines, densities, strict=True)]
             yield text
-            yield markdown_table(header, body, left=())
-    if any(_ratios(records, metric) for metric in _PERPLEXITIES):
-        yield from _images(plots, "perplexity/", "Perplexity ratio, perplexity and density against context length")
+            yield markdown_table(["context length", *_COMPARED, "density"], lines, left=())
 
 
-def _attention_error(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
-    cells = {(record.metric, record.statistic, record.length): record for record in records}
-    columns = [(metric, statistic) for metric in _ERRORS for statistic in ("mean", "worst")]
-    body = []
-    for metric, statistic, length in cells:
-        if (metric, statistic) == columns[0]:
-            found = [cells.get((*column, length)) for column in columns]
-            errors = ("-" if record is None else f"{record.value:.4f}" for record in found)
-            body.append([f"{length:,}", *errors, _cell(cells[metric, statistic, length].density, ".3f")])
-    if not body:
-        return
-    yield (
-        "**Attention error** on the dense model's own activations, all layers and heads, the mean and the worst 1 % of "
-        "the queries: lost mass is the share of a query's attention that falls on keys not kept, output error that of "
-        "a head's output relative to its norm. Density is that of the measured queries, with no layer left dense."
-    )
-    yield markdown_table(
-        ["context length", "lost mass", "worst 1 %", "output error", "worst 1 %", "density"], body, left=()
-    )
-    yield from _images(plots, "attention-error/", "Attention error against visible keys")
+def _attention_error(records: Sequence[QualityRecord]) -> Iterator[str]:
+    found = {(record.metric, record.statistic, record.length): record for record in records}
+    lines = []
+    for metric, statistic, length in found:
+        if (metric, statistic) == _ERRORS[0]:
+            errors = [found.get((*error, length)) for error in _ERRORS]
+            cells = ["-" if error is None else f"{error.value:.4f}" for error in errors]
+            lines.append([f"{length:,}", *cells, _cell(found[metric, statistic, length].density, ".3f")])
+    if lines:
+        yield (
+            "**Attention error** on the dense model's own activations, all layers and heads, the mean and the worst "
+            "1 % of the queries: lost mass is the share of a query's attention that falls on keys not kept, output "
+            "error that of a head's output relative to its norm. Density is that of the measured queries, with no "
+            "layer left dense."
+        )
+        header = ["context length", "lost mass", "worst 1 %", "output error", "worst 1 %", "density"]
+        yield markdown_table(header, lines, left=())
 
 
-def _speed(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
-    values = {(record.metric, record.method == DENSE, record.length): record.value for record in records}
-    found = _speedups(records)
-    for metric, own in found.items():
-        first = own[0]
+def _speed(records: Sequence[QualityRecord]) -> Iterator[str]:
+    for metric, ratios in _speedups(records).items():
+        first = ratios[0]
+        lines = _comparison(records, metric, ratios, value=".3g", ratio=".2f")
         yield (
             f"**Speed**, {_TIMES.get(metric, metric)}: median seconds in the same run on {first.device} "
             f"(`{first.model}`, {first.dtype}); the ratio is dense / sparse, above 1 where sparse is faster."
         )
-        body = [
-            [
-                f"{record.length:,}",
-                *(_cell(values.get((metric, dense, record.length)), ".3g") for dense in (True, False)),
-                f"{record.value:.2f}",
-                _interval(record, ".2f"),
-            ]
-            for record in own
+        yield markdown_table(["length", *_COMPARED], lines, left=())
+
+
+def _comparison(
+    records: Sequence[QualityRecord], metric: str, ratios: Sequence[QualityRecord], *, value: str, ratio: str
+) -> list[list[str]]:
+    """A line for each of `ratios`: its length, `metric` dense and sparse, and the ratio, in these formats."""
+    values = {(record.metric, record.method == DENSE, record.length): record.value for record in records}
+    return [
+        [
+            f"{record.length:,}",
+            *(_cell(values.get((metric, dense, record.length)), value) for dense in (True, False)),
+            f"{record.value:{ratio}}",
+            _interval(record, ratio),
         ]
-        yield markdown_table(["length", "dense", "sparse", "ratio", "95 % interval"], body, left=())
-    if found:
-        yield from _images(plots, "bench/", "Time against length")
+        for record in ratios
+    ]
 
 
 def losses(records: Sequence[QualityRecord]) -> Iterator[str]:
@@ -127,7 +123,7 @@ def losses(records: Sequence[QualityRecord]) -> Iterator[str]:
     if fixed:
         what = "A fixed number of keys at equal cost is better, beyond what resampling explains,"
         yield _lengths(what, fixed, _surely_above_one)
-    if not any(record.metric == _ERRORS[0] for record in records):
+    if not any((record.metric, record.statistic) in _ERRORS for record in records):
         yield "Attention error was not measured."
     found = _speedups(records)
     for metric, own in found.items():
@@ -171,10 +167,6 @@ def _surely_above_one(record: QualityRecord) -> bool:
 def _lengths(what: str, records: Sequence[QualityRecord], holds: Callable[[QualityRecord], bool]) -> str:
     lengths = [f"{record.length:,}" for record in records if holds(record)]
     return f"{what} at {names(lengths)} tokens." if lengths else f"{what} at no length that was measured."
-
-
-def _images(plots: Sequence[str], folder: str, text: str) -> Iterator[str]:
-    return (f"![{text}]({path})" for path in plots if path.startswith(folder))
 
 
 def _interval(record: QualityRecord, form: str) -> str:

@@ -35,41 +35,41 @@ def section(policy: Policy, name: str, plots: Sequence[str] = (), license: str |
         plots: Paths of images beside the card.
         license: Licence of the base model, if it is known.
     """
-    parts = [
-        BEGIN,
-        *_introduction(policy, license),
-        *_how_to_load(policy, name),
-        *_law(policy.config),
-        *measured(policy.quality, plots),
-        END,
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _introduction(policy: Policy, license: str | None) -> Iterator[str]:
     base = "a model"
     if policy.base.is_on_hub:
         base = f"[{policy.base_model}](https://huggingface.co/{policy.base_model})"
         base += f" at revision `{policy.revision}`" if policy.revision else ""
-    yield "## Sparse attention"
-    holds = "a policy, `sparse_config.json`"
-    holds = f"the weights of {base} and {holds}" if policy.weights else f"{holds}, for {base}, and no weights"
-    yield (
-        f"This repository holds {holds}. Under the policy, a query that sees n keys attends to the k(n) that matter "
-        "most instead of all n "
-        "([arXiv 2404.02690](https://arxiv.org/abs/2404.02690)). No weight is changed."
-    )
-    yield "The weights are under the licence of the base model" + (f": `{license}`." if license else ".")
-
-
-def _how_to_load(policy: Policy, name: str) -> Iterator[str]:
-    yield "### Load"
-    yield f'```python\nimport hf_sparse\n\nmodel = hf_sparse.from_pretrained("{name}")\n```'
-    patch = f'`hf_sparse.patch(model, "{name}")` patches a model that is loaded already.'
     if policy.weights:
-        yield f"{patch} Plain `AutoModelForCausalLM` opens the same weights with dense attention."
+        holds = f"the weights of {base} and a policy, `sparse_config.json`"
+        loads, plain = "", " Plain `AutoModelForCausalLM` opens the same weights with dense attention."
     else:
-        yield f"It loads the base model{' at that revision' if policy.revision else ''} and patches it. {patch}"
+        holds = f"a policy, `sparse_config.json`, for {base}, and no weights"
+        pinned = " at that revision" if policy.revision else ""
+        loads, plain = f"It loads the base model{pinned} and patches it. ", ""
+    paragraphs = "\n\n".join([*_law(policy.config), *measured(policy.quality, plots)])
+    return f"""{BEGIN}
+
+## Sparse attention
+
+This repository holds {holds}. Under the policy, a query that sees n keys attends to the k(n) that matter most instead \
+of all n ([arXiv 2404.02690](https://arxiv.org/abs/2404.02690)). No weight is changed.
+
+The weights are under the licence of the base model{f": `{license}`" if license else ""}.
+
+### Load
+
+```python
+import hf_sparse
+
+model = hf_sparse.from_pretrained("{name}")
+```
+
+{loads}`hf_sparse.patch(model, "{name}")` patches a model that is loaded already.{plain}
+
+{paragraphs}
+
+{END}
+"""
 
 
 def _law(config: SparseAttentionConfig) -> Iterator[str]:
@@ -82,7 +82,9 @@ def _law(config: SparseAttentionConfig) -> Iterator[str]:
     }[str(config.law)]
     clamp = f"at least {config.min_keys}" + (f", at most {config.max_keys:,}" if config.max_keys else "")
     if config.per_head is None:
-        yield f"`{formula}`, {clamp} and never more than n: {_budgets(config)}."
+        table = config.budget().table(max(_SHOWN_LENGTHS))
+        budgets = ", ".join(f"{int(table[n]):,} of {n:,}" for n in _SHOWN_LENGTHS)
+        yield f"`{formula}`, {clamp} and never more than n: {budgets}."
     else:
         yield f"Calibrated, `k(n) = ceil(alpha · n^C)` with {_spread(config)}; {clamp} and never more than n."
     if config.calibration is not None:
@@ -95,12 +97,6 @@ def _law(config: SparseAttentionConfig) -> Iterator[str]:
     if below := config.dense_below:
         dense += f" Queries that see fewer than {below:,} keys stay dense."
     yield f"Selector `{config.selector}`: {_SELECTORS[str(config.selector)]}. {dense}"
-
-
-def _budgets(config: SparseAttentionConfig) -> str:
-    budget = config.budget()
-    table = budget.table(max(_SHOWN_LENGTHS))
-    return ", ".join(f"{int(table[n]):,} of {n:,}" for n in _SHOWN_LENGTHS)
 
 
 def _spread(config: SparseAttentionConfig) -> str:

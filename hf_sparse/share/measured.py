@@ -21,7 +21,6 @@ _DECODE = "decode"  # as `perplexity` calls the policy itself, its targets read 
 DECODED = "decoded_"
 """Before the name of a metric: of tokens that were read one at a time after their context."""
 
-_KINDS = ("perplexity", "attention-error", "bench")
 _LAYER_ALONE = ("decode", "prefill")
 _ERRORS = ("lost_mass", "output_error")
 # What a folder of results may hold that is worth keeping beside the policy.
@@ -53,7 +52,7 @@ class Results:
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
             kind = command_of(summary)
-            if kind not in _KINDS:
+            if kind not in _RECORDS:
                 raise ValueError(f"it is of {kind}")
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
@@ -68,12 +67,7 @@ class Results:
             UserError: if nothing was, or the summary is not one of this release.
         """
         try:
-            if self.kind == "bench":
-                records = list(_bench_records(self.summary, config))
-            else:
-                made = _perplexity_records if self.kind == "perplexity" else _error_records
-                name = selector_name(config.selector)
-                records = [record for method in self._methods(config) for record in made(self.summary, method, name)]
+            records = list(_RECORDS[self.kind](self.summary, config))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.folder / SUMMARY} was not written by this release: it lacks {error}") from error
         if not records:
@@ -82,11 +76,6 @@ class Results:
                 "measure again with the policy"
             )
         return records
-
-    def _methods(self, config: SparseAttentionConfig) -> list[str]:
-        """The methods that are `config`: one for whole texts, and one for decoding."""
-        own = [name for name, found in self.summary["configs"].items() if found is not None and _same(found, config)]
-        return [name for name in own if name != _DECODE][:1] + [name for name in own if name == _DECODE]
 
     def files(self) -> Iterator[Path]:
         """Rows, summary, tables and plots."""
@@ -113,7 +102,7 @@ def results_beside(folder: Path, without: Collection[str] = ()) -> list[Results]
         UserError: if one holds records without their summary, or a summary that cannot be read.
     """
     found = []
-    for kind in _KINDS:
+    for kind in _RECORDS:
         if kind in without:
             continue
         if (folder / kind / SUMMARY).is_file():
@@ -156,37 +145,35 @@ def _about(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _perplexity_records(summary: Mapping[str, Any], method: str, name: str) -> Iterator[QualityRecord]:
-    about = _about(summary)
-    before = DECODED if method == _DECODE else ""
-    for result in _of(summary["results"], (DENSE, method)):
-        own = about | {"length": result["length"], "density": result["density"], "tokens": result["tokens"]}
-        own["method"] = DENSE if result["method"] == DENSE else name
-        yield QualityRecord(metric=f"{before}perplexity", value=result["perplexity"], **own)
-        if result["method"] == method:
-            yield QualityRecord(metric=f"{before}perplexity_ratio", **_interval(result, "ratio"), **own)
-    for verdict in summary["adaptive_vs_fixed"]:
-        if verdict["adaptive"] == method:
-            for record in verdict["by_length"]:
-                ratio = _interval(record, "ratio")
-                yield QualityRecord(metric="ratio_to_fixed", method=name, length=record["length"], **ratio, **about)
+def _methods(summary: Mapping[str, Any], config: SparseAttentionConfig) -> list[str]:
+    """The methods that are `config`: one for whole texts, and one for decoding."""
+    own = [name for name, found in summary["configs"].items() if found is not None and _same(found, config)]
+    return [name for name in own if name != _DECODE][:1] + [name for name in own if name == _DECODE]
 
 
-def _error_records(summary: Mapping[str, Any], method: str, name: str) -> Iterator[QualityRecord]:
-    about = _about(summary)
-    for result in _of(summary["results"], (method,)):
+def _perplexity_records(summary: Mapping[str, Any], config: SparseAttentionConfig) -> Iterator[QualityRecord]:
+    about, selector = _about(summary), selector_name(config.selector)
+    for method in _methods(summary, config):
+        before = DECODED if method == _DECODE else ""
+        for result in _of(summary["results"], (DENSE, method)):
+            own = about | {name: result[name] for name in ("length", "density", "tokens")}
+            own["method"] = DENSE if result["method"] == DENSE else selector
+            yield QualityRecord(metric=f"{before}perplexity", value=result["perplexity"], **own)
+            if result["method"] == method:
+                yield QualityRecord(metric=f"{before}perplexity_ratio", **_interval(result, "ratio"), **own)
+        for verdict in summary["adaptive_vs_fixed"]:
+            for found in verdict["by_length"] if verdict["adaptive"] == method else ():
+                own = about | {"method": selector, "length": found["length"]}
+                yield QualityRecord(metric="ratio_to_fixed", **_interval(found, "ratio"), **own)
+
+
+def _error_records(summary: Mapping[str, Any], config: SparseAttentionConfig) -> Iterator[QualityRecord]:
+    about = _about(summary) | {"method": selector_name(config.selector)}
+    for result in _of(summary["results"], _methods(summary, config)):
+        own = about | {"length": result["length"], "density": result["density"], "tokens": result["rows"]}
         for metric in _ERRORS:
             for statistic, value in result[metric].items():
-                yield QualityRecord(
-                    metric=metric,
-                    method=name,
-                    statistic=statistic,
-                    length=result["length"],
-                    density=result["density"],
-                    tokens=result["rows"],
-                    **_interval(value, "value"),
-                    **about,
-                )
+                yield QualityRecord(metric=metric, statistic=statistic, **_interval(value, "value"), **own)
 
 
 def _bench_records(summary: Mapping[str, Any], config: SparseAttentionConfig) -> Iterator[QualityRecord]:
@@ -202,15 +189,11 @@ def _bench_records(summary: Mapping[str, Any], config: SparseAttentionConfig) ->
             if result["kind"] != kind or result["method"] not in (baseline, _OURS):
                 continue
             metric, place = f"{kind}-{result['quantity']}", {"length": result["length"], **own}
-            dense = result["method"] == baseline
-            yield QualityRecord(
-                metric=metric,
-                method=DENSE if dense else name,
-                density=None if dense else result.get("density"),
-                **_interval(result, "median"),
-                **place,
-            )
-            if dense:
+            time = _interval(result, "median")
+            if result["method"] == _OURS:
+                yield QualityRecord(metric=metric, method=name, density=result.get("density"), **time, **place)
+            else:
+                yield QualityRecord(metric=metric, method=DENSE, **time, **place)
                 speedup = _interval(result["ratio"], "median")
                 yield QualityRecord(metric=f"{metric}-speedup", method=name, **speedup, **place)
 
@@ -221,3 +204,6 @@ def _of(results: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Iterato
 
 def _interval(record: Mapping[str, Any], value: str) -> dict[str, Any]:
     return {"value": record[value], "low": record["low"], "high": record["high"]}
+
+
+_RECORDS = {"perplexity": _perplexity_records, "attention-error": _error_records, "bench": _bench_records}

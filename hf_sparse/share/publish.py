@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse.checks import shown
 from hf_sparse.errors import UserError, first_line
@@ -27,6 +27,7 @@ from hf_sparse.policy.origin import origin_of
 from hf_sparse.policy.suitability import check_calibration, warn_of_another_base
 from hf_sparse.share.bundle import Bundle, card_in, check_publishable, make_bundle
 from hf_sparse.share.remote import Remote
+from hf_sparse.share.source import ModelSource
 from hf_sparse.support import inspect
 
 PathLike = str | os.PathLike[str]
@@ -226,15 +227,11 @@ def _bundle(
 
 
 def _tokenizer(origin: Origin) -> PreTrainedTokenizerBase | None:
-    try:
-        if origin.name is not None:
-            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                origin.name, revision=origin.revision, trust_remote_code=False
-            )
-            return found
-    except UNREADABLE as error:
-        why = first_line(error)
-    else:
-        why = "the model was not loaded from anywhere"
+    why = "the model was not loaded from anywhere"
+    if origin.name is not None:
+        try:
+            return ModelSource(origin).tokenizer()
+        except UserError as error:
+            why = str(error)
     warnings.warn(f"no tokenizer is saved with the weights: {why}; pass tokenizer=", UserWarning, stacklevel=4)
     return None

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -39,28 +37,6 @@ _ADVICE = "pass a folder or a .gguf file, or set HF_HUB_OFFLINE=1 to use what wa
 _WEIGHTS = (".safetensors", ".bin")
 # What is read of each end of a weight file to tell two models in folders of the same name apart.
 _SAMPLE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What identifies a model in results; never a path of the machine.
-
-    Attributes:
-        name: Hub id, or the last part of the path.
-        revision: Commit on the Hub; for local models the start of a SHA-256, of the GGUF file or of the folder's
-            configuration and weights.
-        max_positions: Longest input in tokens that the model was made for; `None` if it does not say.
-        architecture: transformers' model type, such as `"llama"`.
-    """
-
-    name: str
-    revision: str
-    max_positions: int | None
-    architecture: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The attributes as a dictionary."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -138,25 +114,20 @@ class ModelSource:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The model's configuration."""
-        with self._user_errors():
-            config: PreTrainedConfig = AutoConfig.from_pretrained(self.location, **self._arguments())
-        return config
+        return cast("PreTrainedConfig", self._load(AutoConfig))
 
     @cached_property
     def support(self) -> SupportReport:
         """Whether the model can be patched, and its attention layers."""
         return inspect(self.config)
 
-    @property
-    def max_positions(self) -> int | None:
-        """Longest input in tokens that the model was made for; `None` if it does not say."""
-        longest: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return longest
+    def info(self) -> dict[str, Any]:
+        """What identifies the model in results, never a path of the machine: `describe` with the source's own name.
 
-    def info(self) -> ModelInfo:
-        """What identifies the model; reads the configuration, and local weights for their hash."""
-        revision = self._fingerprint() if self._is_here else self.commit
-        return ModelInfo(self.name, revision or "unknown", self.max_positions, self.config.model_type)
+        Reads the configuration, and local weights for their hash: the `revision` of a local model is the start of a
+        SHA-256, of the GGUF file or of the folder's configuration and weights.
+        """
+        return describe(self.name, self._fingerprint() if self._is_here else self.commit, self.config)
 
     @property
     def commit(self) -> str | None:
@@ -168,9 +139,7 @@ class ModelSource:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        with self._user_errors():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.location, **self._arguments())
-        return tokenizer
+        return cast("PreTrainedTokenizerBase", self._load(AutoTokenizer))
 
     def model(self, *, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
         """The model in evaluation mode.
@@ -184,28 +153,20 @@ class ModelSource:
             UserError: if the model cannot be found, reached or read, or is not taken with these.
         """
         check_loading(dtype, device_map)
-        arguments = self._arguments()
-        if self.gguf_file is not None:
-            arguments["quantization_config"] = GgufConfig(dequantize=True)
         kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-        with self._user_errors():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                self.location, dtype=kind, device_map=device_map, **arguments
-            )
-        return model
+        options = {"quantization_config": GgufConfig(dequantize=True)} if self.gguf_file is not None else {}
+        model = self._load(AutoModelForCausalLM, dtype=kind, device_map=device_map, **options)
+        return cast("PreTrainedModel", model)
 
-    @contextmanager
-    def _user_errors(self) -> Iterator[None]:
-        """What transformers raises on a model that is absent, out of reach or damaged, as one line."""
+    def _load(self, kind: Any, **options: Any) -> Any:
+        """What `kind.from_pretrained` gives; one line of error for a model that is absent, out of reach or damaged."""
+        given = {"revision": self.origin.revision, "gguf_file": self.gguf_file}
+        options |= {name: value for name, value in given.items() if value is not None}
         try:
-            yield
+            return kind.from_pretrained(self.location, trust_remote_code=False, **options)
         except UNREADABLE as error:
             advice = "" if self._is_here else f"; {_ADVICE}"
             raise UserError(f"cannot read the model {self.name}: {first_line(error)}{advice}") from error
-
-    def _arguments(self) -> dict[str, Any]:
-        given = {"revision": self.origin.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
-        return {name: value for name, value in given.items() if value is not None}
 
     def _fingerprint(self) -> str:
         folder = Path(self.location)
@@ -221,6 +182,22 @@ class ModelSource:
                 file.seek(max(0, path.stat().st_size - _SAMPLE_BYTES))
                 digest.update(file.read())
         return digest.hexdigest()[:16]
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Longest input in tokens that a model was made for; `None` if its configuration does not say."""
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
+def describe(name: str, revision: str | None, config: PreTrainedConfig) -> dict[str, Any]:
+    """A model as results name it."""
+    return {
+        "name": name,
+        "revision": revision or "unknown",
+        "max_positions": max_positions(config),
+        "architecture": config.model_type,
+    }
 
 
 def check_loading(dtype: str, device_map: str | None) -> None:

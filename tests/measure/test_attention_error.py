@@ -24,7 +24,7 @@ from hf_sparse.measure.layer_errors import layer_errors
 from hf_sparse.measure.methods import error_methods
 from hf_sparse.measure.windows import Window
 from hf_sparse.results import DENSE, Record, ResultFile, provenance
-from hf_sparse.share.source import ModelInfo
+from hf_sparse.share.source import describe
 from hf_sparse.support import inspect
 from tests import tiny
 from tests.calls import causal_intervals, select
@@ -244,7 +244,7 @@ def test_lengths_without_a_cost_are_a_users_mistake(model: PreTrainedModel) -> N
 def test_a_run_resumes_where_it_stopped(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    about = provenance(ModelInfo("tiny", "abc", tiny.LONGEST, "llama").to_dict(), model, seed=0)
+    about = provenance(describe("tiny", "abc", model.config), model, seed=0)
     windows = [window(seed=i, name=f"d{i}") for i in range(2)]
     methods = {"topk": BARE, "fixed": replace(BARE, law="fixed", keys=9)}
     results = ResultFile(tmp_path / "rows.jsonl")

@@ -25,7 +25,7 @@ from hf_sparse.measure.perplexity_tables import method_cells, perplexity_cells, 
 from hf_sparse.measure.windows import Window, cut_windows
 from hf_sparse.policy import files as policy_files
 from hf_sparse.results import Record, ResultFile, provenance, record_key
-from hf_sparse.share.source import ModelInfo
+from hf_sparse.share.source import describe
 from tests import small, tiny
 
 LENGTHS = [48, 96]
@@ -42,7 +42,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def about(model: PreTrainedModel) -> Record:
-    return provenance(ModelInfo("tiny", "abc", tiny.LONGEST, "llama").to_dict(), model, seed=0)
+    return provenance(describe("tiny", "abc", model.config), model, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from hf_sparse.errors import UserError
 from hf_sparse.results import Record, ResultFile, commit, provenance, record_key, resume, write_json
-from hf_sparse.share.source import ModelInfo
+from hf_sparse.share.source import describe
 from hf_sparse.tables import markdown_table, text_table
 from tests import tiny
 
@@ -143,8 +143,8 @@ def test_the_key_depends_on_values_and_not_on_their_order() -> None:
 
 
 def test_provenance_says_what_is_needed_to_repeat_a_run_and_no_path() -> None:
-    info = ModelInfo("tiny", "abc", 256, "llama")
-    about = provenance(info.to_dict(), tiny.model("llama"), seed=3)
+    model = tiny.model("llama")
+    about = provenance(describe("tiny", "abc", model.config), model, seed=3)
     assert about["model"] == {"name": "tiny", "revision": "abc", "max_positions": 256, "architecture": "llama"}
     assert (about["dtype"], about["device"], about["seed"]) == ("float32", "cpu", 3)
     assert set(about["versions"]) == {"hf_sparse", "torch", "transformers", "python"}

@@ -24,7 +24,7 @@ from hf_sparse.measure.retrieval import Prompt, evaluate, make_prompts, measure,
 from hf_sparse.measure.retrieval_summary import all_tables, summarise
 from hf_sparse.measure.windows import Window, cut_windows
 from hf_sparse.results import Record, ResultFile, provenance
-from hf_sparse.share.source import ModelInfo
+from hf_sparse.share.source import describe
 from tests import small, tiny
 from tests.small import run_command
 
@@ -70,7 +70,7 @@ def prompts(windows: list[Window]) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def about(model: PreTrainedModel) -> Record:
-    return provenance(ModelInfo("tiny", "abc", tiny.LONGEST, "llama").to_dict(), model, seed=0)
+    return provenance(describe("tiny", "abc", model.config), model, seed=0)
 
 
 def decode(ids: torch.Tensor) -> str:
