@@ -14,7 +14,7 @@ import math
 import numpy as np
 from scipy.special import expit
 
-from hf_sparse.lab.fits import FloatArray
+from hf_sparse.measure.statistics import FloatArray
 
 
 def rope_scales(query: FloatArray, key: FloatArray, frequencies: FloatArray, distances: FloatArray) -> FloatArray:

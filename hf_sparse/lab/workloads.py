@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
-from hf_sparse.lab.fits import FloatArray, Interval, shortened
+from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.fits import Interval, shortened
 from hf_sparse.lab.inputs import Input, by_input, draw_rows
-from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.topk import NORMS, softmax, top_k_errors
 from hf_sparse.laws import Budget, match_cost, total_cost
+from hf_sparse.measure.statistics import FloatArray
 from hf_sparse.results import Record
 
 BASE = Budget("power", alpha=8.0, exponent=0.5)
@@ -142,47 +143,30 @@ def conclude(records: Sequence[Record]) -> Findings:
         for name in WORKLOADS
         for law, budget in budgets(name, lengths).items()
     ]
-    ratios = {(c["law"], c["input"], c["workload"], c["norm"], c["statistic"]): c["ratio"] for c in comparisons}
-    words = {place: "{value:.2f} [{low:.2f}, {high:.2f}]".format(**ratio) for place, ratio in ratios.items()}
+
+    def place(c: dict[str, Any]) -> str:
+        ratio = "{value:.2f} [{low:.2f}, {high:.2f}]".format(**c["ratio"])
+        return f"{ratio} ({c['input']}, {c['workload']} workload, {c['norm']})"
+
     held, counts, extremes = [], {}, {}
-    panels = []
-    for label, own in list(inputs.items())[:3]:
-        drawn = ("fixed", "log", LAW, "fraction")
-        lines = {law: [np.mean(record[OTHERS_NORM]["even"][law]) for record in own] for law in drawn}
-        panels.append(Panel(label, "length of the sequence", f"{OTHERS_NORM}, mean query", lengths, lines, log="x"))
     for statistic in STATISTICS:
         ours = [c for c in comparisons if (c["law"], c["statistic"]) == (LAW, statistic)]
         better = {norm: [c["better"] for c in ours if c["norm"] == norm] for norm in COMPARED}
         ordered = sorted(ours, key=lambda c: float(c["ratio"]["value"]))
         held.append([c["better"] == LAW for c in ours])
         counts[statistic] = ", ".join(f"{norm} {b.count(LAW)} / {b.count('fixed')}" for norm, b in better.items())
-        extremes[statistic] = {
-            end: f"{words[LAW, c['input'], c['workload'], c['norm'], statistic]} ({c['input']}, {c['workload']} "
-            f"workload, {c['norm']})"
-            for end, c in (("least", ordered[0]), ("largest", ordered[-1]))
-        }
-        places = list(product(inputs, WORKLOADS))
-        grid = [[ratios[LAW, *place, norm, statistic]["value"] for norm in COMPARED] for place in places]
-        title = f"Error of {LAW} / fixed, {statistic}"
-        panels.append(Panel(title, "", "", COMPARED, grid=grid, rows=[", ".join(place) for place in places]))
-    unity = {"value": 1.0}
+        extremes[statistic] = {"least": place(ordered[0]), "largest": place(ordered[-1])}
     lines = {
         f"{label}, {statistic}": [
-            ratios.get((law, label, "even", OTHERS_NORM, statistic), unity)["value"] for law in EXPONENTS
+            c["ratio"]["value"]
+            for c in comparisons
+            if (c["input"], c["workload"], c["norm"], c["statistic"]) == (label, "even", OTHERS_NORM, statistic)
+            and c["law"] in EXPONENTS
         ]
         for label, statistic in product(list(inputs)[:2], STATISTICS)
     }
-    x, what = list(EXPONENTS.values()), f"{OTHERS_NORM} / that of fixed"
-    panels.append(Panel("Which exponent, even workload", "C (0: fixed, 1: fraction)", what, x, lines, log="y"))
-    columns = list(product(COMPARED, STATISTICS))
-    header = [f"error of {LAW} / fixed, equal cost", *(", ".join(column) for column in columns)]
-    body = [
-        [f"{label}, {name} workload", *(words[LAW, label, name, *column] for column in columns)]
-        for label, name in product(inputs, WORKLOADS)
-    ]
+    what = f"{OTHERS_NORM} / that of fixed, even workload"
+    plot = Plot("exponent C (1: fraction)", what, list(EXPONENTS.values())[1:], lines, log="y")
     figures = {"lengths": lengths, "budgets": costs, "comparisons": comparisons}
     more = {"cases": len(inputs) * len(WORKLOADS), "counts": counts, "ratio of errors": extremes}
-    return Findings(figures, more, held, panels, [(header, body)])
-
-
-EXPERIMENT = Experiment("workloads", cells, measure, conclude)
+    return Findings(figures, more, held, plot)
