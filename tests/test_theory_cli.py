@@ -42,6 +42,7 @@ def again(folder: Path, names: list[str]) -> dict[str, Any]:
     """Summary, from the rows of a folder alone."""
     rows = rows_of(folder)
     found = {name: BY_NAME[name].conclude([row for row in rows if row["experiment"] == name]) for name in names}
+    assert all(2 <= len(own.plot.lines) + len(own.plot.references) <= 4 for own in found.values())
     return run.summarise([BY_NAME[name] for name in names], found)
 
 

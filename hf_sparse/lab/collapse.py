@@ -42,6 +42,7 @@ SINK_MASS, FROZEN = 0.8, 0.8
 DISPERSED, ALIKE = 0.95, 0.95
 """Entropy over the most there is of a dispersed head; and how alike outputs are that count as one vector."""
 
+MIXING = ("output_alike", "value_alike", "output_rank", "value_rank")
 DECISIVE = ("first", "rest_largest", "rest_share")
 KINDS = ("sink-only", "frozen", "dispersed", "none")
 
@@ -65,7 +66,8 @@ def measure(cell: Cell, setting: Setting) -> Record:
         entry = detect(sample.logits, sample.visible)
         if cell["scaled"]:
             return entry
-        scaled = detect(log_scaled(sample, cell["reference"]), sample.visible)
+        factors = (sample.visible.log() / math.log(cell["reference"])).clamp(min=1)
+        scaled = detect(sample.logits * factors[:, None], sample.visible)
         return entry | {"scaled_effective": scaled["effective"]}
 
     with log_n_scaling(model, cell["reference"]) if cell["scaled"] else nullcontext():
@@ -113,12 +115,6 @@ def kind_of(first: float, rest_largest: float, rest_share: float) -> str:
     if rest_largest >= FROZEN:
         return "frozen"
     return "dispersed" if rest_share >= DISPERSED else "none"
-
-
-def log_scaled(sample: Sample, reference: int) -> Tensor:
-    """The logits times max(1, ln n / ln reference), n the keys that a query sees: `(heads, queries, keys)`."""
-    factors = sample.visible.log() / math.log(reference)
-    return sample.logits * factors.clamp(min=1)[:, None]
 
 
 def mixing(outputs: Tensor, values: Tensor) -> dict[str, list[float]]:
@@ -178,8 +174,7 @@ def conclude(records: Sequence[Record]) -> Findings:
         for name, column in growing.items()
     }
     layers = [layer for record in plain for layer in record["mixing"]]
-    names = ("output_alike", "value_alike", "output_rank", "value_rank")
-    mixed = {name: np.concatenate([layer[name] for layer in layers]) for name in names}
+    mixed = {name: np.concatenate([layer[name] for layer in layers]) for name in MIXING}
     figures: dict[str, Any] = {
         "n": n,
         "kinds": {length: {kind: own.count(kind) / len(own) for kind in KINDS} for length, own in found.items()},
@@ -190,12 +185,8 @@ def conclude(records: Sequence[Record]) -> Findings:
         "nll_above_own_when_scaled": forward["nll"] - same_text["nll"],
     }
     more = {"factor of the logits": f"max(1, ln n / ln {forward['reference']})"}
-    drawn = {
-        "effective": "e^H",
-        "scaled_effective": "e^H, log-n scaling",
-        "above": f"entries above {EPSILON:g}",
-    }
-    lines = {label: fits.bands(columns[name]) for name, label in drawn.items()}
+    names = {"effective": "e^H", "scaled_effective": "e^H, log-n scaling", "above": f"entries above {EPSILON:g}"}
+    lines = {label: fits.bands(columns[name]) for name, label in names.items()}
     plot = Plot("visible keys n", "entries, quartiles of heads", lengths, lines, {"sqrt(n)": np.sqrt(lengths)})
     kinds, alike = figures["kinds"][n], figures["mixing"]["share_alike"]
     growth, scaled = (exponents[name]["median"] for name in ("effective", "scaled_effective"))

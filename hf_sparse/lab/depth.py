@@ -182,7 +182,7 @@ def conclude(records: Sequence[Record]) -> Findings:
     alone = np.where(np.array(layers) < worst, np.nan, single[worst])
     lines = {f"layer {worst} alone": alone, "all": model["all"]}
     root = {"root of the sum of squares of single layers": np.sqrt(np.square(single).sum(0))}
-    plot = Plot("after layer", "relative error of hidden states, sparse layers", layers, lines, root, log="y")
+    plot = Plot("after layer", "relative error of hidden states, sparse layers", layers, lines, root, log="")
     more = {name: {kind: found[name] for kind, found in random.items()} for name in ("centred", "together")}
     about = {"layers": len(layers), "density": model["density"], "random layers": len(own[0]["all"])}
     with_residual, without_residual = (random[f"{word} residual, with norm"]["centred"] for word in ("with", "without"))

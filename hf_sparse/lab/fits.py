@@ -77,9 +77,8 @@ def normal_keys(spread: float, lost: float) -> float:
 def random_energy_exponent(scale: float) -> float:
     """The limit for n to infinity of the exponent of k_p, 0 < p < 1, for logits N(0, scale^2 ln n).
 
-    1 - scale^2 / 2 up to the freezing point scale = sqrt(2), and 0 from there on: the random energy model. The mass
-    sits at logits near sigma^2 = scale^2 ln n, above which there are about n^(1 - scale^2 / 2) of n; at sqrt(2) that is
-    where the largest logit is, and a bounded number of keys has the mass.
+    The random energy model: the mass sits at logits near scale^2 ln n, above which there are about
+    n^(1 - scale^2 / 2) of n; at the freezing point sqrt(2) the largest logit is there, and few keys have the mass.
     """
     return max(0.0, 1 - scale**2 / 2)
 

@@ -97,11 +97,8 @@ def conclude(records: Sequence[Record]) -> Findings:
         "exponent of keys for a share of the mass": fits.random_energy_exponent(in_units[n]),
         "by construction": trivial_rotation(gain),
     }
-    spread: dict[str, Any] = {"deviation": fits.bands(deviation), "deviation as tilted": fits.bands(tilted)}
-    thresholds: dict[str, Any] = {
-        "sqrt(ln n)": np.sqrt(np.log(lengths)),
-        "sqrt(2 ln n)": [fits.freezing_norm(n) for n in lengths],
-    }
+    spread = {"deviation": fits.bands(deviation), "deviation as tilted": fits.bands(tilted)}
+    thresholds = {"sqrt(ln n)": np.sqrt(np.log(lengths)), "sqrt(2 ln n)": np.sqrt(2 * np.log(lengths))}
     plot = Plot("visible keys n", "deviation of logits, quartiles of heads", lengths, spread, thresholds, log="x")
     held = [
         1 - figures["share_vacuous"],

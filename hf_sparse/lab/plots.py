@@ -1,8 +1,7 @@
-"""The plot of an experiment: at most four lines against a common x, and the verdicts below them."""
+"""The plot of an experiment: at most four lines against a common x."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_sparse.measure.plots import figure, length_axis, style
-
-_WIDTH, _HEIGHT, _CAPTION = 8.0, 5.0, 0.18  # inches; the last of a line of text
-_CHARACTERS = 115  # in a line of text
 
 
 @dataclass(frozen=True)
@@ -36,14 +32,13 @@ class Plot:
     references: Mapping[str, ArrayLike] = field(default_factory=dict)
     log: str = "xy"
 
-    def draw(self, title: str, captions: Sequence[str], path: Path) -> None:
+    def draw(self, title: str, path: Path) -> None:
         """Write a PNG file.
 
         Raises:
             UserError: without matplotlib.
         """
-        text = "\n".join(textwrap.fill(caption, _CHARACTERS) for caption in captions)
-        page = figure(_WIDTH, _HEIGHT + _CAPTION * text.count("\n"))
+        page = figure(6.4, 4.8)
         axes = page.subplots()
         for label, y in self.lines.items():
             low, middle, high = np.asarray(y) if np.ndim(y) == 2 else (y, y, y)
@@ -58,7 +53,6 @@ class Plot:
             axes.set_yscale("log")
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
         axes.grid(visible=True, alpha=0.25)
-        page.suptitle(title, fontsize=11)
-        page.legend(loc="outside right upper", fontsize=8)
-        page.supxlabel(text, fontsize=8, x=0.02, ha="left")
+        axes.set_title(title, fontsize=10)
+        page.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)
         page.savefig(path, dpi=100)

@@ -208,15 +208,8 @@ def frequencies_of(model: PreTrainedModel, layer: Layer) -> FloatArray:
     return np.asarray(buffer.double().cpu())
 
 
-def with_base(frequencies: FloatArray, factor: float | None) -> FloatArray:
-    """The frequencies after multiplying the base of RoPE by `factor`; zeros for `None`: no position embedding."""
-    if factor is None:
-        return frequencies * 0
-    return np.asarray(frequencies * factor ** -(np.arange(len(frequencies)) / len(frequencies)))
-
-
 @contextmanager
-def rope_base(model: PreTrainedModel, factor: float | None) -> Iterator[PreTrainedModel]:
+def rope_base(model: PreTrainedModel, factor: float | None) -> Iterator[None]:
     """Run `model` with the base of its RoPE multiplied by `factor`; `None` removes positions: all are alike.
 
     The weights were trained with the model's own base: such a pass shows the effect of the rotation on this model, not
@@ -225,8 +218,9 @@ def rope_base(model: PreTrainedModel, factor: float | None) -> Iterator[PreTrain
     originals = _frequencies(model)
     try:
         for module, name, buffer in originals:
-            setattr(module, name, torch.from_numpy(with_base(buffer.double().cpu().numpy(), factor)).to(buffer))
-        yield model
+            share = torch.arange(len(buffer), dtype=torch.float64, device=buffer.device) / len(buffer)
+            setattr(module, name, buffer * 0 if factor is None else (buffer.double() * factor**-share).to(buffer))
+        yield
     finally:
         for module, name, buffer in originals:
             setattr(module, name, buffer)

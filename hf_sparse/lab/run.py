@@ -83,9 +83,7 @@ def write(
         return summary
     subject = f": {about['model']['name']} ({about['dtype']})" if "model" in about else ""
     for name, findings in found.items():
-        own = [verdict for verdict in summary["verdicts"] if verdict["experiment"] == name]
-        captions = [f"{verdict['answer'].upper()}: {verdict['claim']}" for verdict in own]
-        findings.plot.draw(CLAIMS[name]["title"] + subject, captions, folder / f"{name}.png")
+        findings.plot.draw(CLAIMS[name]["title"] + subject, folder / f"{name}.png")
     return summary
 
 
