@@ -38,7 +38,7 @@ class Plot:
         Raises:
             UserError: without matplotlib.
         """
-        page = figure(6.4, 4.8)
+        page = figure(7.4, 4.8)
         axes = page.subplots()
         for label, y in self.lines.items():
             low, middle, high = np.asarray(y) if np.ndim(y) == 2 else (y, y, y)
