@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,10 @@ from transformers import PreTrainedModel
 
 import hf_sparse
 from hf_sparse.errors import UserError
-from hf_sparse.lab import alpha, collapse, depth, norms, rope
+from hf_sparse.lab import depth
 from hf_sparse.lab.alpha import BEST, MASS, OURS, RULE, Curves, head_errors, keys_of, laws_of
-from hf_sparse.lab.collapse import detect, kind_of, log_n_scaling, log_scaled, mixing
-from hf_sparse.lab.experiment import Experiment, Setting, Subject
-from hf_sparse.lab.plots import MOST_LINES, Panel
+from hf_sparse.lab.collapse import detect, kind_of, log_n_scaling, mixing
+from hf_sparse.lab.experiment import Setting
 from hf_sparse.lab.probe import (
     Sample,
     frequencies_of,
@@ -27,55 +27,60 @@ from hf_sparse.lab.probe import (
     row_lengths,
     split_heads,
     visit_samples,
-    with_base,
+    window_cell,
 )
+from hf_sparse.lab.run import EXPERIMENTS
 from hf_sparse.lab.scales import head_forms, is_normed, logit_spread, watched_inputs
-from hf_sparse.lab.tiny import random_tokens, tiny_subject
-from hf_sparse.measure.windows import Window
+from hf_sparse.lab.tiny import random_model, random_tokens, tiny_setting
 from tests import tiny
 
 LENGTHS = (64, 192)
+BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
-    return tiny_subject(0, LENGTHS, targets=16)
+def subject() -> Setting:
+    return tiny_setting("small", 0, LENGTHS, targets=16)
 
 
 def hooks(model: torch.nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-def setting_of(subject: Subject) -> Setting:
-    return Setting("small", 0, subject)
-
-
-def samples(model: PreTrainedModel, window: Window, lengths: list[int], queries: int = 3) -> list[Sample]:
+def samples(setting: Setting, lengths: Sequence[int], queries: int = 3) -> list[Sample]:
+    """The sampled queries of the first document."""
     found: list[Sample] = []
-    visit_samples(model, window, lengths, queries, lambda sample: found.append(sample) or {})  # type: ignore[func-returns-value]
+
+    def look(sample: Sample) -> dict[str, Any]:
+        found.append(sample)
+        return {}
+
+    visit_samples(window_cell(longest_windows(setting)[0], rows=queries), setting, look, lengths)
     return found
 
 
-def rows_of(subject: Subject, lengths: list[int]) -> list[Sample]:
-    return samples(subject.model, longest_windows(setting_of(subject))[0], lengths)
+def setting_of(model: PreTrainedModel, length: int) -> Setting:
+    """Random tokens for a model."""
+    return replace(tiny_setting("small", 0, (length,), targets=4), model=model)
 
 
-def measured(experiment: Experiment, subject: Subject) -> list[Any]:
-    setting = setting_of(subject)
+def measured(name: str, setting: Setting) -> list[Any]:
+    experiment = BY_NAME[name]
     return [{**cell, **experiment.measure(cell, setting)} for cell in experiment.cells(setting)]
 
 
-def answers(experiment: Experiment, records: list[Any]) -> list[str]:
+def answers(name: str, records: list[Any]) -> list[str]:
+    experiment = BY_NAME[name]
     return [verdict["answer"] for verdict in experiment.verdicts(experiment.conclude(records))]
 
 
 # Sampled rows
 
 
-def test_sampled_rows_are_the_attention_of_the_model(subject: Subject) -> None:
-    found = rows_of(subject, [64, 192])
-    window = longest_windows(setting_of(subject))[0]
-    eager = tiny_subject(0, LENGTHS, targets=16).model
+def test_sampled_rows_are_the_attention_of_the_model(subject: Setting) -> None:
+    found = samples(subject, [64, 192])
+    window = longest_windows(subject)[0]
+    eager = random_model(0)
     eager.set_attn_implementation("eager")
     attentions = eager(input_ids=window.input_ids[None], output_attentions=True, use_cache=False).attentions
     assert [(rows.layer, rows.length) for rows in found] == [(layer, n) for layer in range(4) for n in (64, 192)]
@@ -88,18 +93,15 @@ def test_sampled_rows_are_the_attention_of_the_model(subject: Subject) -> None:
 
 
 def test_layers_with_a_sliding_window_are_left_out() -> None:
-    model = tiny.model("gemma3")
-    window = tiny_subject(0, (64,)).windows[0]
-    assert {rows.layer for rows in samples(model, window, [16, 64])} == {1}
+    setting = setting_of(tiny.model("gemma3"), 64)
+    assert {rows.layer for rows in samples(setting, [16, 64])} == {1}
     assert tiny.config("gemma3").layer_types == ["sliding_attention", "full_attention"]
 
 
-def test_windows_and_lengths(subject: Subject) -> None:
-    assert [window.length for window in longest_windows(setting_of(subject))] == [192] * 3
-    assert [window.length for window in longest_windows(setting_of(subject), at_most=100)] == [64] * 3
-    assert [window.length for window in longest_windows(setting_of(subject), at_most=10)] == [64] * 3
-    assert row_lengths(1000) == [128, 256, 512, 1000]
-    assert row_lengths(128) == [64, 128]
+def test_windows_and_lengths(subject: Setting) -> None:
+    for at_most, expected in ((None, 192), (100, 64), (10, 64)):
+        assert [window.length for window in longest_windows(subject, at_most)] == [expected] * 3
+    assert (row_lengths(1000), row_lengths(128)) == ([128, 256, 512, 1000], [64, 128])
 
 
 def test_a_model_without_separate_projections_is_refused() -> None:
@@ -124,12 +126,12 @@ def test_the_form_of_a_head_gives_the_logits_of_the_model(name: str) -> None:
         handles = [attention.q_norm.register_forward_hook(note("q")), attention.k_norm.register_forward_hook(note("k"))]
     else:
         handles = [attention.q_proj.register_forward_pre_hook(note("q"))]
-    found = samples(model, tiny_subject(0, (12,), targets=4).windows[0], [12], 1)
+    found = samples(setting_of(model, 12), [12], 1)
     for handle in handles:
         handle.remove()
     rows = found[-1]
     row, column = int(rows.visible[0]) - 1, 3
-    turned = with_base(frequencies_of(model, layer), 1.0) * (row - column)
+    turned = frequencies_of(model, layer) * (row - column)
     cos, sin = np.diag(np.cos(turned)), np.diag(np.sin(turned))
     rotation = np.block([[cos, -sin], [sin, cos]])
     for head, (query, key) in enumerate(head_forms(layer)):
@@ -141,8 +143,8 @@ def test_the_form_of_a_head_gives_the_logits_of_the_model(name: str) -> None:
         assert logit == pytest.approx(float(rows.logits[head, 0, column]), rel=1e-4, abs=1e-4)
 
 
-def test_the_inputs_that_are_watched_are_those_of_the_projections(subject: Subject) -> None:
-    window = longest_windows(setting_of(subject))[0]
+def test_the_inputs_that_are_watched_are_those_of_the_projections(subject: Setting) -> None:
+    window = longest_windows(subject)[0]
     states = subject.model.model(input_ids=window.input_ids[None], output_hidden_states=True).hidden_states
     with watched_inputs(subject.model) as moments:
         subject.model.model(input_ids=window.input_ids[None])
@@ -155,12 +157,9 @@ def test_the_inputs_that_are_watched_are_those_of_the_projections(subject: Subje
             np.testing.assert_allclose(deviation[0], x.std(0).numpy(), rtol=1e-3)
 
 
-def test_the_spread_of_gaussian_logits_is_their_deviation(subject: Subject) -> None:
-    sample = rows_of(subject, [64])[0]
-
+def test_the_spread_of_gaussian_logits_is_their_deviation() -> None:
     def spread_of(logits: torch.Tensor) -> dict[str, list[float]]:
-        keys = logits.shape[-1]
-        return logit_spread(replace(sample, length=keys, logits=logits, seen=torch.ones(4, keys, dtype=torch.bool)))
+        return logit_spread(logits, torch.tensor([logits.shape[-1]] * 4))
 
     logits = 1.5 * torch.randn(2, 4, 20_000, generator=torch.Generator().manual_seed(0)) + 7
     plain = spread_of(logits)
@@ -209,7 +208,7 @@ def test_without_positions_the_order_of_earlier_tokens_does_not_matter_to_one_la
 
 
 def test_without_residual_norm_and_feed_forward_a_model_is_its_attention() -> None:
-    model = tiny_subject(3, (32,)).model
+    model = random_model(3)
     ids = random_tokens(24, 3)
     layer = layers_of(model)[0]
     model.model(input_ids=ids[None], output_hidden_states=True)  # for which transformers leaves hooks
@@ -231,7 +230,7 @@ def test_without_residual_norm_and_feed_forward_a_model_is_its_attention() -> No
     assert hooks(model) == before
 
 
-def test_no_error_where_every_key_is_kept_and_some_where_not(subject: Subject) -> None:
+def test_no_error_where_every_key_is_kept_and_some_where_not(subject: Setting) -> None:
     ids = random_tokens(64, 0)
     none = depth.errors_through_depth(subject.model, ids, alpha=64.0)
     assert np.abs(none["single"]).max() < 1e-5
@@ -249,38 +248,34 @@ def test_no_error_where_every_key_is_kept_and_some_where_not(subject: Subject) -
 
 def test_detectors_on_rows_that_are_known() -> None:
     n = 400
-    uniform, frozen, sink, both = (torch.zeros(1, 1, n) for _ in range(4))
+    uniform, frozen, sink, both = torch.zeros(4, 1, 1, n)
     frozen[..., 200] = 60.0
     sink[..., 0] = 60.0
     both[..., 0], both[..., 200] = 60.0, 40.0
+    peaked = torch.linspace(0, 5, n)[None, None]
     visible = torch.tensor([n])
 
     def kind(logits: torch.Tensor) -> str:
-        found = detect(logits, visible, 4)
+        found = detect(logits, visible)
         return kind_of(found["first"][0], found["rest_largest"][0], found["rest_share"][0])
 
-    assert [kind(logits) for logits in (uniform, frozen, sink, both)] == [
-        "dispersed",
-        "frozen",
-        "sink-only",
-        "sink-only",
-    ]
-    flat = detect(uniform, visible, 4)
+    found = [kind(logits) for logits in (uniform, frozen, sink, both, peaked)]
+    assert found == ["dispersed", "frozen", "sink-only", "sink-only", "none"]
+    flat = detect(uniform, visible)
     assert flat["effective"][0] == pytest.approx(n)
     assert flat["above"] == [0]
-    assert detect(frozen, visible, 4)["above"] == [1]
-    peaked = torch.linspace(0, 5, n)[None, None]
-    assert kind(peaked) == "none"
+    assert detect(frozen, visible)["above"] == [1]
 
 
-def test_log_n_scaling_in_the_model_is_that_of_its_logits(subject: Subject) -> None:
-    plain = rows_of(subject, [64, 192])
+def test_log_n_scaling_in_the_model_is_that_of_its_logits(subject: Setting) -> None:
+    plain = samples(subject, [64, 192])
     with log_n_scaling(subject.model, 64):
-        scaled = rows_of(subject, [64, 192])
+        scaled = samples(subject, [64, 192])
     assert not torch.allclose(plain[1].logits.softmax(-1), scaled[1].logits.softmax(-1), atol=1e-3)
-    torch.testing.assert_close(log_scaled(plain[1], 64).softmax(-1), scaled[1].logits.softmax(-1))  # the first layer
+    factors = (plain[1].visible.log() / math.log(64)).clamp(min=1)[:, None]
+    torch.testing.assert_close((plain[1].logits * factors).softmax(-1), scaled[1].logits.softmax(-1))  # first layer
     torch.testing.assert_close(plain[0].logits.softmax(-1), scaled[0].logits.softmax(-1))  # up to 64 keys, as before
-    again = rows_of(subject, [64, 192])
+    again = samples(subject, [64, 192])
     assert torch.equal(plain[1].weights, again[1].weights)
 
 
@@ -312,14 +307,14 @@ def test_laws_spend_the_budget_and_the_objective_gives_keys_where_they_help() ->
     assert set(keys) == {RULE, "fixed", "fraction", BEST, MASS, OURS}
     assert all(90 < own.mean() <= 100 + 1e-6 for own in keys.values())
     # Least sum of level / k at a given sum of k: k in proportion to the root of the level, 1 : 2 : 4.
-    ours = keys[OURS]
+    ours = keys[OURS][..., 0]
     np.testing.assert_allclose(ours.mean(0) / ours.mean(), np.array([1, 2, 4]) * 3 / 7, rtol=0.25)
     error = {name: curves.errors(own).mean() for name, own in keys.items()}
     assert error[OURS] < error[BEST] <= error[RULE] * (1 + 1e-9)
 
 
-def test_error_curves_are_the_errors_of_the_layer_output(subject: Subject) -> None:
-    rows = rows_of(subject, [64])[0]
+def test_error_curves_are_the_errors_of_the_layer_output(subject: Setting) -> None:
+    rows = samples(subject, [64])[0]
     layer = layers_of(subject.model)[0]
     found = head_errors(rows, layer, 2.0)
     kept = 16
@@ -339,38 +334,18 @@ def test_error_curves_are_the_errors_of_the_layer_output(subject: Subject) -> No
 # The experiments as a whole
 
 
-@pytest.mark.parametrize("module", [norms, rope, collapse, alpha])
-def test_an_experiment_runs_on_a_tiny_model_and_its_panels_draw(module: Any) -> None:
-    experiment: Experiment = module.EXPERIMENT
-    findings = experiment.conclude(measured(experiment, tiny_subject(0, (64, 256), targets=16)))
-    assert experiment.verdicts(findings)
-    assert len(findings.panels) == 2
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    for panel, axes in zip(findings.panels, figure.subplots(1, 2), strict=True):
-        panel.draw(axes)
-        assert axes.get_ylabel()
-        assert 1 <= len(axes.get_lines()) <= MOST_LINES
-
-
-def test_a_panel_of_more_lines_than_a_reader_follows_is_refused() -> None:
-    with pytest.raises(ValueError, match="a panel takes 4 lines"):
-        Panel("five", "x", "y", [1, 2], {str(i): [1, 2] for i in range(5)})
-
-
-def test_the_verdict_on_r_turns_with_the_rows(subject: Subject) -> None:
-    records = measured(norms.EXPERIMENT, subject)
-    assert answers(norms.EXPERIMENT, records)[0] == "fails"
+def test_the_verdict_on_r_turns_with_the_rows(subject: Setting) -> None:
+    records = measured("norms", subject)
+    assert answers("norms", records)[0] == "fails"
     for record in records:
         if record["part"] == "text":
             record["inputs"]["bound"] = (np.array(record["inputs"]["bound"]) / 30).tolist()
-    assert answers(norms.EXPERIMENT, records)[0] == "holds"
+    assert answers("norms", records)[0] == "holds"
 
 
-def test_r_of_normalised_queries_is_not_said_to_be_tested(subject: Subject) -> None:
-    records = {
-        name: measured(norms.EXPERIMENT, replace(subject, model=tiny.model(name))) for name in ("llama", "qwen3")
-    }
-    last = {name: answers(norms.EXPERIMENT, own)[-1] for name, own in records.items()}
+def test_r_of_normalised_queries_is_not_said_to_be_tested(subject: Setting) -> None:
+    records = {name: measured("norms", replace(subject, model=tiny.model(name))) for name in ("llama", "qwen3")}
+    last = {name: answers("norms", own)[-1] for name, own in records.items()}
     assert (last["llama"] == "not testable here", last["qwen3"] == "not testable here") == (False, True)
 
 
@@ -386,5 +361,5 @@ def test_the_verdict_on_depth_turns_with_the_rows() -> None:
         for residual in (True, False)
         for norm in (True, False)
     ]
-    found = [answers(depth.EXPERIMENT, [record(last, part="model"), *random]) for last in (0.17, 0.9)]
+    found = [answers("depth", [record(last, part="model"), *random]) for last in (0.17, 0.9)]
     assert found == [["holds", "holds"], ["fails", "holds"]]

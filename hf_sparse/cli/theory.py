@@ -21,7 +21,7 @@ from hf_sparse.results import check_folder
 from hf_sparse.share.source import ModelSource
 
 if TYPE_CHECKING:
-    from hf_sparse.lab.experiment import Subject
+    from hf_sparse.lab.experiment import Setting
 
 SYNTHETIC, TINY = "synthetic", "random-tiny-model"
 _LENGTHS = {"small": "256,512", "full": "512,1024,2048,4096"}
@@ -73,13 +73,12 @@ def run_theory(options: TheoryOptions, run: RunOptions) -> tuple[dict[str, Any],
     """
     if find_spec("scipy") is None:
         raise UserError('the theory lab needs scipy: pip install "hf_sparse[theory]"')
+    from hf_sparse.lab import run as lab
     from hf_sparse.lab.experiment import Setting
-    from hf_sparse.lab.run import find_experiments
-    from hf_sparse.lab.run import run as run_experiments
 
     if options.scale not in _LENGTHS:
         raise UserError(f"scale must be among {', '.join(_LENGTHS)}; got {options.scale!r}")
-    chosen = find_experiments(options.experiment or [])
+    chosen = lab.find_experiments(options.experiment or [])
     synthetic = [experiment for experiment in chosen if not experiment.needs_model]
     on_models = [experiment for experiment in chosen if experiment.needs_model]
     if not options.model and options.scale == "full":
@@ -93,15 +92,44 @@ def run_theory(options: TheoryOptions, run: RunOptions) -> tuple[dict[str, Any],
     folder = run.output or Path("results/theory")
     if synthetic:
         check_folder(folder / SYNTHETIC, "theory")
-    subjects = _subjects(options, run, lengths, folder) if on_models else {}
+    settings = _settings(options, run, lengths, folder) if on_models else {}
     summaries = {}
     if synthetic:
-        setting = Setting(options.scale, run.seed)
-        summaries[SYNTHETIC] = run_experiments(synthetic, setting, folder / SYNTHETIC)
-    for name, load in subjects.items():
-        setting = Setting(options.scale, run.seed, load())
-        summaries[name] = run_experiments(on_models, setting, folder / name)
+        summaries[SYNTHETIC] = lab.run(synthetic, Setting(options.scale, run.seed), folder / SYNTHETIC)
+    for name, load in settings.items():
+        summaries[name] = lab.run(on_models, load(), folder / name)
     return summaries, folder
+
+
+def _settings(
+    options: TheoryOptions, run: RunOptions, lengths: list[int], folder: Path
+) -> dict[str, Callable[[], Setting]]:
+    """Loaders of the models with their texts, which are checked, by the name of their folder in `folder`."""
+    from hf_sparse.lab.probe import check_layers
+    from hf_sparse.lab.tiny import tiny_setting
+
+    if not options.model:
+        print("no --model: the experiments on models try a random tiny one", file=sys.stderr)
+        check_folder(folder / TINY, "theory")
+        return {TINY: partial(tiny_setting, options.scale, run.seed, lengths)}
+    data = DataOptions(text=options.text, documents=options.documents)
+    found: dict[str, Callable[[], Setting]] = {}
+    for model in options.model:
+        source = ModelSource.find(model, run.revision)
+        name = source.name.rpartition("/")[2].removesuffix(".gguf")
+        if name in (SYNTHETIC, *found):
+            raise UserError(f"results of {model} would go into the folder {name}, which another part has: run it alone")
+        own = replace(run, output=folder / name)
+        checked = check(source, "theory", data, own, lengths, min(_MOST_TARGETS, lengths[0]))
+        check_layers(source.config)
+        found[name] = partial(_load, options.scale, checked)
+    return found
+
+
+def _load(scale: str, evaluation: Evaluation) -> Setting:
+    from hf_sparse.lab.experiment import Setting
+
+    return Setting(scale, evaluation.run.seed, evaluation.model, evaluation.windows, evaluation.about)
 
 
 def print_theory(summaries: dict[str, Any], folder: Path) -> None:
@@ -118,34 +146,3 @@ def print_theory(summaries: dict[str, Any], folder: Path) -> None:
 
 def _wrapped(text: str, indent: str = "") -> str:
     return textwrap.fill(text, 110, initial_indent=indent, subsequent_indent=indent + "  ")
-
-
-def _subjects(
-    options: TheoryOptions, run: RunOptions, lengths: list[int], folder: Path
-) -> dict[str, Callable[[], Subject]]:
-    """The models with their texts, checked and not loaded yet, by the name of their folder in `folder`."""
-    from hf_sparse.lab.probe import check_layers
-    from hf_sparse.lab.tiny import tiny_subject
-
-    if not options.model:
-        print("no --model: the experiments on models try a random tiny one", file=sys.stderr)
-        check_folder(folder / TINY, "theory")
-        return {TINY: partial(tiny_subject, run.seed, lengths)}
-    data = DataOptions(text=options.text, documents=options.documents)
-    found: dict[str, Callable[[], Subject]] = {}
-    for model in options.model:
-        source = ModelSource.find(model, run.revision)
-        name = source.name.rpartition("/")[2].removesuffix(".gguf")
-        if name in (SYNTHETIC, *found):
-            raise UserError(f"results of {model} would go into the folder {name}, which another part has: run it alone")
-        own = replace(run, output=folder / name)
-        checked = check(source, "theory", data, own, lengths, min(_MOST_TARGETS, lengths[0]))
-        check_layers(source.config)
-        found[name] = partial(_load, checked)
-    return found
-
-
-def _load(evaluation: Evaluation) -> Subject:
-    from hf_sparse.lab.experiment import Subject
-
-    return Subject(evaluation.model, evaluation.windows, evaluation.about)

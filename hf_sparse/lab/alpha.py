@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from hf_sparse.calibration.laws import cheapest, interpolated
 from hf_sparse.calibration.projection import output_weights
 from hf_sparse.diagnostics import concentration
 from hf_sparse.lab import fits, probe
 from hf_sparse.lab.bounds import certificate, max_entry_floor, output_bound
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
-from hf_sparse.lab.fits import FloatArray
-from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.topk import NORMS, top_k_errors
 from hf_sparse.laws import bisect
+from hf_sparse.measure.statistics import FloatArray, log_slope
 from hf_sparse.results import Record
 
 ALPHA = {"small": 2.0, "full": 8.0}
@@ -55,15 +56,14 @@ def cells(setting: Setting) -> Sequence[Cell]:
 
 def measure(cell: Cell, setting: Setting) -> Record:
     """See `head_errors`: a list with an entry per layer and n."""
-    model = setting.subject.model
-    layers = {layer.index: layer for layer in probe.layers_of(model)}
+    layers = {layer.index: layer for layer in probe.layers_of(setting.model)}
 
     def look(sample: probe.Sample) -> Record:
         needed = concentration(sample.dense)["keys_95"][0].mean(-1).tolist()
         return head_errors(sample, layers[sample.layer], cell["alpha"]) | {"keys_95": needed}
 
-    window, lengths = probe.find_window(cell, setting), probe.row_lengths(cell["length"], cell["least"])
-    return {"curves": probe.visit_samples(model, window, lengths, cell["rows"], look)}
+    lengths = probe.row_lengths(cell["length"], cell["least"])
+    return {"curves": probe.visit_samples(cell, setting, look, lengths)}
 
 
 def key_counts(length: int) -> list[int]:
@@ -128,24 +128,19 @@ class Curves:
         return cls({n: np.pad(curves, ((0, 0), (0, 1))) for n, curves in columns["error"].items()}, columns["keys_95"])
 
     def errors(self, keys: FloatArray) -> FloatArray:
-        """Errors under `keys` `(lengths, heads, ...)`: the same shape, linear in log k between the measured k."""
-        out = np.empty(keys.shape)
-        for i, (n, curves) in enumerate(self.error.items()):
-            counts = np.log([*key_counts(n), n])
-            for head, errors in enumerate(curves):
-                out[i, head] = np.interp(np.log(keys[i, head]), counts, errors)
-        return out
+        """Errors under the keys of a law, as `keys_of` gives them: `(lengths, heads, 1 or laws)`."""
+        curves = zip(self.error.items(), keys, strict=True)
+        return np.stack([interpolated([*key_counts(n), n], error, kept) for (n, error), kept in curves])
 
 
 Law = tuple[FloatArray, FloatArray]
-"""alpha and C of every head, `(heads,)` each."""
+"""alpha and C, of one law for each head `(heads, 1)`, or of several for all heads `(laws,)`."""
 
 
 def keys_of(law: Law, lengths: Sequence[int]) -> FloatArray:
-    """k of every head at every n, at least `LEAST_KEYS` and at most n: `(lengths, *law.shape)`."""
+    """k at every n, at least `LEAST_KEYS` and at most n: `(lengths, heads, 1)` or `(lengths, laws)`."""
     n = np.asarray(lengths, np.float64).reshape(-1, *[1] * np.ndim(law[0]))
-    keys: FloatArray = np.clip(law[0] * n ** law[1], LEAST_KEYS, n)
-    return keys
+    return np.asarray(np.clip(law[0] * n ** law[1], LEAST_KEYS, n))
 
 
 def spend(make: Callable[[float], Law], lengths: Sequence[int], cost: float) -> Law:
@@ -157,7 +152,7 @@ def spend(make: Callable[[float], Law], lengths: Sequence[int], cost: float) -> 
 def laws_of(curves: Curves, cost: float) -> dict[str, Law]:
     """The laws that are compared, of equal cost: one for all heads, and two ways to one per head."""
     lengths, needed = list(curves.needed), np.stack(list(curves.needed.values()))
-    ones = np.ones(needed.shape[1])
+    ones = np.ones((needed.shape[1], 1))
 
     def uniform(exponent: float) -> Law:
         return spend(lambda alpha: (alpha * ones, exponent * ones), lengths, cost)
@@ -165,17 +160,15 @@ def laws_of(curves: Curves, cost: float) -> dict[str, Law]:
     def error(law: Law) -> float:
         return float(curves.errors(keys_of(law, lengths)).sum())
 
-    slopes = fits.log_log_slope(lengths, needed)
-    level = np.exp(np.log(needed).mean(0) - slopes * np.log(lengths).mean())
-    exponents = np.clip(slopes, 0, 1)
+    slopes, level = log_slope(lengths, needed.T)
+    by_mass = np.exp(level)[:, None], np.clip(slopes, 0, 1)[:, None]
     # Errors and costs of a grid of laws for every head, `(heads, laws)` and `(laws,)`.
     alphas, powers = (np.array(column) for column in zip(*_GRID, strict=True))
-    grid = keys_of((alphas, powers), lengths)
-    errors = curves.errors(np.repeat(grid[:, None], len(ones), axis=1)).mean(0)
-    costs = grid.mean(0)
+    keys = keys_of((alphas, powers), lengths)
+    errors, costs = curves.errors(keys).mean(0), keys.mean(0)
 
-    def cheapest(keys_a_price: float) -> Law:
-        best = (errors + costs / keys_a_price).argmin(1)
+    def by_error(keys_a_price: float) -> Law:
+        best = cheapest(errors, costs, 1 / keys_a_price)[:, None]
         return alphas[best], powers[best]
 
     return {
@@ -183,8 +176,8 @@ def laws_of(curves: Curves, cost: float) -> dict[str, Law]:
         "fixed": uniform(0.0),
         "fraction": uniform(1.0),
         BEST: min((uniform(exponent) for exponent in np.linspace(0, 1, 21)), key=error),
-        MASS: spend(lambda factor: (factor * level, exponents), lengths, cost),
-        OURS: spend(cheapest, lengths, cost),
+        MASS: spend(lambda factor: (factor * by_mass[0], by_mass[1]), lengths, cost),
+        OURS: spend(by_error, lengths, cost),
     }
 
 
@@ -202,13 +195,13 @@ def conclude(records: Sequence[Record]) -> Findings:
             "keys": keys[name].mean(),
             "fitted": fitted.errors(keys[name]).mean(),
             "held_out": errors[name].mean(),
-            "by_n": dict(zip(lengths, errors[name].mean(1), strict=True)),
+            "by_n": dict(zip(lengths, errors[name].mean((1, 2)), strict=True)),
             "alpha": np.median(law[0]),
             "exponent": np.median(law[1]),
         }
         for name, law in chosen.items()
     }
-    by_head = np.sort(errors[RULE].mean(0))[::-1]
+    by_head = np.sort(errors[RULE].mean((0, 2)))[::-1]
     ratio = {name: float(error.mean() / errors[RULE].mean()) for name, error in errors.items()}
     columns = fits.by_length(records, "curves")
     bound = {name: columns[name][n] for name in BOUNDS}
@@ -228,29 +221,9 @@ def conclude(records: Sequence[Record]) -> Findings:
         "best single law": f"{laws[BEST]['alpha']:.3g} n^{laws[BEST]['exponent']:.2f}",
         "kept keys": f"{math.ceil(alpha * math.sqrt(n))} of {n:,}",
     }
-    header = [
-        "law",
-        "alpha (median)",
-        "C (median)",
-        "keys a row",
-        "error, fitted texts",
-        "error, held out",
-        "over rule",
-    ]
-    form = "{alpha:.3g} {exponent:.2f} {keys:.0f} {fitted:.3g} {held_out:.3g}"
-    body = [[name, *form.format(**law).split(), f"{ratio[name]:.2f}"] for name, law in laws.items()]
-    shown = {name: errors[name].mean(1) for name in (RULE, "fixed", MASS, OURS)}
-    order = np.argsort(bound["lost"])
-    lost, certified = (np.maximum(bound[name][order], 1e-6) for name in ("lost", "certified"))
-    heads, tight = {"a head, mean query": certified}, {"tight": lost}
-    panels = [
-        Panel("Laws at equal cost, held-out text", "visible keys n", "squared output error", lengths, shown),
-        Panel("Lost and certified mass", "lost mass tau", "certificate", list(lost), heads, tight, points=True),
-    ]
+    shown = {name: errors[name].mean((1, 2)) for name in (RULE, "fixed", MASS, OURS)}
+    plot = Plot("visible keys n", "squared output error at equal cost, held-out text", lengths, shown)
     others = min(value for name, value in ratio.items() if name != OURS)
     best, certified_share = min(ratio[RULE], ratio[BEST]), figures["share_certified_below_half"]
     held = [ratio[OURS] < 0.95 * others, best < ratio["fixed"], certified_share]
-    return Findings(figures, more, held, panels, [(header, body)])
-
-
-EXPERIMENT = Experiment("alpha", cells, measure, conclude, needs_model=True)
+    return Findings(figures, more, held, plot)

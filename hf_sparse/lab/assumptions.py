@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from hf_sparse.lab.bounds import row_radius
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
-from hf_sparse.lab.fits import Interval, shortened, slope, trend
-from hf_sparse.lab.inputs import Input, by_input, draw_rows
-from hf_sparse.lab.plots import Panel
-from hf_sparse.lab.topk import NORMS, row_shape, softmax, top_k_errors
+from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.fits import shortened, slope, trend
+from hf_sparse.lab.inputs import Array, Input, by_input, over_rows
+from hf_sparse.lab.plots import Plot
+from hf_sparse.lab.topk import NORMS, keys_90, softmax, top_k_errors
 from hf_sparse.lab.windows import SIZES, kept_keys
 from hf_sparse.results import Record
 
@@ -40,11 +40,6 @@ VIOLATIONS = {
     ],
 }
 INPUTS = (BASELINE, *(source for sources in VIOLATIONS.values() for source in sources))
-_DRAWN = (
-    "Student tokens (df 3), R = 1",
-    "correlated neighbours (AR(1), 0.99), R = 1",
-    "bounded tokens, R = sqrt(ln n)",
-)
 
 
 def cells(setting: Setting) -> list[Cell]:
@@ -56,18 +51,18 @@ def cells(setting: Setting) -> list[Cell]:
 def measure(cell: Cell, setting: Setting) -> Record:
     """Errors of the window, keys for 90 % of the mass, and the logits against their bound: one number per repeat."""
     n, source = cell["n"], Input.of(cell)
+    kept, places = kept_keys([WINDOW], n), [NORMS.index(name) for name in MEASURED]
     # What row_radius gives for a query with ||W^T x||_2 = R, which is what it is on average over bounded queries.
     radius = row_radius(source.norm_at(n), 1.0, n, DELTA)
-    out: dict[str, list[float]] = {name: [] for name in (*MEASURED, "keys_90", "logit_over_bound")}
-    for rng in setting.rng(cell).spawn(cell["repeats"]):
-        queries = [(x, softmax(x), values) for x, values in draw_rows(source, n, cell["rows"], rng)]
-        errors = np.mean([top_k_errors(p, values, kept_keys([WINDOW], n))[0] for _, p, values in queries], axis=0)
-        for name in MEASURED:
-            out[name].append(errors[NORMS.index(name), 0])
-        out["keys_90"].append(float(np.mean([row_shape(p)["keys_90"] for _, p, _ in queries])))
+
+    def look(logits: Array, values: Array) -> list[float]:
+        weights = softmax(logits)
+        errors = top_k_errors(weights, values, kept)[0][places, 0]
         # A shift of all logits changes nothing: what counts is their distance from their mean.
-        out["logit_over_bound"].append(float(np.mean([np.abs(x - x.mean()).max() for x, _, _ in queries])) / radius)
-    return {name: shortened(values) for name, values in out.items()}
+        return [*errors, keys_90(weights), np.abs(logits - logits.mean()).max() / radius]
+
+    columns = over_rows(cell, setting, look).mean(1).T
+    return dict(zip((*MEASURED, "keys_90", "logit_over_bound"), shortened(columns), strict=True))
 
 
 def fit_input(label: str, records: Sequence[Record]) -> dict[str, Any]:
@@ -104,18 +99,7 @@ def conclude(records: Sequence[Record]) -> Findings:
             f"{fit['max entry']['value']:.2f}, lost mass at the longest n {fit['lost_mass_at_longest']:.2f}"
             for fit in (baseline, *own)
         }
-    columns = ("keys_90", *MEASURED)
-    header = ["input", "exponent of k_90", *(f"{name}, {WINDOW}" for name in MEASURED), "largest logit / bound"]
-    body = [
-        [label, *(str(Interval(**fit[name])) for name in columns), f"{fit['logit_over_bound']:.2f}"]
-        for label, fit in fits.items()
-    ]
-    grid = [[fit[name]["value"] for name in columns] for fit in fits.values()]
-    panels = [Panel(f"Slopes in n, {WINDOW} keys", "", "", columns, grid=grid, rows=list(fits))]
-    for name in ("max entry", "keys_90", "lost mass", "relative output", "logit_over_bound"):
-        lines = {label: [np.mean(record[name]) for record in inputs[label]] for label in (BASELINE.label, *_DRAWN)}
-        panels.append(Panel(f"{WINDOW} keys", "keys n", name.replace("_", " "), baseline["lengths"], lines))
-    return Findings({"window": WINDOW, "fits": list(fits.values())}, more, held, panels, [(header, body)])
-
-
-EXPERIMENT = Experiment("assumptions", cells, measure, conclude)
+    drawn = (BASELINE, Input("student", 1, shape=3), Input("chain", 1, shape=0.99), Input("signs", 1, growth=0.5))
+    lines = {source.label: [np.mean(record["max entry"]) for record in inputs[source.label]] for source in drawn}
+    plot = Plot("keys n", f"largest error of an entry, {WINDOW} keys", baseline["lengths"], lines)
+    return Findings({"window": WINDOW, "fits": list(fits.values())}, more, held, plot)

@@ -14,7 +14,7 @@ import math
 import numpy as np
 from scipy.special import expit
 
-from hf_sparse.lab.fits import FloatArray
+from hf_sparse.measure.statistics import FloatArray
 
 
 def rope_scales(query: FloatArray, key: FloatArray, frequencies: FloatArray, distances: FloatArray) -> FloatArray:
@@ -67,8 +67,7 @@ def tail_probability(t: float, scale: float, spectral: float) -> float:
 def logit_radius(scale: float, spectral: float, pairs: float, delta: float) -> float:
     """r = R sqrt(2 u) + S u, u = ln(2 pairs / delta): `pairs` logits are all in [-r, r] with probability 1 - delta.
 
-    Take `pairs` = n for a query, n^2 for a matrix. The second term is the smaller one where u < 2 (R / S)^2: a form
-    R sqrt(log n) alone needs heads of high stable rank (R / S)^2.
+    `pairs` is n for a query, n^2 for a matrix. R sqrt(log n) alone needs heads of high stable rank (R / S)^2.
 
     Assumes: as for `rope_scales`; a token's logit with itself is not covered.
     Source: the moment generating function in `tail_probability` and a union bound.
@@ -95,8 +94,7 @@ def entry_bounds(keys: float, spread: float) -> tuple[float, float]:
     r = o(log n) gives A_ij = n^(-1 +- o(1)). By `logit_radius`, R = o(sqrt(log n)) and S = o(1) are enough for that.
 
     Assumes: nothing but the spread. Source: the softmax; the threshold sqrt(log n) is that of Alman and Song for fast
-        attention, as summaries say.
-    Tight: one logit at one end of the interval and all others at the other end.
+        attention, as summaries say. Tight: one logit at one end of the interval and all others at the other end.
     """
     others = math.log(keys - 1) if keys > 1 else -math.inf
     return float(expit(-others - spread)), float(expit(spread - others))
@@ -113,11 +111,10 @@ def is_vacuous(keys: float, spread: float) -> bool:
 def lost_mass_bounds(keys: int, kept: int, spread: float) -> tuple[float, float]:
     """Least and most mass that top-k can lose: (n - k) / (n - k + k e^spread) <= tau <= 1 - k / n.
 
-    With logits in a bounded interval, k = n^C keys with C < 1 lose nearly all mass as n grows: such queries are not
-    n^C-sparse in total variation, whatever holds entry by entry.
+    At a bounded spread, n^C keys with C < 1 lose nearly all mass as n grows: no n^C-sparsity in total variation.
 
-    Assumes: logits within an interval of length `spread`. Source: the softmax.
-    Tight: below, k logits at the upper end and the others at the lower end; above, equal logits.
+    Assumes: logits within an interval of length `spread`. Source: the softmax. Tight: below, k logits at the upper end
+        and the others at the lower end; above, equal logits.
     """
     least = (keys - kept) * math.exp(-spread)
     return least / (least + kept), 1 - kept / keys
@@ -154,8 +151,7 @@ def max_entry_floor(tau: float, kept: int) -> float:
 def output_bound(tau: float, diameter: float) -> float:
     """Most that the output error of renormalised top-k can be: tau times the diameter of the values.
 
-    Unnormalised, take the largest norm of a value for `diameter`. The relative error has no such bound: the dense
-    output can be as small as one likes.
+    Unnormalised, the largest norm of a value is the `diameter`. The relative error has no bound.
 
     Assumes: nothing. Source: the identity in `topk`; also in arXiv 2512.07647.
     Tight: kept values all equal, dropped values all equal, and the two as far apart as the diameter.

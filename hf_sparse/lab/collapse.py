@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 
 from hf_sparse.engines.common import weighted_values
 from hf_sparse.lab import fits, probe
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
-from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.probe import SINKS, Sample
 from hf_sparse.lab.topk import EPSILON
 from hf_sparse.measure.perplexity import token_nll
+from hf_sparse.measure.statistics import log_slope
 from hf_sparse.results import Record
 
 REFERENCE = {"small": 128, "full": 512}
@@ -35,13 +36,15 @@ REFERENCE = {"small": 128, "full": 512}
 LEAST = 256
 """Smallest n."""
 
-SINK_MASS = 0.8
-FROZEN = 0.8
-DISPERSED = 0.95
-ALIKE = 0.95
+SINK_MASS, FROZEN = 0.8, 0.8
+"""Mass of the first keys of a sink-only head; else of one other key, of what remains, of a frozen head."""
 
-Kind = Literal["sink-only", "frozen", "dispersed", "none"]
-KINDS: tuple[Kind, ...] = ("sink-only", "frozen", "dispersed", "none")
+DISPERSED, ALIKE = 0.95, 0.95
+"""Entropy over the most there is of a dispersed head; and how alike outputs are that count as one vector."""
+
+MIXING = ("output_alike", "value_alike", "output_rank", "value_rank")
+DECISIVE = ("first", "rest_largest", "rest_share")
+KINDS = ("sink-only", "frozen", "dispersed", "none")
 
 
 def cells(setting: Setting) -> Sequence[Cell]:
@@ -54,22 +57,22 @@ def cells(setting: Setting) -> Sequence[Cell]:
 
 def measure(cell: Cell, setting: Setting) -> Record:
     """Detectors by layer and n, on the logits as they are and scaled after the fact; the mixing of values; the loss."""
-    model, window = setting.subject.model, probe.find_window(cell, setting)
+    model, window = setting.model, probe.find_window(cell, setting)
     mixed: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def look(sample: Sample) -> Record:
         output = weighted_values(sample.dense.call, sample.dense.weights)[0]
         mixed.setdefault(sample.layer, []).append((output, sample.values[:, sample.visible - 1]))
-        entry = detect(sample.logits, sample.visible, SINKS)
+        entry = detect(sample.logits, sample.visible)
         if cell["scaled"]:
             return entry
-        scaled = detect(log_scaled(sample, cell["reference"]), sample.visible, SINKS)
+        factors = (sample.visible.log() / math.log(cell["reference"])).clamp(min=1)
+        scaled = detect(sample.logits * factors[:, None], sample.visible)
         return entry | {"scaled_effective": scaled["effective"]}
 
     with log_n_scaling(model, cell["reference"]) if cell["scaled"] else nullcontext():
         lengths = probe.row_lengths(cell["length"], LEAST)
-        detectors = probe.visit_samples(model, window, lengths, cell["rows"], look)
-        out: Record = {"detectors": detectors, "mixing": []}
+        out: Record = {"detectors": probe.visit_samples(cell, setting, look, lengths), "mixing": []}
         for layer, pairs in mixed.items():
             outputs, values = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
             out["mixing"].append({"layer": layer, **fits.shortened(mixing(outputs, values))})
@@ -79,50 +82,39 @@ def measure(cell: Cell, setting: Setting) -> Record:
     return out
 
 
-def detect(logits: Tensor, visible: Tensor, sinks: int) -> dict[str, list[float]]:
+def detect(logits: Tensor, visible: Tensor) -> dict[str, list[float]]:
     """The quantities of the detectors, means over the queries.
 
     Args:
         logits: `(heads, queries, keys)`; -inf for keys that a query does not see.
-        visible: Keys that a query sees, all from the first one on, `(queries,)`; more than `sinks` + 1.
-        sinks: How many first keys may be sinks.
+        visible: Keys that a query sees, all from the first one on, `(queries,)`; more than `SINKS` + 1.
 
     Returns:
         Lists over the heads: `above`, entries above `EPSILON`; `largest`, the largest entry; `effective`, e^H with H
-        in nats; `first`, mass of the first keys; of the other keys, renormalised, `rest_largest` and `rest_share`,
-        their entropy over the logarithm of their number.
+        in nats; `first`, mass of the first `SINKS` keys; of the other keys, renormalised, `rest_largest` and
+        `rest_share`, their entropy over the logarithm of their number.
     """
     weights = logits.softmax(-1)
-    rest = logits[..., sinks:].softmax(-1)
+    rest = logits[..., SINKS:].softmax(-1)
     entropy, rest_entropy = (torch.special.entr(w).sum(-1) for w in (weights, rest))
     found = {
         "above": (weights > EPSILON).sum(-1),
         "largest": weights.amax(-1),
         "effective": entropy.exp(),
-        "first": weights[..., :sinks].sum(-1),
+        "first": weights[..., :SINKS].sum(-1),
         "rest_largest": rest.amax(-1),
-        "rest_share": rest_entropy / (visible - sinks).log(),
+        "rest_share": rest_entropy / (visible - SINKS).log(),
     }
     return {name: value.double().mean(-1).tolist() for name, value in found.items()}
 
 
-def kind_of(first: float, rest_largest: float, rest_share: float) -> Kind:
-    """The kind of a head, by its mean query; see `detect`.
-
-    `sink-only` if the first keys have `SINK_MASS` or more; else `frozen` if one of the others has `FROZEN` of what
-    remains; else `dispersed` if the entropy is `DISPERSED` of the most there is; else `none`.
-    """
+def kind_of(first: float, rest_largest: float, rest_share: float) -> str:
+    """Which of `KINDS` a head is, by the `DECISIVE` quantities of its mean query; see `detect`."""
     if first >= SINK_MASS:
         return "sink-only"
     if rest_largest >= FROZEN:
         return "frozen"
     return "dispersed" if rest_share >= DISPERSED else "none"
-
-
-def log_scaled(sample: Sample, reference: int) -> Tensor:
-    """The logits times max(1, ln n / ln reference), n the keys that a query sees: `(heads, queries, keys)`."""
-    factors = sample.visible.log() / math.log(reference)
-    return sample.logits * factors.clamp(min=1)[:, None]
 
 
 def mixing(outputs: Tensor, values: Tensor) -> dict[str, list[float]]:
@@ -140,7 +132,7 @@ def mixing(outputs: Tensor, values: Tensor) -> dict[str, list[float]]:
 
 
 @contextmanager
-def log_n_scaling(model: PreTrainedModel, reference: int) -> Iterator[PreTrainedModel]:
+def log_n_scaling(model: PreTrainedModel, reference: int) -> Iterator[None]:
     """Run `model` with logits multiplied by max(1, ln n / ln reference) in the layers without a sliding window.
 
     Queries are multiplied, after their normalisation where they have one. The model was not trained like that.
@@ -155,12 +147,12 @@ def log_n_scaling(model: PreTrainedModel, reference: int) -> Iterator[PreTrained
 
         return hook
 
-    with probe.hooks() as handles:
+    with ExitStack() as stack:
         for layer in probe.layers_of(model):
             if getattr(layer.attention, "sliding_window", None) is None:
                 module = getattr(layer.attention, "q_norm", layer.attention.q_proj)
-                handles.append(module.register_forward_hook(scale(layer.heads("q"))))
-        yield model
+                stack.callback(module.register_forward_hook(scale(layer.heads("q"))).remove)
+        yield
 
 
 def conclude(records: Sequence[Record]) -> Findings:
@@ -171,60 +163,32 @@ def conclude(records: Sequence[Record]) -> Findings:
     columns = fits.by_length(plain, "detectors")
     lengths = list(columns["above"])
     n = lengths[-1]
-    kinds = {}
-    for length in lengths:
-        heads = zip(*(columns[name][length] for name in ("first", "rest_largest", "rest_share")), strict=True)
-        found = [kind_of(*head) for head in heads]
-        kinds[length] = {kind: found.count(kind) / len(found) for kind in KINDS}
+    found = {
+        length: [kind_of(*head) for head in zip(*(columns[name][length] for name in DECISIVE), strict=True)]
+        for length in lengths
+    }
     growing = {name: columns[name] for name in ("effective", "scaled_effective")}
     growing["forward_effective"] = fits.by_length([forward], "detectors")["effective"]
-    layers = [layer for record in plain for layer in record["mixing"]]
-    flat = {
-        name: np.concatenate([layer[name] for layer in layers])
-        for name in ("output_alike", "value_alike", "output_rank", "value_rank")
-    }
-    median = {name: {length: np.median(heads) for length, heads in column.items()} for name, column in columns.items()}
     exponents = {
-        name: fits.quartiles(fits.log_log_slope(list(column), np.stack(list(column.values()))))
+        name: fits.quartiles(log_slope(list(column), np.stack(list(column.values()), axis=-1))[0])
         for name, column in growing.items()
     }
+    layers = [layer for record in plain for layer in record["mixing"]]
+    mixed = {name: np.concatenate([layer[name] for layer in layers]) for name in MIXING}
     figures: dict[str, Any] = {
         "n": n,
-        "kinds": kinds,
-        "median": {name: median[name] for name in plain[0]["detectors"][0] if name in median},
+        "kinds": {length: {kind: own.count(kind) / len(own) for kind in KINDS} for length, own in found.items()},
+        "median": {name: {at: np.median(heads) for at, heads in column.items()} for name, column in columns.items()},
         "exponent_of_effective": exponents,
-        "mixing": {name: np.median(values) for name, values in flat.items()}
-        | {"share_alike": np.mean(flat["output_alike"] >= ALIKE)},
+        "mixing": {name: np.median(values) for name, values in mixed.items()}
+        | {"share_alike": np.mean(mixed["output_alike"] >= ALIKE)},
         "nll_above_own_when_scaled": forward["nll"] - same_text["nll"],
     }
     more = {"factor of the logits": f"max(1, ln n / ln {forward['reference']})"}
-    names = {
-        "above": f"entries above {EPSILON:g}",
-        "effective": "e^H",
-        "largest": "largest",
-        "first": f"first {SINKS} keys",
-        "rest_share": "H / ln n without them",
-    }
-    body = [
-        [
-            f"{length:,}",
-            *(f"{median[name][length]:.3g}" for name in names),
-            *(f"{100 * kinds[length][kind]:.0f} %" for kind in KINDS[:3]),
-        ]
-        for length in lengths
-    ]
-    shares: dict[str, Any] = {kind: [100 * kinds[length][kind] for length in lengths] for kind in KINDS}
-    drawn = {"effective": "e^H", "scaled_effective": "e^H, log-n scaling", "above": names["above"]}
-    entries = {label: fits.bands(columns[name]) for name, label in drawn.items()}
-    root = {"sqrt(n)": np.sqrt(lengths)}
-    panels = [
-        Panel("Kinds of heads", "visible keys n", "% of heads", lengths, shares, log="x"),
-        Panel("Effective entries", "visible keys n", "entries, quartiles of heads", lengths, entries, root),
-    ]
+    names = {"effective": "e^H", "scaled_effective": "e^H, log-n scaling", "above": f"entries above {EPSILON:g}"}
+    lines = {label: fits.bands(columns[name]) for name, label in names.items()}
+    plot = Plot("visible keys n", "entries, quartiles of heads", lengths, lines, {"sqrt(n)": np.sqrt(lengths)})
+    kinds, alike = figures["kinds"][n], figures["mixing"]["share_alike"]
     growth, scaled = (exponents[name]["median"] for name in ("effective", "scaled_effective"))
-    alike = figures["mixing"]["share_alike"]
-    held = [growth <= 0.1, kinds[n]["frozen"], kinds[n]["dispersed"], alike, scaled <= growth / 2]
-    return Findings(figures, more, held, panels, [(["n", *names.values(), *KINDS[:3]], body)])
-
-
-EXPERIMENT = Experiment("collapse", cells, measure, conclude, needs_model=True)
+    held = [growth <= 0.1, kinds["frozen"], kinds["dispersed"], alike, scaled <= growth / 2]
+    return Findings(figures, more, held, plot)

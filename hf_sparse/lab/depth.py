@@ -9,7 +9,7 @@ or explode within a few layers, whatever attention does.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 import hf_sparse
 from hf_sparse.lab import probe
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Findings, Setting
 from hf_sparse.lab.fits import shortened
-from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.tiny import random_model, random_tokens
 from hf_sparse.patching import base_model
 from hf_sparse.results import Record
@@ -57,7 +57,7 @@ def cells(setting: Setting) -> Sequence[Cell]:
 def measure(cell: Cell, setting: Setting) -> Record:
     """See `errors_through_depth`."""
     if cell["part"] == "model":
-        return errors_through_depth(setting.subject.model, probe.find_window(cell, setting).input_ids, ALPHA)
+        return errors_through_depth(setting.model, probe.find_window(cell, setting).input_ids, ALPHA)
     seed = int(setting.rng(cell).integers(1 << 31))
     model = random_model(seed, layers=cell["layers"])
     with without(model, residual=not cell["residual"], norm=not cell["norm"]):
@@ -65,7 +65,7 @@ def measure(cell: Cell, setting: Setting) -> Record:
 
 
 @contextmanager
-def without(model: PreTrainedModel, *, residual: bool, norm: bool) -> Iterator[PreTrainedModel]:
+def without(model: PreTrainedModel, *, residual: bool, norm: bool) -> Iterator[None]:
     """Run a Llama without its feed-forward parts, and without residual connections, normalisations, both or neither."""
     inputs: dict[nn.Module, Tensor] = {}
 
@@ -76,16 +76,16 @@ def without(model: PreTrainedModel, *, residual: bool, norm: bool) -> Iterator[P
         # The layer adds its input to this output afterwards.
         return (result[0] - inputs.pop(attention), *result[1:])
 
-    with probe.hooks() as handles:
+    with ExitStack() as stack:
         for layer in probe.layers_of(model):
             before = layer.block.input_layernorm
-            handles.append(layer.block.mlp.register_forward_hook(lambda _, __, result: torch.zeros_like(result)))
+            stack.callback(layer.block.mlp.register_forward_hook(lambda _, __, result: torch.zeros_like(result)).remove)
             if residual:
-                handles.append(before.register_forward_pre_hook(keep(layer.attention)))
-                handles.append(layer.attention.register_forward_hook(subtract))
+                stack.callback(before.register_forward_pre_hook(keep(layer.attention)).remove)
+                stack.callback(layer.attention.register_forward_hook(subtract).remove)
             if norm:
-                handles.append(before.register_forward_hook(lambda _, arguments, __: arguments[0]))
-        yield model
+                stack.callback(before.register_forward_hook(lambda _, arguments, __: arguments[0]).remove)
+        yield
 
 
 @torch.no_grad()
@@ -129,66 +129,62 @@ def _hidden_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
         hidden = result[0] if isinstance(result, tuple) else result
         found.append(hidden[0, len(ids) // 2 :].float().cpu().clone())
 
-    with probe.hooks() as handles:
-        handles.extend(layer.block.register_forward_hook(note) for layer in probe.layers_of(model))
+    with ExitStack() as stack:
+        for layer in probe.layers_of(model):
+            stack.callback(layer.block.register_forward_hook(note).remove)
         base_model(model).base_model(input_ids=ids[None].to(model.device), use_cache=False)
     return found
 
 
-def summary(records: Sequence[Record]) -> dict[str, float]:
-    """How errors of single layers travel and add up, medians over repeats.
+def summary(record: Record) -> dict[str, float]:
+    """How errors of single layers travel and add up.
 
     - `own`: error right after a sparse layer, median over layers; `final`: the same after the last layer;
     - `travel`: final over own error, median over layers but the last;
-    - `together`: final error with all layers sparse;
-    - `over_root`, `over_sum`: that over the root of the sum of squares, and over the sum, of the final errors of
+    - `together`: final error with all layers sparse; `centred`: the same, relative to what tells the tokens apart;
+    - `over_root`, `over_sum`: `together` over the root of the sum of squares, and over the sum, of the final errors of
       single layers: 1 where errors add up as independent, or as aligned vectors;
-    - `centred`: as `together`, relative to what tells the tokens apart;
     - `growth`: factor a layer by which the error grows with all layers sparse, over the second half of the layers.
     """
-    repeats = []
-    for record in records:
-        single, together = np.array(record["single"]), np.maximum(np.array(record["all"]), 1e-30)
-        own, final = np.diagonal(single), single[:, -1]
-        half = len(together) // 2
-        found = {
-            "own": np.median(own),
-            "final": np.median(final),
-            "travel": np.median(final[:-1] / np.maximum(own[:-1], 1e-30)),
-            "together": together[-1],
-            "over_root": together[-1] / np.sqrt(np.square(final).sum()),
-            "over_sum": together[-1] / final.sum(),
-            "centred": record["all_centred"][-1],
-            "growth": (together[-1] / together[half]) ** (1 / (len(together) - 1 - half)),
-        }
-        repeats.append(found)
-    return {name: float(np.median([found[name] for found in repeats])) for name in repeats[0]}
+    single, together = np.array(record["single"]), np.maximum(np.array(record["all"]), 1e-30)
+    own, final = np.diagonal(single), single[:, -1]
+    half = len(together) // 2
+    found = {
+        "own": np.median(own),
+        "final": np.median(final),
+        "travel": np.median(final[:-1] / np.maximum(own[:-1], 1e-30)),
+        "together": together[-1],
+        "over_root": together[-1] / np.sqrt(np.square(final).sum()),
+        "over_sum": together[-1] / final.sum(),
+        "centred": record["all_centred"][-1],
+        "growth": (together[-1] / together[half]) ** (1 / (len(together) - 1 - half)),
+    }
+    return {name: float(value) for name, value in found.items()}
 
 
 def conclude(records: Sequence[Record]) -> Findings:
     """How errors grow with depth, and the part of residual connections and normalisation in it."""
     model = next(record for record in records if record["part"] == "model")
     own = [record for record in records if record["part"] == "random"]
-    kinds = {name: [r for r in own if (r["residual"], r["norm"]) == kind] for name, kind in KINDS.items()}
-    random = {name: summary(found) for name, found in kinds.items()}
+    repeats = {
+        kind: [summary(record) for record in own if (record["residual"], record["norm"]) == switches]
+        for kind, switches in KINDS.items()
+    }
+    random = {
+        kind: {name: float(np.median([entry[name] for entry in found])) for name in found[0]}
+        for kind, found in repeats.items()
+    }
     single = np.array(model["single"])
     squares = np.square(single[:, -1])
     worst = int(squares.argmax())
-    real = summary([model]) | {"worst_layer": worst, "share_of_worst": float(squares.max() / squares.sum())}
-    centred = {name: np.median([record["all_centred"] for record in found], axis=0) for name, found in kinds.items()}
+    real = summary(model) | {"worst_layer": worst, "share_of_worst": float(squares.max() / squares.sum())}
     layers = range(len(single))
-    shown = {f"layer {worst} alone": np.where(np.array(layers) < worst, np.nan, single[worst]), "all": model["all"]}
+    alone = np.where(np.array(layers) < worst, np.nan, single[worst])
+    lines = {f"layer {worst} alone": alone, "all": model["all"]}
     root = {"root of the sum of squares of single layers": np.sqrt(np.square(single).sum(0))}
-    random_layers = range(len(own[0]["all"]))
-    panels = [
-        Panel("Sparse layers of the model", "after layer", "error of hidden states", layers, shown, root, log="y"),
-        Panel("Random models", "after layer", "error / what tells tokens apart", random_layers, centred, log="y"),
-    ]
+    plot = Plot("after layer", "relative error of hidden states, sparse layers", layers, lines, root, log="")
     more = {name: {kind: found[name] for kind, found in random.items()} for name in ("centred", "together")}
-    about = {"layers": len(layers), "density": model["density"], "random layers": len(random_layers)}
+    about = {"layers": len(layers), "density": model["density"], "random layers": len(own[0]["all"])}
     with_residual, without_residual = (random[f"{word} residual, with norm"]["centred"] for word in ("with", "without"))
     held = [real["over_root"] <= 1.5, without_residual > 2 * with_residual]
-    return Findings({"model": real, "random": random}, more | about, held, panels)
-
-
-EXPERIMENT = Experiment("depth", cells, measure, conclude, needs_model=True)
+    return Findings({"model": real, "random": random}, more | about, held, plot)

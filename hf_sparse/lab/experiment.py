@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
-from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.plots import Plot
+from hf_sparse.lab.tables import words
 from hf_sparse.measure.windows import Window
 from hf_sparse.results import Record, record_key
-from hf_sparse.tables import Table
 
 Cell = dict[str, Any]
 """Everything that decides one measurement, as JSON; an interrupted run recognises its records by it."""
@@ -26,32 +27,22 @@ CHANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A real model, unpatched; the windows of every document at every length; and its provenance."""
-
-    model: PreTrainedModel
-    windows: Sequence[Window]
-    about: Record
-
-
-@dataclass(frozen=True)
 class Setting:
-    """The scale, `small` for a check of minutes or `full`, the seed, and the model for experiments that need one."""
+    """What an experiment runs on.
+
+    Attributes:
+        scale: `small`, a check of minutes, or `full`.
+        seed: Of everything random.
+        model: For experiments that need one: unpatched.
+        windows: The texts that the model reads: one of every document at every length.
+        about: Provenance of the model.
+    """
 
     scale: str
     seed: int
-    model_subject: Subject | None = None
-
-    @property
-    def subject(self) -> Subject:
-        """The model and its texts.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        if self.model_subject is None:
-            raise ValueError("this experiment needs a model: the setting has no subject")
-        return self.model_subject
+    model: Any = None
+    windows: Sequence[Window] = ()
+    about: Record = field(default_factory=dict)
 
     def rng(self, cell: Cell) -> np.random.Generator:
         """Random numbers of a cell: independent of other cells and of the order of measurements."""
@@ -70,28 +61,15 @@ def judge(claim: Mapping[str, Any], held: Any, quantities: Mapping[str, Any]) ->
     if held is not None:
         share = np.mean(held)
         answer = "holds" if share >= 1 - CHANCE else "holds in part" if share > CHANCE else "fails"
-    found = {name.rpartition(" > ")[2]: _take(quantities, name) for name in claim["evidence"]}
+    paths = [name.split(" > ") for name in claim["evidence"]]
+    found: dict[str, Any] = {path[-1]: reduce(getitem, path, quantities) for path in paths}
     return {
         "claim": claim["text"],
         "source": claim["source"],
         "answer": answer,
         "where": claim["where"].format(**quantities),
-        "evidence": "; ".join(f"{name}: {_words(value)}" for name, value in found.items() if value != ""),
+        "evidence": "; ".join(f"{name}: {words(value)}" for name, value in found.items() if value != ""),
     }
-
-
-def _take(quantities: Any, name: str) -> Any:
-    for part in name.split(" > "):
-        quantities = quantities[part]
-    return quantities
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {_words(entry)}" for name, entry in value.items())
-    if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 1000):
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -99,39 +77,37 @@ class Findings:
     """The conclusions from the records of an experiment, and from nothing else.
 
     Attributes:
-        figures: Quantities for `summary.json`.
-        more: Other quantities that show what was found.
+        figures: Quantities for `summary.json` and `tables.md`.
+        more: Other quantities that claims name as evidence.
         held: For each claim, in the order of `claims.toml`, in which cases it held; see `judge`.
-        panels: The page of plots.
-        tables: For people.
+        plot: What shows the point of the experiment.
     """
 
     figures: dict[str, Any]
     more: dict[str, Any]
     held: Sequence[Any]
-    panels: Sequence[Panel]
-    tables: Sequence[Table] = ()
+    plot: Plot
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment.
+    """One experiment: a module of this package.
 
     Attributes:
-        name: Name on the command line, in `claims.toml` and of the page of plots.
+        name: Name on the command line, in `claims.toml` and of the plot.
         cells: Lists what to measure.
         measure: Measures one cell: a dictionary without the cell's own entries, numbers finite. Everything random
             comes from `Setting.rng(cell)`.
         conclude: Turns the records (each a cell and its measurements), in the order of the cells, into findings. It
             does not see the setting, so that committed summaries can be checked against committed records.
-        needs_model: Whether it needs a `Subject`.
+        needs_model: Whether it needs a model.
     """
 
     name: str
     cells: Callable[[Setting], Sequence[Cell]]
     measure: Callable[[Cell, Setting], Record]
     conclude: Callable[[Sequence[Record]], Findings]
-    needs_model: bool = False
+    needs_model: bool
 
     def verdicts(self, findings: Findings) -> list[dict[str, str]]:
         """The verdict on each claim."""

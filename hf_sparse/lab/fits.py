@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
+from hf_sparse.measure import statistics
+from hf_sparse.measure.statistics import CONFIDENCE, FloatArray, log_slope
 from hf_sparse.results import Record
-
-FloatArray = NDArray[np.float64]
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,6 @@ class Interval:
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
-def log_log_slope(x: ArrayLike, y: ArrayLike) -> Any:
-    """The exponent e of y ~ x^e by least squares on logarithms; one for each column of `y` `(x, columns)`."""
-    return np.polyfit(np.log(x), np.log(y), 1)[0]
-
-
 def slope(lengths: Sequence[int], errors: ArrayLike) -> Interval:
     """The exponent e of errors ~ n^e, its mean and interval over the repeats.
 
@@ -53,7 +47,8 @@ def slope(lengths: Sequence[int], errors: ArrayLike) -> Interval:
         lengths: n, two or more.
         errors: `(lengths, repeats)`; raised to the rounding error of a mass where they are below it.
     """
-    return Interval.of(log_log_slope(lengths, np.maximum(np.asarray(errors, np.float64), np.finfo(np.float64).eps)))
+    least = np.finfo(np.float64).eps
+    return Interval.of(log_slope(lengths, np.maximum(np.asarray(errors, np.float64), least).T)[0])
 
 
 def trend(lengths: Sequence[int], fit: Interval) -> str:
@@ -62,7 +57,7 @@ def trend(lengths: Sequence[int], fit: Interval) -> str:
     `falls`: surely faster than 1 / ln n does over the same lengths, so like a power of n; `falls slowly`: surely, but
     not surely faster than 1 / ln n; `rises`: surely; `level`: neither.
     """
-    if fit.high < log_log_slope(lengths, 1 / np.log(lengths)):
+    if fit.high < log_slope(lengths, 1 / np.log(lengths))[0]:
         return "falls"
     if fit.high < 0:
         return "falls slowly"
@@ -82,9 +77,8 @@ def normal_keys(spread: float, lost: float) -> float:
 def random_energy_exponent(scale: float) -> float:
     """The limit for n to infinity of the exponent of k_p, 0 < p < 1, for logits N(0, scale^2 ln n).
 
-    1 - scale^2 / 2 up to the freezing point scale = sqrt(2), and 0 from there on: the random energy model. The mass
-    sits at logits near sigma^2 = scale^2 ln n, above which there are about n^(1 - scale^2 / 2) of n; at sqrt(2) that is
-    where the largest logit is, and a bounded number of keys has the mass.
+    The random energy model: the mass sits at logits near scale^2 ln n, above which there are about
+    n^(1 - scale^2 / 2) of n; at the freezing point sqrt(2) the largest logit is there, and few keys have the mass.
     """
     return max(0.0, 1 - scale**2 / 2)
 
@@ -103,14 +97,14 @@ def shortened(value: Any) -> Any:
     return float(f"{value:.4g}")
 
 
-def quartiles(values: Any) -> dict[str, float]:
+def quartiles(values: FloatArray) -> dict[str, float]:
     """Quartiles of all entries."""
-    return dict(zip(("low", "median", "high"), np.quantile(values, [0.25, 0.5, 0.75]).tolist(), strict=True))
+    return dict(zip(("low", "median", "high"), statistics.quartiles(values), strict=True))
 
 
 def bands(columns: dict[int, FloatArray]) -> FloatArray:
     """Quartiles of the heads at each n, `(3, lengths)`: low, median, high."""
-    return np.quantile(np.stack(list(columns.values())), [0.25, 0.5, 0.75], axis=1)
+    return np.transpose([statistics.quartiles(values) for values in columns.values()])
 
 
 def by_length(records: Sequence[Record], part: str) -> dict[str, dict[int, FloatArray]]:

@@ -9,22 +9,22 @@ of W_ab^2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.signal import lfilter
 
+from hf_sparse.lab.experiment import Cell, Setting
+from hf_sparse.measure.statistics import FloatArray
 from hf_sparse.results import Record
 
 Array = NDArray[np.float32]
 
 TOKEN_DIM = 64
 VALUE_DIM = 16
-
-Kind = Literal["logits", "student-logits", "signs", "normal", "student", "shared", "chain", "copies"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Input:
             exponent in n of the number of different `copies`.
     """
 
-    kind: Kind
+    kind: Literal["logits", "student-logits", "signs", "normal", "student", "shared", "chain", "copies"]
     norm: float
     growth: float = 0.0
     shape: float = 0.0
@@ -60,16 +60,17 @@ class Input:
         """A few words for tables and legends."""
         power = {0.0: "", 0.25: " (ln n)^1/4", 0.5: " sqrt(ln n)", 1.0: " ln n"}[self.growth]
         norm = f"{self.norm:g}{power}" if self.norm != 1 or not power else power.strip()
-        return {
-            "logits": f"normal logits, sigma = {norm}",
-            "student-logits": f"Student logits (df {self.shape:g}), sigma = {norm}",
-            "signs": f"bounded tokens, R = {norm}",
-            "normal": f"normal tokens, R = {norm}",
-            "student": f"Student tokens (df {self.shape:g}), R = {norm}",
-            "shared": f"tokens with common direction (correlation {self.shape:g}), R = {norm}",
-            "chain": f"correlated neighbours (AR(1), {self.shape:g}), R = {norm}",
-            "copies": f"n^{self.shape:g} different tokens, R = {norm}",
+        what = {
+            "logits": "normal logits",
+            "student-logits": f"Student logits (df {self.shape:g})",
+            "signs": "bounded tokens",
+            "normal": "normal tokens",
+            "student": f"Student tokens (df {self.shape:g})",
+            "shared": f"tokens with common direction (correlation {self.shape:g})",
+            "chain": f"correlated neighbours (AR(1), {self.shape:g})",
+            "copies": f"n^{self.shape:g} different tokens",
         }[self.kind]
+        return f"{what}, {'sigma' if 'logits' in self.kind else 'R'} = {norm}"
 
     def norm_at(self, n: int) -> float:
         """R(n)."""
@@ -82,6 +83,12 @@ def by_input(records: Sequence[Record], length: str = "n") -> dict[str, list[Rec
     for record in sorted(records, key=lambda record: int(record[length])):
         groups[Input.of(record).label].append(record)
     return groups
+
+
+def over_rows(cell: Cell, setting: Setting, look: Callable[[Array, Array], ArrayLike]) -> FloatArray:
+    """What `look` returns for the logits and values of each query of a cell, by repeat: `(repeats, rows, ...)`."""
+    source, repeats = Input.of(cell), setting.rng(cell).spawn(cell["repeats"])
+    return np.array([[look(*row) for row in draw_rows(source, cell["n"], cell["rows"], rng)] for rng in repeats])
 
 
 def draw_rows(source: Input, n: int, rows: int, rng: np.random.Generator) -> Iterator[tuple[Array, Array]]:

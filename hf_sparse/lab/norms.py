@@ -10,10 +10,11 @@ import numpy as np
 
 from hf_sparse.lab import fits, probe
 from hf_sparse.lab.bounds import is_vacuous, logit_radius
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
-from hf_sparse.lab.fits import FloatArray, quartiles
-from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.fits import quartiles
+from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.scales import input_scales, logit_spread, watched_inputs, weight_scales
+from hf_sparse.measure.statistics import FloatArray, log_slope
 from hf_sparse.results import Record
 
 DELTA = 0.05
@@ -29,12 +30,15 @@ def cells(setting: Setting) -> Sequence[Cell]:
 
 def measure(cell: Cell, setting: Setting) -> Record:
     """See `weight_scales`, `input_scales` and `logit_spread`; a list `spread` with an entry per layer and n."""
-    model, length = setting.subject.model, cell["length"]
+    model, length = setting.model, cell["length"]
     if cell["part"] == "weights":
         return {"scales": fits.shortened(weight_scales(model, np.arange(length, dtype=np.float64)))}
-    window, lengths = probe.find_window(cell, setting), probe.row_lengths(length)
+
+    def look(sample: probe.Sample) -> Record:
+        return logit_spread(sample.logits, sample.visible)
+
     with watched_inputs(model) as moments:
-        spread = probe.visit_samples(model, window, lengths, cell["rows"], logit_spread)
+        spread = probe.visit_samples(cell, setting, look, probe.row_lengths(length))
     return {"inputs": fits.shortened(input_scales(model, moments, length)), "spread": spread}
 
 
@@ -83,7 +87,7 @@ def conclude(records: Sequence[Record]) -> Findings:
         "share_below_sqrt_ln_n": {name: np.mean(values < root) for name, values in scales.items()},
         "share_below_freezing": {n: np.mean(values < fits.freezing_norm(n)) for n, values in deviation.items()},
         "measured_over_sqrt_ln_n": in_units,
-        "exponent_of_ln_n": fits.log_log_slope(np.log(lengths), list(medians.values())),
+        "exponent_of_ln_n": log_slope(np.log(lengths), list(medians.values()))[0],
         "share_spread_above_ln_n": np.mean(spreads["spread"][n] > math.log(n)),
     }
     more = {
@@ -93,35 +97,9 @@ def conclude(records: Sequence[Record]) -> Findings:
         "exponent of keys for a share of the mass": fits.random_energy_exponent(in_units[n]),
         "by construction": trivial_rotation(gain),
     }
-    by_layer = measured.reshape(len(layers), -1)
-    header = ["layer", "R, RoPE (median head)", "independent", f"measured at n = {n:,}", "least", "most"]
-    body = [
-        [str(layer), f"{np.median(r):.3g}", *(f"{x:.2f}" for x in (np.median(i), np.median(d), d.min(), d.max()))]
-        for layer, r, i, d in zip(layers, rope, independent, by_layer, strict=True)
-    ]
-    scale: dict[str, Any] = {
-        "R, RoPE (median head)": np.median(rope, axis=1),
-        "independent entries": np.median(independent, axis=1),
-        "measured (band: all heads)": np.quantile(by_layer, [0, 0.5, 1], axis=1),
-    }
-    spread: dict[str, Any] = {"deviation": fits.bands(deviation), "deviation as tilted": fits.bands(tilted)}
-    flat: dict[str, Any] = {"sqrt(ln n)": np.full(len(layers), root)}
-    lines: dict[str, Any] = {
-        "sqrt(ln n)": np.sqrt(np.log(lengths)),
-        "sqrt(2 ln n)": [fits.freezing_norm(n) for n in lengths],
-    }
-    panels = [
-        Panel("Scale of logits by layer", "layer", f"deviation, n = {n:,}", layers, scale, flat, log="y"),
-        Panel(
-            "Deviation of the logits of a query",
-            "visible keys n",
-            "quartiles of heads",
-            lengths,
-            spread,
-            lines,
-            log="x",
-        ),
-    ]
+    spread = {"deviation": fits.bands(deviation), "deviation as tilted": fits.bands(tilted)}
+    thresholds = {"sqrt(ln n)": np.sqrt(np.log(lengths)), "sqrt(2 ln n)": np.sqrt(2 * np.log(lengths))}
+    plot = Plot("visible keys n", "deviation of logits, quartiles of heads", lengths, spread, thresholds, log="x")
     held = [
         1 - figures["share_vacuous"],
         figures["share_below_sqrt_ln_n"]["measured"],
@@ -129,7 +107,4 @@ def conclude(records: Sequence[Record]) -> Findings:
         (ratio > 1 / 1.25) & (ratio < 1.25),
         None if more["by construction"] else gain > 1.05,
     ]
-    return Findings(figures, more, held, panels, [(header, body)])
-
-
-EXPERIMENT = Experiment("norms", cells, measure, conclude, needs_model=True)
+    return Findings(figures, more, held, plot)

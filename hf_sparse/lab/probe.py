@@ -16,7 +16,8 @@ from hf_sparse.call import AttentionCall
 from hf_sparse.diagnostics import DenseBlock, observed
 from hf_sparse.errors import UserError
 from hf_sparse.lab.experiment import Cell, Setting
-from hf_sparse.lab.fits import FloatArray, shortened
+from hf_sparse.lab.fits import shortened
+from hf_sparse.measure.statistics import FloatArray
 from hf_sparse.measure.windows import Window
 from hf_sparse.patching import base_model
 from hf_sparse.results import Record
@@ -86,21 +87,10 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x[0] if token_axis(x, heads) == 2 else x[0].reshape(x.shape[1], heads, -1).transpose(0, 1)
 
 
-@contextmanager
-def hooks() -> Iterator[list[Any]]:
-    """A list for handles of hooks, which are removed at the end of the `with` block."""
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def longest_windows(setting: Setting, at_most: int | None = None) -> list[Window]:
     """For each document its longest window, or the longest of `at_most` tokens if there is one that short."""
     found: dict[str, list[Window]] = {}
-    for window in setting.subject.windows:
+    for window in setting.windows:
         found.setdefault(window.document, []).append(window)
     short = {name: [w for w in own if at_most is None or w.length <= at_most] for name, own in found.items()}
     return [max(short[name] or own[:1], key=lambda window: window.length) for name, own in found.items()]
@@ -113,7 +103,7 @@ def window_cell(window: Window, **more: Any) -> Cell:
 
 def find_window(cell: Cell, setting: Setting) -> Window:
     """The window that a cell names."""
-    return next(window for window in setting.subject.windows if window.sha256 == cell["window"])
+    return next(window for window in setting.windows if window.sha256 == cell["window"])
 
 
 def row_lengths(length: int, least: int = 128) -> list[int]:
@@ -129,12 +119,11 @@ class Sample:
     Attributes:
         layer: Index of the layer.
         length: n, the number of keys of the query that sees the most.
-        dense: Attention of the queries, for all heads.
-        logits: float32 `(heads, queries, length)`: what the softmax takes; -inf for keys that a query does not see.
-        weights: float32 `(heads, queries, length)`.
+        dense: Attention of the queries, for all heads, on the CPU in float32.
+        logits: `(heads, queries, length)`: what the softmax takes; -inf for keys that a query does not see.
+        weights: `(heads, queries, length)`.
         visible: Number of keys a query sees, int64 `(queries,)`.
-        seen: Which keys a query sees, bool `(queries, length)`.
-        values: float32 `(heads, length, value_dim)`, repeated over the GQA groups.
+        values: `(heads, length, value_dim)`, repeated over the GQA groups.
     """
 
     layer: int
@@ -143,19 +132,11 @@ class Sample:
     logits: Tensor
     weights: Tensor
     visible: Tensor
-    seen: Tensor
     values: Tensor
 
     @classmethod
     def of(cls, layer: int, length: int, inputs: AttentionCall, queries: Tensor) -> Sample:
-        """The sample of a call, computed on the CPU in float32.
-
-        Args:
-            layer: Index of the layer.
-            length: n.
-            inputs: The call.
-            queries: Places of the queries in it, int64 `(queries,)`.
-        """
+        """The sample of the `queries` of a call, int64 `(queries,)`."""
         place = queries.to(inputs.query.device)
         inputs = replace(
             inputs,
@@ -173,39 +154,39 @@ class Sample:
             logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
         seen = torch.arange(length) < visible[:, None]
         values = inputs.value[0].repeat_interleave(inputs.group_size, 0)
-        return cls(layer, length, dense, logits.masked_fill(~seen, -torch.inf), dense.weights[0], visible, seen, values)
+        return cls(layer, length, dense, logits.masked_fill(~seen, -torch.inf), dense.weights[0], visible, values)
 
 
 def visit_samples(
-    model: PreTrainedModel, window: Window, lengths: Sequence[int], queries: int, look: Callable[[Sample], Record]
+    cell: Cell, setting: Setting, look: Callable[[Sample], Record], lengths: Sequence[int]
 ) -> list[Record]:
-    """Run `model` dense over a window and look at some queries of every layer at every number of visible keys.
+    """Run the model dense over a window and look at some queries of every layer at every number of visible keys.
 
     Layers whose sliding window hides keys at the largest n are left out: to them n does not grow with the text.
 
     Args:
-        model: An unpatched model.
-        window: The text; attention is causal, so one pass over it serves all `lengths`.
-        lengths: n, at most the length of the window.
-        queries: Queries at each n, spread evenly between `NEAR` n and n; few enough to be different ones.
+        cell: Names the window (see `window_cell`) and gives `rows`, the number of queries at each n: they are spread
+            evenly between `NEAR` n and n, and few enough to be different ones.
+        setting: Has the model, unpatched, and the window. Attention is causal, so one pass serves all `lengths`.
         look: Called for every layer and n.
+        lengths: n, rising, at most the length of the window.
 
     Returns:
         What `look` returns, numbers shortened, with `layer` and `n`.
     """
     found: list[Record] = []
 
-    @torch.no_grad()
     def observer(layer: int, inputs: AttentionCall) -> None:
-        if int(inputs.intervals[0, 0, max(lengths) - 1, 0]) > 0:
+        if int(inputs.intervals[0, 0, lengths[-1] - 1, 0]) > 0:
             return
         for n in lengths:
-            sample = Sample.of(layer, n, inputs, torch.linspace(NEAR * n, n, queries).long() - 1)
+            sample = Sample.of(layer, n, inputs, torch.linspace(NEAR * n, n, cell["rows"]).long() - 1)
             found.append({"layer": layer, "n": n, **shortened(look(sample))})
 
-    with observed(model, observer), torch.no_grad():
+    ids = find_window(cell, setting).input_ids[None].to(setting.model.device)
+    with observed(setting.model, observer), torch.no_grad():
         # Without the head: the logits of a long text take more memory than all the rest.
-        base_model(model).base_model(input_ids=window.input_ids[None].to(model.device), use_cache=False)
+        base_model(setting.model).base_model(input_ids=ids, use_cache=False)
     return found
 
 
@@ -227,15 +208,8 @@ def frequencies_of(model: PreTrainedModel, layer: Layer) -> FloatArray:
     return np.asarray(buffer.double().cpu())
 
 
-def with_base(frequencies: FloatArray, factor: float | None) -> FloatArray:
-    """The frequencies after multiplying the base of RoPE by `factor`; zeros for `None`: no position embedding."""
-    if factor is None:
-        return frequencies * 0
-    return np.asarray(frequencies * factor ** -(np.arange(len(frequencies)) / len(frequencies)))
-
-
 @contextmanager
-def rope_base(model: PreTrainedModel, factor: float | None) -> Iterator[PreTrainedModel]:
+def rope_base(model: PreTrainedModel, factor: float | None) -> Iterator[None]:
     """Run `model` with the base of its RoPE multiplied by `factor`; `None` removes positions: all are alike.
 
     The weights were trained with the model's own base: such a pass shows the effect of the rotation on this model, not
@@ -244,8 +218,9 @@ def rope_base(model: PreTrainedModel, factor: float | None) -> Iterator[PreTrain
     originals = _frequencies(model)
     try:
         for module, name, buffer in originals:
-            setattr(module, name, torch.from_numpy(with_base(buffer.double().cpu().numpy(), factor)).to(buffer))
-        yield model
+            share = torch.arange(len(buffer), dtype=torch.float64, device=buffer.device) / len(buffer)
+            setattr(module, name, buffer * 0 if factor is None else (buffer.double() * factor**-share).to(buffer))
+        yield
     finally:
         for module, name, buffer in originals:
             setattr(module, name, buffer)

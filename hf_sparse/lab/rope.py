@@ -10,11 +10,12 @@ import numpy as np
 from hf_sparse.diagnostics import concentration
 from hf_sparse.lab import fits, probe
 from hf_sparse.lab.bounds import rope_scales
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Findings, Setting
 from hf_sparse.lab.norms import trivial_rotation
-from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.scales import head_forms, logit_spread
 from hf_sparse.measure.perplexity import token_nll
+from hf_sparse.measure.statistics import log_slope
 from hf_sparse.results import Record
 
 FACTORS = {"small": (None, 0.1, 1.0, 10.0), "full": (None, 0.01, 0.1, 1.0, 10.0, 100.0)}
@@ -33,25 +34,24 @@ def cells(setting: Setting) -> Sequence[Cell]:
 
 def measure(cell: Cell, setting: Setting) -> Record:
     """With the base of the cell: ||W_D||_F of every head, spread and concentration of its attention, and the loss."""
-    model, window = setting.subject.model, probe.find_window(cell, setting)
+    model, window = setting.model, probe.find_window(cell, setting)
 
     def look(sample: probe.Sample) -> Record:
         return {
-            "deviation": logit_spread(sample)["deviation"],
+            "deviation": logit_spread(sample.logits, sample.visible)["deviation"],
             "keys_90": concentration(sample.dense)["keys_90"][0].mean(-1).tolist(),
             "first_keys": sample.weights[..., : probe.SINKS].sum(-1).mean(-1).tolist(),
         }
 
     distances = np.arange(_DISTANCES, dtype=np.float64)
     with probe.rope_base(model, cell["factor"]):
-        found = probe.visit_samples(model, window, probe.row_lengths(cell["length"]), cell["rows"], look)
+        found = probe.visit_samples(cell, setting, look, probe.row_lengths(cell["length"]))
         nll = float(token_nll(model, window.input_ids, window.targets).mean())
         over = [
             [rope_scales(*form, probe.frequencies_of(model, layer), distances) for form in head_forms(layer)]
             for layer in probe.layers_of(model)
         ]
-    scale = {"largest": np.max(over, axis=-1), "rms": np.sqrt(np.mean(np.square(over), axis=-1))}
-    return {"scale": fits.shortened(scale), "rows": found, "nll": nll}
+    return {"scale": {"largest": fits.shortened(np.max(over, axis=-1))}, "rows": found, "nll": nll}
 
 
 def conclude(records: Sequence[Record]) -> Findings:
@@ -70,7 +70,7 @@ def conclude(records: Sequence[Record]) -> Findings:
             "R_over_own_most": float((scales[base] / scales[_OWN]).max()),
             "deviation": float(np.median(columns["deviation"][n])),
             "keys_90": mean_keys[base][-1],
-            "keys_90_exponent": fits.log_log_slope(lengths, mean_keys[base]),
+            "keys_90_exponent": log_slope(lengths, mean_keys[base])[0],
             "first_keys": columns["first_keys"][n].mean(),
             "nll_above_own": by_base[base]["nll"] - own["nll"],
         }
@@ -85,19 +85,8 @@ def conclude(records: Sequence[Record]) -> Findings:
         "share of heads that need fewer keys": np.mean(keys[_OWN][n] < keys[_NONE][n]),
         "outside training": "all bases but the model's own",
     }
-    header = ["base", "R over own (median head)", "deviation", "keys for 90 %", "exponent", "first 4 keys", "loss"]
-    form = "{R_over_own:.3f} {deviation:.2f} {keys_90:.0f} {keys_90_exponent:.2f} {first_keys:.2f} {nll_above_own:+.3f}"
-    body = [[base, *form.format(**entry).split()] for base, entry in bases.items()]
     drawn = {base: mean_keys[base] for base in (_NONE, "base x 0.1", _OWN, "base x 10") if base in bases}
-    names = {"R, median head": "R_over_own", "deviation of logits, median head": "deviation"}
-    ratios = {what: [entry[name] / bases[_OWN][name] for entry in bases.values()] for what, name in names.items()}
-    panels = [
-        Panel("Keys for 90 % of the mass", "visible keys n", "keys, mean head", lengths, drawn),
-        Panel("Scales across bases", "", "ratio to the model's own base", list(bases), ratios, log=""),
-    ]
+    plot = Plot("visible keys n", "keys for 90 % of the mass, mean head", lengths, drawn)
     change = max(more["change of R over the bases"], np.median(gain))
     held = [None if more["by construction"] else change < 1.1, more["share of heads that need fewer keys"]]
-    return Findings({"n": n, "bases": bases}, more, held, panels, [(header, body)])
-
-
-EXPERIMENT = Experiment("rope", cells, measure, conclude, needs_model=True)
+    return Findings({"n": n, "bases": bases}, more, held, plot)

@@ -10,7 +10,8 @@ A softmax ignores a constant added to all logits of a query, so they are taken r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.lab.bounds import rope_scales, spectral_scale
-from hf_sparse.lab.fits import FloatArray
-from hf_sparse.lab.probe import SINKS, Layer, Sample, frequencies_of, hooks, layers_of, split_heads
+from hf_sparse.lab.probe import SINKS, Layer, frequencies_of, layers_of, split_heads
+from hf_sparse.measure.statistics import FloatArray
 from hf_sparse.results import Record
 
 _TILTS = (-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0)
@@ -59,22 +60,14 @@ def weight_scales(model: PreTrainedModel, distances: FloatArray) -> dict[str, li
     """||W_D||_F of every head with B = 1, from the weights alone.
 
     Lists by layer, then head: `plain`, without RoPE; `rope`, the maximum over `distances` of query and key in tokens;
-    `at`, where it is; `least`; `rms`, the root mean square over distances; `spectral`, a bound of the spectral norm.
+    `spectral`, a bound of the spectral norm.
     """
-    out: dict[str, list[Any]] = {}
+    out: dict[str, list[Any]] = {"plain": [], "rope": [], "spectral": []}
     for layer in layers_of(model):
         frequencies, forms = frequencies_of(model, layer), head_forms(layer)
-        over = np.array([rope_scales(*form, frequencies, distances) for form in forms])
-        found = {
-            "plain": [rope_scales(*form, 0 * frequencies, np.zeros(1))[0] for form in forms],
-            "rope": over.max(1),
-            "at": distances[over.argmax(1)],
-            "least": over.min(1),
-            "rms": np.sqrt((over**2).mean(1)),
-            "spectral": [spectral_scale(*form) for form in forms],
-        }
-        for name, values in found.items():
-            out.setdefault(name, []).append(values)
+        out["plain"].append([rope_scales(*form, 0 * frequencies, np.zeros(1))[0] for form in forms])
+        out["rope"].append([rope_scales(*form, frequencies, distances).max() for form in forms])
+        out["spectral"].append([spectral_scale(*form) for form in forms])
     return out
 
 
@@ -88,17 +81,15 @@ def watched_inputs(model: PreTrainedModel) -> Iterator[dict[tuple[int, str], Mom
             x = split_heads(result, layer.heads(side)) if is_normed(layer) else arguments[0][:1]
             # Reductions alone: large copies of every layer's input would be more memory than the model.
             x = x.detach().float()
-            moments = torch.maximum(x.amax((1, 2)), -x.amin((1, 2))), x.std(1)
-            largest, deviation = (moment.double().cpu().numpy() for moment in moments)
-            found[layer.index, side] = largest, deviation
+            largest, deviation = torch.maximum(x.amax((1, 2)), -x.amin((1, 2))), x.std(1)
+            found[layer.index, side] = largest.double().cpu().numpy(), deviation.double().cpu().numpy()
 
         return hook
 
-    with hooks() as handles:
-        for layer in layers_of(model):
-            for side in "qk":
-                module = getattr(layer.attention, f"{side}_{'norm' if is_normed(layer) else 'proj'}")
-                handles.append(module.register_forward_hook(note(layer, side)))
+    with ExitStack() as stack:
+        for layer, side in product(layers_of(model), "qk"):
+            module = getattr(layer.attention, f"{side}_{'norm' if is_normed(layer) else 'proj'}")
+            stack.callback(module.register_forward_hook(note(layer, side)).remove)
         yield found
 
 
@@ -109,23 +100,22 @@ def input_scales(model: PreTrainedModel, moments: dict[tuple[int, str], Moments]
     root mean square over distances of ||D_q W_D D_k||_F, with D the standard deviations of the inputs.
     """
     distances = np.unique(np.geomspace(1, length - 1, 48).round())
-    out: dict[str, list[list[float]]] = {"bound": [], "independent": []}
+    out: Record = {"bound": [], "independent": []}
     for layer in layers_of(model):
         forms, frequencies = head_forms(layer), frequencies_of(model, layer)
-        bounds, independent = [], []
+        found = []
         for head, (query, key) in enumerate(forms):
             (q_largest, q_scale), (k_largest, k_scale) = (
                 [moment[head * len(moment) // len(forms)] for moment in moments[layer.index, side]] for side in "qk"
             )
-            bounds.append(float(np.sqrt(q_largest * k_largest)))
             over = rope_scales(query * q_scale, key * k_scale, frequencies, distances)
-            independent.append(float(np.sqrt((over**2).mean())))
-        out["bound"].append(bounds)
-        out["independent"].append(independent)
-    return dict(out)
+            found.append([float(np.sqrt(q_largest * k_largest)), float(np.sqrt((over**2).mean()))])
+        for name, values in zip(out, zip(*found, strict=True), strict=True):
+            out[name].append(list(values))
+    return out
 
 
-def logit_spread(sample: Sample) -> dict[str, list[float]]:
+def logit_spread(logits: Tensor, visible: Tensor) -> dict[str, list[float]]:
     """How far the logits of each head spread, means over the queries.
 
     - `deviation`: standard deviation of the logits a query sees; `rest`: the same without the first `SINKS` keys;
@@ -133,8 +123,13 @@ def logit_spread(sample: Sample) -> dict[str, list[float]]:
     - `tilted`: sqrt(2 (ln mean exp(x) - mean)), the s at the tilt of the softmax itself: Gaussian logits with that
       deviation have the same normaliser;
     - `spread`: largest minus smallest logit.
+
+    Args:
+        logits: `(heads, queries, keys)`.
+        visible: Keys that a query sees, all from the first one on, `(queries,)`.
     """
-    logits, seen = sample.logits, sample.seen
+    keys = torch.arange(logits.shape[-1])
+    seen = keys < visible[:, None]
     centred, deviation = _standardise(logits, seen)
 
     def scale(tilt: Tensor) -> Tensor:
@@ -144,7 +139,7 @@ def logit_spread(sample: Sample) -> dict[str, list[float]]:
 
     found = {
         "deviation": deviation,
-        "rest": _standardise(logits, seen & (torch.arange(sample.length) >= SINKS))[1],
+        "rest": _standardise(logits, seen & (keys >= SINKS))[1],
         "sub_gaussian": torch.stack([*(scale(tilt / deviation) for tilt in _TILTS), deviation]).amax(0),
         "tilted": scale(torch.ones_like(deviation)),
         "spread": logits.amax(-1) - logits.masked_fill(~seen, torch.inf).amin(-1),

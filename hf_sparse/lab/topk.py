@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse.lab.fits import FloatArray
+from hf_sparse.measure.statistics import FloatArray
 
 NORMS = (
     "max entry",
@@ -36,7 +36,6 @@ NORMS = (
 """Largest error of an entry; tau; Euclidean error of the output; the same over the norm of the exact output.
 Unnormalised: kept entries stay as they are and the others become 0."""
 
-MASSES = (0.5, 0.9, 0.99)
 EPSILON = 0.01
 """Entries above it are not negligible."""
 
@@ -75,20 +74,6 @@ def top_k_errors(weights: FloatArray, values: NDArray[Any], kept: Sequence[int])
     return np.array([largest, lost, whole, whole / size, dropped, cut, cut / size]), difference
 
 
-def row_shape(weights: FloatArray) -> dict[str, float]:
-    """How concentrated an attention distribution `(keys,)` is.
-
-    Returns:
-        `keys_50`, `keys_90`, `keys_99`: fewest keys with that mass; `effective`: 1 / sum p^2; `entropy` in nats;
-        `largest`: the largest entry; `above`: entries above `EPSILON`.
-    """
-    rising = np.sort(weights)
-    lost = np.cumsum(rising)
-    shape = {f"keys_{100 * m:.0f}": float(len(rising) - np.searchsorted(lost, 1 - m, side="right")) for m in MASSES}
-    positive = rising[rising > 0]
-    return shape | {
-        "effective": float(1 / np.square(rising).sum()),
-        "entropy": float(-(positive * np.log(positive)).sum()),
-        "largest": float(rising[-1]),
-        "above": float((rising > EPSILON).sum()),
-    }
+def keys_90(weights: FloatArray) -> int:
+    """The fewest keys with 90 % of the mass of an attention distribution `(keys,)`."""
+    return len(weights) - int(np.searchsorted(np.cumsum(np.sort(weights)), 1 - 0.9, side="right"))

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Findings, Setting
 from hf_sparse.lab.fits import Interval, shortened, slope, trend
-from hf_sparse.lab.inputs import Input, by_input, draw_rows
-from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.inputs import Input, by_input, over_rows
+from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.topk import NORMS, softmax, top_k_errors
 from hf_sparse.laws import Budget
 from hf_sparse.results import Record
@@ -39,7 +39,6 @@ SIZES = {
     "small": (range(8, 13), {"rows": 8, "repeats": 3}),
     "full": (range(8, 18), {"rows": 16, "repeats": 6}),
 }
-_DRAWN = ("max entry", "max entry, unnormalised", "lost mass", "output", "relative output")
 
 
 def cells(setting: Setting) -> list[Cell]:
@@ -55,14 +54,9 @@ def kept_keys(windows: Sequence[str], n: int) -> list[int]:
 
 def measure(cell: Cell, setting: Setting) -> Record:
     """Errors of each window in each norm, mean query, and of single entries the worst query: one number per repeat."""
-    n, windows = cell["n"], cell["windows"]
-    kept = kept_keys(windows, n)
-    repeats = np.array(
-        [
-            [top_k_errors(softmax(x), v, kept)[0] for x, v in draw_rows(Input.of(cell), n, cell["rows"], rng)]
-            for rng in setting.rng(cell).spawn(cell["repeats"])
-        ]
-    )
+    windows = cell["windows"]
+    kept = kept_keys(windows, cell["n"])
+    repeats = over_rows(cell, setting, lambda x, values: top_k_errors(softmax(x), values, kept)[0])
     out: Record = {"kept": kept}
     for name, errors, norms in (("mean", repeats.mean(1), NORMS), ("worst", repeats.max(1), ENTRYWISE)):
         out[name] = {w: {m: shortened(errors[:, NORMS.index(m), i]) for m in norms} for i, w in enumerate(windows)}
@@ -92,7 +86,6 @@ def conclude(records: Sequence[Record]) -> Findings:
     """Slopes and trends of every input, window and norm."""
     inputs, windows = by_input(records), records[0]["windows"]
     fits = [fit_errors(own, label, w, norm) for label, own in inputs.items() for w in windows for norm in NORMS]
-    slopes = {(fit["input"], fit["window"], fit["norm"]): Interval(**fit["late_slope"]) for fit in fits}
     falls = {(fit["input"], fit["window"], fit["norm"]): fit["trend"] == "falls" for fit in fits}
     falling = {norm: [falls[label, w, norm] for label in inputs for w in POWERS] for norm in NORMS}
     staying = {norm: [not falls[label, w, norm] for label in inputs for w in SLOW] for norm in NORMS}
@@ -101,35 +94,20 @@ def conclude(records: Sequence[Record]) -> Findings:
         for norm in NORMS
     }
     where = {norm: [label for label, held in zip(inputs, both[norm], strict=True) if held] for norm in NORMS}
+    slopes = {(f["window"], f["norm"]): Interval(**f["late_slope"]) for f in fits if f["input"] == PAPER_LIKE}
     more = {
         "power_cases": len(inputs) * len(POWERS),
         "slow_cases": len(inputs) * len(SLOW),
         "falls": "; ".join(f"{norm} {sum(cases)}" for norm, cases in falling.items()),
         "stays": "; ".join(f"{norm} {sum(cases)}" for norm, cases in staying.items()),
         "dichotomy": "; ".join(f"{norm}: {' and '.join(own)}" for norm, own in where.items() if own) or "in no norm",
-        "slopes of n^0.5 keys": {norm: slopes[PAPER_LIKE, "n^0.5", norm] for norm in NORMS},
-        "slopes of log2(n)/2 keys": {norm: slopes[PAPER_LIKE, "log2(n)/2", norm] for norm in ENTRYWISE},
-        "slopes of the largest error of an entry": {w: slopes[PAPER_LIKE, w, "max entry"] for w in (*SLOW, *POWERS)},
+        "slopes of n^0.5 keys": {norm: slopes["n^0.5", norm] for norm in NORMS},
+        "slopes of log2(n)/2 keys": {norm: slopes["log2(n)/2", norm] for norm in ENTRYWISE},
+        "slopes of the largest error of an entry": {w: slopes[w, "max entry"] for w in (*SLOW, *POWERS)},
     }
     lengths = sorted({record["n"] for record in records})
-    tables = [
-        (
-            [f"{label}: slope in n at large n", *windows],
-            [[norm, *(str(slopes[label, w, norm]) for w in windows)] for norm in NORMS],
-        )
-        for label in inputs
-    ]
-    panels = []
-    for norm in _DRAWN:
-        errors = {w: np.array([r["mean"][w][norm] for r in inputs[PAPER_LIKE]]) for w in (*SLOW, "n^0.5", "n^0.75")}
-        lines = {window: [error.min(1), error.mean(1), error.max(1)] for window, error in errors.items()}
-        panels.append(Panel(PAPER_LIKE, "keys n", f"{norm}, mean query", lengths, lines))
-    grid = [[slopes[label, "n^0.5", norm].value for label in inputs] for norm in NORMS]
-    names = [label.replace(", ", ",\n") for label in inputs]
-    panels.append(Panel("Slope at large n, n^0.5 keys", "", "", names, grid=grid, rows=NORMS))
+    drawn = {w: np.array([r["mean"][w]["max entry"] for r in inputs[PAPER_LIKE]]) for w in (*SLOW, *POWERS[1:])}
+    lines = {window: [error.min(1), error.mean(1), error.max(1)] for window, error in drawn.items()}
+    plot = Plot("keys n", f"largest error of an entry, {PAPER_LIKE}", lengths, lines)
     figures = {"lengths": lengths, "late_lengths": lengths[-LATE:], "slopes": fits}
-    held = [list(cases.values()) for cases in (falling, staying, both)]
-    return Findings(figures, more, held, panels, tables)
-
-
-EXPERIMENT = Experiment("windows", cells, measure, conclude)
+    return Findings(figures, more, [list(cases.values()) for cases in (falling, staying, both)], plot)

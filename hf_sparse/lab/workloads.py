@@ -11,19 +11,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_sparse.lab.experiment import Cell, Experiment, Findings, Setting
-from hf_sparse.lab.fits import FloatArray, Interval, shortened
+from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.fits import Interval, shortened
 from hf_sparse.lab.inputs import Input, by_input, draw_rows
-from hf_sparse.lab.plots import Panel
+from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.topk import NORMS, softmax, top_k_errors
-from hf_sparse.laws import Budget, match_cost, total_cost
+from hf_sparse.laws import Budget, LawName, match_cost, total_cost
+from hf_sparse.measure.statistics import FloatArray
 from hf_sparse.results import Record
 
 BASE = Budget("power", alpha=8.0, exponent=0.5)
 """The package's default law; the others spend as many keys over a workload."""
 
-EXPONENTS = {"fixed": 0.0, "n^0.25": 0.25, "n^0.5": 0.5, "n^0.75": 0.75, "fraction": 1.0}
-LAWS = ("fixed", "log", "n^0.25", "n^0.5", "n^0.75", "fraction")
+LAWS: dict[str, tuple[LawName, float | None]] = {
+    "fixed": ("fixed", None),
+    "log": ("log", None),
+    "n^0.25": ("power", 0.25),
+    "n^0.5": ("power", 0.5),
+    "n^0.75": ("power", 0.75),
+    "fraction": ("fraction", None),
+}
 LAW = "n^0.5"
 OTHERS_NORM = "lost mass"
 COMPARED = ("max entry", "lost mass", "output", "relative output")
@@ -49,12 +56,7 @@ def workload_lengths(name: str, lengths: Sequence[int]) -> list[int]:
 def budgets(name: str, lengths: tuple[int, ...]) -> dict[str, Budget]:
     """The budget of each law that attends to as many keys over a workload as `BASE` does."""
     workload = workload_lengths(name, lengths)
-
-    def matched(law: Any) -> Budget:
-        power = law.startswith("n^")
-        return match_cost(BASE, "power" if power else law, workload, EXPONENTS[law] if power else None)
-
-    return {law: matched(law) for law in LAWS}
+    return {law: match_cost(BASE, shape, workload, exponent) for law, (shape, exponent) in LAWS.items()}
 
 
 def cells(setting: Setting) -> list[Cell]:
@@ -73,25 +75,23 @@ def measure(cell: Cell, setting: Setting) -> Record:
     Query i of a sequence sees i keys. Queries are drawn one from each of equal stretches of the sequence.
     """
     laws = [budget for name in WORKLOADS for budget in budgets(name, tuple(cell["lengths"])).values()]
-    repeats = [_sequence_errors(cell, laws, rng) for rng in setting.rng(cell).spawn(cell["repeats"])]
+    stretches = list(pairwise(np.linspace(0, cell["length"], cell["rows"] + 1)))
+    repeats = []
+    for rng in setting.rng(cell).spawn(cell["repeats"]):
+        errors = []
+        for low, high in stretches:
+            n = int(rng.integers(math.floor(low) + 1, math.floor(high) + 1))
+            kept = [int(law(torch.tensor(n))) for law in laws]
+            errors += [top_k_errors(softmax(x), values, kept)[0] for x, values in draw_rows(Input.of(cell), n, 1, rng)]
+        repeats.append(np.mean(errors, axis=0))
     values = np.stack(repeats, axis=-1).reshape(len(NORMS), len(WORKLOADS), len(LAWS), -1)
     return {
         norm: {
-            name: {law: shortened(values[NORMS.index(norm), i, j]) for j, law in enumerate(LAWS)}
+            name: dict(zip(LAWS, shortened(values[NORMS.index(norm), i]), strict=True))
             for i, name in enumerate(WORKLOADS)
         }
         for norm in COMPARED
     }
-
-
-def _sequence_errors(cell: Cell, laws: Sequence[Budget], rng: np.random.Generator) -> FloatArray:
-    """The mean of `top_k_errors` over queries: `(norms, laws)`."""
-    errors = []
-    for low, high in pairwise(np.linspace(0, cell["length"], cell["rows"] + 1)):
-        n = int(rng.integers(math.floor(low) + 1, math.floor(high) + 1))
-        kept = [int(law(torch.tensor(n))) for law in laws]
-        errors += [top_k_errors(softmax(x), values, kept)[0] for x, values in draw_rows(Input.of(cell), n, 1, rng)]
-    return np.asarray(np.mean(errors, axis=0))
 
 
 def compare(
@@ -125,12 +125,9 @@ def conclude(records: Sequence[Record]) -> Findings:
     inputs, lengths = by_input(records, "length"), tuple(records[0]["lengths"])
     # Every norm for the law of the claim; one for the others, which show the effect of the exponent.
     comparisons = [
-        compare(law, label, own, norm, workload, statistic)
-        for law in LAWS[1:]
-        for label, own in inputs.items()
-        for norm in (COMPARED if law == LAW else (OTHERS_NORM,))
-        for workload in WORKLOADS
-        for statistic in STATISTICS
+        compare(law, label, inputs[label], norm, workload, statistic)
+        for law, label, norm, workload, statistic in product(LAWS, inputs, COMPARED, WORKLOADS, STATISTICS)
+        if law == LAW or (law != "fixed" and norm == OTHERS_NORM)
     ]
     costs = [
         {
@@ -142,47 +139,30 @@ def conclude(records: Sequence[Record]) -> Findings:
         for name in WORKLOADS
         for law, budget in budgets(name, lengths).items()
     ]
-    ratios = {(c["law"], c["input"], c["workload"], c["norm"], c["statistic"]): c["ratio"] for c in comparisons}
-    words = {place: "{value:.2f} [{low:.2f}, {high:.2f}]".format(**ratio) for place, ratio in ratios.items()}
+
+    def place(c: dict[str, Any]) -> str:
+        ratio = "{value:.2f} [{low:.2f}, {high:.2f}]".format(**c["ratio"])
+        return f"{ratio} ({c['input']}, {c['workload']} workload, {c['norm']})"
+
     held, counts, extremes = [], {}, {}
-    panels = []
-    for label, own in list(inputs.items())[:3]:
-        drawn = ("fixed", "log", LAW, "fraction")
-        lines = {law: [np.mean(record[OTHERS_NORM]["even"][law]) for record in own] for law in drawn}
-        panels.append(Panel(label, "length of the sequence", f"{OTHERS_NORM}, mean query", lengths, lines, log="x"))
     for statistic in STATISTICS:
         ours = [c for c in comparisons if (c["law"], c["statistic"]) == (LAW, statistic)]
         better = {norm: [c["better"] for c in ours if c["norm"] == norm] for norm in COMPARED}
         ordered = sorted(ours, key=lambda c: float(c["ratio"]["value"]))
         held.append([c["better"] == LAW for c in ours])
         counts[statistic] = ", ".join(f"{norm} {b.count(LAW)} / {b.count('fixed')}" for norm, b in better.items())
-        extremes[statistic] = {
-            end: f"{words[LAW, c['input'], c['workload'], c['norm'], statistic]} ({c['input']}, {c['workload']} "
-            f"workload, {c['norm']})"
-            for end, c in (("least", ordered[0]), ("largest", ordered[-1]))
-        }
-        places = list(product(inputs, WORKLOADS))
-        grid = [[ratios[LAW, *place, norm, statistic]["value"] for norm in COMPARED] for place in places]
-        title = f"Error of {LAW} / fixed, {statistic}"
-        panels.append(Panel(title, "", "", COMPARED, grid=grid, rows=[", ".join(place) for place in places]))
-    unity = {"value": 1.0}
+        extremes[statistic] = {"least": place(ordered[0]), "largest": place(ordered[-1])}
     lines = {
         f"{label}, {statistic}": [
-            ratios.get((law, label, "even", OTHERS_NORM, statistic), unity)["value"] for law in EXPONENTS
+            c["ratio"]["value"]
+            for c in comparisons
+            if (c["input"], c["workload"], c["norm"], c["statistic"]) == (label, "even", OTHERS_NORM, statistic)
+            and c["law"] != "log"
         ]
         for label, statistic in product(list(inputs)[:2], STATISTICS)
     }
-    x, what = list(EXPONENTS.values()), f"{OTHERS_NORM} / that of fixed"
-    panels.append(Panel("Which exponent, even workload", "C (0: fixed, 1: fraction)", what, x, lines, log="y"))
-    columns = list(product(COMPARED, STATISTICS))
-    header = [f"error of {LAW} / fixed, equal cost", *(", ".join(column) for column in columns)]
-    body = [
-        [f"{label}, {name} workload", *(words[LAW, label, name, *column] for column in columns)]
-        for label, name in product(inputs, WORKLOADS)
-    ]
+    what = f"{OTHERS_NORM} / that of fixed, even workload"
+    plot = Plot("exponent C (1: fraction)", what, (0.25, 0.5, 0.75, 1.0), lines, log="")
     figures = {"lengths": lengths, "budgets": costs, "comparisons": comparisons}
     more = {"cases": len(inputs) * len(WORKLOADS), "counts": counts, "ratio of errors": extremes}
-    return Findings(figures, more, held, panels, [(header, body)])
-
-
-EXPERIMENT = Experiment("workloads", cells, measure, conclude)
+    return Findings(figures, more, held, plot)
