@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from hf_sparse.measure import statistics
 from hf_sparse.measure.statistics import CONFIDENCE, FloatArray, log_slope
 from hf_sparse.results import Record
+
+_QUARTILES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,12 @@ def shortened(value: Any) -> Any:
 
 def quartiles(values: FloatArray) -> dict[str, float]:
     """Quartiles of all entries."""
-    return dict(zip(("low", "median", "high"), statistics.quartiles(values), strict=True))
+    return dict(zip(("low", "median", "high"), np.quantile(values, _QUARTILES).tolist(), strict=True))
 
 
 def bands(columns: dict[int, FloatArray]) -> FloatArray:
     """Quartiles of the heads at each n, `(3, lengths)`: low, median, high."""
-    return np.transpose([statistics.quartiles(values) for values in columns.values()])
+    return np.transpose([np.quantile(values, _QUARTILES) for values in columns.values()])
 
 
 def by_length(records: Sequence[Record], part: str) -> dict[str, dict[int, FloatArray]]:
