@@ -299,7 +299,6 @@ def _attend_sparsely(
         outs.append(dense.attend(call.queries(0, start).visible_part()))
         kept.append(ranges.visible[:, None, :start].expand(-1, heads, -1))
         sparse, budgets = sparse.queries(start, queries), budgets[..., start:]
-    rest = sparse.query.shape[2]
     aligned = align(sparse, budgets, size)
     length, step = aligned.call.query.shape[2], _block_queries(aligned.call, selector, plan.most)
     parts: list[Tensor] = []
@@ -314,8 +313,8 @@ def _attend_sparsely(
             else:
                 parts.append(engines.attend(state.engine, block, selection))
     state.counters.count(ranges.queries, ranges.total, heads, plan.dense_queries, kept)
-    outs.append(aligned.restored(_joined(parts), rest))
-    return _joined(outs), aligned.restored(_joined(weights), rest) if weights else None
+    outs.append(aligned.restored(_joined(parts)))
+    return _joined(outs), aligned.restored(_joined(weights)) if weights else None
 
 
 def _without_autocast(call: AttentionCall) -> AbstractContextManager[Any]:

@@ -98,10 +98,11 @@ def test_padding_inside_a_text_is_exact_with_all_keys(name: str) -> None:
 
 
 @every_selector
+@pytest.mark.parametrize("length", [40, 170])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_padding_inside_a_text_is_no_reason_to_run_dense(name: str, selector: str) -> None:
-    """The same logits, and the same counts, as of the text without the tokens that nobody sees."""
-    ids, mask, alone = with_holes()
+def test_padding_inside_a_text_is_no_reason_to_run_dense(name: str, length: int, selector: str) -> None:
+    """The same logits, counts and groups of queries as of the text without the tokens that nobody sees."""
+    ids, mask, alone = with_holes(length, length - 11)
     model = sparse_model(name, selector)
     together = tiny.logits(model, ids, mask)
     kept = [row["kept"] for row in hf_sparse.report(model).rows]
