@@ -303,3 +303,18 @@ def test_intervals_are_told_from_masks() -> None:
     assert not is_packed(torch.ones(1, 1, 2, 2, dtype=torch.bool))
     assert not is_packed(torch.zeros(1, 1, 2, 2))
     assert not is_packed(torch.zeros(1, 2, dtype=torch.int32))
+
+
+def test_a_new_token_comes_last_of_all_that_is_shown() -> None:
+    """So that a copy of the keys without hidden ones grows by that token alone."""
+    real = torch.ones(2, 46, dtype=torch.bool)
+    real[0, [5, 6, 20]] = real[1, 9] = False
+    before = None
+    for length in range(40, 46):
+        mask = interval_mask(2, 1, length, q_offset=length - 1, attention_mask=real[:, :length])
+        visible = Visible.unpacked(mask, 1)
+        assert visible.shown is not None
+        assert visible.shown[:, -1].tolist() == [length - 1] * 2
+        assert visible.intervals[:, 0, 0, 1].tolist() == [visible.shown.shape[1]] * 2
+        assert before is None or torch.equal(visible.shown[:, :-1], before)
+        before = visible.shown
