@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_sparse
@@ -197,29 +198,72 @@ class CopiedKeys:
         return hf_sparse.attention.sparse_attention_forward(module, query, self.change(key), *args, **kwargs)
 
 
-@pytest.mark.parametrize(("factor", "noted"), [(1.0, False), (1.5, True)])
-def test_copies_of_cached_keys_are_rounded_once(factor: float, noted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model may attend to a copy of its cache. Keys that are changed after it are rounded anew, and it is said."""
-    model = hf_sparse.patch(tiny.model("llama"), alpha=1.0, dense_below=0, dense_layers=[], min_keys=24, recent_keys=8)
-    functions = ALL_ATTENTION_FUNCTIONS._global_mapping
-    monkeypatch.setitem(functions, hf_sparse.attention.NAME, CopiedKeys(lambda key: factor * key))
-    rounded: list[int] = []
+@pytest.fixture
+def rounded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many keys were rounded to 8 bits, in each call that rounded some."""
+    counts: list[int] = []
 
     def counting(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
-        rounded.append(stop - start)
+        counts.append(stop - start)
         layout.quantise(key, start, stop, out)
 
     layout = aggregation.LAYOUT
     monkeypatch.setattr(aggregation, "LAYOUT", replace(layout, quantise=counting))
     monkeypatch.setattr(compiled, "unsupported_reason", lambda _: "a test wants none")
+    return counts
+
+
+def ranking_model() -> Any:
+    """A model that ranks keys for every token."""
+    return hf_sparse.patch(tiny.model("llama"), alpha=1.0, dense_below=0, dense_layers=[], min_keys=24, recent_keys=8)
+
+
+@pytest.mark.parametrize(("factor", "noted"), [(1.0, False), (1.5, True)])
+def test_copies_of_cached_keys_are_rounded_once(
+    factor: float, noted: bool, rounded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may attend to a copy of its cache. Keys that are changed after it are rounded anew, and it is said."""
+    model = ranking_model()
+    functions = ALL_ATTENTION_FUNCTIONS._global_mapping
+    monkeypatch.setitem(functions, hf_sparse.attention.NAME, CopiedKeys(lambda key: factor * key))
     cache = SparseCache(model.config)
-    with torch.no_grad():
-        model(tiny.tokens(1, 200), past_key_values=cache)
-        rounded.clear()
-        for seed in range(3):
-            model(tiny.tokens(1, 1, seed), past_key_values=cache)
+    model(tiny.tokens(1, 200), past_key_values=cache)
+    rounded.clear()
+    for seed in range(3):
+        model(tiny.tokens(1, 1, seed), past_key_values=cache)
     assert set(rounded) == ({201, 202, 203} if noted else {1})
     assert any("rounded all cached keys" in note for note in hf_sparse.report(model).notes) == noted
+
+
+WAYS: dict[str, Callable[[Any], Callable[[Tensor, SparseCache], Any]]] = {
+    "by place": lambda model: lambda ids, cache: model(ids, None, None, cache),
+    "decoder alone": lambda model: lambda ids, cache: model.model(ids, past_key_values=cache),
+    "copied": lambda model: partial(_by_name, copy.deepcopy(model)),
+    "compiled": lambda model: partial(_by_name, torch.compile(model, backend="eager")),
+}
+
+
+def _by_name(model: Any, ids: Tensor, cache: SparseCache) -> Any:
+    return model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_keys_are_rounded_once_however_the_cache_is_given(way: str, rounded: list[int]) -> None:
+    torch.compiler.reset()
+    model = ranking_model()
+    run, cache = WAYS[way](model), SparseCache(model.config)
+    run(tiny.tokens(1, 200), cache)
+    rounded.clear()
+    for seed in range(3):
+        run(tiny.tokens(1, 1, seed), cache)
+    assert rounded == [1] * 3 * tiny.LAYERS
+
+
+def test_a_model_with_cross_attention_in_reserve_takes_its_own_kind_of_cache() -> None:
+    model, ids = sparse_model("gpt2", "grouped"), tiny.tokens(1, 40)
+    cache = EncoderDecoderCache(SparseCache(model.config), DynamicCache())
+    out = model(ids, past_key_values=cache)
+    assert torch.equal(out.logits, tiny.logits(model, ids))
 
 
 def test_keys_are_not_quantised_twice() -> None:

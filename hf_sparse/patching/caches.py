@@ -1,6 +1,6 @@
 """How a patched model comes to use the cache that grows in place, and to count what other caches cost it.
 
-Both hooks hang on the model itself, go when it is unpatched, and are copied and pickled with it.
+All hooks hang on the model itself, go when it is unpatched, and are copied and pickled with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from weakref import ref
 
 import torch
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from hf_sparse.attention import LayerState
@@ -32,19 +32,18 @@ class CacheHooks:
     """What `install` put on a model, and what the model's caches cost.
 
     Attributes:
-        forward: Counts, and gives a plain forward call its cache.
+        forward: Counts, gives a plain forward call its cache, and tells the layers which one it has.
+        handles: What removes it.
         generation: What was in the place of `generate`'s method on this very model, if anything.
     """
 
     forward: _BeforeForward
-    handle: RemovableHandle
+    handles: list[RemovableHandle]
     generation: Any = None
 
 
 class _BeforeForward:
-    """Runs before the forward pass of a patched model.
-
-    It tells every layer which cache the pass has, so that attention finds the keys in 8 bits that belong to it.
+    """Runs before the forward pass of a patched model, and of the decoder inside it.
 
     Attributes:
         states: What the patched attention modules know.
@@ -73,19 +72,20 @@ class _BeforeForward:
     def __call__(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        cache = kwargs.get(_CACHE)
-        compiling = torch.compiler.is_compiling()
-        changed = None
-        if cache is not None:
-            self._count(cache)
-        elif not compiling and _makes_a_cache(model, args, kwargs):
-            cache = SparseCache(model.config)
-            changed = args, kwargs | {_CACHE: cache}
-        if not compiling:
-            held = ref(cache) if isinstance(cache, Cache) else None
-            for state in self.states:
-                state.cache = held
-        return changed
+        if torch.compiler.is_compiling():
+            cache = kwargs.get(_CACHE)
+        elif (cache := _given_cache(model, args, kwargs)) is None and _makes_a_cache(model, args, kwargs):
+            return args, kwargs | {_CACHE: SparseCache(model.config)}
+        self._count(cache)
+        return None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def hand_over(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell every layer which cache the pass has, so that attention finds the keys in 8 bits that belong to it."""
+        cache = _given_cache(decoder, args, kwargs)
+        held = ref(cache) if isinstance(cache, Cache) else None
+        for state in self.states:
+            state.cache = held
 
     def _count(self, cache: Any) -> None:
         layers = cache.layers if isinstance(cache, Cache) else []
@@ -130,20 +130,37 @@ class _BeforeGeneration:
 def install(model: PreTrainedModel) -> CacheHooks:
     """Make `model` use caches that grow in place wherever nobody asks for another one."""
     forward = _BeforeForward()
-    handle = model.register_forward_pre_hook(forward, with_kwargs=True)
+    handles = [model.register_forward_pre_hook(forward, with_kwargs=True)]
+    # The decoder, for it may be called without the model around it.
+    handles += [decoder.register_forward_pre_hook(forward.hand_over, with_kwargs=True) for decoder in _decoders(model)]
     inner = vars(model).get(_METHOD)
     if hasattr(type(model), _METHOD):
         setattr(model, _METHOD, _BeforeGeneration(model, inner))
-    return CacheHooks(forward, handle, inner)
+    return CacheHooks(forward, handles, inner)
 
 
 def remove(model: PreTrainedModel, hooks: CacheHooks) -> None:
     """Undo `install`."""
-    hooks.handle.remove()
+    for handle in hooks.handles:
+        handle.remove()
     if isinstance(vars(model).get(_METHOD), _BeforeGeneration):
         delattr(model, _METHOD)
         if hooks.generation is not None:
             setattr(model, _METHOD, hooks.generation)
+
+
+def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models inside `model`, or itself, that take a cache and hold no other such model."""
+    takers = [m for m in model.modules() if isinstance(m, PreTrainedModel) and _takes_a_cache(m)]
+    return [taker for taker in takers if not any(m is not taker and m in takers for m in taker.modules())]
+
+
+def _given_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache that a forward call was given for the model's self-attention, by name or by place."""
+    cache, place = kwargs.get(_CACHE), _place_of_cache(type(model).forward)
+    if cache is None and place is not None and place < len(args):
+        cache = args[place]
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def _makes_a_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -158,6 +175,10 @@ def _makes_a_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     return bool(
         getattr(model.config.get_text_config(decoder=True), "use_cache", False) if use_cache is None else use_cache
     )
+
+
+def _takes_a_cache(model: PreTrainedModel) -> bool:
+    return _place_of_cache(type(model).forward) is not None
 
 
 @lru_cache
