@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
-from hf_sparse import engines
+from hf_sparse import engines, selectors
 from hf_sparse.cache import SparseLayer, layer_that_holds
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
@@ -305,7 +305,9 @@ def _attend_sparsely(
     for start in range(0, length, step):
         block = aligned.call if length <= step else aligned.call.queries(start, min(length, start + step))
         with _without_autocast(call):
-            selection = selector.select(block, aligned.budgets[..., start : start + step], state.config.always)
+            selection = selectors.select(
+                selector, block, aligned.budgets[..., start : start + step], state.config.always
+            )
             kept.append(selection.kept(heads))
             if want_weights:
                 weights.append(masked_weights(block, selection.mask(heads, call.key.shape[2])))
@@ -331,7 +333,7 @@ def _block_queries(call: AttentionCall, selector: Selector, most: int) -> int:
     """Queries of a block, whole groups, if no query keeps more than `most` keys."""
     batch, heads = call.query.shape[:2]
     whole = selector.group_queries * -(-_LEAST_QUERIES // selector.group_queries)
-    fit = _BLOCK_ELEMENTS // (batch * heads * selector.scored_keys(call, most))
+    fit = _BLOCK_ELEMENTS // (batch * heads * max(1, selector.scored_keys(call, most)))
     return min(max(1, _MOST_QUERIES // whole), max(1, fit // whole)) * whole
 
 

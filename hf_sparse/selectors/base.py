@@ -38,7 +38,7 @@ class Selector:
             always: Sink and recent keys, which are part of every budget.
 
         Returns:
-            A selection in which every query has its budget of keys, all of them visible to it.
+            A selection in which every query has its budget of keys, all of them visible to it; any other is refused.
         """
         raise NotImplementedError(f"{type(self).__name__} must define select(call, budgets, always)")
 
