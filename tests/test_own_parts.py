@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -241,6 +242,36 @@ def test_a_law_of_ones_own_decides_budgets() -> None:
     power = hf_sparse.patch(tiny.model("llama"), SPARSE, alpha=3.0, exponent=0.5)
     tiny.logits(power, tiny.tokens(1, 60))
     assert hf_sparse.report(model).rows == hf_sparse.report(power).rows
+
+
+def test_a_law_is_not_asked_about_queries_that_see_nothing() -> None:
+    """A logarithm of none is no number. And what it is asked about is its own to write to."""
+    config = hf_sparse.SparseAttentionConfig(min_keys=1, dense_below=0, law=lambda n: n.log_().mul_(8))
+    assert config.budget().table(10).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert config.budget().table(100)[100] == math.ceil(8 * math.log(100))
+
+
+@dataclass
+class Steps:
+    """A law without a hash."""
+
+    sizes: list[int]
+
+    def __call__(self, n: Tensor) -> Tensor:
+        return torch.full_like(n, self.sizes[0])
+
+
+def test_laws_and_selectors_need_no_hash() -> None:
+    model = tiny.model("llama")
+    for _ in range(2):
+        hf_sparse.patch(model, SPARSE, law=Steps([7]), selector=Changed(Steps([1])))
+    hf_sparse.patch(model, SPARSE, law=Steps([7]))
+    tiny.logits(model, tiny.tokens(1, 60))
+    with hf_sparse.patched(model, SPARSE, law=Steps([9])):
+        tiny.logits(model, tiny.tokens(1, 60))
+        assert {row["kept"] for row in hf_sparse.report(model).rows} == {9 * 60 - 36}
+    hf_sparse.patch(model, SPARSE, law=Steps([7]))
+    assert {row["kept"] for row in hf_sparse.report(model).rows} == {7 * 60 - 21}
 
 
 @pytest.mark.parametrize(
