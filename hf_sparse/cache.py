@@ -61,9 +61,10 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self.quantised = QuantisedKeys()
         self._storage: tuple[Tensor, Tensor] | None = None
-        # `keys` as last put there by this class, and how often they had been written to, to notice others who do so.
-        self._shown: Tensor | None = None
-        self._version: int | None = None
+        # Keys and values as last put there by this class, and how often they had been written to, to notice others who
+        # do so.
+        self._shown: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._versions: tuple[int | None, int | None] = (None, None)
         # A copy without the keys that padding hides inside of texts, and the positions of those in it.
         self._without_hidden: tuple[Tensor, SparseLayer] | None = None
 
@@ -164,11 +165,14 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._remember()
 
     def _notice_changes(self) -> None:
-        if self._shown is not self.keys or self._version != _version_of(self.keys):
+        keys, values = self._shown
+        changed = self.keys is not keys or self.values is not values
+        if changed or self._versions != (_version_of(keys), _version_of(values)):
             self._start_anew()
 
     def _remember(self) -> None:
-        self._shown, self._version = self.keys, _version_of(self.keys)
+        self._shown = self.keys, self.values
+        self._versions = _version_of(self.keys), _version_of(self.values)
 
     def _states(self) -> tuple[Tensor, Tensor]:
         assert self.keys is not None
@@ -219,9 +223,9 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._show((change(storage[0]), change(storage[1])), length)
 
 
-def _version_of(keys: Tensor | None) -> int | None:
+def _version_of(states: Tensor | None) -> int | None:
     """How often a tensor, or what it is a view of, was written to; `None` where PyTorch does not count that."""
-    return None if keys is None or keys.is_inference() else keys._version
+    return None if states is None or states.is_inference() else states._version
 
 
 def grow_in_place(cache: Cache) -> None:

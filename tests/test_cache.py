@@ -83,6 +83,8 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "reset": lambda layer: layer.reset(),
     "write": lambda layer: (layer.keys[:, :, 3:9].mul_(3), layer.values.add_(1)),
     "assign": lambda layer: (setattr(layer, "keys", layer.keys * 2), setattr(layer, "values", layer.values + 1)),
+    "write values": lambda layer: layer.values.add_(1),
+    "assign values": lambda layer: setattr(layer, "values", layer.values + 1),
 }
 
 
@@ -180,6 +182,10 @@ def test_the_copy_without_hidden_keys_grows_with_its_layer() -> None:
         assert check().data_ptr() == storage
     layer.reorder_cache(torch.tensor([1, 1]))
     shown = shown[[1, 1]]
+    check()
+    layer.values.mul_(2)
+    layer.update(*states(1))
+    shown = torch.nn.functional.pad(shown, (0, 1), value=53)
     check()
     layer.crop(-3)
     shown = shown[:, :-3]
