@@ -7,7 +7,9 @@ room to spare, which grows geometrically, and what a layer gets is a view of the
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -231,6 +233,21 @@ def _version_of(states: Tensor | None) -> int | None:
 def grow_in_place(cache: Cache) -> None:
     """Replace the layers of an empty cache that hold full attention by such as grow in place."""
     cache.layers = [SparseLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+
+
+# Of each thread, for several may run one model.
+_of_pass: ContextVar[ref[Cache] | None] = ContextVar("hf_sparse_cache_of_pass", default=None)
+
+
+def set_cache_of_pass(cache: Cache | None) -> None:
+    """Say which cache the forward pass has that begins in this thread. It is not kept alive."""
+    _of_pass.set(None if cache is None else ref(cache))
+
+
+def cache_of_pass() -> Cache | None:
+    """The cache of the forward pass under way in this thread, or of the last one, if it had one that is still there."""
+    held = _of_pass.get()
+    return None if held is None else held()
 
 
 def layer_that_holds(cache: Cache, layer: int, key: Tensor) -> SparseLayer | None:

@@ -7,8 +7,8 @@ import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from threading import Thread
 from typing import Any
-from weakref import ref
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_sparse
-from hf_sparse.cache import SparseCache, SparseLayer
+from hf_sparse.cache import SparseCache, SparseLayer, set_cache_of_pass
 from hf_sparse.call import AttentionCall
 from hf_sparse.kernels.layout import Layout
 from hf_sparse.kernels.quantised import QuantisedKeys
@@ -265,6 +265,29 @@ def test_keys_are_rounded_once_however_the_cache_is_given(way: str, rounded: lis
     assert rounded == [1] * 3 * tiny.LAYERS
 
 
+def test_threads_that_share_a_model_round_keys_once(rounded: list[int]) -> None:
+    """A pass of another thread, with a cache of its own, in the middle of a pass."""
+    model = ranking_model()
+    caches = [SparseCache(model.config) for _ in range(2)]
+    for cache in caches:
+        model(tiny.tokens(1, 200), past_key_values=cache)
+    rounded.clear()
+
+    @torch.no_grad()
+    def other() -> None:
+        model(tiny.tokens(1, 1), past_key_values=caches[1])
+
+    def meanwhile(*_: Any) -> None:
+        handle.remove()
+        thread = Thread(target=other)
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[0].self_attn.register_forward_pre_hook(meanwhile)
+    model(tiny.tokens(1, 1), past_key_values=caches[0])
+    assert rounded == [1] * 2 * tiny.LAYERS
+
+
 def test_a_model_with_cross_attention_in_reserve_takes_its_own_kind_of_cache() -> None:
     model, ids = sparse_model("gpt2", "grouped"), tiny.tokens(1, 40)
     cache = EncoderDecoderCache(SparseCache(model.config), DynamicCache())
@@ -478,11 +501,10 @@ def test_training_is_as_with_the_stock_cache() -> None:
 
 @pytest.mark.parametrize("left", [0, 37])
 def test_decoding_selects_alike_with_any_cache(left: int) -> None:
-    """One row with keys in 8 bits that the cache keeps, and with such as are made anew: the same output."""
+    """One query with keys in 8 bits that the cache keeps, and with such as are made anew: the same output."""
     state = hf_sparse.attention.LayerState(0, replace(SPARSE, min_keys=16))
     layer = SparseLayer()
     cache = Cache(layers=[layer])
-    state.cache = ref(cache)
     layer.update(*states(6000 + left))
     for seed in range(20):
         keys, values = layer.update(*states(1, seed=seed))
@@ -492,8 +514,8 @@ def test_decoding_selects_alike_with_any_cache(left: int) -> None:
             keys, values = layer.update(*states(1, seed=90))
         queries = torch.cat(states(1, seed=seed + 50), dim=1)
         intervals = torch.tensor([[[[left, keys.shape[2]]]], [[[0, keys.shape[2]]]]], dtype=torch.int32)
-        kept, anew = (
-            hf_sparse.attention.attend(state, AttentionCall(queries, *pair, intervals, 1.0))[0]
-            for pair in ((keys, values), (keys.clone(), values.clone()))
-        )
-        assert torch.equal(kept, anew)
+        outs = []
+        for given in (cache, None):
+            set_cache_of_pass(given)
+            outs.append(hf_sparse.attention.attend(state, AttentionCall(queries, keys, values, intervals, 1.0))[0])
+        assert torch.equal(*outs)

@@ -6,7 +6,7 @@ All hooks hang on the model itself, go when it is unpatched, and are copied and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MethodType
@@ -18,8 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from hf_sparse.attention import LayerState
-from hf_sparse.cache import SparseCache, grow_in_place
+from hf_sparse.cache import SparseCache, grow_in_place, set_cache_of_pass
 
 # The method by which transformers' `generate` makes the cache that nobody passed to it.
 _METHOD = "_prepare_cache_for_generation"
@@ -32,8 +31,8 @@ class CacheHooks:
     """What `install` put on a model, and what the model's caches cost.
 
     Attributes:
-        forward: Counts, gives a plain forward call its cache, and tells the layers which one it has.
-        handles: What removes it.
+        forward: Counts, and gives a plain forward call its cache.
+        handles: What removes it, and what tells the layers which cache a pass has.
         generation: What was in the place of `generate`'s method on this very model, if anything.
     """
 
@@ -43,20 +42,18 @@ class CacheHooks:
 
 
 class _BeforeForward:
-    """Runs before the forward pass of a patched model, and of the decoder inside it.
+    """Runs before the forward pass of a patched model.
 
     Attributes:
-        states: What the patched attention modules know.
         concatenated_calls: Forward passes in which a cache made new tensors of all its keys and values.
         concatenated_bytes: What it copied for that.
     """
 
     def __init__(self) -> None:
-        self.reset(())
+        self.reset()
 
-    def reset(self, states: Sequence[LayerState]) -> None:
-        """Count anew, for layers that were patched anew."""
-        self.states = states
+    def reset(self) -> None:
+        """Count anew."""
         self.concatenated_calls = 0
         self.concatenated_bytes = 0
 
@@ -79,20 +76,19 @@ class _BeforeForward:
         self._count(cache)
         return None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def hand_over(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell every layer which cache the pass has, so that attention finds the keys in 8 bits that belong to it."""
-        cache = _given_cache(decoder, args, kwargs)
-        held = ref(cache) if isinstance(cache, Cache) else None
-        for state in self.states:
-            state.cache = held
-
     def _count(self, cache: Any) -> None:
         layers = cache.layers if isinstance(cache, Cache) else []
         copied = sum(x.nbytes for layer in layers if type(layer) is DynamicLayer for x in _states(layer))
         if copied:
             self.concatenated_calls += 1
             self.concatenated_bytes += copied
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _hand_over(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Runs before the forward pass of a decoder, so that attention finds the keys in 8 bits that its cache keeps."""
+    cache = _given_cache(decoder, args, kwargs)
+    set_cache_of_pass(cache if isinstance(cache, Cache) else None)
 
 
 class _BeforeGeneration:
@@ -132,7 +128,7 @@ def install(model: PreTrainedModel) -> CacheHooks:
     forward = _BeforeForward()
     handles = [model.register_forward_pre_hook(forward, with_kwargs=True)]
     # The decoder, for it may be called without the model around it.
-    handles += [decoder.register_forward_pre_hook(forward.hand_over, with_kwargs=True) for decoder in _decoders(model)]
+    handles += [decoder.register_forward_pre_hook(_hand_over, with_kwargs=True) for decoder in _decoders(model)]
     inner = vars(model).get(_METHOD)
     if hasattr(type(model), _METHOD):
         setattr(model, _METHOD, _BeforeGeneration(model, inner))

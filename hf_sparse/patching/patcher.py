@@ -109,7 +109,7 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
             state.fitted_to = config.calibration.fitted_to or None
         setattr(base.get_submodule(layer.name), STATE, state)
     handle: _Patch = getattr(base, _HANDLE)
-    handle.hooks.forward.reset(list(states(base).values()))
+    handle.hooks.forward.reset()
     return model
 
 
@@ -142,7 +142,6 @@ def patched(model: ModelT, config: ConfigLike = None, **fields: Any) -> Iterator
             _hold(base, policy)
             for module, state in before.items():
                 setattr(module, STATE, state)
-            getattr(base, _HANDLE).hooks.forward.states = list(before.values())
         else:
             unpatch(model)
 
