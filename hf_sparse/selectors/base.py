@@ -135,7 +135,7 @@ def largest(scores: Tensor, budgets: Tensor, most: int) -> tuple[Tensor, Tensor]
         most: The largest budget.
 
     Returns:
-        Columns, int64 `(..., width)`, in no particular order, and which of them are taken, bool `(..., width)`,
+        Their positions, int64 `(..., width)`, in no particular order, and which of them are taken, bool `(..., width)`,
         where `width` is one more than `most`, or `length` if that is less.
     """
     length = scores.shape[-1]
