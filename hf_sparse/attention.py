@@ -7,14 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import AttentionInterface, AttentionMaskInterface
 
-from hf_sparse import engines
-from hf_sparse.cache import SparseLayer, layer_that_holds
+from hf_sparse import engines, selectors
+from hf_sparse.cache import SparseLayer, cache_of_pass, layer_that_holds
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import dense
@@ -81,7 +80,6 @@ class LayerState:
         fitted_to: Most visible keys that the laws were fitted on; the first query that sees more warns. `None` for no
             limit.
         budgets: Budgets by visible keys, which layers with the same law share.
-        cache: The cache of the last forward pass, if it had one.
     """
 
     layer: int
@@ -91,14 +89,10 @@ class LayerState:
     observer: Observer | None = None
     fitted_to: int | None = None
     budgets: BudgetTable = None  # type: ignore[assignment]
-    cache: ref[Cache] | None = None
 
     def __post_init__(self) -> None:
         if self.budgets is None:
             self.budgets = BudgetTable(self.config.budget(self.layer))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "cache": None}  # A copy of a model has no forward pass under way.
 
     @cached_property
     def selector(self) -> Selector:
@@ -116,14 +110,14 @@ class LayerState:
 
     def held(self, key: Tensor) -> SparseLayer | None:
         """The layer of the forward pass's cache that holds `key`, if it is one of ours."""
-        cache = None if self.cache is None else self.cache()
+        cache = cache_of_pass()
         return None if cache is None else layer_that_holds(cache, self.layer, key)
 
     def quantised(self, key: Tensor) -> QuantisedKeys:
         """`key` in 8 bits as the cache keeps it, or nothing yet."""
         if held := self.held(key):
             return held.quantised
-        cache = None if self.cache is None else self.cache()
+        cache = cache_of_pass()
         if cache is not None and any(isinstance(own, SparseLayer) for own in cache.layers[self.layer :][:1]):
             self.counters.slow[_ROUNDED_ANEW] += 1
         return QuantisedKeys()
@@ -299,14 +293,15 @@ def _attend_sparsely(
         outs.append(dense.attend(call.queries(0, start).visible_part()))
         kept.append(ranges.visible[:, None, :start].expand(-1, heads, -1))
         sparse, budgets = sparse.queries(start, queries), budgets[..., start:]
-    rest = sparse.query.shape[2]
     aligned = align(sparse, budgets, size)
     length, step = aligned.call.query.shape[2], _block_queries(aligned.call, selector, plan.most)
     parts: list[Tensor] = []
     for start in range(0, length, step):
         block = aligned.call if length <= step else aligned.call.queries(start, min(length, start + step))
         with _without_autocast(call):
-            selection = selector.select(block, aligned.budgets[..., start : start + step], state.config.always)
+            selection = selectors.select(
+                selector, block, aligned.budgets[..., start : start + step], state.config.always
+            )
             kept.append(selection.kept(heads))
             if want_weights:
                 weights.append(masked_weights(block, selection.mask(heads, call.key.shape[2])))
@@ -314,8 +309,8 @@ def _attend_sparsely(
             else:
                 parts.append(engines.attend(state.engine, block, selection))
     state.counters.count(ranges.queries, ranges.total, heads, plan.dense_queries, kept)
-    outs.append(aligned.restored(_joined(parts), rest))
-    return _joined(outs), aligned.restored(_joined(weights), rest) if weights else None
+    outs.append(aligned.restored(_joined(parts)))
+    return _joined(outs), aligned.restored(_joined(weights)) if weights else None
 
 
 def _without_autocast(call: AttentionCall) -> AbstractContextManager[Any]:
@@ -332,7 +327,7 @@ def _block_queries(call: AttentionCall, selector: Selector, most: int) -> int:
     """Queries of a block, whole groups, if no query keeps more than `most` keys."""
     batch, heads = call.query.shape[:2]
     whole = selector.group_queries * -(-_LEAST_QUERIES // selector.group_queries)
-    fit = _BLOCK_ELEMENTS // (batch * heads * selector.scored_keys(call, most))
+    fit = _BLOCK_ELEMENTS // (batch * heads * max(1, selector.scored_keys(call, most)))
     return min(max(1, _MOST_QUERIES // whole), max(1, fit // whole)) * whole
 
 

@@ -7,7 +7,9 @@ room to spare, which grows geometrically, and what a layer gets is a view of the
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -61,9 +63,10 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self.quantised = QuantisedKeys()
         self._storage: tuple[Tensor, Tensor] | None = None
-        # `keys` as last put there by this class, and how often they had been written to, to notice others who do so.
-        self._shown: Tensor | None = None
-        self._version: int | None = None
+        # Keys and values as last put there by this class, and how often they had been written to, to notice others who
+        # do so.
+        self._shown: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._versions: tuple[int | None, int | None] = (None, None)
         # A copy without the keys that padding hides inside of texts, and the positions of those in it.
         self._without_hidden: tuple[Tensor, SparseLayer] | None = None
 
@@ -164,11 +167,14 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._remember()
 
     def _notice_changes(self) -> None:
-        if self._shown is not self.keys or self._version != _version_of(self.keys):
+        keys, values = self._shown
+        changed = self.keys is not keys or self.values is not values
+        if changed or self._versions != (_version_of(keys), _version_of(values)):
             self._start_anew()
 
     def _remember(self) -> None:
-        self._shown, self._version = self.keys, _version_of(self.keys)
+        self._shown = self.keys, self.values
+        self._versions = _version_of(self.keys), _version_of(self.values)
 
     def _states(self) -> tuple[Tensor, Tensor]:
         assert self.keys is not None
@@ -219,14 +225,29 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._show((change(storage[0]), change(storage[1])), length)
 
 
-def _version_of(keys: Tensor | None) -> int | None:
+def _version_of(states: Tensor | None) -> int | None:
     """How often a tensor, or what it is a view of, was written to; `None` where PyTorch does not count that."""
-    return None if keys is None or keys.is_inference() else keys._version
+    return None if states is None or states.is_inference() else states._version
 
 
 def grow_in_place(cache: Cache) -> None:
     """Replace the layers of an empty cache that hold full attention by such as grow in place."""
     cache.layers = [SparseLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+
+
+# Of each thread, for several may run one model.
+_of_pass: ContextVar[ref[Cache] | None] = ContextVar("hf_sparse_cache_of_pass", default=None)
+
+
+def set_cache_of_pass(cache: Cache | None) -> None:
+    """Say which cache the forward pass has that begins in this thread. It is not kept alive."""
+    _of_pass.set(None if cache is None else ref(cache))
+
+
+def cache_of_pass() -> Cache | None:
+    """The cache of the forward pass under way in this thread, or of the last one, if it had one that is still there."""
+    held = _of_pass.get()
+    return None if held is None else held()
 
 
 def layer_that_holds(cache: Cache, layer: int, key: Tensor) -> SparseLayer | None:

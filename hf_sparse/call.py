@@ -215,7 +215,7 @@ class Selection:
     def mask(self, heads: int, kv_len: int) -> Tensor:
         """The selection as a bool mask `(batch, heads, q_len, kv_len)`, for engines and measures that are dense."""
         batch, kv_heads, groups, pairs, _ = self.allowed.shape
-        # A padded candidate may name a key that is allowed elsewhere: send it to a column of its own.
+        # A padded candidate may name a key that is allowed elsewhere: send it to a position of its own.
         positions = torch.where(self.allowed, self.positions.unsqueeze(3), kv_len)
         out = torch.zeros(batch, kv_heads, groups, pairs, kv_len + 1, dtype=torch.bool, device=positions.device)
         return self.queries_of(out.scatter_(-1, positions, True)[..., :kv_len], heads)

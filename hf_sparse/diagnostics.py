@@ -46,7 +46,8 @@ def observed(model: ModelT, observer: Observer) -> Iterator[ModelT]:
     """
     with patched(model):
         for module, state in states(base_model(model)).items():
-            setattr(module, STATE, replace(state, dense_reason="observed", observer=observer))
+            seen = replace(state, dense_reason="observed", counters=LayerCounters(), observer=observer)
+            setattr(module, STATE, seen)
         yield model
 
 

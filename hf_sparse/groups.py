@@ -20,21 +20,23 @@ class Aligned:
     """A call whose groups of queries begin where they should.
 
     Attributes:
-        call: The call, with empty queries around those of sequences that had to be moved.
+        call: The call, with empty queries around and after those of sequences that had to be moved.
         budgets: Kept keys of its queries, int64 `(batch, heads or 1, q_len)`, on the CPU; 0 for empty ones.
-        shift: Places that each sequence was moved by, int64 `(batch,)`; `None` if none was.
+        place: Where each original query is now, int64 `(batch, queries)` on the CPU, -1 for one that sees nothing;
+            `None` if all are where they were.
     """
 
     call: AttentionCall
     budgets: Tensor
-    shift: Tensor | None = None
+    place: Tensor | None = None
 
-    def restored(self, x: Tensor, queries: int) -> Tensor:
+    def restored(self, x: Tensor) -> Tensor:
         """`(batch, heads, q_len, ...)` of the aligned call as `(batch, heads, queries, ...)` of the original one."""
-        if self.shift is None:
+        if self.place is None:
             return x
-        source = (torch.arange(queries) + self.shift[:, None]).to(x.device)
-        return x.gather(2, source[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        place = self.place.to(x.device)[:, None, :, None]
+        found = x.gather(2, place.clamp(min=0).expand(-1, x.shape[1], -1, x.shape[3]))
+        return found.masked_fill(place < 0, 0)
 
 
 def align(call: AttentionCall, budgets: Tensor, size: int) -> Aligned:
@@ -54,19 +56,23 @@ def align(call: AttentionCall, budgets: Tensor, size: int) -> Aligned:
     if size == 1 or queries == 1:
         return Aligned(call, budgets)
     first, stop = call.ranges.first, call.ranges.stop
-    index = torch.arange(queries)
-    # A query's position in its text is its last visible key, counted from the text's first visible key.
-    head = torch.where(stop > first, index, queries).amin(-1).clamp(max=queries - 1)
-    position = stop.gather(1, head[:, None])[:, 0] - 1 - start
-    shift = (position - head) % size
-    length = queries + int(shift.max())
+    alive = stop > first
+    index = torch.arange(queries, device="cpu")
+    # A query's position in its text is its last visible key, counted from the text's first visible key. Those that see
+    # nothing are padding, before, after or inside a text: they have no part in its groups.
+    head = torch.where(alive, index, queries).amin(-1).clamp(max=queries - 1)
+    position = stop.gather(1, head[:, None]) - 1 - start[:, None]
+    place = torch.where(alive, position % size + alive.cumsum(-1) - 1, -1)
+    if (queries <= size or queries % size == 0) and bool(((place == index) | ~alive).all()):
+        return Aligned(call, budgets)
+    length = max(1, int(place.max()) + 1)
     if length > size:
         length = -(-length // size) * size
-    if length == queries and not bool(shift.any()):
-        return Aligned(call, budgets)
-    source = torch.arange(length) - shift[:, None]
-    inside = (source >= 0) & (source < queries)
-    source = source.clamp(0, queries - 1)
+    # One place more than there are takes the queries that go nowhere.
+    source = torch.full((len(place), length + 1), -1, device="cpu")
+    source = source.scatter_(1, torch.where(alive, place, length), index.expand_as(place))[:, :length]
+    inside = source >= 0
+    source = source.clamp(min=0)
     first, stop = (x.gather(1, source) * inside for x in (first, stop))
     device = call.query.device
     index = source.to(device)[:, None, :, None].expand(-1, call.query.shape[1], -1, call.query.shape[3])
@@ -78,7 +84,7 @@ def align(call: AttentionCall, budgets: Tensor, size: int) -> Aligned:
         known_ranges=VisibleRanges(intervals, first, stop),
     )
     budgets = budgets.gather(2, source[:, None].expand(-1, budgets.shape[1], -1)) * inside[:, None]
-    return Aligned(moved, budgets, shift)
+    return Aligned(moved, budgets, place)
 
 
 def leading_dense(call: AttentionCall, plan: BudgetPlan, size: int) -> int:
@@ -86,5 +92,5 @@ def leading_dense(call: AttentionCall, plan: BudgetPlan, size: int) -> int:
     first, stop = call.ranges.first, call.ranges.stop
     if (first != first[:1]).any() or (stop != stop[:1]).any():
         return 0  # The groups of sequences that are padded differently do not end at the same query.
-    position = int(stop[0, 0] - 1 - first[0].min())
+    position = int(stop[0, 0] - 1 - call.text_start[0])
     return max(0, (position + plan.leading_dense()) // size * size - position)

@@ -21,7 +21,7 @@ LawName = Literal["power", "fixed", "fraction", "log"]
 LAWS: tuple[str, ...] = get_args(LawName)
 
 Law = Callable[[Tensor], Tensor]
-"""A law of a user's own: visible keys n, float64 of any shape, to keys k(n) of the same shape, before clamping."""
+"""A law of a user's own: visible keys n >= 1, float64 of any shape, to keys k(n) of the same shape, before clamping."""
 
 # ceil() of a product that is a whole number in exact arithmetic must not depend on the last bit of pow().
 _ROUNDING_GUARD = 1e-9
@@ -109,7 +109,7 @@ def bisect(
 def _own(law: Law, n: Tensor) -> Tensor:
     """k(n) by a law of a user's own, checked."""
     name = getattr(law, "__name__", type(law).__name__)
-    k = law(n)
+    k = law(n.clamp(min=1))  # A query that sees no key keeps none, whatever a law would say.
     if not isinstance(k, Tensor) or k.shape != n.shape:
         found = tuple(k.shape) if isinstance(k, Tensor) else type(k).__name__
         raise UserError(

@@ -46,13 +46,12 @@ class BudgetPlan:
     """
 
     def __init__(self, ranges: VisibleRanges, law: Budget, table: Tensor) -> None:
-        self._ranges = ranges
-        self._table = table
+        self._seen, self._table = ranges.seen, table
         covered = 0
         if ranges.most_visible < law.dense_below:
             short, self.dense = ranges.queries, True
         else:
-            least, seen = self.budgets.amin(1), ranges.seen
+            least, seen = self.budgets.amin(1), self._seen
             if ranges.few:
                 pairs = zip(least.flatten().tolist(), seen.flatten().tolist(), strict=True)
                 whole = [count for kept, count in pairs if 0 < count <= kept]
@@ -70,7 +69,7 @@ class BudgetPlan:
     @cached_property
     def budgets(self) -> Tensor:
         """Kept keys, int64 `(batch, heads or 1, q_len)`, on the CPU."""
-        return self._table[:, self._ranges.seen].transpose(0, 1)
+        return self._table[:, self._seen].transpose(0, 1)
 
     @cached_property
     def most(self) -> int:
@@ -79,6 +78,5 @@ class BudgetPlan:
 
     def leading_dense(self) -> int:
         """Queries at the start of the call that keep all that they see, in every sequence and head."""
-        first, stop = self._ranges.first, self._ranges.stop
-        whole = (self.budgets >= self._ranges.seen[:, None]).all(1).all(0) & (stop[0] > first[0])
+        whole = (self.budgets >= self._seen[:, None]).all(1).all(0) & (self._seen[0] > 0)
         return int(whole.long().cumprod(0).sum())

@@ -16,9 +16,6 @@ from hf_sparse.visibility import Visible, is_packed, visible_in
 # which counts for a decoded token.
 _FEW = 64
 
-# Masks whose ranges are remembered: one for each kind of layer, and for several models or devices in turn.
-_REMEMBERED = 8
-
 
 class VisibleRanges:
     """The visible intervals of a call on the CPU, and what follows from them.
@@ -52,7 +49,7 @@ class VisibleRanges:
             self.queries = sum(count > 0 for count in counts)
             self.total = sum(counts)
             self.most_visible = max(counts, default=0)
-            self.last_visible: int = max(1, *(stop for _, stop in spans))
+            self.last_visible: int = max([1, *(stop for _, stop in spans)])
         else:
             self.queries = int((self.seen > 0).sum())
             self.total = int(self.seen.sum())
@@ -94,11 +91,14 @@ class Seen:
     ranges: VisibleRanges
 
 
-_remembered: list[tuple[ref[Tensor], int | None, tuple[int, ...], Seen | None]] = []
+_remembered: dict[int, tuple[ref[Tensor], int, tuple[int, ...], Seen | None]] = {}
 
 
 def seen_through(mask: Tensor, batch: int, q_len: int, kv_len: int) -> Seen | None:
     """What a mask lets queries see, or `None` if it is not made of intervals; worked out once for all layers.
+
+    It is remembered as long as the mask lives and is not written to. A user's own mask that was made in inference mode,
+    where PyTorch does not count writes, is looked at in every call.
 
     Args:
         mask: From `interval_mask`, or a user's own 4-D mask.
@@ -106,16 +106,18 @@ def seen_through(mask: Tensor, batch: int, q_len: int, kv_len: int) -> Seen | No
         q_len: Number of queries.
         kv_len: Number of keys.
     """
-    version = None if mask.is_inference() else mask._version
-    sizes = (batch, q_len, kv_len)
-    for known, at, of, seen in _remembered:
-        if known() is mask and at == version and of == sizes:
-            return seen
-    visible = Visible.unpacked(mask, q_len) if is_packed(mask) else visible_in(mask[..., :kv_len])
-    made = None
+    packed = is_packed(mask)
+    version, sizes = 0 if mask.is_inference() else mask._version, (batch, q_len, kv_len)
+    known = _remembered.get(id(mask))
+    if known is not None and known[0]() is mask and known[1:3] == (version, sizes):
+        return known[3]
+    # Detached, for a view would keep the mask alive.
+    visible = Visible.unpacked(mask.detach(), q_len) if packed else visible_in(mask[..., :kv_len])
+    seen = None
     if visible is not None:
         visible = visible.expanded(batch)
-        made = Seen(visible, VisibleRanges(visible.intervals))
-    _remembered.insert(0, (ref(mask), version, sizes, made))
-    del _remembered[_REMEMBERED:]
-    return made
+        seen = Seen(visible, VisibleRanges(visible.intervals))
+    if packed or not mask.is_inference():
+        key = id(mask)
+        _remembered[key] = ref(mask, lambda _: _remembered.pop(key, None)), version, sizes, seen
+    return seen

@@ -34,7 +34,7 @@ class LayerSupport:
         name: Name of the attention module in the model.
         heads: Query heads.
         kv_heads: Key heads.
-        sliding_window: Keys that a row sees at most, or `None` for full attention.
+        sliding_window: Keys that a query sees at most, or `None` for full attention.
     """
 
     layer: int

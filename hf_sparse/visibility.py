@@ -53,12 +53,12 @@ class Visible:
     def packed(self) -> Tensor:
         """One int32 tensor `(batch, 1, q_len or more, 2)` that says all of it, as a mask function must return.
 
-        Positions of shown keys follow the intervals, two in a line.
+        Positions of shown keys follow the intervals, each twice.
         """
         if self.shown is None:
             return self.intervals.to(torch.int32)
-        positions = F.pad(self.shown, (0, self.shown.shape[1] % 2)).to(torch.int32)
-        return torch.cat([self.intervals.to(torch.int32), positions.view(len(positions), 1, -1, 2)], dim=2)
+        positions = self.shown.to(torch.int32)[:, None, :, None].expand(-1, -1, -1, 2)
+        return torch.cat([self.intervals.to(torch.int32), positions], dim=2)
 
     def expanded(self, batch: int) -> Visible:
         """The same for `batch` sequences, where a mask has one for all."""
@@ -70,7 +70,7 @@ class Visible:
         """The inverse of `packed`."""
         if mask.shape[2] == q_len:
             return cls(mask)
-        return cls(mask[:, :, :q_len], mask[:, 0, q_len:].flatten(1).long())
+        return cls(mask[:, :, :q_len], mask[:, 0, q_len:, 0].long())
 
 
 def interval_mask(

@@ -13,25 +13,25 @@ from hf_sparse.selectors import Selector, find_selector
 
 
 def causal_intervals(
-    rows: int,
+    q_len: int,
     kv_len: int,
     window: int | None = None,
     left: tuple[int, ...] = (0, 0),
     right: tuple[int, ...] = (0, 0),
     spare: int = 0,
 ) -> Tensor:
-    """Intervals of the last `rows` rows of sequences with pads on the left and right, one entry per sequence.
+    """Intervals of the last `q_len` queries of sequences with pads on the left and right, one entry per sequence.
 
-    `spare` key slots after the last row are unwritten, as in a static cache.
+    `spare` key slots after the last query are unwritten, as in a static cache.
     """
-    out = torch.zeros(len(left), 1, rows, 2, dtype=torch.int32)
+    out = torch.zeros(len(left), 1, q_len, 2, dtype=torch.int32)
     written = kv_len - spare
     for batch, (before, after) in enumerate(zip(left, right, strict=True)):
-        for row in range(rows):
-            own = written - rows + row
+        for i in range(q_len):
+            own = written - q_len + i
             if before <= own < written - after:
                 first = before if window is None else max(before, own - window + 1)
-                out[batch, 0, row] = torch.tensor([first, own + 1])
+                out[batch, 0, i] = torch.tensor([first, own + 1])
     return out
 
 
@@ -55,7 +55,7 @@ def inputs(
     With `whole_numbers`, all scores are small multiples of 1/2, without rounding, and ties are everywhere.
     """
     generator = torch.Generator().manual_seed(seed)
-    batch, _, rows, _ = intervals.shape
+    batch, _, q_len, _ = intervals.shape
 
     def states(*shape: int) -> Tensor:
         if whole_numbers:
@@ -63,7 +63,7 @@ def inputs(
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     return AttentionCall(
-        states(batch, heads, rows, dim),
+        states(batch, heads, q_len, dim),
         states(batch, kv_heads, kv_len, dim),
         states(batch, kv_heads, kv_len, value_dim or dim),
         intervals,
@@ -98,84 +98,84 @@ def turned(states: Tensor) -> Tensor:
 
 
 def scores(call: AttentionCall) -> Tensor:
-    """Scaled products of queries and keys, `(batch, heads, rows, kv_len)`, before softcap."""
+    """Scaled products of queries and keys, `(batch, heads, q_len, kv_len)`, before softcap."""
     key = call.key.repeat_interleave(call.group_size, dim=1)
     return (call.query @ key.transpose(-1, -2)) * call.scaling
 
 
 def visible_mask(call: AttentionCall) -> Tensor:
-    """bool `(batch, heads, rows, kv_len)` by loops."""
-    batch, heads, rows, _ = call.query.shape
-    out = torch.zeros(batch, heads, rows, call.key.shape[2], dtype=torch.bool)
+    """bool `(batch, heads, q_len, kv_len)` by loops."""
+    batch, heads, q_len, _ = call.query.shape
+    out = torch.zeros(batch, heads, q_len, call.key.shape[2], dtype=torch.bool)
     for b in range(batch):
-        for row in range(rows):
-            first, stop = call.intervals[b, 0, row].tolist()
-            out[b, :, row, first:stop] = True
+        for i in range(q_len):
+            first, stop = call.intervals[b, 0, i].tolist()
+            out[b, :, i, first:stop] = True
     return out
 
 
 def attend(call: AttentionCall, mask: Tensor) -> Tensor:
-    """Attention under a bool mask `(batch, heads, rows, kv_len)`, row by row, in float64."""
+    """Attention under a bool mask `(batch, heads, q_len, kv_len)`, query by query, in float64."""
     all_scores = scores(_double(call))
     values = call.value.double().repeat_interleave(call.group_size, dim=1)
     if call.softcap is not None:
         all_scores = call.softcap * (all_scores / call.softcap).tanh()
     out = torch.zeros(*call.query.shape[:3], call.value.shape[-1], dtype=torch.float64)
-    for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in call.query.shape[:3])).tolist():
-        kept = mask[b, h, row]
-        weights = all_scores[b, h, row, kept].exp()
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in call.query.shape[:3])).tolist():
+        kept = mask[b, h, i]
+        weights = all_scores[b, h, i, kept].exp()
         total = weights.sum()
         if call.sinks is not None:
             total = total + call.sinks[h].double().exp()
         if kept.any():
-            out[b, h, row] = (weights / total) @ values[b, h, kept]
+            out[b, h, i] = (weights / total) @ values[b, h, kept]
     return out
 
 
 def select_topk(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_keys: int) -> Tensor:
-    """The specification of the exact selector, by sorting: bool `(batch, heads, rows, kv_len)`."""
+    """The specification of the exact selector, by sorting: bool `(batch, heads, q_len, kv_len)`."""
     all_scores = scores(call)
     budgets = budgets.expand(call.query.shape[:3])
     out = torch.zeros(all_scores.shape, dtype=torch.bool)
-    for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in call.query.shape[:3])).tolist():
-        first, stop = call.intervals[b, 0, row].tolist()
-        best = sorted(range(first, stop), key=lambda j: (-all_scores[b, h, row, j].item(), -j))
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in call.query.shape[:3])).tolist():
+        first, stop = call.intervals[b, 0, i].tolist()
+        best = sorted(range(first, stop), key=lambda j: (-all_scores[b, h, i, j].item(), -j))
         order = [*range(stop - 1, max(first, stop - recent_keys) - 1, -1), *range(first, min(stop, first + sink_keys))]
         order += best
-        out[b, h, row, list(dict.fromkeys(order))[: budgets[b, h, row]]] = True
+        out[b, h, i, list(dict.fromkeys(order))[: budgets[b, h, i]]] = True
     return out
 
 
 def select_window(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_keys: int) -> Tensor:
-    """The specification of the window selector: bool `(batch, heads, rows, kv_len)`."""
+    """The specification of the window selector: bool `(batch, heads, q_len, kv_len)`."""
     budgets = budgets.expand(call.query.shape[:3])
     out = torch.zeros(*call.query.shape[:3], call.key.shape[2], dtype=torch.bool)
-    for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in call.query.shape[:3])).tolist():
-        first, stop = call.intervals[b, 0, row].tolist()
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in call.query.shape[:3])).tolist():
+        first, stop = call.intervals[b, 0, i].tolist()
         order = [*range(stop - 1, max(first, stop - recent_keys) - 1, -1), *range(first, min(stop, first + sink_keys))]
         order += range(stop - 1, first - 1, -1)
-        out[b, h, row, list(dict.fromkeys(order))[: budgets[b, h, row]]] = True
+        out[b, h, i, list(dict.fromkeys(order))[: budgets[b, h, i]]] = True
     return out
 
 
 def select_grouped(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_keys: int, size: int) -> Tensor:
-    """The specification of the grouped selector: bool `(batch, heads, rows, kv_len)`.
+    """The specification of the grouped selector: bool `(batch, heads, q_len, kv_len)`.
 
     Args:
-        call: Rows that form groups of `size`.
-        budgets: int64 `(batch, heads or 1, rows)`.
+        call: Queries that form groups of `size`.
+        budgets: int64 `(batch, heads or 1, q_len)`.
         sink_keys: As in the configuration.
         recent_keys: The same.
-        size: Rows in a group.
+        size: Queries in a group.
     """
     out = torch.zeros(*call.query.shape[:3], call.key.shape[2], dtype=torch.bool)
     budgets = budgets.expand(call.query.shape[:3])
     for b in range(len(out)):
         for start in range(0, call.query.shape[2], size):
-            rows = [row for row in range(start, start + size) if call.visible[b, row] > 0]
-            for kv_head in range(call.key.shape[1] if rows else 0):
+            queries = [i for i in range(start, start + size) if call.visible[b, i] > 0]
+            for kv_head in range(call.key.shape[1] if queries else 0):
                 heads = range(kv_head * call.group_size, (kv_head + 1) * call.group_size)
-                _keep(call, budgets, sink_keys, recent_keys, b, rows, heads, out)
+                _keep(call, budgets, sink_keys, recent_keys, b, queries, heads, out)
     return out
 
 
@@ -185,41 +185,41 @@ def _keep(
     sink_keys: int,
     recent_keys: int,
     b: int,
-    rows: list[int],
+    queries: list[int],
     heads: range,
     out: Tensor,
 ) -> None:
-    """What the members of one group keep."""
-    column = torch.arange(call.key.shape[2])
+    """What the pairs of one group keep."""
+    position = torch.arange(call.key.shape[2])
     first, stop = call.intervals[b, 0].long().unbind(-1)
     key = call.key[b, heads[0] // call.group_size]
-    oldest = int(first[rows].min())
-    low = max(int(stop[rows].min()) - max(1, recent_keys), oldest)
+    oldest = int(first[queries].min())
+    low = max(int(stop[queries].min()) - max(1, recent_keys), oldest)
     begin = min(oldest + sink_keys, low)
-    older = (column >= begin) & (column < low)
-    votes = torch.zeros(len(column), dtype=torch.float64)
+    past = (position >= begin) & (position < low)
+    aggregated = torch.zeros(len(position), dtype=torch.float64)
     wanted, own = 0, {}
     for head in heads:
-        for row in rows:
-            budget = int(budgets[b, head, row])
+        for i in queries:
+            budget = int(budgets[b, head, i])
             recent = min(budget, recent_keys)
-            start = int(first[row]) + min(budget - recent, sink_keys)
-            visible = (column >= first[row]) & (column < stop[row])
-            keep = visible & ((column < start) | (column >= stop[row] - recent))
-            out[b, head, row] = keep
-            query = call.query[b, head, row] * call.scaling
+            start = int(first[i]) + min(budget - recent, sink_keys)
+            visible = (position >= first[i]) & (position < stop[i])
+            keep = visible & ((position < start) | (position >= stop[i] - recent))
+            out[b, head, i] = keep
+            query = call.query[b, head, i] * call.scaling
             exact = key @ query
-            scores = torch.where(older, quantised(key) @ quantised(query), exact)
+            scores = torch.where(past, quantised(key) @ quantised(query), exact)
             if call.softcap is not None:
                 scores = call.softcap * (scores / call.softcap).tanh()
-            votes += scores.masked_fill(~visible, -torch.inf).double().softmax(-1)
+            aggregated += scores.masked_fill(~visible, -torch.inf).double().softmax(-1)
             rest = budget - int(keep.sum())
-            own[head, row] = exact, rest, column[visible & ~keep & (column >= low)], start
+            own[head, i] = exact, rest, position[visible & ~keep & (position >= low)], start
             if rest > 0:
                 wanted = max(wanted, rest + max(0, start - begin))
-    pool = _highest(votes, column[older], 2 * wanted)
-    for (head, row), (exact, rest, local, start) in own.items():
-        out[b, head, row, _highest(exact, torch.cat([local, pool[pool >= start]]), rest)] = True
+    candidates = _highest(aggregated, position[past], 2 * wanted)
+    for (head, i), (exact, rest, local, start) in own.items():
+        out[b, head, i, _highest(exact, torch.cat([local, candidates[candidates >= start]]), rest)] = True
 
 
 def _highest(values: Tensor, positions: Tensor, number: int) -> Tensor:
@@ -235,11 +235,11 @@ def quantised(states: Tensor) -> Tensor:
 
 
 def random_selection(call: AttentionCall, queries_per_group: int, per_head: bool, seed: int = 0) -> Selection:
-    """A selection of visible keys without rhyme or reason: shuffled candidates, each allowed to some members."""
+    """A selection of visible keys without rhyme or reason: shuffled candidates, each allowed to some pairs."""
     generator = torch.Generator().manual_seed(seed)
-    batch, rows = call.query.shape[0], call.query.shape[2]
+    batch, q_len = call.query.shape[0], call.query.shape[2]
     kv_heads, kv_len = call.key.shape[1:3]
-    groups = rows // queries_per_group * (call.group_size if per_head else 1)
+    groups = q_len // queries_per_group * (call.group_size if per_head else 1)
     order = torch.rand(batch, kv_heads, groups, kv_len, generator=generator).argsort(-1)
     # The same candidates once more, as padding that is never allowed.
     positions = torch.cat([order, order[..., :3]], dim=-1)

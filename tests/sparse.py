@@ -21,7 +21,7 @@ from tests import tiny
 SPARSE = SparseAttentionConfig(
     alpha=2.0, exponent=0.5, min_keys=3, sink_keys=1, recent_keys=2, dense_layers=(), dense_below=0
 )
-EXACT = ("topk", "window")  # selectors whose rows do not share their keys
+EXACT = ("topk", "window")  # selectors whose queries do not share their keys
 
 # Asked for in some tests, where it makes engines work on all keys but one.
 by_design = pytest.mark.filterwarnings("ignore:max_keys=39 makes the kept keys grow no faster")

@@ -6,18 +6,19 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from threading import Thread
 from typing import Any
-from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_sparse
-from hf_sparse.cache import SparseCache, SparseLayer
+from hf_sparse.cache import SparseCache, SparseLayer, set_cache_of_pass
 from hf_sparse.call import AttentionCall
 from hf_sparse.kernels.layout import Layout
 from hf_sparse.kernels.quantised import QuantisedKeys
@@ -82,6 +83,8 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "reset": lambda layer: layer.reset(),
     "write": lambda layer: (layer.keys[:, :, 3:9].mul_(3), layer.values.add_(1)),
     "assign": lambda layer: (setattr(layer, "keys", layer.keys * 2), setattr(layer, "values", layer.values + 1)),
+    "write values": lambda layer: layer.values.add_(1),
+    "assign values": lambda layer: setattr(layer, "values", layer.values + 1),
 }
 
 
@@ -180,6 +183,10 @@ def test_the_copy_without_hidden_keys_grows_with_its_layer() -> None:
     layer.reorder_cache(torch.tensor([1, 1]))
     shown = shown[[1, 1]]
     check()
+    layer.values.mul_(2)
+    layer.update(*states(1))
+    shown = torch.nn.functional.pad(shown, (0, 1), value=53)
+    check()
     layer.crop(-3)
     shown = shown[:, :-3]
     check()
@@ -197,29 +204,95 @@ class CopiedKeys:
         return hf_sparse.attention.sparse_attention_forward(module, query, self.change(key), *args, **kwargs)
 
 
-@pytest.mark.parametrize(("factor", "noted"), [(1.0, False), (1.5, True)])
-def test_copies_of_cached_keys_are_rounded_once(factor: float, noted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model may attend to a copy of its cache. Keys that are changed after it are rounded anew, and it is said."""
-    model = hf_sparse.patch(tiny.model("llama"), alpha=1.0, dense_below=0, dense_layers=[], min_keys=24, recent_keys=8)
-    functions = ALL_ATTENTION_FUNCTIONS._global_mapping
-    monkeypatch.setitem(functions, hf_sparse.attention.NAME, CopiedKeys(lambda key: factor * key))
-    rounded: list[int] = []
+@pytest.fixture
+def rounded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many keys were rounded to 8 bits, in each call that rounded some."""
+    counts: list[int] = []
 
     def counting(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
-        rounded.append(stop - start)
+        counts.append(stop - start)
         layout.quantise(key, start, stop, out)
 
     layout = aggregation.LAYOUT
     monkeypatch.setattr(aggregation, "LAYOUT", replace(layout, quantise=counting))
     monkeypatch.setattr(compiled, "unsupported_reason", lambda _: "a test wants none")
+    return counts
+
+
+def ranking_model() -> Any:
+    """A model that ranks keys for every token."""
+    return hf_sparse.patch(tiny.model("llama"), alpha=1.0, dense_below=0, dense_layers=[], min_keys=24, recent_keys=8)
+
+
+@pytest.mark.parametrize(("factor", "noted"), [(1.0, False), (1.5, True)])
+def test_copies_of_cached_keys_are_rounded_once(
+    factor: float, noted: bool, rounded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may attend to a copy of its cache. Keys that are changed after it are rounded anew, and it is said."""
+    model = ranking_model()
+    functions = ALL_ATTENTION_FUNCTIONS._global_mapping
+    monkeypatch.setitem(functions, hf_sparse.attention.NAME, CopiedKeys(lambda key: factor * key))
     cache = SparseCache(model.config)
-    with torch.no_grad():
-        model(tiny.tokens(1, 200), past_key_values=cache)
-        rounded.clear()
-        for seed in range(3):
-            model(tiny.tokens(1, 1, seed), past_key_values=cache)
+    model(tiny.tokens(1, 200), past_key_values=cache)
+    rounded.clear()
+    for seed in range(3):
+        model(tiny.tokens(1, 1, seed), past_key_values=cache)
     assert set(rounded) == ({201, 202, 203} if noted else {1})
     assert any("rounded all cached keys" in note for note in hf_sparse.report(model).notes) == noted
+
+
+WAYS: dict[str, Callable[[Any], Callable[[Tensor, SparseCache], Any]]] = {
+    "by place": lambda model: lambda ids, cache: model(ids, None, None, cache),
+    "decoder alone": lambda model: lambda ids, cache: model.model(ids, past_key_values=cache),
+    "copied": lambda model: partial(_by_name, copy.deepcopy(model)),
+    "compiled": lambda model: partial(_by_name, torch.compile(model, backend="eager")),
+}
+
+
+def _by_name(model: Any, ids: Tensor, cache: SparseCache) -> Any:
+    return model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_keys_are_rounded_once_however_the_cache_is_given(way: str, rounded: list[int]) -> None:
+    torch.compiler.reset()
+    model = ranking_model()
+    run, cache = WAYS[way](model), SparseCache(model.config)
+    run(tiny.tokens(1, 200), cache)
+    rounded.clear()
+    for seed in range(3):
+        run(tiny.tokens(1, 1, seed), cache)
+    assert rounded == [1] * 3 * tiny.LAYERS
+
+
+def test_threads_that_share_a_model_round_keys_once(rounded: list[int]) -> None:
+    """A pass of another thread, with a cache of its own, in the middle of a pass."""
+    model = ranking_model()
+    caches = [SparseCache(model.config) for _ in range(2)]
+    for cache in caches:
+        model(tiny.tokens(1, 200), past_key_values=cache)
+    rounded.clear()
+
+    @torch.no_grad()
+    def other() -> None:
+        model(tiny.tokens(1, 1), past_key_values=caches[1])
+
+    def meanwhile(*_: Any) -> None:
+        handle.remove()
+        thread = Thread(target=other)
+        thread.start()
+        thread.join()
+
+    handle = model.model.layers[0].self_attn.register_forward_pre_hook(meanwhile)
+    model(tiny.tokens(1, 1), past_key_values=caches[0])
+    assert rounded == [1] * 2 * tiny.LAYERS
+
+
+def test_a_model_with_cross_attention_in_reserve_takes_its_own_kind_of_cache() -> None:
+    model, ids = sparse_model("gpt2", "grouped"), tiny.tokens(1, 40)
+    cache = EncoderDecoderCache(SparseCache(model.config), DynamicCache())
+    out = model(ids, past_key_values=cache)
+    assert torch.equal(out.logits, tiny.logits(model, ids))
 
 
 def test_keys_are_not_quantised_twice() -> None:
@@ -428,11 +501,10 @@ def test_training_is_as_with_the_stock_cache() -> None:
 
 @pytest.mark.parametrize("left", [0, 37])
 def test_decoding_selects_alike_with_any_cache(left: int) -> None:
-    """One row with keys in 8 bits that the cache keeps, and with such as are made anew: the same output."""
+    """One query with keys in 8 bits that the cache keeps, and with such as are made anew: the same output."""
     state = hf_sparse.attention.LayerState(0, replace(SPARSE, min_keys=16))
     layer = SparseLayer()
     cache = Cache(layers=[layer])
-    state.cache = ref(cache)
     layer.update(*states(6000 + left))
     for seed in range(20):
         keys, values = layer.update(*states(1, seed=seed))
@@ -442,8 +514,8 @@ def test_decoding_selects_alike_with_any_cache(left: int) -> None:
             keys, values = layer.update(*states(1, seed=90))
         queries = torch.cat(states(1, seed=seed + 50), dim=1)
         intervals = torch.tensor([[[[left, keys.shape[2]]]], [[[0, keys.shape[2]]]]], dtype=torch.int32)
-        kept, anew = (
-            hf_sparse.attention.attend(state, AttentionCall(queries, *pair, intervals, 1.0))[0]
-            for pair in ((keys, values), (keys.clone(), values.clone()))
-        )
-        assert torch.equal(kept, anew)
+        outs = []
+        for given in (cache, None):
+            set_cache_of_pass(given)
+            outs.append(hf_sparse.attention.attend(state, AttentionCall(queries, keys, values, intervals, 1.0))[0])
+        assert torch.equal(*outs)

@@ -42,7 +42,7 @@ CALLS: dict[str, Callable[..., AttentionCall]] = {
     "decode, static": lambda **kw: calls.inputs(calls.causal_intervals(1, 11, spare=4), 11, **kw),
 }
 MANY = calls.causal_intervals(1, 2000, left=(0, 300))
-"""Visible keys of a decoded row that are more than a thread attends to at a time."""
+"""Visible keys of a decoded query that are more than a thread attends to at a time."""
 
 LAYOUTS = [(1, True), (1, False), (3, False), (6, True)]
 
@@ -206,7 +206,7 @@ def test_dense_keeps_everything_visible(kind: str, elements: int, monkeypatch: p
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks", "padded"])
 @pytest.mark.parametrize("form", ["bool", "finfo", "-inf"])
 def test_dense_under_any_mask(kind: str, form: str) -> None:
-    """Masks with holes, as bool or added to the scores; rows without keys give zeros or anything finite."""
+    """Masks with holes, as bool or added to the scores; queries without keys give zeros or anything finite."""
     call = CALLS[kind]()
     mask = calls.visible_mask(call)[:, :1] & (torch.arange(11) % 3 != 1)
     given_mask = mask

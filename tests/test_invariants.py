@@ -56,8 +56,8 @@ def test_invariant_01_all_keys_is_dense(name: str, engine: str, selector: str) -
     model = tiny.model(name)
     model.set_attn_implementation("eager")
     eager = tiny.logits(model, ids)
-    # A call whose every row keeps every key may be answered by dense attention: let the last row lose one key, so
-    # that selector and engine do the work, and compare the other rows, which do not see it.
+    # A call whose every query keeps every key may be answered by dense attention: let the last query lose one key, so
+    # that selector and engine do the work, and compare the other queries, which do not see it.
     hf_sparse.patch(model, SPARSE, law="fraction", fraction=1.0, max_keys=39, selector=selector, engine=engine)
     ours = tiny.logits(model, ids)
     window = tiny.WINDOW if name == "mistral" else 40
@@ -111,10 +111,10 @@ def test_invariant_02_engines_agree(name: str, selector: str) -> None:
 
 def padding_errors(model: PreTrainedModel, side: str, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Logits of real tokens, padded and alone."""
-    ids, mask, rows = tiny.padded(lengths, side, extra=3)
+    ids, mask, texts = tiny.padded(lengths, side, extra=3)
     together = tiny.logits(model, ids, mask)
-    padded = torch.cat([together[i][mask[i].bool()] for i in range(len(rows))])
-    alone = torch.cat([tiny.logits(model, row[None])[0] for row in rows])
+    padded = torch.cat([together[i][mask[i].bool()] for i in range(len(texts))])
+    alone = torch.cat([tiny.logits(model, text[None])[0] for text in texts])
     return padded, alone
 
 
@@ -140,7 +140,7 @@ def test_invariant_03_padding_in_bfloat16(name: str, selector: str) -> None:
 @every_side
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_invariant_03_padding_of_long_texts(name: str, side: str) -> None:
-    """Long enough for the grouped selector to choose between many keys by votes."""
+    """Long enough for the grouped selector to choose between many keys by aggregated scores."""
     model = hf_sparse.patch(tiny.model(name, max_position_embeddings=1024), SPARSE, alpha=1.0, selector="grouped")
     padded, alone = padding_errors(model, side, [900, 637])
     assert_same(padded, alone)
@@ -148,7 +148,7 @@ def test_invariant_03_padding_of_long_texts(name: str, side: str) -> None:
 
 @every_side
 def test_invariant_03_padding_by_blocks(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows are taken a block at a time: where a block ends changes nothing."""
+    """The queries are taken a block at a time: where a block ends changes nothing."""
     ids, mask, _ = tiny.padded([200, 150], side)
     for selector in SELECTORS:
         whole = tiny.logits(sparse_model("llama", selector), ids, mask)[mask.bool()]
@@ -186,7 +186,7 @@ def test_invariant_04_a_few_tokens_at_a_time(name: str, selector: str, cache: st
 @every_cache
 @every_architecture
 def test_invariant_04_grouped_has_the_same_budgets(name: str, cache: str) -> None:
-    """Rows of a group choose together, alone they choose alone: how many keys they keep is the same."""
+    """Queries of a group choose together, alone they choose alone: how many keys they keep is the same."""
     ids, mask, _ = tiny.padded([100, 70], "left")
     model = sparse_model(name, "grouped")
     one_pass = tiny.logits(model, ids, mask)
@@ -327,13 +327,13 @@ def test_invariant_07_save_and_load(name: str, tmp_path: Path) -> None:
 
 
 def retained_mass(inputs: AttentionCall, mask: Tensor) -> Tensor:
-    """Mass of dense attention on the keys of `mask`: `(batch, heads, rows)`."""
+    """Mass of dense attention on the keys of `mask`: `(batch, heads, q_len)`."""
     return (masked_weights(inputs, _visible(inputs)) * mask).sum(-1)
 
 
 def _visible(inputs: AttentionCall) -> Tensor:
-    columns = torch.arange(inputs.key.shape[2])
-    return (columns >= inputs.intervals[..., :1]) & (columns < inputs.intervals[..., 1:])
+    positions = torch.arange(inputs.key.shape[2])
+    return (positions >= inputs.intervals[..., :1]) & (positions < inputs.intervals[..., 1:])
 
 
 @every_selector
@@ -351,7 +351,7 @@ def test_invariant_08_more_budget_never_lowers_retained_mass(name: str, selector
             budgets = config.budget()(inputs.visible)[:, None]
             mask = calls.select(selector, inputs, budgets, config).mask(4, 64)
             mass = retained_mass(inputs, mask)
-            # What a row kept it still keeps, so that no kind of measure can get worse.
+            # What a query kept it still keeps, so that no kind of measure can get worse.
             assert not (smaller & ~mask).any()
             assert (mass >= before - 1e-6).all()
             smaller, before = mask, mass
@@ -486,7 +486,7 @@ def test_invariant_10_attention_is_the_models_own(name: str, selector: str) -> N
     kept = ours > 0
     assert 0 < kept.sum() < (first > 0).sum()
     # The first layer sees the same input, sparse or dense. Without the other keys, the kept ones share their mass;
-    # attention sinks keep theirs, so compare ratios within a row.
+    # attention sinks keep theirs, so compare ratios within a query.
     best = (first * kept).argmax(-1, keepdim=True)
     ratio = ours / ours.gather(-1, best)
     expected = first / first.gather(-1, best)
@@ -525,7 +525,7 @@ def test_rows_that_keep_everything_are_attended_densely_with_the_same_result(
         monkeypatch.setattr(attention, "leading_dense", lambda *given: seen.append(count(*given)) or seen[-1])
         fast = model(ids[:, split:], past_key_values=cache).logits
         report = hf_sparse.report(model)
-    # Whole groups of the text: rows 0 to 127, of which the first `split` belong to an earlier call.
+    # Whole groups of the text: queries 0 to 127, of which the first `split` belong to an earlier call.
     assert set(seen) == {128 - split}
     monkeypatch.setattr(attention, "leading_dense", lambda *_: 0)
     with torch.no_grad(), hf_sparse.patched(model, **fields):

@@ -64,11 +64,11 @@ def test_quantised_keys_follow_the_cache() -> None:
 
 
 KINDS = {
-    "causal": lambda rows, kv: calls.causal_intervals(rows, kv),
-    "sliding": lambda rows, kv: calls.causal_intervals(rows, kv, window=kv // 2),
-    "left": lambda rows, kv: calls.causal_intervals(rows, kv, left=(0, kv // 3)),
-    "right": lambda rows, kv: calls.causal_intervals(rows, kv, right=(0, rows // 2)),
-    "static": lambda rows, kv: calls.causal_intervals(rows, kv, left=(0, 2), spare=(kv - rows) // 2),
+    "causal": lambda q_len, kv: calls.causal_intervals(q_len, kv),
+    "sliding": lambda q_len, kv: calls.causal_intervals(q_len, kv, window=kv // 2),
+    "left": lambda q_len, kv: calls.causal_intervals(q_len, kv, left=(0, kv // 3)),
+    "right": lambda q_len, kv: calls.causal_intervals(q_len, kv, right=(0, q_len // 2)),
+    "static": lambda q_len, kv: calls.causal_intervals(q_len, kv, left=(0, 2), spare=(kv - q_len) // 2),
 }
 
 
@@ -76,33 +76,33 @@ KINDS = {
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("rows", "kv_len", "heads", "kv_heads"),
+    ("q_len", "kv_len", "heads", "kv_heads"),
     [(1, 900, 3, 1), (1, 900, 10, 2), (1, 300, 18, 1), (1, 300, 2, 2), (7, 200, 4, 2), (2 * GROUP_QUERIES, 400, 3, 1)],
 )
 def test_the_kernels_keep_what_they_should(
-    kind: str, rows: int, kv_len: int, heads: int, kv_heads: int, softcap: float | None
+    kind: str, q_len: int, kv_len: int, heads: int, kv_heads: int, softcap: float | None
 ) -> None:
-    """Votes are sums of weights with 8 significant bits: where two are nearly equal, another key may win."""
-    call = calls.inputs(KINDS[kind](rows, kv_len), kv_len, heads=heads, kv_heads=kv_heads, dim=16, softcap=softcap)
+    """Aggregated scores have 8 significant bits: where two are nearly equal, another key may win."""
+    call = calls.inputs(KINDS[kind](q_len, kv_len), kv_len, heads=heads, kv_heads=kv_heads, dim=16, softcap=softcap)
     config = SparseAttentionConfig(sink_keys=3, recent_keys=10)
     for shape in ((1, heads, 1), (1, 1, 1)):
         budgets = torch.minimum(call.visible[:, None], torch.randint(5, 70, shape)).expand(2, shape[1], -1)
-        selection = compiled.select_compiled(call, budgets, config.always, min(GROUP_QUERIES, rows))
+        selection = compiled.select_compiled(call, budgets, config.always, min(GROUP_QUERIES, q_len))
         mask = selection.mask(heads, kv_len)
-        expected = calls.select_grouped(call, budgets, 3, 10, min(GROUP_QUERIES, rows))
+        expected = calls.select_grouped(call, budgets, 3, 10, min(GROUP_QUERIES, q_len))
         assert torch.equal(mask.sum(-1), budgets.expand(2, heads, -1))
         assert torch.equal(selection.kept(heads), mask.sum(-1))
         assert (mask & expected).sum() >= 0.98 * expected.sum()
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [1, 7, 2 * GROUP_QUERIES])
-def test_the_same_keys_are_kept_without_a_compiler(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("q_len", [1, 7, 2 * GROUP_QUERIES])
+def test_the_same_keys_are_kept_without_a_compiler(q_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where 8 bits are coarse: one component of each key is large, and of no use to any query.
 
     Ranked by exact scores, about one kept key in ten would be another one.
     """
-    call = calls.inputs(calls.causal_intervals(rows, 900, left=(0, 30)), 900, dim=16)
+    call = calls.inputs(calls.causal_intervals(q_len, 900, left=(0, 30)), 900, dim=16)
     key, query = call.key.clone(), call.query.clone()
     key[..., 0] = 60.0
     query[..., 0] = 0.0
@@ -117,10 +117,10 @@ def test_the_same_keys_are_kept_without_a_compiler(rows: int, monkeypatch: pytes
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [1, 64])
-def test_a_key_that_outweighs_everything_is_found(rows: int) -> None:
+@pytest.mark.parametrize("q_len", [1, 64])
+def test_a_key_that_outweighs_everything_is_found(q_len: int) -> None:
     """Also where weights relative to the recent keys do not fit into a float."""
-    call = calls.inputs(calls.causal_intervals(rows, 500), 500, dim=16)
+    call = calls.inputs(calls.causal_intervals(q_len, 500), 500, dim=16)
     call = replace(call, query=call.query.abs() * 30, key=call.key - 2)
     for wanted in (5, 123, 350):
         key = call.key.clone()
@@ -128,16 +128,16 @@ def test_a_key_that_outweighs_everything_is_found(rows: int) -> None:
         key[:, :, wanted + 1] = 7
         changed = replace(call, key=key)
         mask = calls.select(
-            "grouped", changed, torch.full((2, 1, rows), 90), SparseAttentionConfig(sink_keys=0, recent_keys=70)
+            "grouped", changed, torch.full((2, 1, q_len), 90), SparseAttentionConfig(sink_keys=0, recent_keys=70)
         ).mask(4, 500)
         assert mask[..., wanted : wanted + 2].all()
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [1, 192])
-def test_threads_change_nothing(rows: int) -> None:
-    call = calls.inputs(calls.causal_intervals(rows, 9000), 9000, dim=16)
-    budgets = torch.full((2, 1, rows), 300)
+@pytest.mark.parametrize("q_len", [1, 192])
+def test_threads_change_nothing(q_len: int) -> None:
+    call = calls.inputs(calls.causal_intervals(q_len, 9000), 9000, dim=16)
+    budgets = torch.full((2, 1, q_len), 300)
     masks, before = [], torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -151,12 +151,12 @@ def test_threads_change_nothing(rows: int) -> None:
 @needs_kernels
 @pytest.mark.parametrize("places", ["one tile in sixteen", "all others"])
 def test_the_best_of_very_many_are_found_wherever_they_lie(places: str) -> None:
-    """Also where a sample of the votes says nothing about the rest of them."""
+    """Also where a sample of the scores says nothing about the rest of them."""
     call = calls.inputs(calls.causal_intervals(1, 9000), 9000, heads=2, kv_heads=1, dim=16)
     query = call.query[:, :1].expand(-1, 2, -1, -1).contiguous()
-    column = torch.arange(9000)
-    strong = ((column - 16) // cpu.lanes() % 16 == 0) == (places == "one tile in sixteen")
-    strong &= (column >= 16) & (column < 8900)
+    position = torch.arange(9000)
+    strong = ((position - 16) // cpu.lanes() % 16 == 0) == (places == "one tile in sixteen")
+    strong &= (position >= 16) & (position < 8900)
     key = call.key.clone()
     key[:, :, strong] += query[:, :1] * 100 / query[:, :1].square().sum(-1, keepdim=True)
     budget = min(500, int(strong.sum())) + 16 + 64
@@ -204,14 +204,14 @@ from hf_sparse.kernels import cpu
 from hf_sparse.kernels.cpu import build
 from tests import test_kernels
 assert cpu.unsupported_reason() is None, cpu.unsupported_reason()
-torch.save([cpu.lanes(), [test_kernels.attended(rows) for rows in (1, 128)]], sys.argv[1])
+torch.save([cpu.lanes(), [test_kernels.attended(q_len) for q_len in (1, 128)]], sys.argv[1])
 """
 
 
-def attended(rows: int) -> tuple[Tensor, Tensor]:
-    """What is kept by, and comes out of, a call of so many rows."""
-    call = calls.inputs(calls.causal_intervals(rows, 900), 900, heads=6, kv_heads=2, dim=20)
-    selection = calls.select("grouped", call, torch.full((2, 1, rows), 90), SparseAttentionConfig())
+def attended(q_len: int) -> tuple[Tensor, Tensor]:
+    """What is kept by, and comes out of, a call of so many queries."""
+    call = calls.inputs(calls.causal_intervals(q_len, 900), 900, heads=6, kv_heads=2, dim=20)
+    selection = calls.select("grouped", call, torch.full((2, 1, q_len), 90), SparseAttentionConfig())
     return selection.mask(6, 900), calls.run_engine("cpu", call, selection)
 
 
@@ -224,8 +224,8 @@ def test_processors_with_smaller_registers_do_the_same(flags: str, lanes: set[in
     subprocess.run([sys.executable, "-c", NARROW, tmp_path / "found"], env=environment, check=True, cwd=Path.cwd())
     side_by_side, found = torch.load(tmp_path / "found")
     assert side_by_side in lanes
-    for rows, (mask, out) in zip((1, 128), found, strict=True):
-        expected, expected_out = attended(rows)
+    for q_len, (mask, out) in zip((1, 128), found, strict=True):
+        expected, expected_out = attended(q_len)
         assert torch.equal(mask.sum(-1), expected.sum(-1))
         same = (mask == expected).all(-1)
         assert same.float().mean() > 0.9
@@ -271,23 +271,23 @@ def test_without_kernels_a_model_runs_and_says_so(variables: dict[str, str], rea
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("q_len", [1, 64])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-def test_keys_that_are_no_numbers_do_not_hold_a_call_up(rows: int, number: float) -> None:
-    call = calls.inputs(calls.causal_intervals(rows, 500), 500, dim=16)
+def test_keys_that_are_no_numbers_do_not_hold_a_call_up(q_len: int, number: float) -> None:
+    call = calls.inputs(calls.causal_intervals(q_len, 500), 500, dim=16)
     key = call.key.clone()
     key[:, :, 100:103] = number
-    selection = calls.select("grouped", replace(call, key=key), torch.full((2, 1, rows), 90), SparseAttentionConfig())
+    selection = calls.select("grouped", replace(call, key=key), torch.full((2, 1, q_len), 90), SparseAttentionConfig())
     assert (selection.kept(4) == 90).all()
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("q_len", [1, 64])
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
-def test_defaults_of_pytorch_do_not_matter(default: torch.dtype | torch.device, rows: int) -> None:
+def test_defaults_of_pytorch_do_not_matter(default: torch.dtype | torch.device, q_len: int) -> None:
     """What the kernels write to has the type and the place that they know."""
-    call = calls.inputs(calls.causal_intervals(rows, 600), 600, dim=16)
-    budgets, config = torch.full((2, 1, rows), 90), SparseAttentionConfig()
+    call = calls.inputs(calls.causal_intervals(q_len, 600), 600, dim=16)
+    budgets, config = torch.full((2, 1, q_len), 90), SparseAttentionConfig()
 
     def attended() -> Tensor:
         fresh = replace(call, intervals=call.intervals.clone())
@@ -306,12 +306,12 @@ def test_defaults_of_pytorch_do_not_matter(default: torch.dtype | torch.device, 
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("q_len", [1, 64])
 @pytest.mark.parametrize("name", ["sink_keys", "recent_keys"])
-def test_lists_are_no_longer_than_the_text(name: str, rows: int) -> None:
-    call = calls.inputs(calls.causal_intervals(rows, 600), 600, dim=16)
+def test_lists_are_no_longer_than_the_text(name: str, q_len: int) -> None:
+    call = calls.inputs(calls.causal_intervals(q_len, 600), 600, dim=16)
     config = SparseAttentionConfig(**{name: 1_000_000})
-    selection = calls.select("grouped", call, torch.full((2, 1, rows), 90), config)
+    selection = calls.select("grouped", call, torch.full((2, 1, q_len), 90), config)
     assert selection.positions.shape[-1] <= 608 + 192
     assert (selection.kept(4) == 90).all()
 

@@ -24,15 +24,15 @@ from tests.sparse import (
 @every_exact_selector
 @every_architecture
 def test_packed_sequences_are_like_sequences_alone(name: str, selector: str) -> None:
-    """Position ids that start anew tell transformers of several sequences in one row."""
+    """Position ids that start anew tell transformers of several sequences in one."""
     if name in ("gpt2", "gpt_oss"):
         pytest.skip("this model does not tell its masks of position ids, with or without us")
     model = sparse_model(name, selector)
     lengths = [30, 9, 21]
-    rows = [tiny.tokens(1, length, seed) for seed, length in enumerate(lengths)]
+    texts = [tiny.tokens(1, length, seed) for seed, length in enumerate(lengths)]
     place = torch.cat([torch.arange(length) for length in lengths])[None]
-    packed = tiny.logits(model, torch.cat(rows, dim=1), position_ids=place)
-    alone = torch.cat([tiny.logits(model, row) for row in rows], dim=1)
+    packed = tiny.logits(model, torch.cat(texts, dim=1), position_ids=place)
+    alone = torch.cat([tiny.logits(model, text) for text in texts], dim=1)
     assert_same(packed, alone)
 
 
@@ -98,10 +98,11 @@ def test_padding_inside_a_text_is_exact_with_all_keys(name: str) -> None:
 
 
 @every_selector
+@pytest.mark.parametrize("length", [40, 170])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_padding_inside_a_text_is_no_reason_to_run_dense(name: str, selector: str) -> None:
-    """The same logits, and the same counts, as of the text without the tokens that nobody sees."""
-    ids, mask, alone = with_holes()
+def test_padding_inside_a_text_is_no_reason_to_run_dense(name: str, length: int, selector: str) -> None:
+    """The same logits, counts and groups of queries as of the text without the tokens that nobody sees."""
+    ids, mask, alone = with_holes(length, length - 11)
     model = sparse_model(name, selector)
     together = tiny.logits(model, ids, mask)
     kept = [row["kept"] for row in hf_sparse.report(model).rows]
@@ -192,7 +193,7 @@ def test_output_attentions_are_the_weights_that_were_used(name: str, selector: s
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 def test_a_mask_of_whole_numbers_is_refused(dtype: torch.dtype) -> None:
-    """Added to scores, zeros and ones would let every row see everything; PyTorch's SDPA refuses them as well."""
+    """Added to scores, zeros and ones would let every query see everything; PyTorch's SDPA refuses them as well."""
     mask = torch.ones(40, 40, dtype=dtype).tril()[None, None]
     model = hf_sparse.patch(tiny.model("llama"), SPARSE)
     with pytest.raises(ValueError, match=rf"attention_mask .* bool .* floating point .*; got {str(dtype)[6:]}"):

@@ -190,3 +190,13 @@ def test_observing_runs_dense_and_shows_every_call() -> None:
         assert inputs.key.shape == (2, 2, 50, 16)
         assert inputs.softcap == 3.0
         assert torch.equal(inputs.visible[real], visible_keys(50, mask, windows("gemma2")[layer]))
+
+
+def test_what_is_observed_is_not_counted() -> None:
+    """Also where the model is patched with what observing patches it with."""
+    model, ids = hf_sparse.patch(tiny.model("llama")), tiny.tokens(1, 40)
+    tiny.logits(model, ids)
+    before = hf_sparse.report(model).rows
+    with hf_sparse.observed(model, lambda layer, call: None):
+        tiny.logits(model, ids)
+    assert hf_sparse.report(model).rows == before

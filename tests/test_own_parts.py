@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import hf_sparse
 from hf_sparse import AlwaysKept, AttentionCall, Selection
 from hf_sparse.engines import ENGINES
 from hf_sparse.errors import UserError
-from hf_sparse.selectors import Selector, parse_selector
+from hf_sparse.selectors import SELECTORS, Selector, parse_selector
 from tests import calls, tiny
 from tests.sparse import SPARSE, assert_same, generated
 
@@ -129,6 +130,54 @@ def test_a_selector_without_its_method_is_told() -> None:
         hf_sparse.Selector().select(call, torch.ones(2, 1, 1, dtype=torch.int64), AlwaysKept())
 
 
+@dataclass(frozen=True)
+class Changed(Selector):
+    """The window selector, with its selection changed."""
+
+    change: Callable[[Selection], object]
+    name: str = "changed"
+
+    def select(self, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Selection:
+        return self.change(SELECTORS["window"].select(call, budgets, always))  # type: ignore[return-value]
+
+
+def twice(x: Tensor) -> Tensor:
+    return torch.cat([x, x], dim=-1)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference", "gather"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: None, "select must return a hf_sparse.Selection; got NoneType"),
+        (lambda s: replace(s, positions=s.positions + 1000), r"key positions must be in 0 \.\.\. 39; got 1000 "),
+        (lambda s: replace(s, positions=s.positions - 1), r"key positions must be in 0 \.\.\. 39; got -1 "),
+        (lambda s: replace(s, positions=s.positions.int()), r"Selection.positions must be int64 .*; got int32 \(1, 2,"),
+        (lambda s: replace(s, positions=s.positions[..., 1:]), "Selection.allowed must be bool"),
+        (lambda s: replace(s, allowed=s.allowed.int()), "Selection.allowed must be bool .*; got int32"),
+        (lambda s: replace(s, allowed=s.allowed | True), "a query keeps the key at position 1, which it does not see"),
+        (lambda s: replace(s, allowed=s.allowed & False), "must keep its budget .* keeps 0 with a budget of 1"),
+        (lambda s: replace(s, positions=twice(s.positions), allowed=twice(s.allowed)), "a key that is named twice"),
+        (lambda s: replace(s, queries_per_group=39), "queries_per_group must divide the block's 40 queries; got 39"),
+        (lambda s: replace(s, per_head=True), r"Selection.positions must be int64 \(1, 2, 2, "),
+        (lambda s: replace(s, number=s.allowed.sum(-1) + 1), "Selection.number must count what is allowed"),
+        (lambda s: replace(s, scores=torch.zeros(3)), r"Selection.scores must be float32 .*; got float32 \(3,\)"),
+    ],
+)
+def test_selections_that_are_none_are_named(change: Callable[[Selection], object], said: str, engine: str) -> None:
+    """Kernels would read beyond the keys, or a query would attend to what comes after it."""
+    model = hf_sparse.patch(tiny.model("llama"), SPARSE, selector=Changed(change), engine=engine)
+    with pytest.raises(UserError, match=f"selector 'changed': .*{said}"):
+        tiny.logits(model, tiny.tokens(1, 40))
+
+
+def test_a_whole_selector_that_keeps_what_it_should_is_taken() -> None:
+    model = hf_sparse.patch(tiny.model("llama"), SPARSE, selector=Changed(lambda selection: selection))
+    window = hf_sparse.patch(tiny.model("llama"), SPARSE, selector="window")
+    ids, mask, _ = tiny.padded([60, 41], "left")
+    assert torch.equal(tiny.logits(model, ids, mask), tiny.logits(window, ids, mask))
+
+
 class Counting(hf_sparse.Engine):
     """The reference, counting its calls."""
 
@@ -156,6 +205,33 @@ def test_an_engine_of_ones_own_attends() -> None:
         tiny.logits(model, tiny.tokens(1, 120))
 
 
+@dataclass(frozen=True, eq=False)
+class Bent(hf_sparse.Engine):
+    """The reference, with its output changed."""
+
+    change: Callable[[Tensor], object]
+    name: str = "bent"
+
+    def attend(self, call: AttentionCall, selection: Selection) -> Tensor:
+        return self.change(ENGINES["reference"].attend(call, selection))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda out: None, "NoneType"),
+        (lambda out: out.double(), r"torch.float64 \(1, 4, 40, 16\)"),
+        (lambda out: out.transpose(1, 2), r"torch.float32 \(1, 40, 4, 16\)"),
+    ],
+)
+def test_outputs_that_are_none_are_named(change: Callable[[Tensor], object], said: str) -> None:
+    model = hf_sparse.patch(tiny.model("llama"), SPARSE, engine=Bent(change))
+    with pytest.raises(
+        UserError, match=rf"engine 'bent': attend must return torch.float32 \(1, 4, 40, 16\); got {said}"
+    ):
+        tiny.logits(model, tiny.tokens(1, 40))
+
+
 def root(n: Tensor) -> Tensor:
     return 3 * n.sqrt()
 
@@ -166,6 +242,36 @@ def test_a_law_of_ones_own_decides_budgets() -> None:
     power = hf_sparse.patch(tiny.model("llama"), SPARSE, alpha=3.0, exponent=0.5)
     tiny.logits(power, tiny.tokens(1, 60))
     assert hf_sparse.report(model).rows == hf_sparse.report(power).rows
+
+
+def test_a_law_is_not_asked_about_queries_that_see_nothing() -> None:
+    """A logarithm of none is no number. And what it is asked about is its own to write to."""
+    config = hf_sparse.SparseAttentionConfig(min_keys=1, dense_below=0, law=lambda n: n.log_().mul_(8))
+    assert config.budget().table(10).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert config.budget().table(100)[100] == math.ceil(8 * math.log(100))
+
+
+@dataclass
+class Steps:
+    """A law without a hash."""
+
+    sizes: list[int]
+
+    def __call__(self, n: Tensor) -> Tensor:
+        return torch.full_like(n, self.sizes[0])
+
+
+def test_laws_and_selectors_need_no_hash() -> None:
+    model = tiny.model("llama")
+    for _ in range(2):
+        hf_sparse.patch(model, SPARSE, law=Steps([7]), selector=Changed(Steps([1])))
+    hf_sparse.patch(model, SPARSE, law=Steps([7]))
+    tiny.logits(model, tiny.tokens(1, 60))
+    with hf_sparse.patched(model, SPARSE, law=Steps([9])):
+        tiny.logits(model, tiny.tokens(1, 60))
+        assert {row["kept"] for row in hf_sparse.report(model).rows} == {9 * 60 - 36}
+    hf_sparse.patch(model, SPARSE, law=Steps([7]))
+    assert {row["kept"] for row in hf_sparse.report(model).rows} == {7 * 60 - 21}
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import AbstractContextManager
+from typing import Any
+from weakref import ref
+
 import pytest
 import torch
 from torch import Tensor
 
+import hf_sparse
 from hf_sparse import SparseAttentionConfig, ranges
 from hf_sparse.plan import BudgetTable
-from hf_sparse.ranges import VisibleRanges
-from tests import calls
+from hf_sparse.ranges import VisibleRanges, seen_through
+from hf_sparse.visibility import interval_mask
+from tests import calls, tiny
+from tests.sparse import SPARSE
 
 CALLS = {
     "causal": lambda: calls.causal_intervals(5, 5),
@@ -44,7 +52,7 @@ def test_few_queries_are_like_many(kind: str, law: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("few", [64, 0])
 def test_ranges_of_a_padded_batch(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sequences in 40 columns, 6 rows each, the second one with 37 columns of padding."""
+    """Two sequences of 40 keys, 6 queries each, the second one with 37 keys of padding."""
     monkeypatch.setattr(ranges, "_FEW", few)
     found = VisibleRanges(calls.causal_intervals(6, 40, left=(0, 37)))
     assert found.seen.tolist() == [[35, 36, 37, 38, 39, 40], [0, 0, 0, 1, 2, 3]]
@@ -53,3 +61,42 @@ def test_ranges_of_a_padded_batch(few: int, monkeypatch: pytest.MonkeyPatch) -> 
     plan = BudgetTable(LAWS["one law"].budget(1)).plan(found)
     assert plan.dense_queries == {"fewer than 8 visible keys": 3}
     assert not plan.dense
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_that_is_written_to_is_looked_at_anew(mode: type[AbstractContextManager[Any]]) -> None:
+    model = hf_sparse.patch(tiny.model("llama"), SPARSE)
+    ids = tiny.tokens(1, 40)
+    with mode():
+        mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+        before = tiny.logits(model, ids, mask)
+        mask[..., 20:, :5] = False
+        after = tiny.logits(model, ids, mask)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, tiny.logits(model, ids, mask.clone()))
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_what_a_mask_shows_is_forgotten_with_it(length: int) -> None:
+    """At once: budgets of a long text are large."""
+    gc.disable()
+    try:
+        mask = interval_mask(1, length, 100, q_offset=100 - length)
+        seen = seen_through(mask, 1, length, 100)
+        assert seen is not None
+        assert seen_through(mask, 1, length, 100) is seen
+        BudgetTable(LAWS["one law"].budget(1)).plan(seen.ranges)
+        found = ref(seen.ranges)
+        del mask, seen
+        assert found() is None
+    finally:
+        gc.enable()
+
+
+def test_the_default_device_decides_nothing() -> None:
+    """Ranges and budgets are on the CPU, wherever else tensors are made by default."""
+    model = hf_sparse.patch(tiny.model("llama"), SPARSE)
+    ids, mask, _ = tiny.padded([60, 41], "left")
+    place, expected = tiny.positions(mask), tiny.logits(model, ids, mask)
+    with torch.device("meta"):
+        assert torch.equal(tiny.logits(model, ids, mask, position_ids=place), expected)

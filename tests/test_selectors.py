@@ -19,15 +19,15 @@ from hf_sparse.selectors.grouped import GROUP_QUERIES
 from tests import calls
 
 INTERVALS = {
-    "causal": lambda rows, kv: calls.causal_intervals(rows, kv),
-    "sliding": lambda rows, kv: calls.causal_intervals(rows, kv, window=kv // 3 + 1),
-    "left": lambda rows, kv: calls.causal_intervals(rows, kv, left=(0, kv // 2)),
-    "right": lambda rows, kv: calls.causal_intervals(rows, kv, right=(0, rows // 2)),
-    "static": lambda rows, kv: calls.causal_intervals(rows, kv, left=(0, 2), spare=(kv - rows) // 2),
-    "static, right": lambda rows, kv: calls.causal_intervals(rows, kv, right=(0, rows), spare=(kv - rows) // 2),
-    "nothing": lambda rows, kv: calls.causal_intervals(rows, kv, right=(rows, 0)),
+    "causal": lambda q_len, kv: calls.causal_intervals(q_len, kv),
+    "sliding": lambda q_len, kv: calls.causal_intervals(q_len, kv, window=kv // 3 + 1),
+    "left": lambda q_len, kv: calls.causal_intervals(q_len, kv, left=(0, kv // 2)),
+    "right": lambda q_len, kv: calls.causal_intervals(q_len, kv, right=(0, q_len // 2)),
+    "static": lambda q_len, kv: calls.causal_intervals(q_len, kv, left=(0, 2), spare=(kv - q_len) // 2),
+    "static, right": lambda q_len, kv: calls.causal_intervals(q_len, kv, right=(0, q_len), spare=(kv - q_len) // 2),
+    "nothing": lambda q_len, kv: calls.causal_intervals(q_len, kv, right=(q_len, 0)),
 }
-ROWS_OF = {
+LENGTHS_OF = {
     "grouped": st.sampled_from([1, 2, 7, GROUP_QUERIES, 2 * GROUP_QUERIES]),
     "topk": st.integers(1, 20),
     "window": st.integers(1, 20),
@@ -54,12 +54,12 @@ with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixtu
 
 @st.composite
 def problems(draw: st.DrawFn, selector: str) -> tuple[AttentionCall, Tensor, SparseAttentionConfig]:
-    """A call, its budgets (any numbers up to what each row sees), and a configuration."""
-    rows = draw(ROWS_OF[selector])
-    kv_len = rows + (draw(st.integers(0, 40)) if selector != "grouped" else draw(st.sampled_from([0, 20, 500])))
+    """A call, its budgets (any numbers up to what each query sees), and a configuration."""
+    q_len = draw(LENGTHS_OF[selector])
+    kv_len = q_len + (draw(st.integers(0, 40)) if selector != "grouped" else draw(st.sampled_from([0, 20, 500])))
     seed = draw(st.integers(0, 1 << 30))
     heads, kv_heads = draw(st.sampled_from([(4, 2), (3, 3), (4, 1)]))
-    intervals = INTERVALS[draw(st.sampled_from(sorted(INTERVALS)))](rows, kv_len)
+    intervals = INTERVALS[draw(st.sampled_from(sorted(INTERVALS)))](q_len, kv_len)
     call = calls.inputs(
         intervals, kv_len, heads=heads, kv_heads=kv_heads, dim=4, seed=seed, whole_numbers=draw(st.booleans())
     )
@@ -98,19 +98,19 @@ def test_each_row_keeps_its_budget_of_keys_that_it_sees(selector: str, data: st.
     assert selection.positions.min() >= 0
     assert selection.positions.max() < kv_len
     assert torch.equal(mask.sum(-1), budgets.expand(mask.shape[:3]))
-    # As many as were named: no key is named twice to one row.
+    # As many as were named: no key is named twice to one query.
     assert torch.equal(selection.kept(heads), mask.sum(-1))
     assert not (mask & ~calls.visible_mask(call)).any()
 
 
 @pytest.mark.parametrize("kind", INTERVALS)
 @pytest.mark.parametrize("kv_len", [0, 20, 1500])
-@pytest.mark.parametrize("rows", [1, 7, GROUP_QUERIES, 2 * GROUP_QUERIES])
-def test_budgets_of_every_kind(selector: str, kind: str, kv_len: int, rows: int) -> None:
+@pytest.mark.parametrize("q_len", [1, 7, GROUP_QUERIES, 2 * GROUP_QUERIES])
+def test_budgets_of_every_kind(selector: str, kind: str, kv_len: int, q_len: int) -> None:
     """As above, for all combinations."""
-    kv_len += rows
-    call = calls.inputs(INTERVALS[kind](rows, kv_len), kv_len, heads=2, kv_heads=1, dim=4)
-    # These may be late rows of a long text: keys that they no longer see came before.
+    kv_len += q_len
+    call = calls.inputs(INTERVALS[kind](q_len, kv_len), kv_len, heads=2, kv_heads=1, dim=4)
+    # These may be late queries of a long text: keys that they no longer see came before.
     call = replace(call, origin=torch.zeros(2, dtype=torch.int64))
     visible = calls.visible_mask(call)
     config = SparseAttentionConfig(sink_keys=2, recent_keys=3)
@@ -146,8 +146,8 @@ def test_of_equal_scores_the_most_recent_key_wins(selector: str, dtype: torch.dt
     config = SparseAttentionConfig(sink_keys=0, recent_keys=0)
     budgets = torch.full((2, 1, 8), 5)
     expected = torch.zeros(2, 4, 8, 64, dtype=torch.bool)
-    for row in range(8):
-        expected[:, :, row, 64 - 8 + row + 1 - 5 : 64 - 8 + row + 1] = True
+    for i in range(8):
+        expected[:, :, i, 64 - 8 + i + 1 - 5 : 64 - 8 + i + 1] = True
     assert torch.equal(calls.select("topk", call, budgets, config).mask(4, 64), expected)
     grouped = calls.select(selector, call, budgets, config).mask(4, 64)
     assert torch.equal(grouped, expected)
@@ -162,38 +162,38 @@ def test_grouped_keeps_the_recent_keys_of_every_row(
 ) -> None:
     call, budgets, config = problem
     mask = select(problem).mask(call.query.shape[1], call.key.shape[2])
-    column = torch.arange(call.key.shape[2])
+    position = torch.arange(call.key.shape[2])
     stop = call.intervals[..., 1:].long()
     recent = budgets.clamp(max=config.recent_keys)[..., None]
-    must = (column >= stop - recent) & (column < stop)
+    must = (position >= stop - recent) & (position < stop)
     assert not (must & ~mask).any()
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("kind", INTERVALS)
-@pytest.mark.parametrize("rows", [1, 7, 2 * GROUP_QUERIES])
+@pytest.mark.parametrize("q_len", [1, 7, 2 * GROUP_QUERIES])
 def test_grouped_is_its_specification(
-    kind: str, rows: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    kind: str, q_len: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By PyTorch, in float64, for every kind of rows: key for key. `test_kernels.py` has the same for the kernels."""
+    """By PyTorch, in float64, for all kinds of queries, key for key. `test_kernels.py` does so for the kernels."""
     monkeypatch.setattr(aggregation, "_CHUNK_ELEMENTS", 10_000)
     for seed, (extra, most, sink_keys, recent_keys) in enumerate(
         [(60, 12, 2, 3), (60, 90, 0, 0), (200, 40, 4, 8), (0, 30, 1, 1), (200, 100, 0, 20)]
     ):
-        kv_len = rows + extra
-        call = calls.inputs(INTERVALS[kind](rows, kv_len), kv_len, dtype=torch.float64, seed=seed, softcap=softcap)
+        kv_len = q_len + extra
+        call = calls.inputs(INTERVALS[kind](q_len, kv_len), kv_len, dtype=torch.float64, seed=seed, softcap=softcap)
         config = SparseAttentionConfig(sink_keys=sink_keys, recent_keys=recent_keys)
         for most_of_heads in (torch.tensor([most]), torch.tensor([most // 3, most, 2, most // 2])):
             budgets = torch.minimum(call.visible[:, None], most_of_heads[:, None])
             mask = calls.select("grouped", call, budgets, config).mask(4, kv_len)
-            expected = calls.select_grouped(call, budgets, sink_keys, recent_keys, min(GROUP_QUERIES, rows))
+            expected = calls.select_grouped(call, budgets, sink_keys, recent_keys, min(GROUP_QUERIES, q_len))
             assert torch.equal(mask, expected)
 
 
 @every_way_of_grouped
 @pytest.mark.parametrize("kind", ["causal", "sliding", "left", "static"])
 def test_grouped_is_topk_where_nothing_is_shared(selector: str, kind: str) -> None:
-    """One row, one head: a group's ranking is the row's own."""
+    """One query, one head: a group's ranking is the query's own."""
     call = calls.inputs(INTERVALS[kind](1, 50), 50, heads=2, kv_heads=2)
     config = SparseAttentionConfig(sink_keys=2, recent_keys=4)
     budgets = call.visible[:, None].clamp(max=11)
@@ -203,13 +203,13 @@ def test_grouped_is_topk_where_nothing_is_shared(selector: str, kind: str) -> No
 
 @every_way_of_grouped
 def test_the_blocks_of_rows_of_a_call_share_its_quantised_keys(selector: str) -> None:
-    """What earlier rows left behind, or a cache kept, changes nothing."""
-    rows, kv_len = 3 * GROUP_QUERIES, 1500
-    call = calls.inputs(calls.causal_intervals(rows, kv_len, left=(0, 77)), kv_len)
+    """What earlier queries left behind, or a cache kept, changes nothing."""
+    q_len, kv_len = 3 * GROUP_QUERIES, 1500
+    call = calls.inputs(calls.causal_intervals(q_len, kv_len, left=(0, 77)), kv_len)
     config = SparseAttentionConfig(alpha=2.0, min_keys=8, sink_keys=2, recent_keys=16, dense_below=0)
     budgets = config.budget()(call.visible)[:, None]
     together = replace(call, quantised=QuantisedKeys())
-    for start in range(0, rows, GROUP_QUERIES):
+    for start in range(0, q_len, GROUP_QUERIES):
         part = budgets[:, :, start : start + GROUP_QUERIES]
         alone, shared = (
             calls.select(selector, x.queries(start, start + GROUP_QUERIES), part, config).mask(4, kv_len)
@@ -222,7 +222,7 @@ def test_the_blocks_of_rows_of_a_call_share_its_quantised_keys(selector: str) ->
 @pytest.mark.parametrize("pad", [0, 100])
 @pytest.mark.parametrize("wanted", [5, 1400, 2900])
 def test_the_one_key_is_found(selector: str, wanted: int, pad: int) -> None:
-    """Two rows with room for one more key, among thousands."""
+    """Two queries with room for one more key, among thousands."""
     kv_len, wanted = 3000 + pad, wanted + pad
     call = calls.inputs(calls.causal_intervals(2, kv_len, left=(pad, pad)), kv_len)
     key = 0.3 * call.key
@@ -237,7 +237,7 @@ def test_the_one_key_is_found(selector: str, wanted: int, pad: int) -> None:
 @every_way_of_grouped
 @pytest.mark.parametrize("kv_len", [400, 3000])
 def test_grouped_ranks_by_what_its_rows_attend_to(selector: str, kv_len: int) -> None:
-    """A key that every row of the group wants is kept by every row."""
+    """A key that every query of the group wants is kept by every query."""
     call = calls.inputs(calls.causal_intervals(GROUP_QUERIES, kv_len), kv_len)
     key = call.key.clone()
     wanted = [30, 77, 200]
@@ -252,7 +252,7 @@ def test_grouped_ranks_by_what_its_rows_attend_to(selector: str, kv_len: int) ->
 
 
 def test_sinks_are_kept_by_every_selector(selector: str) -> None:
-    """From the budget on that recent and sink keys need, also where that is less than a group has rows."""
+    """From the budget on that recent and sink keys need, also where that is less than a group has queries."""
     call = calls.inputs(calls.causal_intervals(GROUP_QUERIES, 400, left=(0, 37)), 400)
     config = SparseAttentionConfig(sink_keys=4, recent_keys=8)
     budgets = torch.full((2, 1, GROUP_QUERIES), 12)
@@ -273,7 +273,7 @@ def test_grouped_keeps_the_sinks(selector: str, kv_len: int) -> None:
 
 
 def test_budgets_are_spent_where_older_keys_weigh_nothing(selector: str) -> None:
-    """All weight on the recent keys: in float32 the weights of the older ones are zero, and they are kept alike."""
+    """All weight on the recent keys: in float32 the weights of the past ones are zero, and they are kept alike."""
     kv_len = 3000
     call = calls.inputs(calls.causal_intervals(GROUP_QUERIES, kv_len, left=(0, 2000)), kv_len)
     key = torch.where(torch.arange(kv_len)[:, None] < kv_len - GROUP_QUERIES, -20.0, 20.0).expand_as(call.key)
@@ -286,12 +286,12 @@ def test_budgets_are_spent_where_older_keys_weigh_nothing(selector: str) -> None
         assert not (mask & ~calls.visible_mask(call)).any()
 
 
-@pytest.mark.parametrize("rows", [1, GROUP_QUERIES])
+@pytest.mark.parametrize("q_len", [1, GROUP_QUERIES])
 @pytest.mark.parametrize("change", [calls.turned, lambda key: key[..., :1].expand_as(key)], ids=["turned", "expanded"])
-def test_strides_do_not_matter(selector: str, change: Callable[[Tensor], Tensor], rows: int) -> None:
+def test_strides_do_not_matter(selector: str, change: Callable[[Tensor], Tensor], q_len: int) -> None:
     """Numbers of a key that lie far from each other, or that are one and the same."""
-    call = calls.inputs(calls.causal_intervals(rows, 800, left=(0, 30)), 800)
-    budgets, config = torch.full((2, 1, rows), 90), SparseAttentionConfig()
+    call = calls.inputs(calls.causal_intervals(q_len, 800, left=(0, 30)), 800)
+    budgets, config = torch.full((2, 1, q_len), 90), SparseAttentionConfig()
     key = change(call.key)
     assert key.stride(3) != 1
     masks = [
@@ -302,13 +302,13 @@ def test_strides_do_not_matter(selector: str, change: Callable[[Tensor], Tensor]
 
 def test_a_row_keeps_what_it_keeps_whoever_its_neighbours_are(selector: str) -> None:
     """Each sequence of a batch, each block of groups, alone and together; padded or not."""
-    rows, kv_len = 3 * GROUP_QUERIES, 1500
+    q_len, kv_len = 3 * GROUP_QUERIES, 1500
     pad = 77
-    together = calls.inputs(calls.causal_intervals(rows, kv_len, left=(0, pad)), kv_len)
+    together = calls.inputs(calls.causal_intervals(q_len, kv_len, left=(0, pad)), kv_len)
     config = SparseAttentionConfig(alpha=2.0, min_keys=8, sink_keys=2, recent_keys=16, dense_below=0)
     budgets = config.budget()(together.visible)[:, None]
     mask = calls.select(selector, together, budgets, config).mask(4, kv_len)
-    for start in range(0, rows, GROUP_QUERIES):
+    for start in range(0, q_len, GROUP_QUERIES):
         block = together.queries(start, start + GROUP_QUERIES)
         alone = calls.select(selector, block, budgets[:, :, start : start + GROUP_QUERIES], config).mask(4, kv_len)
         assert torch.equal(alone, mask[:, :, start : start + GROUP_QUERIES])

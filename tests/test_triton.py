@@ -1,4 +1,4 @@
-"""Triton's kernels: the engine against the reference, votes against plain sums. Interpreted where there is no GPU."""
+"""Triton's kernels: the engine against the reference, scores against plain sums. Interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 tl = importlib.import_module("triton.language")
 interpreter = importlib.import_module("triton.runtime.interpreter")
 common = importlib.import_module("hf_sparse.kernels.triton.common")
-voting = importlib.import_module("hf_sparse.kernels.triton.aggregate")
+aggregate = importlib.import_module("hf_sparse.kernels.triton.aggregate")
 quantise = importlib.import_module("hf_sparse.kernels.triton.quantise").quantise
 
 ENGINE = engines.ENGINES["triton"]
@@ -95,14 +95,14 @@ def test_layouts(kind: str, queries_per_group: int, per_head: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 def test_several_tiles(dim: int, dtype: torch.dtype) -> None:
-    """More members and columns than a tile has, and neither a multiple of it."""
+    """More pairs and keys than a tile has, and neither a multiple of it."""
     call = calls.inputs(calls.causal_intervals(35, 150, left=(0,), right=(0,)), 150, dim=dim, dtype=dtype, sinks=True)
     check(call, calls.random_selection(call, 35, False))
 
 
 @pytest.mark.parametrize("heads", [3, 4])
 def test_whole_groups(heads: int) -> None:
-    """64 rows of 3 or 4 heads: 3 tiles of 64 members, or 2 of 128."""
+    """64 queries of 3 or 4 heads: 3 tiles of 64 pairs, or 2 of 128."""
     call = calls.inputs(
         calls.causal_intervals(64, 100, left=(0,), right=(0,)),
         100,
@@ -117,7 +117,7 @@ def test_whole_groups(heads: int) -> None:
 @pytest.mark.parametrize("kind", ["both", "decode, padded"])
 @pytest.mark.usefixtures("many_processors")
 def test_parts_are_joined(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in decoding: several programs share the columns of a group. The last part is shorter than the others."""
+    """As in decoding: several programs share the keys of a group. The last part is shorter than the others."""
     joined: list[tuple[int, ...]] = []
     attending = importlib.import_module("hf_sparse.kernels.triton.attend")
     join = attending._join_parts
@@ -236,26 +236,26 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
         importlib.reload(importlib.import_module(f"{kernels.__name__}.triton"))
 
 
-def plain_votes(
-    members: Tensor, keys: Tensor, kept_lse: Tensor, past_start: Tensor, past_stop: Tensor, first: Tensor | None
+def plain_aggregated(
+    pairs: Tensor, keys: Tensor, kept_lse: Tensor, past_start: Tensor, past_stop: Tensor, first: Tensor | None
 ) -> Tensor:
-    """Votes by their definition, in float64."""
-    scores = torch.einsum("bhgmd,bhnd->bhgmn", members.double(), keys.double())
-    column = torch.arange(keys.shape[2])
-    seen = ((column >= past_start[..., None]) & (column < past_stop[..., None]))[:, None, :, None]
+    """Aggregated scores by their definition, in float64."""
+    scores = torch.einsum("bhgmd,bhnd->bhgmn", pairs.double(), keys.double())
+    position = torch.arange(keys.shape[2])
+    seen = ((position >= past_start[..., None]) & (position < past_stop[..., None]))[:, None, :, None]
     if first is not None:
-        seen = seen & (column >= first[..., None])
+        seen = seen & (position >= first[..., None])
     scores = scores.masked_fill(~seen, -torch.inf)
     total = torch.cat([scores, kept_lse.double()[..., None]], dim=-1).logsumexp(-1, keepdim=True)
     return (scores - total).exp().masked_fill(~seen, 0).nan_to_num(0).sum(3)
 
 
 def voters(groups: int, size: int, length: int, dim: int = 64, batch: int = 1, kv_heads: int = 2) -> dict[str, Tensor]:
-    """Groups of members at the end of a text, with what each has besides the older keys."""
+    """Groups of pairs at the end of a text, with what each has besides the past keys."""
     generator = torch.Generator().manual_seed(size)
     past_stop = (length - 5 - torch.arange(groups).flip(0) * 11).expand(batch, groups)
     return {
-        "members": torch.randn(batch, kv_heads, groups, size, dim, generator=generator) * 2 * dim**-0.5,
+        "pairs": torch.randn(batch, kv_heads, groups, size, dim, generator=generator) * 2 * dim**-0.5,
         "keys": torch.randn(batch, kv_heads, length, dim, generator=generator),
         "kept_lse": 7 + torch.randn(batch, kv_heads, groups, size, generator=generator),
         "past_start": torch.full((batch, groups), 3),
@@ -263,19 +263,19 @@ def voters(groups: int, size: int, length: int, dim: int = 64, batch: int = 1, k
     }
 
 
-def check_votes(members: Tensor, keys: Tensor, first: Tensor | None = None, **rest: Tensor) -> Tensor:
-    """Votes are those of the dequantised vectors, and close to those of the vectors themselves."""
+def check_aggregated(pairs: Tensor, keys: Tensor, first: Tensor | None = None, **rest: Tensor) -> Tensor:
+    """Aggregated scores are those of the dequantised vectors, and close to those of the vectors themselves."""
     whole, scales = quantise(keys.to(DEVICE))
     on_device = {name: x.to(DEVICE) for name, x in rest.items()}
     own_first = None if first is None else first.to(DEVICE)
-    out = voting.aggregated_scores(members.to(DEVICE), whole, scales, first=own_first, **on_device).cpu()
+    out = aggregate.aggregated_scores(pairs.to(DEVICE), whole, scales, first=own_first, **on_device).cpu()
     assert out.dtype == torch.float32
     dequantised = [
-        (q * scale[..., None]).cpu() for q, scale in ((whole, scales), quantise(members.flatten(2, 3).to(DEVICE)))
+        (q * scale[..., None]).cpu() for q, scale in ((whole, scales), quantise(pairs.flatten(2, 3).to(DEVICE)))
     ]
-    expected = plain_votes(dequantised[1].view(members.shape), dequantised[0], first=first, **rest)
+    expected = plain_aggregated(dequantised[1].view(pairs.shape), dequantised[0], first=first, **rest)
     assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
-    exact = plain_votes(members, keys, first=first, **rest)
+    exact = plain_aggregated(pairs, keys, first=first, **rest)
     assert (out - exact).abs().sum() <= 0.03 * exact.sum()
     return out
 
@@ -283,7 +283,7 @@ def check_votes(members: Tensor, keys: Tensor, first: Tensor | None = None, **re
 @pytest.mark.parametrize(("groups", "size", "dim"), [(2, 20, 64), (1, 130, 80), (2, 65, 128), (1, 17, 256)])
 def test_votes(groups: int, size: int, dim: int) -> None:
     call = voters(groups, size, 300, dim)
-    out = check_votes(**call)
+    out = check_aggregated(**call)
     assert (out[..., :3] == 0).all()
     assert (out[..., -5:] == 0).all()
     assert 0.05 < out.sum() / (2 * groups * size) < 0.95
@@ -292,25 +292,25 @@ def test_votes(groups: int, size: int, dim: int) -> None:
 @pytest.mark.usefixtures("many_processors")
 @pytest.mark.parametrize("size", [3, 16, 20])
 def test_votes_of_parts_of_the_keys(size: int) -> None:
-    """With few members the keys are cut; up to 16 of them, scores are stored."""
-    check_votes(**voters(1, size, 700, batch=2))
+    """With few pairs the keys are cut; up to 16 of them, scores are stored."""
+    check_aggregated(**voters(1, size, 700, batch=2))
 
 
 def test_few_members_vote_like_many(monkeypatch: pytest.MonkeyPatch) -> None:
     call = voters(1, 8, 300)
-    few = check_votes(**call)
-    monkeypatch.setattr(voting, "MOST_PAIRS", 0)
-    assert_close(check_votes(**call), few)
+    few = check_aggregated(**call)
+    monkeypatch.setattr(aggregate, "MOST_PAIRS", 0)
+    assert_close(check_aggregated(**call), few)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_votes_in_sliding_windows(kv_heads: int) -> None:
-    """Members of a group do not all see its oldest keys; some see none of them."""
+    """Pairs of a group do not all see its oldest keys; some see none of them."""
     call = voters(2, 20, 300)
     call["past_start"] = torch.tensor([[100, 150]])
     first = call["past_start"][:, None, :, None] + torch.arange(20).expand(1, kv_heads, 2, 20) * 10
     first[..., 1, -1] = 300
-    out = check_votes(**call, first=first)
+    out = check_aggregated(**call, first=first)
     assert (out[0, :, 0, :100] == 0).all()
 
 
@@ -321,7 +321,7 @@ def test_groups_without_older_keys_and_members_without_votes() -> None:
     call["kept_lse"][0, 0, 2, :5] = torch.inf
     call["kept_lse"][:, :, :, 7] = -torch.inf
     call["kept_lse"][1, 1, 0] = torch.inf
-    out = check_votes(**call)
+    out = check_aggregated(**call)
     assert out.isfinite().all()
     assert (out[0, :, :2] == 0).all()
     assert (out[1, 1, 0] == 0).all()
@@ -332,10 +332,10 @@ def test_keys_in_longer_storage() -> None:
     """A cache keeps keys and scales in buffers that grow."""
     call = voters(1, 4, 160)
     whole, scales = quantise(torch.cat([call["keys"], call["keys"]], dim=2).to(DEVICE))
-    rest = {name: x.to(DEVICE) for name, x in call.items() if name not in ("members", "keys")}
-    members = call["members"].to(DEVICE)
+    rest = {name: x.to(DEVICE) for name, x in call.items() if name not in ("pairs", "keys")}
+    pairs = call["pairs"].to(DEVICE)
     parts = [
-        voting.aggregated_scores(members, w, s, **rest)
+        aggregate.aggregated_scores(pairs, w, s, **rest)
         for w, s in ((whole[:, :, :160], scales[:, :, :160]), quantise(call["keys"].to(DEVICE)))
     ]
     assert_close(*parts)
@@ -364,7 +364,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_grouped_by_triton_is_its_specification(kind: str) -> None:
-    """Votes have 8 significant bits: where two are nearly equal, another key may win."""
+    """Aggregated scores have 8 significant bits: where two are nearly equal, another key may win."""
     call = calls.inputs(GROUPS[kind](), 300, dim=16)
     assert aggregation.triton_unsupported_reason(moved(call)) is None
     budgets = torch.minimum(call.visible[:, None], torch.randint(5, 70, (2, 4, 1)))
@@ -383,14 +383,14 @@ def test_grouped_by_triton_is_its_specification(kind: str) -> None:
 def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill of a padded batch, then tokens one at a time: what other kernels make of it.
 
-    All but the few rows for which two votes are so close that rounding decides.
+    All but the few queries for which two scores are so close that rounding decides.
     """
     model = tiny.model(name).to(DEVICE)
     ids, mask, _ = (x if isinstance(x, list) else x.to(DEVICE) for x in tiny.padded([90, 70], "left"))
     ways: list[Any] = []
-    votes = voting.aggregated_scores
+    aggregated = aggregate.aggregated_scores
     monkeypatch.setattr(
-        voting, "aggregated_scores", lambda *args, **rest: ways.append(args[1].dtype) or votes(*args, **rest)
+        aggregate, "aggregated_scores", lambda *args, **rest: ways.append(args[1].dtype) or aggregated(*args, **rest)
     )
 
     def logits(name: str) -> Tensor:
@@ -429,7 +429,7 @@ def test_compiles_for_gpus(capability: str, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     compiled = Counter(line.split()[0] for line in run.stdout.splitlines())
     # Two head_dims in a prefill, in one of them attention in parts; in decoding, lengths that are multiples of 16, and
-    # others, and a second head_dim for the votes.
+    # others, and a second head_dim for the aggregated scores.
     assert compiled == {
         "_attend_tile": 2 + 2,
         "_join_parts": 1 + 1,

@@ -22,7 +22,7 @@ MaskFunction = Callable[..., Any]
 
 @pytest.fixture(params=["whole", "bisected"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Small masks are evaluated whole, large ones bisected row by row: every test goes both ways."""
+    """Small masks are evaluated whole, large ones bisected query by query: every test goes both ways."""
     monkeypatch.setattr(visibility, "_SMALL_MASK", -1 if request.param == "bisected" else 1 << 40)
     return request.param
 
@@ -61,7 +61,7 @@ def shown_mask(visible: Visible, kv_len: int) -> Tensor:
 
 
 def brute_force(arguments: dict[str, Any]) -> Tensor:
-    """The mask as transformers makes it, with the rows of padding tokens emptied: bool `(batch, 1, rows, keys)`."""
+    """The mask as transformers makes it, with the queries of padding tokens emptied: bool `(batch, 1, q_len, keys)`."""
     mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
     assert mask is not None
     padding = arguments["attention_mask"]
@@ -72,7 +72,7 @@ def brute_force(arguments: dict[str, Any]) -> Tensor:
 
 
 def is_made_of_intervals(mask: Tensor) -> bool:
-    """By counting, row by row, how often the mask switches from hidden to visible."""
+    """By counting, query by query, how often the mask switches from hidden to visible."""
     edges = torch.nn.functional.pad(mask.int(), (1, 0)).diff(dim=-1) == 1
     return bool((edges.sum(-1) <= 1).all())
 
@@ -81,12 +81,12 @@ def is_made_of_intervals(mask: Tensor) -> bool:
 def calls(draw: st.DrawFn) -> dict[str, Any]:
     """A call of a mask function as `generate` or a forward pass makes it."""
     batch = draw(st.integers(1, 3))
-    rows = draw(st.integers(1, 24))
+    q_len = draw(st.integers(1, 24))
     q_offset = draw(st.integers(0, 24))
     kv_offset = draw(st.integers(0, q_offset))
     spare = draw(st.sampled_from([0, 0, 1, 17]))  # unwritten slots of a static cache
-    kv_length = q_offset + rows - kv_offset + spare
-    length = q_offset + rows
+    kv_length = q_offset + q_len - kv_offset + spare
+    length = q_offset + q_len
     kind = draw(st.sampled_from(["causal", "sliding", "chunked"]))
     function: MaskFunction = masking_utils.causal_mask_function
     if kind == "sliding":
@@ -95,11 +95,11 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     match draw(st.sampled_from(["none", "left", "right", "both", "holes"])):
         case "left" | "right" | "both" as sides:
             attention_mask = torch.ones(batch, length, dtype=torch.bool)
-            for row in attention_mask:
+            for sequence in attention_mask:
                 real = draw(st.integers(0, length))
                 left = {"left": length - real, "right": 0, "both": draw(st.integers(0, length - real))}[sides]
-                row[:] = False
-                row[left : left + real] = True
+                sequence[:] = False
+                sequence[left : left + real] = True
         case "holes":
             bits = draw(st.lists(st.booleans(), min_size=batch * length, max_size=batch * length))
             attention_mask = torch.tensor(bits).view(batch, length)
@@ -110,7 +110,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         function = masking_utils.chunked_causal_mask_function(draw(st.integers(1, 30)), left_padding)
     return {
         "batch_size": batch,
-        "q_length": rows,
+        "q_length": q_len,
         "kv_length": kv_length,
         "q_offset": draw(st.sampled_from([q_offset, torch.tensor(q_offset)])),
         "kv_offset": kv_offset,
@@ -184,14 +184,14 @@ def peak_bytes() -> int:
 
 @pytest.mark.parametrize("use_vmap", [False, True])
 def test_a_row_that_does_not_see_itself_is_no_padding(path: str, use_vmap: bool) -> None:
-    """Strictly causal masks are intervals too: only the padding mask says which rows are padding."""
+    """Strictly causal masks are intervals too: only the padding mask says which queries are padding."""
     out = interval_mask(1, 4, 4, mask_function=lambda b, h, q, k: k < q, use_vmap=use_vmap)
     expected = torch.ones(4, 4, dtype=torch.bool).tril(-1)[None, None]
     assert torch.equal(as_mask(out, {"q_length": 4, "kv_length": 4}), expected)
 
 
 def test_a_prefix_that_sees_itself_both_ways(path: str) -> None:
-    """A prefix-LM mask is not causal, but every row still sees one range of keys."""
+    """A prefix-LM mask is not causal, but every query still sees one range of keys."""
 
     def prefix(batch: Any, head: Any, q: Any, k: Any) -> Any:
         return (k <= q) | (k < 3)
@@ -240,10 +240,10 @@ def test_long_causal_rows_need_no_square(monkeypatch: pytest.MonkeyPatch) -> Non
     padding[1, :1000] = False
     function = masking_utils.sliding_window_causal_mask_function(4096)
     out = interval_mask(2, length, length, mask_function=function, attention_mask=padding)
-    row = torch.arange(length)
-    assert torch.equal(out[0, 0, :, 0].long(), (row - 4095).clamp(min=0))
-    assert torch.equal(out[0, 0, :, 1].long(), row + 1)
-    assert torch.equal(out[1, 0, 1000:, 0].long(), (row - 4095).clamp(min=1000)[1000:])
+    query = torch.arange(length)
+    assert torch.equal(out[0, 0, :, 0].long(), (query - 4095).clamp(min=0))
+    assert torch.equal(out[0, 0, :, 1].long(), query + 1)
+    assert torch.equal(out[1, 0, 1000:, 0].long(), (query - 4095).clamp(min=1000)[1000:])
     assert (out[1, 0, :1000] == 0).all()
 
 
@@ -261,13 +261,13 @@ def test_the_path_by_intervals_is_taken(path: str) -> None:
 
 @st.composite
 def masks(draw: st.DrawFn) -> Tensor:
-    batch, rows, keys = draw(st.integers(1, 2)), draw(st.integers(1, 6)), draw(st.integers(1, 8))
+    batch, q_len, keys = draw(st.integers(1, 2)), draw(st.integers(1, 6)), draw(st.integers(1, 8))
     if draw(st.booleans()):
-        bits = draw(st.lists(st.booleans(), min_size=batch * rows * keys, max_size=batch * rows * keys))
-        return torch.tensor(bits).view(batch, 1, rows, keys)
-    starts = draw(st.lists(st.integers(0, keys), min_size=batch * rows, max_size=batch * rows))
+        bits = draw(st.lists(st.booleans(), min_size=batch * q_len * keys, max_size=batch * q_len * keys))
+        return torch.tensor(bits).view(batch, 1, q_len, keys)
+    starts = draw(st.lists(st.integers(0, keys), min_size=batch * q_len, max_size=batch * q_len))
     stops = [draw(st.integers(start, keys)) for start in starts]
-    return interval_to_mask(torch.tensor([starts, stops]).T.view(batch, 1, rows, 2), keys)
+    return interval_to_mask(torch.tensor([starts, stops]).T.view(batch, 1, q_len, 2), keys)
 
 
 @settings(max_examples=300)
@@ -303,3 +303,18 @@ def test_intervals_are_told_from_masks() -> None:
     assert not is_packed(torch.ones(1, 1, 2, 2, dtype=torch.bool))
     assert not is_packed(torch.zeros(1, 1, 2, 2))
     assert not is_packed(torch.zeros(1, 2, dtype=torch.int32))
+
+
+def test_a_new_token_comes_last_of_all_that_is_shown() -> None:
+    """So that a copy of the keys without hidden ones grows by that token alone."""
+    real = torch.ones(2, 46, dtype=torch.bool)
+    real[0, [5, 6, 20]] = real[1, 9] = False
+    before = None
+    for length in range(40, 46):
+        mask = interval_mask(2, 1, length, q_offset=length - 1, attention_mask=real[:, :length])
+        visible = Visible.unpacked(mask, 1)
+        assert visible.shown is not None
+        assert visible.shown[:, -1].tolist() == [length - 1] * 2
+        assert visible.intervals[:, 0, 0, 1].tolist() == [visible.shown.shape[1]] * 2
+        assert before is None or torch.equal(visible.shown[:, :-1], before)
+        before = visible.shown

@@ -41,10 +41,15 @@ def attend(engine: Engine | None, call: AttentionCall, selection: Selection) -> 
     """Attention by an engine, or by the fastest one that can: `(batch, heads, q_len, value_dim)`.
 
     Raises:
-        UserError: If `engine` cannot attend in this call.
+        UserError: If `engine` cannot attend in this call, or gives something else.
     """
     if engine is None:
         return choose(call, selection).attend(call, selection)
     if reason := engine.unsupported_reason(call):
         raise UserError(f"engine {engine.name!r} cannot attend here: {reason}; engine 'auto' takes one that can")
-    return engine.attend(call, selection)
+    out = engine.attend(call, selection)
+    shape, dtype = (*call.query.shape[:3], call.value.shape[3]), call.value.dtype
+    if not isinstance(out, Tensor) or out.shape != shape or out.dtype != dtype:
+        found = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise UserError(f"engine {engine.name!r}: attend must return {dtype} {shape}; got {found}")
+    return out

@@ -1,12 +1,12 @@
 """How a patched model comes to use the cache that grows in place, and to count what other caches cost it.
 
-Both hooks hang on the model itself, go when it is unpatched, and are copied and pickled with it.
+All hooks hang on the model itself, go when it is unpatched, and are copied and pickled with it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MethodType
@@ -15,11 +15,10 @@ from weakref import ref
 
 import torch
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from hf_sparse.attention import LayerState
-from hf_sparse.cache import SparseCache, grow_in_place
+from hf_sparse.cache import SparseCache, grow_in_place, set_cache_of_pass
 
 # The method by which transformers' `generate` makes the cache that nobody passed to it.
 _METHOD = "_prepare_cache_for_generation"
@@ -33,31 +32,28 @@ class CacheHooks:
 
     Attributes:
         forward: Counts, and gives a plain forward call its cache.
+        handles: What removes it, and what tells the layers which cache a pass has.
         generation: What was in the place of `generate`'s method on this very model, if anything.
     """
 
     forward: _BeforeForward
-    handle: RemovableHandle
+    handles: list[RemovableHandle]
     generation: Any = None
 
 
 class _BeforeForward:
     """Runs before the forward pass of a patched model.
 
-    It tells every layer which cache the pass has, so that attention finds the keys in 8 bits that belong to it.
-
     Attributes:
-        states: What the patched attention modules know.
         concatenated_calls: Forward passes in which a cache made new tensors of all its keys and values.
         concatenated_bytes: What it copied for that.
     """
 
     def __init__(self) -> None:
-        self.reset(())
+        self.reset()
 
-    def reset(self, states: Sequence[LayerState]) -> None:
-        """Count anew, for layers that were patched anew."""
-        self.states = states
+    def reset(self) -> None:
+        """Count anew."""
         self.concatenated_calls = 0
         self.concatenated_bytes = 0
 
@@ -73,19 +69,12 @@ class _BeforeForward:
     def __call__(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        cache = kwargs.get(_CACHE)
-        compiling = torch.compiler.is_compiling()
-        changed = None
-        if cache is not None:
-            self._count(cache)
-        elif not compiling and _makes_a_cache(model, args, kwargs):
-            cache = SparseCache(model.config)
-            changed = args, kwargs | {_CACHE: cache}
-        if not compiling:
-            held = ref(cache) if isinstance(cache, Cache) else None
-            for state in self.states:
-                state.cache = held
-        return changed
+        if torch.compiler.is_compiling():
+            cache = kwargs.get(_CACHE)
+        elif (cache := _given_cache(model, args, kwargs)) is None and _makes_a_cache(model, args, kwargs):
+            return args, kwargs | {_CACHE: SparseCache(model.config)}
+        self._count(cache)
+        return None
 
     def _count(self, cache: Any) -> None:
         layers = cache.layers if isinstance(cache, Cache) else []
@@ -93,6 +82,13 @@ class _BeforeForward:
         if copied:
             self.concatenated_calls += 1
             self.concatenated_bytes += copied
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _hand_over(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Runs before the forward pass of a decoder, so that attention finds the keys in 8 bits that its cache keeps."""
+    cache = _given_cache(decoder, args, kwargs)
+    set_cache_of_pass(cache if isinstance(cache, Cache) else None)
 
 
 class _BeforeGeneration:
@@ -130,20 +126,37 @@ class _BeforeGeneration:
 def install(model: PreTrainedModel) -> CacheHooks:
     """Make `model` use caches that grow in place wherever nobody asks for another one."""
     forward = _BeforeForward()
-    handle = model.register_forward_pre_hook(forward, with_kwargs=True)
+    handles = [model.register_forward_pre_hook(forward, with_kwargs=True)]
+    # The decoder, for it may be called without the model around it.
+    handles += [decoder.register_forward_pre_hook(_hand_over, with_kwargs=True) for decoder in _decoders(model)]
     inner = vars(model).get(_METHOD)
     if hasattr(type(model), _METHOD):
         setattr(model, _METHOD, _BeforeGeneration(model, inner))
-    return CacheHooks(forward, handle, inner)
+    return CacheHooks(forward, handles, inner)
 
 
 def remove(model: PreTrainedModel, hooks: CacheHooks) -> None:
     """Undo `install`."""
-    hooks.handle.remove()
+    for handle in hooks.handles:
+        handle.remove()
     if isinstance(vars(model).get(_METHOD), _BeforeGeneration):
         delattr(model, _METHOD)
         if hooks.generation is not None:
             setattr(model, _METHOD, hooks.generation)
+
+
+def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models inside `model`, or itself, that take a cache and hold no other such model."""
+    takers = [m for m in model.modules() if isinstance(m, PreTrainedModel) and _takes_a_cache(m)]
+    return [taker for taker in takers if not any(m is not taker and m in takers for m in taker.modules())]
+
+
+def _given_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache that a forward call was given for the model's self-attention, by name or by place."""
+    cache, place = kwargs.get(_CACHE), _place_of_cache(type(model).forward)
+    if cache is None and place is not None and place < len(args):
+        cache = args[place]
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def _makes_a_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -158,6 +171,10 @@ def _makes_a_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     return bool(
         getattr(model.config.get_text_config(decoder=True), "use_cache", False) if use_cache is None else use_cache
     )
+
+
+def _takes_a_cache(model: PreTrainedModel) -> bool:
+    return _place_of_cache(type(model).forward) is not None
 
 
 @lru_cache

@@ -97,17 +97,19 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
     warn_if_too_slow(config.budget())
     _hold(base, policy)
     sparse = [layer.layer for layer in support.layers if layer.layer not in reasons]
-    # Layers with the same law share its budgets.
-    tables = {law: BudgetTable(law) for law in {config.budget(layer.layer) for layer in support.layers}}
+    # Layers with the same law share its budgets. A law of a user's own may have no hash.
+    tables: list[BudgetTable] = []
     for layer in support.layers:
         law = config.budget(layer.layer)
-        state = LayerState(layer.layer, config, reasons.get(layer.layer), budgets=tables[law])
+        if (table := next((known for known in tables if known.law == law), None)) is None:
+            tables.append(table := BudgetTable(law))
+        state = LayerState(layer.layer, config, reasons.get(layer.layer), budgets=table)
         # One layer sees what all see: it alone warns of queries that see more than the laws were fitted on.
         if config.calibration is not None and layer.layer == min(sparse, default=None):
             state.fitted_to = config.calibration.fitted_to or None
         setattr(base.get_submodule(layer.name), STATE, state)
     handle: _Patch = getattr(base, _HANDLE)
-    handle.hooks.forward.reset(list(states(base).values()))
+    handle.hooks.forward.reset()
     return model
 
 
@@ -140,7 +142,6 @@ def patched(model: ModelT, config: ConfigLike = None, **fields: Any) -> Iterator
             _hold(base, policy)
             for module, state in before.items():
                 setattr(module, STATE, state)
-            getattr(base, _HANDLE).hooks.forward.states = list(before.values())
         else:
             unpatch(model)
 

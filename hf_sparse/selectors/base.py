@@ -38,7 +38,7 @@ class Selector:
             always: Sink and recent keys, which are part of every budget.
 
         Returns:
-            A selection in which every query has its budget of keys, all of them visible to it.
+            A selection in which every query has its budget of keys, all of them visible to it; any other is refused.
         """
         raise NotImplementedError(f"{type(self).__name__} must define select(call, budgets, always)")
 
@@ -135,7 +135,7 @@ def largest(scores: Tensor, budgets: Tensor, most: int) -> tuple[Tensor, Tensor]
         most: The largest budget.
 
     Returns:
-        Columns, int64 `(..., width)`, in no particular order, and which of them are taken, bool `(..., width)`,
+        Their positions, int64 `(..., width)`, in no particular order, and which of them are taken, bool `(..., width)`,
         where `width` is one more than `most`, or `length` if that is less.
     """
     length = scores.shape[-1]

@@ -55,7 +55,7 @@ class Window(Selector):
 
 
 def _span(start: Tensor, stop: Tensor, alive: Tensor, kv_len: int) -> Tensor:
-    """Columns of the smallest range that holds `[start, stop)` of all live queries: `(batch, 1, 1, width)`."""
+    """Positions of the smallest range that holds `[start, stop)` of all live queries: `(batch, 1, 1, width)`."""
     low = torch.where(alive, start, kv_len).amin((1, 2))
     high = torch.where(alive, stop, 0).amax((1, 2))
     width = max(1, int((high - low).max()))
