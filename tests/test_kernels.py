@@ -254,8 +254,6 @@ print(hf_sparse.report(model))
     ("variables", "reason"),
     [
         ({"HF_SPARSE_KERNELS": "0"}, "HF_SPARSE_KERNELS=0 is set"),
-        ({"CXX": "/nowhere/c++"}, "the C++ compiler /nowhere/c++ does not run"),
-        ({"CXX": "false"}, "the C++ compiler false does not run"),
         ({"CXX": f"{sys.executable} -c 0"}, "could not be compiled"),
     ],
 )
@@ -268,6 +266,17 @@ def test_without_kernels_a_model_runs_and_says_so(variables: dict[str, str], rea
     assert reason in why
     assert refused == f"engine 'cpu' cannot run here: {why}; engine 'auto' does without False"
     assert any("attention calls looked for keys without compiled kernels" in line and reason in line for line in report)
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
+def test_a_compiler_that_does_not_run_is_named(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(build.constants, "HF_ASSETS_CACHE", str(tmp_path))
+    build._found.cache_clear()
+    try:
+        assert f"the C++ compiler {compiler} does not run" in (build.unsupported_reason() or "")
+    finally:
+        build._found.cache_clear()
 
 
 @needs_kernels
