@@ -285,9 +285,10 @@ def _attend_sparsely(
     if reason := selector.uncompiled_reason(call):
         state.counters.slow[f"{_UNCOMPILED} ({reason})"] += 1
     outs, weights, kept, budgets = [], [], [], plan.budgets
-    sparse = replace(call, known_ranges=ranges)
-    if selector.ranks_quantised and call.quantised is None:
-        sparse = replace(sparse, quantised=state.quantised(call.key))
+    quantised = call.quantised
+    if quantised is None and selector.ranks_quantised:
+        quantised = state.quantised(call.key)
+    sparse = replace(call, known_ranges=ranges, quantised=quantised)
     size = selector.group_queries
     if size > 1 and queries > 1 and not want_weights and (start := leading_dense(call, plan, size)):
         outs.append(dense.attend(call.queries(0, start).visible_part()))

@@ -50,11 +50,11 @@ def align(call: AttentionCall, budgets: Tensor, size: int) -> Aligned:
     Returns:
         The aligned call: a whole number of groups if more than one.
     """
-    start = call.text_start
-    call = replace(call, origin=start, known_ranges=call.ranges)
     queries = call.query.shape[2]
     if size == 1 or queries == 1:
         return Aligned(call, budgets)
+    start = call.text_start
+    call = replace(call, origin=start, known_ranges=call.ranges)
     first, stop = call.ranges.first, call.ranges.stop
     alive = stop > first
     index = torch.arange(queries, device="cpu")
