@@ -92,8 +92,8 @@ def test_a_budget_by_the_length_of_the_buffer_breaks_the_invariants(monkeypatch:
     """The trap that the package exists to avoid: n taken from the shape of the keys."""
 
     def by_shape(self: BudgetPlan) -> Tensor:
-        seen = self._ranges.seen
-        k = self._table[:, torch.full_like(seen, self._ranges.last_visible)].transpose(0, 1)
+        seen = self._seen
+        k = self._table[:, torch.full_like(seen, int(seen.max()))].transpose(0, 1)
         return torch.minimum(k, seen[:, None])
 
     monkeypatch.setattr(BudgetPlan, "budgets", property(by_shape))
