@@ -44,7 +44,6 @@ _MARKS = {
     "exponents": "memory",
     "experiments": "theory",
     "experiment": "theory",
-    "runs": "goals",
 }
 
 
