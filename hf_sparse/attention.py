@@ -22,9 +22,8 @@ from hf_sparse.groups import align, leading_dense
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.monitor import LayerCounters
 from hf_sparse.plan import BudgetPlan, BudgetTable
-from hf_sparse.ranges import VisibleRanges, seen_through
 from hf_sparse.selectors import Selector, find_selector
-from hf_sparse.visibility import as_bool, interval_mask, interval_to_mask, is_packed
+from hf_sparse.visibility import VisibleRanges, as_bool, interval_mask, interval_to_mask, is_packed, seen_through
 
 NAME = "hf_sparse"
 """The name under which the attention and the mask function are registered with transformers."""

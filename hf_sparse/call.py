@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.kernels.quantised import QuantisedKeys
-from hf_sparse.ranges import VisibleRanges
+from hf_sparse.visibility import VisibleRanges
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_sparse.call import AttentionCall
 from hf_sparse.plan import BudgetPlan
-from hf_sparse.ranges import VisibleRanges
+from hf_sparse.visibility import VisibleRanges
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 import hf_sparse
-from hf_sparse import SparseAttentionConfig, ranges
+from hf_sparse import SparseAttentionConfig
 from hf_sparse.plan import BudgetTable
-from hf_sparse.ranges import VisibleRanges, seen_through
-from hf_sparse.visibility import interval_mask
+from hf_sparse.visibility import VisibleRanges, interval_mask, ranges, seen_through
 from tests import calls, tiny
 from tests.sparse import SPARSE
 

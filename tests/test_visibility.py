@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import masking_utils
 
-from hf_sparse import visibility
-from hf_sparse.visibility import Visible, interval_mask, interval_to_mask, is_packed, visible_in
+from hf_sparse.visibility import Visible, interval_mask, interval_to_mask, intervals, is_packed, visible_in
 
 MaskFunction = Callable[..., Any]
 
@@ -23,7 +22,7 @@ MaskFunction = Callable[..., Any]
 @pytest.fixture(params=["whole", "bisected"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Small masks are evaluated whole, large ones bisected query by query: every test goes both ways."""
-    monkeypatch.setattr(visibility, "_SMALL_MASK", -1 if request.param == "bisected" else 1 << 40)
+    monkeypatch.setattr(intervals, "_SMALL_MASK", -1 if request.param == "bisected" else 1 << 40)
     return request.param
 
 
@@ -33,12 +32,12 @@ PATHS = (-1, 1 << 40)
 def on_both_paths(arguments: dict[str, Any]) -> Tensor:
     """`interval_mask`, which must say the same on both paths."""
     results = []
-    before = visibility._SMALL_MASK
+    before = intervals._SMALL_MASK
     try:
-        for visibility._SMALL_MASK in PATHS:
+        for intervals._SMALL_MASK in PATHS:
             results.append(interval_mask(**arguments))
     finally:
-        visibility._SMALL_MASK = before
+        intervals._SMALL_MASK = before
     assert results[0].dtype == results[1].dtype
     assert torch.equal(*(as_mask(result, arguments) for result in results))
     return results[0]
@@ -234,7 +233,7 @@ def test_long_causal_rows_need_no_square(monkeypatch: pytest.MonkeyPatch) -> Non
     def forbidden(**_: Any) -> None:
         raise AssertionError("an n x n mask was made")
 
-    monkeypatch.setattr(visibility, "sdpa_mask", forbidden)
+    monkeypatch.setattr(intervals, "sdpa_mask", forbidden)
     length = 300_000
     padding = torch.ones(2, length, dtype=torch.bool)
     padding[1, :1000] = False
@@ -252,11 +251,11 @@ def test_the_path_by_intervals_is_taken(path: str) -> None:
     chunked = masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long))
     sliding = masking_utils.sliding_window_causal_mask_function(4)
     for function in (masking_utils.causal_mask_function, sliding, chunked):
-        assert visibility._is_interval_function(function)
-    assert not visibility._is_interval_function(lambda b, h, q, k: k <= q)
+        assert intervals._is_interval_function(function)
+    assert not intervals._is_interval_function(lambda b, h, q, k: k <= q)
     both = masking_utils.and_masks(sliding, lambda b, h, q, k: k % 2 == 0)
-    assert not visibility._is_interval_function(both)
-    assert not visibility._is_interval_function(masking_utils.or_masks(sliding, chunked))
+    assert not intervals._is_interval_function(both)
+    assert not intervals._is_interval_function(masking_utils.or_masks(sliding, chunked))
 
 
 @st.composite

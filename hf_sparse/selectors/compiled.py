@@ -6,8 +6,8 @@ from torch import Tensor
 
 from hf_sparse.call import AlwaysKept, AttentionCall, Selection
 from hf_sparse.kernels import cpu
-from hf_sparse.ranges import VisibleRanges
 from hf_sparse.selectors.layout import OVERSAMPLING
+from hf_sparse.visibility import VisibleRanges
 
 
 def unsupported_reason(call: AttentionCall) -> str | None:

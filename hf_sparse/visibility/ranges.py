@@ -10,7 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from hf_sparse.visibility import Visible, is_packed, visible_in
+from hf_sparse.visibility.intervals import Visible, is_packed, visible_in
 
 # Up to this many queries are read as Python numbers: one operation on a tensor takes as long as a hundred of those,
 # which counts for a decoded token.
