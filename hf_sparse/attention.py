@@ -20,8 +20,8 @@ from hf_sparse.engines import dense
 from hf_sparse.engines.common import masked_weights, weighted_values
 from hf_sparse.groups import align, leading_dense
 from hf_sparse.kernels.quantised import QuantisedKeys
+from hf_sparse.laws import BudgetPlan, BudgetTable
 from hf_sparse.monitor import LayerCounters
-from hf_sparse.plan import BudgetPlan, BudgetTable
 from hf_sparse.selectors import Selector, find_selector
 from hf_sparse.visibility import VisibleRanges, as_bool, interval_mask, interval_to_mask, is_packed, seen_through
 

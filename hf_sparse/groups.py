@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.call import AttentionCall
-from hf_sparse.plan import BudgetPlan
+from hf_sparse.laws import BudgetPlan
 from hf_sparse.visibility import VisibleRanges
 
 

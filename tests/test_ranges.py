@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig
-from hf_sparse.plan import BudgetTable
+from hf_sparse.laws import BudgetTable
 from hf_sparse.visibility import VisibleRanges, interval_mask, ranges, seen_through
 from tests import calls, tiny
 from tests.sparse import SPARSE

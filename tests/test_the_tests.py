@@ -11,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_sparse import attention
-from hf_sparse.plan import BudgetPlan
+from hf_sparse.laws import BudgetPlan
 from hf_sparse.visibility import interval_mask
 from tests import tiny
 from tests.sparse import (

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from hf_sparse.laws import Budget
+from hf_sparse.laws.budget import Budget
 from hf_sparse.visibility import VisibleRanges
 
 
