@@ -14,11 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_sparse import engines, selectors
 from hf_sparse.cache import SparseLayer, cache_of_pass, layer_that_holds
-from hf_sparse.call import AttentionCall
+from hf_sparse.call import AttentionCall, align, leading_dense
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import dense
 from hf_sparse.engines.common import masked_weights, weighted_values
-from hf_sparse.groups import align, leading_dense
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.laws import BudgetPlan, BudgetTable
 from hf_sparse.monitor import LayerCounters

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_sparse.call import AttentionCall
+from hf_sparse.call.call import AttentionCall
 from hf_sparse.laws import BudgetPlan
 from hf_sparse.visibility import VisibleRanges
 

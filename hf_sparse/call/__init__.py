@@ -1,0 +1,16 @@
+"""One attention call of one layer, the keys that its queries keep, and how its queries are cut into groups."""
+
+from hf_sparse.call.call import AlwaysKept, AttentionCall, Selection, accurate, as_vectors, pairs_of, take_keys
+from hf_sparse.call.groups import align, leading_dense
+
+__all__ = [
+    "AlwaysKept",
+    "AttentionCall",
+    "Selection",
+    "accurate",
+    "align",
+    "as_vectors",
+    "leading_dense",
+    "pairs_of",
+    "take_keys",
+]
