@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Annotated, Any
 
-from hf_sparse import checks, custom
 from hf_sparse.call import AlwaysKept
 from hf_sparse.engines import AUTO, ENGINES, Engine
 from hf_sparse.laws import LAWS, Budget, Law, LawName
-from hf_sparse.record import CalibrationRecord
+from hf_sparse.schema import CalibrationRecord, checks, custom
 from hf_sparse.selectors import SELECTORS, Selector
 
 SCHEMA_VERSION = 1

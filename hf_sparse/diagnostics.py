@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_sparse import checks
 from hf_sparse.attention import STATE, LayerState, Observer, attend
 from hf_sparse.call import AttentionCall
 from hf_sparse.engines.common import attention_weights, weighted_values
 from hf_sparse.monitor import LayerCounters
 from hf_sparse.patching import ModelT, base_model, is_patched, patched, states
+from hf_sparse.schema import checks
 from hf_sparse.visibility import interval_to_mask
 
 MASSES = (0.90, 0.95, 0.99)

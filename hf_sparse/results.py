@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.files import check_writable, write_whole
 from hf_sparse.machine import device_name, process_state
-from hf_sparse.policy.quality import DENSE as DENSE
+from hf_sparse.schema import DENSE as DENSE
 from hf_sparse.tables import Table, markdown_table
 
 Record = dict[str, Any]

@@ -16,7 +16,7 @@ from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy
 from hf_sparse.policy.files import NAME, read
-from hf_sparse.policy.quality import QualityRecord
+from hf_sparse.schema import QualityRecord
 from hf_sparse.share.card import TAGS, license_in, parse_card
 from hf_sparse.share.card import make_card as edit_card
 from hf_sparse.share.card_tables import losses

@@ -18,7 +18,7 @@ from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Origin, Policy, is_hub_id
 from hf_sparse.policy.files import MAX_BYTES, NAME, load, read, write
-from hf_sparse.policy.quality import QualityRecord
+from hf_sparse.schema import QualityRecord
 
 POLICY = Policy(
     SparseAttentionConfig(

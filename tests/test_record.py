@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_sparse import CalibrationRecord
-from hf_sparse.record import TARGETS
+from hf_sparse.schema import TARGETS
 
 _NAMES = st.lists(st.text("abc_-.0", min_size=1, max_size=8).filter(lambda x: ".." not in x), max_size=3).map(tuple)
 _POSITIVE = st.floats(1e-3, 1.0)

@@ -22,8 +22,8 @@ from hf_sparse.patching import policy_of
 from hf_sparse.policy import Origin, Policy
 from hf_sparse.policy.files import NAME, read, write
 from hf_sparse.policy.origin import origin_of
-from hf_sparse.policy.quality import QualityRecord
 from hf_sparse.policy.suitability import warn_of_another_base
+from hf_sparse.schema import QualityRecord
 from hf_sparse.selectors import parse_selector
 from tests import small, tiny
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_sparse.bench.timing import available_bytes
-from hf_sparse.checks import shown
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
+from hf_sparse.schema import shown
 from hf_sparse.share.source import check_config
 
 _LONGEST = 1 << 20

@@ -26,8 +26,8 @@ from hf_sparse.patching import base_model, is_patched
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import origin_of
-from hf_sparse.record import CalibrationRecord
 from hf_sparse.results import CALIBRATE, CALIBRATION, Summary, check_folder, provenance, write_json
+from hf_sparse.schema import CalibrationRecord
 from hf_sparse.selectors import selector_name
 from hf_sparse.share.source import check_config, describe
 from hf_sparse.support import inspect

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from hf_sparse.errors import UserError
-from hf_sparse.record import TARGETS
-from hf_sparse.record import Target as Metric
+from hf_sparse.schema import TARGETS
+from hf_sparse.schema import Target as Metric
 
 _SPELLED = re.compile(r"\s*(?P<metric>\w+)\s*=\s*(?P<value>[0-9.eE+-]+)\s*(@\s*(?P<length>\d+)\s*)?")
 

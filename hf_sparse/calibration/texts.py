@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse.calibration.target import Target
-from hf_sparse.checks import shown
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
+from hf_sparse.schema import shown
 from hf_sparse.support import SupportReport
 
 LONGEST = 8192

@@ -12,9 +12,7 @@ from typing import Any, NoReturn
 
 from huggingface_hub import hf_hub_download
 
-from hf_sparse.checks import shown
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.custom import describe
 from hf_sparse.engines import AUTO, ENGINES
 from hf_sparse.errors import UserError
 from hf_sparse.files import write_whole
@@ -22,6 +20,7 @@ from hf_sparse.laws import LAWS
 from hf_sparse.policy.hub_io import hub_errors
 from hf_sparse.policy.origin import Origin, is_hub_id
 from hf_sparse.policy.policy import Policy
+from hf_sparse.schema import describe, shown
 from hf_sparse.selectors import SELECTORS
 
 NAME = "sparse_config.json"

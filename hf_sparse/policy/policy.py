@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from hf_sparse import checks
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy.origin import Origin, is_hub_id
-from hf_sparse.policy.quality import QualityRecord
+from hf_sparse.schema import QualityRecord, checks
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from hf_sparse.errors import UserError
 from hf_sparse.policy.origin import Origin
 from hf_sparse.policy.policy import Policy
-from hf_sparse.record import CalibrationRecord
+from hf_sparse.schema import CalibrationRecord
 from hf_sparse.support import SupportReport
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_sparse import custom
 from hf_sparse.call import AlwaysKept, AttentionCall, Selection
 from hf_sparse.errors import UserError
+from hf_sparse.schema import custom
 from hf_sparse.selectors.base import ScoreSelector, Selector
 from hf_sparse.selectors.checked import check_selection
 from hf_sparse.selectors.grouped import Grouped

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from hf_sparse.errors import UserError
 from hf_sparse.policy import Policy
-from hf_sparse.policy.quality import DENSE
+from hf_sparse.schema import DENSE
 from hf_sparse.share.card_text import BEGIN, END, section
 
 TAGS = ("sparse-attention", "long-context", "transformers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from hf_sparse.policy.quality import DENSE, QualityRecord
+from hf_sparse.schema import DENSE, QualityRecord
 from hf_sparse.tables import markdown_table
 
 _PERPLEXITIES = {

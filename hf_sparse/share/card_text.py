@@ -7,7 +7,7 @@ from statistics import median
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.policy import Policy
-from hf_sparse.record import CalibrationRecord
+from hf_sparse.schema import CalibrationRecord
 from hf_sparse.share.card_tables import measured, names
 
 BEGIN, END = "<!-- hf-sparse: begin -->", "<!-- hf-sparse: end -->"

@@ -16,7 +16,6 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_sparse.checks import shown
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.patching import base_model as unwrapped
 from hf_sparse.patching import patch, policy_of
@@ -25,6 +24,7 @@ from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.hub_io import UNREADABLE, hub_errors
 from hf_sparse.policy.origin import origin_of
 from hf_sparse.policy.suitability import check_calibration, warn_of_another_base
+from hf_sparse.schema import shown
 from hf_sparse.share.bundle import Bundle, card_in, check_publishable, make_bundle
 from hf_sparse.share.remote import Remote
 from hf_sparse.share.source import ModelSource

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from hf_sparse.checks import shown
 from hf_sparse.errors import UserError, first_line
+from hf_sparse.schema.checks import shown
 
 T = TypeVar("T")
 

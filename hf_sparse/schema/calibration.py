@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
-from hf_sparse import checks
+from hf_sparse.schema import checks
 
 Target = Literal["density", "output_error", "perplexity_ratio"]
 TARGETS: tuple[str, ...] = get_args(Target)

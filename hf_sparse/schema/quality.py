@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-from hf_sparse import checks
+from hf_sparse.schema import checks
 
 DENSE = "dense"
 """The method of a record that was measured with dense attention."""
