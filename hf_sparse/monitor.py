@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_sparse.tables import text_table
+from hf_sparse.results import text_table
 
 # Numbers of kept keys that may wait for being added up.
 _MOST_WAITING = 1 << 10

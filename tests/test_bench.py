@@ -26,10 +26,8 @@ from hf_sparse.bench.tasks import TASKS, BenchSettings
 from hf_sparse.bench.timing import Rounds, with_peak
 from hf_sparse.call import AttentionCall
 from hf_sparse.errors import UserError
-from hf_sparse.machine import device_name
-from hf_sparse.results import ResultFile
+from hf_sparse.results import ResultFile, device_name, markdown_table
 from hf_sparse.selectors.grouped import Grouped
-from hf_sparse.tables import markdown_table
 from hf_sparse.visibility import interval_to_mask
 from tests import small, tiny
 from tests.small import run_command

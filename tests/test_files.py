@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_sparse.errors import UserError
-from hf_sparse.files import check_writable, write_whole
+from hf_sparse.results import check_writable, write_whole
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hf_sparse.bench import memory
 from hf_sparse.bench.memory import call_peak, measure_prefills, memory_tables, summarise
 from hf_sparse.bench.shapes import Shape
 from hf_sparse.errors import UserError
-from hf_sparse.tables import markdown_table
+from hf_sparse.results import markdown_table
 from tests.small import run_command
 
 CARD = Path(__file__).parents[1] / "model_cards/memory"

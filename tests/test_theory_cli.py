@@ -11,8 +11,7 @@ import pytest
 from hf_sparse.lab import run
 from hf_sparse.lab.experiment import Experiment, Setting
 from hf_sparse.lab.inputs import Input
-from hf_sparse.results import record_key
-from hf_sparse.tables import markdown_table
+from hf_sparse.results import markdown_table, record_key
 from tests.small import run_command
 from tests.test_theory_synthetic import SIMULATED_EXPONENTS, SIMULATED_SLOPES
 

@@ -33,11 +33,9 @@ from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines.common import masked_weights, weighted_values
 from hf_sparse.errors import UserError
-from hf_sparse.machine import device_name
 from hf_sparse.measure.plots import figure
-from hf_sparse.results import Summary, software
+from hf_sparse.results import Summary, Table, device_name, software
 from hf_sparse.selectors import SELECTORS
-from hf_sparse.tables import Table
 from hf_sparse.visibility import interval_to_mask
 
 COMMAND = "memory"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_sparse.bench.tasks import LAYER_TASKS, SPARSE
-from hf_sparse.results import Summary
-from hf_sparse.tables import Table
+from hf_sparse.results import Summary, Table
 
 TITLES = {
     ("decode", "seconds"): "decode, one layer, n cached keys",

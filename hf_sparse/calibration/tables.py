@@ -7,7 +7,7 @@ import numpy as np
 from hf_sparse.calibration.calibrate import Calibration
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure.perplexity_tables import perplexity_cells
-from hf_sparse.tables import Table
+from hf_sparse.results import Table
 
 
 def calibration_tables(result: Calibration) -> list[Table]:

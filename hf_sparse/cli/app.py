@@ -34,7 +34,6 @@ from hf_sparse.cli.report import run_report
 from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.machine import is_main_process
 from hf_sparse.measure import attention_error as errors
 from hf_sparse.measure import perplexity as perplexities
 from hf_sparse.measure import retrieval as codes_in_texts
@@ -47,6 +46,7 @@ from hf_sparse.measure.methods import (
     split_names,
 )
 from hf_sparse.measure.run import Outcome
+from hf_sparse.results import is_main_process
 from hf_sparse.share.publish import MESSAGE
 from hf_sparse.share.remote import Remote
 from hf_sparse.share.source import ModelSource

@@ -20,9 +20,8 @@ from hf_sparse.bench.timing import Rounds
 from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integers, read_policy
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.machine import find_device, process_state
 from hf_sparse.measure.run import Kind
-from hf_sparse.results import ROWS, ResultFile, Summary, check_folder, default_folder
+from hf_sparse.results import ROWS, ResultFile, Summary, check_folder, default_folder, find_device, process_state
 from hf_sparse.selectors import SELECTORS, parse_selector
 from hf_sparse.share.source import ModelSource, check_loading, max_positions
 

@@ -15,9 +15,8 @@ from hf_sparse.calibration.texts import LONGEST, split
 from hf_sparse.cli.evaluate import begin
 from hf_sparse.cli.options import Documents, KeyOptions, RunOptions, TextOptions
 from hf_sparse.errors import UserError
-from hf_sparse.machine import process_state
 from hf_sparse.measure.run import Outcome
-from hf_sparse.results import CALIBRATE, write_tables
+from hf_sparse.results import CALIBRATE, process_state, write_tables
 from hf_sparse.share.source import ModelSource
 
 

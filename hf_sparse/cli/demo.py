@@ -14,10 +14,9 @@ import hf_sparse
 from hf_sparse.cli.evaluate import Evaluation, check, run_attention_error, run_perplexity
 from hf_sparse.cli.options import DataOptions, RunOptions
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.machine import is_main_process
 from hf_sparse.measure.methods import error_methods, perplexity_methods
+from hf_sparse.results import Table, is_main_process, text_table
 from hf_sparse.share.source import ModelSource
-from hf_sparse.tables import Table, text_table
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

@@ -13,12 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_sparse.cli.options import DataOptions, RunOptions
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.machine import is_main_process
 from hf_sparse.measure import attention_error, perplexity, retrieval
 from hf_sparse.measure.methods import Methods
 from hf_sparse.measure.run import ATTENTION_ERROR, PERPLEXITY, RETRIEVAL, Outcome
 from hf_sparse.measure.windows import Window, check_lengths, cut_windows
-from hf_sparse.results import ROWS, Record, ResultFile, check_folder, default_folder, provenance
+from hf_sparse.results import ROWS, Record, ResultFile, check_folder, default_folder, is_main_process, provenance
 from hf_sparse.share.source import ModelSource, check_config, check_loading, max_positions
 
 

@@ -16,9 +16,7 @@ from hf_sparse.lab import alpha, assumptions, collapse, depth, norms, phases, ro
 from hf_sparse.lab.experiment import CLAIMS, Cell, Experiment, Findings, Setting
 from hf_sparse.lab.fits import shortened
 from hf_sparse.lab.tables import figure_tables
-from hf_sparse.machine import device_name
-from hf_sparse.results import ROWS, Record, ResultFile, record_key, resume, software, write_summary
-from hf_sparse.tables import Table
+from hf_sparse.results import ROWS, Record, ResultFile, Table, device_name, record_key, resume, software, write_summary
 
 _SYNTHETIC = (windows, phases, workloads, assumptions)
 _ON_MODELS = (norms, rope, depth, collapse, alpha)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_sparse.tables import Table
+from hf_sparse.results import Table
 
 
 def words(value: Any) -> str:

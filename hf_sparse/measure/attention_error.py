@@ -16,11 +16,10 @@ from transformers import PreTrainedModel
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.diagnostics import observed
-from hf_sparse.machine import is_main_process, my_share
 from hf_sparse.measure.layer_errors import Columns, block_queries, layer_errors
 from hf_sparse.measure.windows import Window
 from hf_sparse.patching import base_model
-from hf_sparse.results import DENSE, Record, ResultFile, identity, record_key, resume
+from hf_sparse.results import DENSE, Record, ResultFile, identity, is_main_process, my_share, record_key, resume
 
 COMMAND = "attention-error"
 

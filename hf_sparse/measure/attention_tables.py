@@ -7,8 +7,7 @@ from typing import Any
 
 from hf_sparse.measure.attention_summary import NEEDED, SHAPES, STATISTICS
 from hf_sparse.measure.methods import CALIBRATED
-from hf_sparse.results import DENSE, Summary
-from hf_sparse.tables import Column, Table, make_table
+from hf_sparse.results import DENSE, Column, Summary, Table, make_table
 
 # What the tables show of the errors: a query's L1 error is twice its lost mass.
 _SHOWN = ("retained_mass", "max_entry", "l2", "output_error")

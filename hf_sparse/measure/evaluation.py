@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 import hf_sparse
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.machine import is_main_process, my_share
 from hf_sparse.measure.methods import Methods
 from hf_sparse.monitor import SparsityReport
-from hf_sparse.results import Record, ResultFile, identity, record_key, resume
+from hf_sparse.results import Record, ResultFile, identity, is_main_process, my_share, record_key, resume
 
 
 class Input(Protocol):

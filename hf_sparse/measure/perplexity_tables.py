@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hf_sparse.results import DENSE, Summary
-from hf_sparse.tables import Column, Table, known, make_table
+from hf_sparse.results import DENSE, Column, Summary, Table, known, make_table
 
 _INTERVAL = "{low:.4f} to {high:.4f}"
 

@@ -9,8 +9,7 @@ import numpy as np
 from hf_sparse.measure.grid import Grid
 from hf_sparse.measure.retrieval import COMMAND
 from hf_sparse.measure.statistics import SAMPLES, FloatArray, bootstrap_means, estimate
-from hf_sparse.results import DENSE, Record, Summary
-from hf_sparse.tables import Column, Table, make_table
+from hf_sparse.results import DENSE, Column, Record, Summary, Table, make_table
 
 
 def summarise(records: Sequence[Record], seed: int) -> Summary:

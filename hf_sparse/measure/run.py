@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from hf_sparse.machine import is_main_process
 from hf_sparse.measure import (
     attention_error,
     attention_summary,
@@ -20,8 +19,7 @@ from hf_sparse.measure import (
     retrieval,
     retrieval_summary,
 )
-from hf_sparse.results import Record, ResultFile, Summary, plot_name, write_summary
-from hf_sparse.tables import Table, text_table
+from hf_sparse.results import Record, ResultFile, Summary, Table, is_main_process, plot_name, text_table, write_summary
 
 
 @dataclass(frozen=True)

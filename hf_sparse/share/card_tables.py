@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from hf_sparse.results import markdown_table
 from hf_sparse.schema import DENSE, QualityRecord
-from hf_sparse.tables import markdown_table
 
 _PERPLEXITIES = {
     "perplexity": "**Perplexity** of the same tokens, dense and sparse, after contexts of each length; the ratio is "

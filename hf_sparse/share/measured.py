@@ -11,8 +11,7 @@ from typing import Any
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.files import inside, write_whole
-from hf_sparse.results import ROWS, SUMMARY, TABLES, command_of
+from hf_sparse.results import ROWS, SUMMARY, TABLES, command_of, inside, write_whole
 from hf_sparse.schema import DENSE, QualityRecord
 from hf_sparse.selectors import selector_name
 

@@ -9,8 +9,7 @@ import pytest
 
 from hf_sparse.measure.attention_summary import ERRORS, NEEDED, SHAPES, STATISTICS, summarise
 from hf_sparse.measure.attention_tables import comparison_cells, error_cells, layer_cells, shape_cells, slope_cells
-from hf_sparse.results import Record
-from hf_sparse.tables import text_table
+from hf_sparse.results import Record, text_table
 from tests.measure.attention_rows import DENSITY, EXPONENTS, LENGTHS, rows
 
 

@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 
 from hf_sparse.errors import UserError
-from hf_sparse.results import Record, ResultFile, commit, provenance, record_key, resume, write_json
+from hf_sparse.results import (
+    Record,
+    ResultFile,
+    commit,
+    markdown_table,
+    provenance,
+    record_key,
+    resume,
+    text_table,
+    write_json,
+)
 from hf_sparse.share.source import describe
-from hf_sparse.tables import markdown_table, text_table
 from tests import tiny
 
 
