@@ -8,11 +8,10 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.diagnostics import audit, observed
 from hf_sparse.engines import Engine
 from hf_sparse.monitor import SparsityReport
-from hf_sparse.patching import is_patched, patch, patched, report, unpatch
+from hf_sparse.patching import SupportReport, inspect, is_patched, patch, patched, report, unpatch
 from hf_sparse.schema import CalibrationRecord
 from hf_sparse.selectors import ScoreSelector, Selector
 from hf_sparse.share import from_pretrained, push_to_hub, save_pretrained
-from hf_sparse.support import SupportReport, inspect
 
 if TYPE_CHECKING:
     from hf_sparse.calibration.calibrate import calibrate

@@ -26,10 +26,10 @@ from hf_sparse.calibration.target import Target
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
 from hf_sparse.measure.equal_cost import density
+from hf_sparse.patching import LayerSupport
 from hf_sparse.policy import files as policy_files
 from hf_sparse.selectors import parse_selector
 from hf_sparse.selectors.grouped import GROUP_QUERIES
-from hf_sparse.support import LayerSupport
 from tests import small, tiny
 
 COMMITTED = sorted(path.parent for path in (Path(__file__).parents[1] / "model_cards").rglob("calibration.json"))

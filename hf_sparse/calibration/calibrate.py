@@ -22,7 +22,7 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
 from hf_sparse.measure.windows import cut_windows
-from hf_sparse.patching import base_model, is_patched
+from hf_sparse.patching import base_model, inspect, is_patched
 from hf_sparse.policy import Policy
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.origin import origin_of
@@ -30,7 +30,6 @@ from hf_sparse.results import CALIBRATE, CALIBRATION, Summary, check_folder, pro
 from hf_sparse.schema import CalibrationRecord
 from hf_sparse.selectors import selector_name
 from hf_sparse.share.source import check_config, describe
-from hf_sparse.support import inspect
 
 PROBE_TOKENS = 2048
 """Most tokens of a text on which layers are made sparse one at a time."""

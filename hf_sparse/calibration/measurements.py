@@ -18,8 +18,8 @@ from hf_sparse.measure.equal_cost import matched
 from hf_sparse.measure.perplexity import evaluate
 from hf_sparse.measure.perplexity_summary import summarise
 from hf_sparse.measure.windows import Window
+from hf_sparse.patching import SupportReport
 from hf_sparse.results import Record, ResultFile, Summary, identity, record_key, resume
-from hf_sparse.support import SupportReport
 
 
 class Measurements:

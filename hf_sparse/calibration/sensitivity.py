@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hf_sparse.calibration.curves import ErrorCurve
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure.evaluation import applied
-from hf_sparse.support import SupportReport
+from hf_sparse.patching import SupportReport
 
 PROBE_KEYS = 128
 """Kept keys with which layers are probed."""

@@ -12,7 +12,7 @@ from hf_sparse.calibration.target import Target
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.laws import bisect
 from hf_sparse.measure.equal_cost import density
-from hf_sparse.support import LayerSupport
+from hf_sparse.patching import LayerSupport
 
 PRICES = (1e-12, 1e-1)
 """Nats a token that a key may cost: from giving nearly all keys to giving the fewest."""

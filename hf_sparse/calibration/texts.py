@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_sparse.calibration.target import Target
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
+from hf_sparse.patching import SupportReport
 from hf_sparse.schema import shown
-from hf_sparse.support import SupportReport
 
 LONGEST = 8192
 """Most tokens of each text that are used by default."""

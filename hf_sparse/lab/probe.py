@@ -19,9 +19,8 @@ from hf_sparse.lab.experiment import Cell, Setting
 from hf_sparse.lab.fits import shortened
 from hf_sparse.measure.statistics import FloatArray
 from hf_sparse.measure.windows import Window
-from hf_sparse.patching import base_model
+from hf_sparse.patching import attention_modules, base_model
 from hf_sparse.results import Record
-from hf_sparse.support import attention_modules
 
 QUERIES = {"small": 4, "full": 16}
 """Queries sampled at each n."""

@@ -10,7 +10,7 @@ import torch
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.laws import Budget, LawName, bisect
-from hf_sparse.support import LayerSupport, SupportReport
+from hf_sparse.patching import LayerSupport, SupportReport
 
 _HALVINGS = 40
 

@@ -10,9 +10,9 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.laws import Budget, LawName, match_cost
 from hf_sparse.measure.equal_cost import matched, with_dense_layers
+from hf_sparse.patching import SupportReport
 from hf_sparse.results import DENSE
 from hf_sparse.selectors import SELECTORS, parse_selector, selector_name
-from hf_sparse.support import SupportReport
 
 ConfigT = TypeVar("ConfigT", SparseAttentionConfig, SparseAttentionConfig | None)
 

@@ -1,4 +1,4 @@
-"""Patching a model and undoing it: the only place that touches a model's modules, configuration and cache."""
+"""Patching a model and undoing it, and which models can be: all that touches modules, configuration and caches."""
 
 from hf_sparse.patching.patcher import (
     ConfigLike,
@@ -12,11 +12,18 @@ from hf_sparse.patching.patcher import (
     states,
     unpatch,
 )
+from hf_sparse.patching.suitability import check_calibration, warn_of_another_base
+from hf_sparse.patching.support import LayerSupport, SupportReport, attention_modules, inspect
 
 __all__ = [
     "ConfigLike",
+    "LayerSupport",
     "ModelT",
+    "SupportReport",
+    "attention_modules",
     "base_model",
+    "check_calibration",
+    "inspect",
     "is_patched",
     "patch",
     "patched",
@@ -24,4 +31,5 @@ __all__ = [
     "report",
     "states",
     "unpatch",
+    "warn_of_another_base",
 ]

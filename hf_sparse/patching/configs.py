@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_sparse.attention import NAME
-from hf_sparse.support import attention_modules
+from hf_sparse.patching.support import attention_modules
 
 # The internal attribute: the property's setter would also change sub-configurations (vision towers).
 _IMPLEMENTATION = "_attn_implementation_internal"

@@ -1,4 +1,4 @@
-"""Policies: what `sparse_config.json` says, where it is read and written, and which models it suits."""
+"""Policies: what `sparse_config.json` says, and where it is read and written."""
 
 from hf_sparse.policy.origin import Origin, is_hub_id
 from hf_sparse.policy.policy import Policy

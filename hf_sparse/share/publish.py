@@ -18,17 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.patching import base_model as unwrapped
-from hf_sparse.patching import patch, policy_of
+from hf_sparse.patching import check_calibration, inspect, patch, policy_of, warn_of_another_base
 from hf_sparse.policy import Origin
 from hf_sparse.policy import files as policy_files
 from hf_sparse.policy.hub_io import UNREADABLE, hub_errors
 from hf_sparse.policy.origin import origin_of
-from hf_sparse.policy.suitability import check_calibration, warn_of_another_base
 from hf_sparse.schema import shown
 from hf_sparse.share.bundle import Bundle, card_in, check_publishable, make_bundle
 from hf_sparse.share.remote import Remote
 from hf_sparse.share.source import ModelSource
-from hf_sparse.support import inspect
 
 PathLike = str | os.PathLike[str]
 

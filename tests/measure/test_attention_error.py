@@ -23,9 +23,9 @@ from hf_sparse.measure.equal_cost import kept_keys
 from hf_sparse.measure.layer_errors import layer_errors
 from hf_sparse.measure.methods import error_methods
 from hf_sparse.measure.windows import Window
+from hf_sparse.patching import inspect
 from hf_sparse.results import DENSE, Record, ResultFile, provenance
 from hf_sparse.share.source import describe
-from hf_sparse.support import inspect
 from tests import tiny
 from tests.calls import causal_intervals, select
 from tests.calls import inputs as make_inputs

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_sparse.measure.methods import error_methods, perplexity_methods
-from hf_sparse.support import inspect
+from hf_sparse.patching import inspect
 from tests import small, tiny
 from tests.small import run_command
 

@@ -7,10 +7,10 @@ import warnings
 from transformers import PreTrainedConfig
 
 from hf_sparse.errors import UserError
+from hf_sparse.patching.support import SupportReport
 from hf_sparse.policy.origin import Origin
 from hf_sparse.policy.policy import Policy
 from hf_sparse.schema import CalibrationRecord
-from hf_sparse.support import SupportReport
 
 
 def check_calibration(record: CalibrationRecord, support: SupportReport, config: PreTrainedConfig) -> None:
