@@ -23,11 +23,11 @@ from hf_sparse.calibration.curves import ErrorCurve, budget_grid, error_curves, 
 from hf_sparse.calibration.laws import FAMILIES, Candidates, LawFit, interpolated
 from hf_sparse.calibration.projection import output_weights
 from hf_sparse.calibration.target import Target
+from hf_sparse.config import files as policy_files
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
 from hf_sparse.measure.equal_cost import density
 from hf_sparse.patching import LayerSupport
-from hf_sparse.policy import files as policy_files
 from hf_sparse.selectors import parse_selector
 from hf_sparse.selectors.grouped import GROUP_QUERIES
 from tests import small, tiny

@@ -13,9 +13,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
+from hf_sparse.config import Policy
+from hf_sparse.config.files import NAME, read
 from hf_sparse.errors import UserError
-from hf_sparse.policy import Policy
-from hf_sparse.policy.files import NAME, read
 from hf_sparse.schema import QualityRecord
 from hf_sparse.share.card import TAGS, license_in, parse_card
 from hf_sparse.share.card import make_card as edit_card

@@ -13,7 +13,7 @@ import hf_sparse
 from hf_sparse import SparseAttentionConfig
 from hf_sparse.cli.calibrate import CalibrationOptions
 from hf_sparse.cli.options import SparseOptions
-from hf_sparse.policy import files as policy_files
+from hf_sparse.config import files as policy_files
 from tests import small, tiny
 from tests.small import refusal, run_command
 

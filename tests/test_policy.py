@@ -15,9 +15,9 @@ import pytest
 
 import hf_sparse
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
+from hf_sparse.config import Origin, Policy, is_hub_id
+from hf_sparse.config.files import MAX_BYTES, NAME, load, read, write
 from hf_sparse.errors import UserError
-from hf_sparse.policy import Origin, Policy, is_hub_id
-from hf_sparse.policy.files import MAX_BYTES, NAME, load, read, write
 from hf_sparse.schema import QualityRecord
 
 POLICY = Policy(
@@ -241,7 +241,7 @@ def test_a_name_of_nothing_is_refused_before_the_hub_is_asked(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_sparse.policy.files.hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("hf_sparse.config.files.hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(UserError, match=r"is not a policy|holds no sparse_config\.json"):
         load(name)
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
-from hf_sparse.policy import Policy
-from hf_sparse.policy.files import NAME, read, write
+from hf_sparse.config import Policy
+from hf_sparse.config.files import NAME, read, write
 from tests import small
 
 CARDS = Path(__file__).parents[1] / "model_cards"

@@ -16,12 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
+from hf_sparse.config import Origin, Policy, origin_of
+from hf_sparse.config.files import NAME, read, write
 from hf_sparse.engines.reference import Reference
 from hf_sparse.errors import UserError
 from hf_sparse.patching import policy_of, warn_of_another_base
-from hf_sparse.policy import Origin, Policy
-from hf_sparse.policy.files import NAME, read, write
-from hf_sparse.policy.origin import origin_of
 from hf_sparse.schema import QualityRecord
 from hf_sparse.selectors import parse_selector
 from tests import small, tiny

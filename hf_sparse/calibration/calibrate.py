@@ -18,14 +18,12 @@ from hf_sparse.calibration.measurements import Measurements, calibrated_ratio
 from hf_sparse.calibration.solve import Solver
 from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import fitted_length, split
-from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config import Policy, SparseAttentionConfig, origin_of
+from hf_sparse.config import files as policy_files
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
 from hf_sparse.measure.windows import cut_windows
 from hf_sparse.patching import base_model, inspect, is_patched
-from hf_sparse.policy import Policy
-from hf_sparse.policy import files as policy_files
-from hf_sparse.policy.origin import origin_of
 from hf_sparse.results import CALIBRATE, CALIBRATION, Summary, check_folder, provenance, write_json
 from hf_sparse.schema import CalibrationRecord
 from hf_sparse.selectors import selector_name

@@ -12,12 +12,12 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from hf_sparse.config import Policy as ReadPolicy
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config import files as policy_files
 from hf_sparse.engines import AUTO
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document, load_documents
-from hf_sparse.policy import Policy as ReadPolicy
-from hf_sparse.policy import files as policy_files
 from hf_sparse.results import process_state
 from hf_sparse.schema import shown
 from hf_sparse.selectors import parse_selector

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_sparse.config import Origin, Policy
+from hf_sparse.config import files as policy_files
 from hf_sparse.errors import OutOfReachError, UserError
 from hf_sparse.measure.plots import plot_attention_error, plot_perplexity
 from hf_sparse.patching import check_calibration
-from hf_sparse.policy import Origin, Policy
-from hf_sparse.policy import files as policy_files
 from hf_sparse.results import inside
 from hf_sparse.share.bundle import CARD, CONFIG, Bundle, card_in, check_publishable, make_bundle
 from hf_sparse.share.measured import Results, results_beside

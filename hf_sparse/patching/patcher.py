@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_sparse.attention import NAME, STATE, LayerState, register
-from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config import Policy, SparseAttentionConfig, origin_of
+from hf_sparse.config import files as policy_files
 from hf_sparse.engines import find_engine
 from hf_sparse.laws import BudgetTable, warn_if_too_slow
 from hf_sparse.monitor import SparsityReport, make_report
@@ -20,9 +21,6 @@ from hf_sparse.patching.caches import CacheHooks, install, remove
 from hf_sparse.patching.configs import OwnConfigs, asked_for
 from hf_sparse.patching.suitability import check_calibration, warn_of_another_base
 from hf_sparse.patching.support import SupportReport, inspect
-from hf_sparse.policy import Policy
-from hf_sparse.policy import files as policy_files
-from hf_sparse.policy.origin import origin_of
 
 register()
 

@@ -6,10 +6,10 @@ import warnings
 
 from transformers import PreTrainedConfig
 
+from hf_sparse.config.origin import Origin
+from hf_sparse.config.policy import Policy
 from hf_sparse.errors import UserError
 from hf_sparse.patching.support import SupportReport
-from hf_sparse.policy.origin import Origin
-from hf_sparse.policy.policy import Policy
 from hf_sparse.schema import CalibrationRecord
 
 

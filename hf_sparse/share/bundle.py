@@ -12,10 +12,10 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse.config import Origin, Policy
+from hf_sparse.config import files as policy_files
+from hf_sparse.config.hub_io import hub_errors
 from hf_sparse.errors import OutOfReachError, UserError, first_line
-from hf_sparse.policy import Origin, Policy
-from hf_sparse.policy import files as policy_files
-from hf_sparse.policy.hub_io import hub_errors
 from hf_sparse.results import check_writable, inside, leads_out, write_whole
 from hf_sparse.share.card import license_in, make_card, parse_card
 from hf_sparse.share.measured import Results, plots, quality

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
+from hf_sparse.config import Policy
 from hf_sparse.errors import UserError
-from hf_sparse.policy import Policy
 from hf_sparse.schema import DENSE
 from hf_sparse.share.card_text import BEGIN, END, section
 

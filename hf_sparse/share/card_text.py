@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.policy import Policy
+from hf_sparse.config import Policy, SparseAttentionConfig
 from hf_sparse.schema import CalibrationRecord
 from hf_sparse.share.card_tables import measured, names
 

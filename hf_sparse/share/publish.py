@@ -16,13 +16,12 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse.config import Origin, origin_of
+from hf_sparse.config import files as policy_files
+from hf_sparse.config.hub_io import UNREADABLE, hub_errors
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.patching import base_model as unwrapped
 from hf_sparse.patching import check_calibration, inspect, patch, policy_of, warn_of_another_base
-from hf_sparse.policy import Origin
-from hf_sparse.policy import files as policy_files
-from hf_sparse.policy.hub_io import UNREADABLE, hub_errors
-from hf_sparse.policy.origin import origin_of
 from hf_sparse.schema import shown
 from hf_sparse.share.bundle import Bundle, card_in, check_publishable, make_bundle
 from hf_sparse.share.remote import Remote

@@ -9,10 +9,10 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from hf_sparse.config import is_hub_id
+from hf_sparse.config.files import NAME
+from hf_sparse.config.hub_io import hub_errors
 from hf_sparse.errors import UserError, first_line
-from hf_sparse.policy import is_hub_id
-from hf_sparse.policy.files import NAME
-from hf_sparse.policy.hub_io import hub_errors
 from hf_sparse.schema import shown
 from hf_sparse.share.bundle import CARD, CONFIG
 

@@ -20,13 +20,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config import Origin, Policy, SparseAttentionConfig, is_hub_id
+from hf_sparse.config import files as policy_files
+from hf_sparse.config.hub_io import UNREADABLE
+from hf_sparse.config.origin import cached_commit
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.patching import SupportReport, inspect, patched
-from hf_sparse.policy import Origin, Policy, is_hub_id
-from hf_sparse.policy import files as policy_files
-from hf_sparse.policy.hub_io import UNREADABLE
-from hf_sparse.policy.origin import cached_commit
 from hf_sparse.results import find_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

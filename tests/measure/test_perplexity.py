@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 import hf_sparse
+from hf_sparse.config import files as policy_files
 from hf_sparse.errors import UserError
 from hf_sparse.laws import total_cost
 from hf_sparse.measure import perplexity
@@ -23,7 +24,6 @@ from hf_sparse.measure.perplexity import evaluate, measure, token_nll
 from hf_sparse.measure.perplexity_summary import summarise
 from hf_sparse.measure.perplexity_tables import method_cells, perplexity_cells, verdict_cells
 from hf_sparse.measure.windows import Window, cut_windows
-from hf_sparse.policy import files as policy_files
 from hf_sparse.results import Record, ResultFile, provenance, record_key
 from hf_sparse.share.source import describe
 from tests import small, tiny

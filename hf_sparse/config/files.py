@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 
 from huggingface_hub import hf_hub_download
 
-from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config.config import SparseAttentionConfig
+from hf_sparse.config.hub_io import hub_errors
+from hf_sparse.config.origin import Origin, is_hub_id
+from hf_sparse.config.policy import Policy
 from hf_sparse.engines import AUTO, ENGINES
 from hf_sparse.errors import UserError
 from hf_sparse.laws import LAWS
-from hf_sparse.policy.hub_io import hub_errors
-from hf_sparse.policy.origin import Origin, is_hub_id
-from hf_sparse.policy.policy import Policy
 from hf_sparse.results import write_whole
 from hf_sparse.schema import describe, shown
 from hf_sparse.selectors import SELECTORS

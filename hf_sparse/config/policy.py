@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config.config import SparseAttentionConfig
+from hf_sparse.config.origin import Origin, is_hub_id
 from hf_sparse.errors import UserError
-from hf_sparse.policy.origin import Origin, is_hub_id
 from hf_sparse.schema import QualityRecord, checks
 
 
