@@ -16,7 +16,6 @@ from torch.nn import functional
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-import hf_sparse
 from hf_sparse.bench import dense
 from hf_sparse.bench.layer import Found
 from hf_sparse.bench.tasks import DYNAMIC, SPARSE, STATIC
@@ -24,7 +23,7 @@ from hf_sparse.bench.timing import Rounds, mebibytes, synchronize, with_peak
 from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.diagnostics import observed
-from hf_sparse.patching import base_model
+from hf_sparse.patching import base_model, patched, report
 
 WARM_UP_TOKENS = 256
 """Length of a prompt that loads all that a first call loads, on the CPU, where nothing is compiled."""
@@ -176,7 +175,7 @@ class Generation:
                 streamer=clock,
                 **arguments,
             )
-            density = hf_sparse.report(self.model).density if name == SPARSE else 1.0
+            density = report(self.model).density if name == SPARSE else 1.0
         _, first, *later = clock.times  # the prompt comes first
         times = {"first_token": first - begin, "token": (later[-1] - first) / len(later)}
         return times, out[0, ids.shape[1] :].tolist(), density
@@ -184,7 +183,7 @@ class Generation:
     def _set_up(self, name: str) -> AbstractContextManager[object]:
         """A context in which the model attends by a method."""
         if name == SPARSE:
-            return hf_sparse.patched(self.model, self.config)
+            return patched(self.model, self.config)
         return dense.pinned(name if name in dense.backends(self.model.device) else None)
 
 

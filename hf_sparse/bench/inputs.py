@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import hf_sparse
 from hf_sparse.bench.shapes import Shape
 from hf_sparse.call import AttentionCall
 from hf_sparse.diagnostics import observed
 from hf_sparse.errors import UserError
-from hf_sparse.patching import base_model
+from hf_sparse.patching import base_model, inspect
 
 SCORE_STD = 2.5
 """Standard deviation of the scores of Gaussian inputs, about that of the middle layers of SmolLM2-135M, of which the
@@ -106,7 +105,7 @@ def capture(model: PreTrainedModel, input_ids: Tensor, seed: int) -> LayerInputs
     Raises:
         UserError: if the layer does more than softmax attention, which the dense baselines could not do.
     """
-    layers = [layer.layer for layer in hf_sparse.inspect(model).layers if layer.sliding_window is None]
+    layers = [layer.layer for layer in inspect(model).layers if layer.sliding_window is None]
     wanted = layers[len(layers) // 2]
     found: list[AttentionCall] = []
 

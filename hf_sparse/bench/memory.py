@@ -20,7 +20,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-import hf_sparse
 from hf_sparse.attention import LayerState, attend
 from hf_sparse.bench.generation import WARM_UP_TOKENS
 from hf_sparse.bench.inputs import gaussian
@@ -34,6 +33,7 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines.common import masked_weights, weighted_values
 from hf_sparse.errors import UserError
 from hf_sparse.measure.plots import figure
+from hf_sparse.patching import patch, report
 from hf_sparse.results import Summary, Table, device_name, software
 from hf_sparse.selectors import SELECTORS
 from hf_sparse.visibility import interval_to_mask
@@ -180,12 +180,12 @@ def prefill_peak(
     """
     model = random_model(shape, _DTYPE, _CPU, seed)
     if method == SPARSE:
-        hf_sparse.patch(model, config)
+        patch(model, config)
     ids = torch.randint(shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
     _prefill(model, method, ids[:, :WARM_UP_TOKENS])
     peak = _peak(lambda: _prefill(model, method, ids))
     cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * _DTYPE.itemsize * length
-    return peak - cache, hf_sparse.report(model).density if method == SPARSE else 1.0
+    return peak - cache, report(model).density if method == SPARSE else 1.0
 
 
 def _prefill(model: PreTrainedModel, method: str, ids: torch.Tensor) -> object:

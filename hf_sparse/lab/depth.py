@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import hf_sparse
+from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.lab import probe
 from hf_sparse.lab.experiment import Cell, Findings, Setting
 from hf_sparse.lab.fits import shortened
 from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.tiny import random_model, random_tokens
-from hf_sparse.patching import base_model
+from hf_sparse.patching import base_model, patched, report
 from hf_sparse.results import Record
 
 ALPHA = 2.0
@@ -100,7 +100,7 @@ def errors_through_depth(model: PreTrainedModel, ids: Tensor, alpha: float) -> R
     """
     indices = [layer.index for layer in probe.layers_of(model)]
     dense = _hidden_states(model, ids)
-    config = hf_sparse.SparseAttentionConfig(
+    config = SparseAttentionConfig(
         alpha=alpha, selector="topk", min_keys=1, sink_keys=0, recent_keys=0, dense_below=0, dense_layers=()
     )
 
@@ -109,9 +109,9 @@ def errors_through_depth(model: PreTrainedModel, ids: Tensor, alpha: float) -> R
 
     def errors(sparse: Sequence[int]) -> tuple[list[float], list[float], float]:
         dense_layers = tuple(index for index in indices if index not in sparse)
-        with hf_sparse.patched(model, config, dense_layers=dense_layers):
+        with patched(model, config, dense_layers=dense_layers):
             pairs = list(zip(_hidden_states(model, ids), dense, strict=True))
-            density = np.mean([row["density"] for row in hf_sparse.report(model).rows if row["layer"] in sparse])
+            density = np.mean([row["density"] for row in report(model).rows if row["layer"] in sparse])
         plain = [ratio(ours - theirs, theirs) for ours, theirs in pairs]
         centred = [ratio(ours - theirs, theirs - theirs.mean(0)) for ours, theirs in pairs]
         return shortened(plain), shortened(centred), round(float(density), 4)

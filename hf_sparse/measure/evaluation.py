@@ -13,11 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import hf_sparse
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.methods import Methods
 from hf_sparse.monitor import SparsityReport
+from hf_sparse.patching import patched
 from hf_sparse.results import Record, ResultFile, identity, is_main_process, my_share, record_key, resume
 
 
@@ -91,7 +91,7 @@ def applied(model: PreTrainedModel, config: SparseAttentionConfig | None) -> Ite
         # A fixed budget is measured for comparison: no warning is needed.
         warnings.filterwarnings("ignore", message=".*grow no faster than log")
         try:
-            stack.enter_context(hf_sparse.patched(model, config))
+            stack.enter_context(patched(model, config))
         except ValueError as error:
             raise UserError(str(error)) from error
         yield

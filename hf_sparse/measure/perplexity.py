@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel
 
-import hf_sparse
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure.evaluation import applied, check_finite, measure_each, sum_counts
 from hf_sparse.measure.methods import DECODED, Methods
 from hf_sparse.measure.windows import Window
+from hf_sparse.patching import inspect, report
 from hf_sparse.results import Record, ResultFile
 
 COMMAND = "perplexity"
@@ -109,13 +109,13 @@ def measure(
         if decode:
             context = window.length - len(window.targets)
             cache = prefill(model, window.input_ids[:context])
-            before = None if config is None else hf_sparse.report(model)
+            before = None if config is None else report(model)
             nll = decoded_nll(model, cache, window.input_ids[context : context + 1], window.targets)
         else:
             nll = token_nll(model, window.input_ids, window.targets)
         seconds = time.perf_counter() - start
         if config is not None:
-            counts = sum_counts(hf_sparse.report(model), sliding_layers, before)
+            counts = sum_counts(report(model), sliding_layers, before)
     check_finite(nll, window.document, model)
     return {
         "tokens": len(nll),
@@ -134,7 +134,7 @@ def evaluate(
 
     The model is patched for each sparse measurement, and restored.
     """
-    sliding_layers = hf_sparse.inspect(model).sliding_layers
+    sliding_layers = inspect(model).sliding_layers
 
     def measured(window: Window, name: str) -> Record:
         return measure(model, window, methods[name], decode=name in DECODED, sliding_layers=sliding_layers)

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-import hf_sparse
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.evaluation import applied, check_finite, measure_each, sum_counts
 from hf_sparse.measure.methods import Methods
 from hf_sparse.measure.perplexity import decoded_nll, prefill
 from hf_sparse.measure.windows import Window
+from hf_sparse.patching import report
 from hf_sparse.results import Record, ResultFile
 
 COMMAND = "retrieval"
@@ -197,7 +197,7 @@ def measure(
     start = time.perf_counter()
     with applied(model, config):
         cache = prefill(model, prompt.input_ids)
-        before = None if config is None else hf_sparse.report(model)
+        before = None if config is None else report(model)
         for question in prompt.questions:
             nll = decoded_nll(model, copy.deepcopy(cache), question.input_ids, question.answer_ids)
             # One more token than the code has shows whether its number goes on.
@@ -209,7 +209,7 @@ def measure(
             answer = {"name": question.name, "code": question.code, "depth": question.depth, "written": text}
             answers.append({**answer, "correct": correct, "nll": nll.sum().item(), "tokens": len(nll)})
         if before is not None:
-            of_text, of_answers = sum_counts(before), sum_counts(hf_sparse.report(model), before=before)
+            of_text, of_answers = sum_counts(before), sum_counts(report(model), before=before)
             counts = {name: of_text[name] for name in ("density", "mean_keys", "rows", "dense_rows")}
             counts["answer_density"] = of_answers["density"]
     return {"answers": answers, **counts, "seconds": round(time.perf_counter() - start, 3)}
