@@ -29,6 +29,7 @@ INTERVALS = {
 }
 LENGTHS_OF = {
     "grouped": st.sampled_from([1, 2, 7, GROUP_QUERIES, 2 * GROUP_QUERIES]),
+    "shared": st.sampled_from([1, 2, 7, GROUP_QUERIES, 2 * GROUP_QUERIES]),
     "topk": st.integers(1, 20),
     "window": st.integers(1, 20),
 }
@@ -56,7 +57,9 @@ with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixtu
 def problems(draw: st.DrawFn, selector: str) -> tuple[AttentionCall, Tensor, SparseAttentionConfig]:
     """A call, its budgets (any numbers up to what each query sees), and a configuration."""
     q_len = draw(LENGTHS_OF[selector])
-    kv_len = q_len + (draw(st.integers(0, 40)) if selector != "grouped" else draw(st.sampled_from([0, 20, 500])))
+    kv_len = q_len + (
+        draw(st.integers(0, 40)) if selector not in ("grouped", "shared") else draw(st.sampled_from([0, 20, 500]))
+    )
     seed = draw(st.integers(0, 1 << 30))
     heads, kv_heads = draw(st.sampled_from([(4, 2), (3, 3), (4, 1)]))
     intervals = INTERVALS[draw(st.sampled_from(sorted(INTERVALS)))](q_len, kv_len)

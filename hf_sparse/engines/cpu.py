@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_sparse.call import AttentionCall, Selection
+from hf_sparse.call import AttentionCall, Selection, SharedSelection
 from hf_sparse.engines.base import Engine
 from hf_sparse.kernels import cpu
 
@@ -30,18 +30,19 @@ class Cpu(Engine):
     def attend(self, call: AttentionCall, selection: Selection) -> Tensor:
         """Attention to the kept keys where they lie: see `Engine.attend`."""
         missing = -selection.positions.shape[-1] % cpu.TILE
+        runs = selection.runs if isinstance(selection, SharedSelection) else None
         positions, allowed, scores = (
             None if x is None else (F.pad(x, (0, missing)) if missing else x.contiguous())
-            for x in (selection.positions, selection.allowed, selection.scores)
+            for x in (selection.positions, selection.allowed if runs is None else None, selection.scores)
         )
         assert positions is not None
-        assert allowed is not None
         out = cpu.attend(
             call.scaled_query,
             call.key,
             call.value,
             positions,
-            allowed,
+            allowed=allowed,
+            runs=None if runs is None else runs.contiguous(),
             size=selection.queries_per_group,
             per_head=selection.per_head,
             scores=None if scores is None else scores.float(),

@@ -14,7 +14,8 @@ struct Call {
     int64_t batches, heads, kv_heads, q_len, size, width;
     int64_t per_head; // whether a group holds queries of one head instead of all heads that share keys
     const int64_t *positions; // (batch, kv_heads, groups, width); if `per_head`, groups go by head, then query
-    const uint8_t *allowed;   // (batch, kv_heads, groups, pairs, width)
+    const uint8_t *allowed;   // (batch, kv_heads, groups, pairs, width), or null
+    const int64_t *runs;      // else (batch, kv_heads, groups, pairs, RUNS, 2): first place and place after the last
     const float *scores;      // like `allowed`, or null to compute them here
     const float *sinks;       // (heads) logits without a value, or null
     double softcap;           // 0 for none
@@ -22,8 +23,11 @@ struct Call {
     int64_t threads;
 };
 
+constexpr int64_t RUNS = 3;
 constexpr int64_t CHUNK = 256; // keys that are gathered at a time
-constexpr int64_t TOGETHER = SHARING > 8 ? 8 : SHARING; // pairs that share loaded values
+constexpr int64_t TOGETHER = SHARING;                      // pairs that share loaded keys
+constexpr int64_t SUMMED = SHARING > 8 ? 8 : SHARING; // and values, a divisor
+constexpr int64_t FEW = 4;    // pairs that read keys and values where they lie
 constexpr int64_t PART = 512; // places of the list that a thread takes where all threads share one group
 constexpr float LOWEST = -1e38f; // below every score
 
@@ -35,7 +39,8 @@ class Attention {
           groups(call.q_len / call.size), group(index % groups), first_head(index / groups * (call.per_head ? 1 : share)),
           kv_head(first_head / share % call.kv_heads), batch(first_head / call.heads),
           positions(call.positions + index * call.width),
-          allowed(call.allowed + index * pairs * call.width),
+          allowed(call.allowed ? call.allowed + index * pairs * call.width : nullptr),
+          runs(call.runs ? call.runs + index * pairs * RUNS * 2 : nullptr),
           scores(call.scores ? call.scores + index * pairs * call.width : nullptr),
           padded(round_up(call.value.dim, LANES)) {}
 
@@ -55,7 +60,15 @@ class Attention {
     void attend(int64_t from, int64_t to) {
         find_used(from, to);
         const int64_t step = CHUNK / LANES;
-        for (int64_t at = 0; at < used_count; at += step) attend_to_used(at, std::min(step, used_count - at));
+        for (int64_t at = 0; at < used_count; at += step) {
+            const int64_t count = std::min(step, used_count - at);
+            int64_t *own = scratch<int64_t, 15>(CHUNK);
+            for (int64_t i = 0; i < count * LANES; i++) own[i] = positions[used[at + i / LANES] + i % LANES];
+            if (pairs <= FEW)
+                attend_in_place(at, count, own);
+            else
+                attend_to_copies(at, count, own);
+        }
     }
 
     // Add the running softmax of another part of the same group.
@@ -80,6 +93,7 @@ class Attention {
     const int64_t kv_head, batch;
     const int64_t *positions;
     const uint8_t *allowed;
+    const int64_t *runs;
     const float *scores;
     const int64_t padded; // components of a value, a multiple of LANES
     float *highest_of, *total_of, *sum_of;
@@ -94,25 +108,96 @@ class Attention {
     void find_used(int64_t from, int64_t to) {
         used = scratch<int64_t, 13>((to - from) / LANES);
         used_count = 0;
-        for (int64_t i = from; i < to; i += LANES) {
-            Bytes any{};
-            for (int64_t p = 0; p < pairs; p++) any |= load_bytes(allowed + p * call.width + i);
-            if (bits(__builtin_convertvector(any, Ints)) != 0) used[used_count++] = i;
+        for (int64_t i = from; i < to; i += LANES)
+            if (any_keeps(i)) used[used_count++] = i;
+    }
+
+    bool any_keeps(int64_t place) const {
+        if (runs) {
+            for (int64_t p = 0; p < pairs; p++)
+                if (keeps(p, place, LANES)) return true;
+            return false;
+        }
+        Bytes any{};
+        for (int64_t p = 0; p < pairs; p++) any |= load_bytes(allowed + p * call.width + place);
+        return bits(__builtin_convertvector(any, Ints)) != 0;
+    }
+
+    // Whether a run of pair p has one of `count` places from `place` on.
+    bool keeps(int64_t p, int64_t place, int64_t count) const {
+        const int64_t *run = runs + p * RUNS * 2;
+        for (int64_t r = 0; r < RUNS; r++)
+            if (run[2 * r] < std::min(run[2 * r + 1], place + count) && run[2 * r + 1] > place) return true;
+        return false;
+    }
+
+    // Which of LANES places from `place` on pair p keeps.
+    Ints kept(int64_t p, int64_t place) const {
+        if (!runs) return from_bytes(allowed + p * call.width + place);
+        const int64_t *run = runs + p * RUNS * 2;
+        Ints yes{};
+        for (int64_t r = RUNS - 1; r >= 0; r--) {
+            if (run[2 * r] <= place && place + LANES <= run[2 * r + 1]) return yes - 1;
+            if (run[2 * r] >= place + LANES || run[2 * r + 1] <= place) continue;
+            const Ints at = counting(place);
+            yes |= (at >= int32_t(run[2 * r])) & (at < int32_t(run[2 * r + 1]));
+        }
+        return yes;
+    }
+
+    // The keys and values at `own`, which are those of `count` used tiles from `from` on.
+    void attend_in_place(int64_t from, int64_t count, const int64_t *own) {
+        const int64_t width = count * LANES, dim = call.key.dim;
+        float *weights = scratch<float, 19>(FEW * CHUNK);
+        if (!scores) {
+            const float *queries[FEW];
+            for (int64_t p = 0; p < pairs; p++) queries[p] = call.query + at(p) * dim;
+            few_scores(call.key, batch, kv_head, queries, pairs, own, 0, width, weights, CHUNK);
+        }
+        for (int64_t p = 0; p < pairs; p++) weigh(p, used + from, count, weights + p * CHUNK);
+        const bool direct = call.value.format == FLOAT32 && padded == call.value.dim;
+        float *copies = scratch<float, 17>(direct ? 0 : CHUNK * padded), *buffer = scratch<float, 18>(call.value.dim);
+        const float *values[CHUNK];
+        for (int64_t i = 0; i < width; i++) {
+            values[i] = call.value.vector(batch, kv_head, own[i], buffer);
+            if (!direct) values[i] = copied(values[i], copies + i * padded);
+        }
+        for (int64_t p = 0; p < pairs; p++) {
+            int64_t part = 0;
+            for (; padded - part >= 4 * LANES; part += 4 * LANES)
+                add_in_place<4>(p, weights + p * CHUNK, values, width, part);
+            for (; part < padded; part += LANES) add_in_place<1>(p, weights + p * CHUNK, values, width, part);
         }
     }
 
-    void attend_to_used(int64_t from, int64_t count) {
+    template <int parts>
+    void add_in_place(int64_t p, const float *weights, const float *const *values, int64_t count, int64_t part) {
+        Floats sums[parts];
+        float *to = sum_of + p * padded + part;
+        for (int j = 0; j < parts; j++) sums[j] = load(to + j * LANES);
+        for (int64_t i = 0; i < count; i++) {
+            if (i + VECTORS_AHEAD < count) __builtin_prefetch(values[i + VECTORS_AHEAD] + part);
+            if (weights[i] == 0) continue;
+            for (int j = 0; j < parts; j++) sums[j] += load(values[i] + part + j * LANES) * weights[i];
+        }
+        for (int j = 0; j < parts; j++) store(to + j * LANES, sums[j]);
+    }
+
+    // A value and zeros behind it.
+    const float *copied(const float *vector, float *to) const {
+        std::copy(vector, vector + call.value.dim, to);
+        std::fill(to + call.value.dim, to + padded, 0.0f);
+        return to;
+    }
+
+    void attend_to_copies(int64_t from, int64_t count, const int64_t *own) {
         const int64_t width = count * LANES, dim = call.key.dim;
-        int64_t *own = scratch<int64_t, 15>(CHUNK);
-        for (int64_t i = 0; i < width; i++) own[i] = positions[used[from + i / LANES] + i % LANES];
         float *turned = scratch<float, 16>(CHUNK * dim);
         if (!scores) turn_keys(call.key, batch, kv_head, own, width, turned);
         float *values = scratch<float, 17>(CHUNK * padded), *buffer = scratch<float, 18>(call.value.dim);
         for (int64_t i = 0; i < width; i++) {
             if (i + VECTORS_AHEAD < width) call.value.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
-            const float *vector = call.value.vector(batch, kv_head, own[i], buffer);
-            std::copy(vector, vector + call.value.dim, values + i * padded);
-            std::fill(values + i * padded + call.value.dim, values + (i + 1) * padded, 0.0f);
+            copied(call.value.vector(batch, kv_head, own[i], buffer), values + i * padded);
         }
         float *weights = scratch<float, 19>(TOGETHER * CHUNK);
         for (int64_t set = 0; set < pairs; set += TOGETHER) {
@@ -124,23 +209,25 @@ class Attention {
             }
             for (int64_t p = 0; p < number; p++) weigh(set + p, used + from, count, weights + p * CHUNK);
             for (int64_t p = number; p < TOGETHER; p++) std::fill(weights + p * CHUNK, weights + (p + 1) * CHUNK, 0.0f);
-            int64_t part = 0;
-            for (; padded - part >= 2 * LANES; part += 2 * LANES)
-                add_values<2>(set, number, weights, values, width, part);
-            if (part < padded) add_values<1>(set, number, weights, values, width, part);
+            for (int64_t p = 0; p < number; p += SUMMED) {
+                const int64_t summed = std::min(SUMMED, number - p);
+                int64_t part = 0;
+                for (; padded - part >= 2 * LANES; part += 2 * LANES)
+                    add_values<2>(set + p, summed, weights + p * CHUNK, values, width, part);
+                if (part < padded) add_values<1>(set + p, summed, weights + p * CHUNK, values, width, part);
+            }
         }
     }
 
     // Scores -> weights of the allowed keys, relative to the highest score so far.
     void weigh(int64_t p, const int64_t *places, int64_t count, float *weights) {
-        const uint8_t *may = allowed + p * call.width;
         const float *known = scores ? scores + p * call.width : nullptr;
         const float softcap = float(call.softcap);
         Floats most = all(-INFINITY);
         for (int64_t i = 0; i < count; i++) {
             Floats score = load(known ? known + places[i] : weights + i * LANES);
             if (softcap > 0) score = capped(score, softcap);
-            score = from_bytes(may + places[i]) ? score : all(-INFINITY);
+            score = kept(p, places[i]) ? score : all(-INFINITY);
             store(weights + i * LANES, score);
             most = larger(most, score);
         }
@@ -168,11 +255,11 @@ class Attention {
 
     template <int parts>
     void add_values(int64_t set, int64_t number, const float *weights, const float *values, int64_t count, int64_t part) {
-        Floats sums[TOGETHER][parts] = {};
+        Floats sums[SUMMED][parts] = {};
         for (int64_t i = 0; i < count; i++) {
             Floats value[parts];
             for (int j = 0; j < parts; j++) value[j] = load(values + i * padded + part + j * LANES);
-            for (int64_t p = 0; p < TOGETHER; p++)
+            for (int64_t p = 0; p < SUMMED; p++)
                 for (int j = 0; j < parts; j++) sums[p][j] += value[j] * weights[p * CHUNK + i];
         }
         for (int64_t p = 0; p < number; p++)

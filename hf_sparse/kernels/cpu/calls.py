@@ -64,13 +64,31 @@ class _Selecting(ctypes.Structure):
     )
 
 
+class _Sharing(ctypes.Structure):
+    _fields_ = (
+        ("codes", _Quantised),
+        ("dim", c_int64),
+        ("query", c_void_p),
+        ("first", c_void_p),
+        ("stop", c_void_p),
+        ("budget", c_void_p),
+        *((name, c_int64) for name in ("budget_batch", "budget_head", "budget_query")),
+        *((name, c_int64) for name in ("batches", "heads", "kv_heads", "q_len", "size")),
+        *((name, c_int64) for name in ("sink_keys", "recent_keys")),
+        ("softcap", c_double),
+        ("width", c_int64),
+        *((name, c_void_p) for name in ("positions", "runs")),
+        ("threads", c_int64),
+    )
+
+
 class _Attending(ctypes.Structure):
     _fields_ = (
         ("key", _States),
         ("value", _States),
         ("query", c_void_p),
         *((name, c_int64) for name in ("batches", "heads", "kv_heads", "q_len", "size", "width", "per_head")),
-        *((name, c_void_p) for name in ("positions", "allowed", "scores", "sinks")),
+        *((name, c_void_p) for name in ("positions", "allowed", "runs", "scores", "sinks")),
         ("softcap", c_double),
         ("out", c_void_p),
         ("threads", c_int64),
@@ -185,13 +203,95 @@ def select(
     return positions, allowed, kept, scores
 
 
+def allocate_codes(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Tiles of zeros for at least `room` keys: see `encode`."""
+    batch, heads, _, dim = key.shape
+    tiles = -(-room // TILE)
+    return (
+        key.new_zeros(batch, heads, tiles, dim // 8, TILE, 4, dtype=torch.uint8),
+        key.new_zeros(batch, heads, tiles * TILE, dtype=torch.float32),
+    )
+
+
+def encode(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
+    """Write the keys at positions `start` to `stop` - 1 in 4 bits.
+
+    Args:
+        key: `(batch, kv_heads, kv_len, head_dim)`; `head_dim` a multiple of 8.
+        start: First position.
+        stop: Position after the last.
+        out: Codes, uint8 `(batch, kv_heads, tiles, head_dim / 8, TILE, 4)`, whose low and high halves are 8 + key /
+            scale, rounded, of four neighbouring components each; and scales, float32 `(batch, kv_heads, tiles * TILE)`:
+            the largest component divided by 7.
+    """
+    key = adjacent(key)
+    _library().hfs_encode(
+        ctypes.byref(_States(key)),
+        ctypes.byref(_Quantised(out)),
+        *map(c_int64, (*key.shape[:2], start, stop, torch.get_num_threads())),
+    )
+
+
+CODES = Layout(allocate_codes, encode)
+"""Tiles of `TILE` keys in 4 bits, in which 8 components of each key lie together."""
+
+
+def share(
+    query: Tensor,
+    codes: tuple[Tensor, Tensor],
+    visible: tuple[Tensor, Tensor],
+    budgets: Tensor,
+    *,
+    size: int,
+    width: int,
+    sink_keys: int,
+    recent_keys: int,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The keys that the (query, head) pairs of each block keep together: see `block.hpp`.
+
+    Args:
+        query: Scaled, float32 `(batch, heads, q_len, head_dim)`, contiguous.
+        codes: As `encode` writes them.
+        visible: First visible position of each query, and the one after its last: int64 `(batch, q_len)`, contiguous.
+        budgets: int64 `(batch, heads, q_len)`; may be expanded.
+        size: Queries in a block.
+        width: Room for the positions of a block, a multiple of `TILE`.
+        sink_keys: Of each query, as in the configuration.
+        recent_keys: Of each query, as in the configuration.
+        softcap: Soft cap of the scores, or `None`.
+
+    Returns:
+        Positions, int64 `(batch, kv_heads, blocks, width)`, and the runs of them that each pair keeps, int64 `(batch,
+        kv_heads, blocks, pairs, 3, 2)`.
+    """
+    batch, heads, q_len, dim = query.shape
+    kv_heads = codes[0].shape[1]
+    blocks = (batch, kv_heads, q_len // size)
+    positions = query.new_empty(*blocks, width, dtype=torch.int64)
+    runs = query.new_empty(*blocks, heads // kv_heads * size, 3, 2, dtype=torch.int64)
+    call = _Sharing(
+        _Quantised(codes),
+        dim,
+        *(x.data_ptr() for x in (query, *visible, budgets)),
+        *budgets.stride(),
+        *(batch, heads, kv_heads, q_len, size, sink_keys, recent_keys),
+        *(softcap or 0.0, width),
+        *(x.data_ptr() for x in (positions, runs)),
+        torch.get_num_threads(),
+    )
+    _library().hfs_share(ctypes.byref(call))
+    return positions, runs
+
+
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     positions: Tensor,
-    allowed: Tensor,
     *,
+    allowed: Tensor | None,
+    runs: Tensor | None,
     size: int,
     per_head: bool,
     scores: Tensor | None,
@@ -205,10 +305,12 @@ def attend(
         key: `(batch, kv_heads, kv_len, head_dim)`.
         value: `(batch, kv_heads, kv_len, value_dim)`.
         positions: int64 `(batch, kv_heads, groups, width)`, contiguous; `width` a multiple of `TILE`.
-        allowed: bool `(batch, kv_heads, groups, pairs, width)`, contiguous.
+        allowed: bool `(batch, kv_heads, groups, pairs, width)`, contiguous; or `None`.
+        runs: Else int64 `(batch, kv_heads, groups, pairs, 3, 2)`, contiguous: runs of places that a pair attends to.
         size: Queries in a group.
         per_head: Whether each query head has groups of its own, ordered by (head in the GQA group, query).
-        scores: Of the keys at `positions`, float32 like `allowed` and contiguous, if they are known.
+        scores: Of the keys at `positions`, float32 `(batch, kv_heads, groups, pairs, width)` and contiguous, if they
+            are known.
         sinks: Logits `(heads,)` that take part without a value, float32; or `None`.
         softcap: Soft cap of the scores, or `None`.
 
@@ -223,7 +325,7 @@ def attend(
         _States(value),
         query.data_ptr(),
         *(batch, heads, key.shape[1], q_len, size, positions.shape[-1], per_head),
-        *(None if x is None else x.data_ptr() for x in (positions, allowed, scores, sinks)),
+        *(None if x is None else x.data_ptr() for x in (positions, allowed, runs, scores, sinks)),
         softcap or 0.0,
         out.data_ptr(),
         torch.get_num_threads(),

@@ -15,13 +15,18 @@ namespace hfs {
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 constexpr int SHARING = 16; // pairs whose sums fit into the registers beside the shared keys
+constexpr int VOTERS = 16;  // the same where keys are in 4 bits
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
 constexpr int SHARING = 6;
+constexpr int VOTERS = 4;
 #else
 constexpr int LANES = 4;
 constexpr int SHARING = 8;
+constexpr int VOTERS = 4;
 #endif
+constexpr int TILE = 16;             // keys whose codes of 4 bits lie together, on every CPU
+constexpr int PARTS = TILE / LANES; // registers for one number of each
 constexpr float LOG2_E = 1.44269504f;
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -110,6 +115,8 @@ inline Ints counting() {
     return out;
 }
 
+inline Ints counting(int64_t from) { return counting() + int32_t(from); }
+
 inline float from_word(uint32_t word) {
     float out;
     std::memcpy(&out, &word, sizeof out);
@@ -164,6 +171,13 @@ template <bool rough> inline Floats exp2(Floats x) {
         power = power * part + 1.0f;
     }
     return (Floats)((Ints)power + ((Ints)shifted << 23));
+}
+
+// About 2^x for x = y / 2^23 - 127 below 128, with an error of up to 6 %: y as the bits of a float (Schraudolph, "A
+// Fast, Compact Approximation of the Exponential Function", 1999). Enough to rank by.
+constexpr float BIAS = 127.0f, UNIT = 8388608.0f; // of the exponent; 2^23
+inline Floats rough_exp2(Floats y) {
+    return (Floats)__builtin_convertvector(larger(y, Floats{}), Ints);
 }
 
 // cap * tanh(x / cap), with tanh(y) = 1 - 2 / (exp(2 y) + 1).

@@ -1,0 +1,150 @@
+// Keys in 4 bits, and their products with queries rounded to 7 bits. No sum of a tile's products overflows 16 bits within
+// `SEGMENT` fours of components, which lets CPUs without 8-bit dot products add them up in half the space.
+#pragma once
+
+#include "states.hpp"
+
+#include <algorithm>
+
+namespace hfs {
+
+// Keys of one sequence and head. A tile holds TILE neighbouring keys, as (dim / 8, TILE, 4) bytes: four components of
+// every key lie together in the low halves of the bytes, and the next four in the high ones. A half is 8 + component /
+// scale, rounded. Scales: (tiles, TILE).
+struct Codes {
+    uint8_t *bytes;
+    float *scales;
+};
+
+inline Codes codes_of(const QuantisedKeys &keys, int64_t batch, int64_t head) {
+    const Tiles tiles = keys.of(batch, head);
+    return {tiles.bytes, tiles.scales};
+}
+
+constexpr int32_t QUERY_MOST = 63; // largest component of a rounded query
+constexpr int64_t SEGMENT = 16;    // 2 * SEGMENT * 15 * QUERY_MOST < 2^15
+
+// Keys of the tiles in [from, to), a byte for each component: (to - from, dim / 4, TILE, 4).
+inline void unpack(const Codes &codes, int64_t dim, int64_t from, int64_t to, uint8_t *out) {
+    const uint8_t *bytes = codes.bytes + from * TILE * dim / 2;
+    const int64_t count = (to - from) * dim / 8;
+    for (int64_t i = 0; i < count; i++, bytes += TILE * 4, out += 2 * TILE * 4)
+        for (int j = 0; j < TILE * 4; j++) out[j] = bytes[j] & 15, out[TILE * 4 + j] = bytes[j] >> 4;
+}
+
+// Tiles whose products are found side by side: with few queries, one tile's would wait for each other.
+template <int count> constexpr int tiles_together() {
+    const int room = LANES >= 16 ? 16 : 8;
+    return count * PARTS * 4 <= room ? 4 : count * PARTS * 2 <= room ? 2 : 1;
+}
+
+// Add the products of `tiles` tiles, each (fours, TILE, 4), with `count` queries, (fours, count, 4), to `sums`.
+template <int count, int tiles>
+inline void add_products(const uint8_t *keys, const int8_t *queries, int64_t fours, Ints (*sums)[count][PARTS]) {
+    const auto key_at = [&](int tile, int64_t i) { return keys + (tile * fours + i) * TILE * 4; };
+    const auto query_at = [&](int64_t i, int p) {
+        int32_t word;
+        std::memcpy(&word, queries + (i * count + p) * 4, 4);
+        return word;
+    };
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    for (int64_t i = 0; i < fours; i++)
+        for (int t = 0; t < tiles; t++) {
+            const __m512i key = _mm512_loadu_si512(key_at(t, i));
+            for (int p = 0; p < count; p++) {
+                const __m512i query = _mm512_set1_epi32(query_at(i, p));
+#if defined(__AVX512VNNI__)
+                sums[t][p][0] = (Ints)_mm512_dpbusd_epi32((__m512i)sums[t][p][0], key, query);
+#else
+                const __m512i twos = _mm512_maddubs_epi16(key, query);
+                sums[t][p][0] += (Ints)_mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+#endif
+            }
+        }
+#elif defined(__AVXVNNI__)
+    for (int64_t i = 0; i < fours; i++)
+        for (int t = 0; t < tiles; t++) {
+            const __m256i *at = reinterpret_cast<const __m256i *>(key_at(t, i));
+            const __m256i low = _mm256_loadu_si256(at), high = _mm256_loadu_si256(at + 1);
+            for (int p = 0; p < count; p++) {
+                const __m256i query = _mm256_set1_epi32(query_at(i, p));
+                sums[t][p][0] = (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums[t][p][0], low, query);
+                sums[t][p][1] = (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums[t][p][1], high, query);
+            }
+        }
+#elif defined(__AVX2__)
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int64_t from = 0; from < fours; from += SEGMENT) {
+        __m256i halves[tiles][count][2];
+        for (int t = 0; t < tiles; t++)
+            for (int p = 0; p < count; p++) halves[t][p][0] = halves[t][p][1] = _mm256_setzero_si256();
+        for (int64_t i = from; i < std::min(from + SEGMENT, fours); i++)
+            for (int t = 0; t < tiles; t++) {
+                const __m256i *at = reinterpret_cast<const __m256i *>(key_at(t, i));
+                const __m256i low = _mm256_loadu_si256(at), high = _mm256_loadu_si256(at + 1);
+                for (int p = 0; p < count; p++) {
+                    const __m256i query = _mm256_set1_epi32(query_at(i, p));
+                    halves[t][p][0] = _mm256_add_epi16(halves[t][p][0], _mm256_maddubs_epi16(low, query));
+                    halves[t][p][1] = _mm256_add_epi16(halves[t][p][1], _mm256_maddubs_epi16(high, query));
+                }
+            }
+        for (int t = 0; t < tiles; t++)
+            for (int p = 0; p < count; p++)
+                for (int part = 0; part < 2; part++)
+                    sums[t][p][part] += (Ints)_mm256_madd_epi16(halves[t][p][part], ones);
+    }
+#else
+    for (int64_t i = 0; i < fours; i++)
+        for (int t = 0; t < tiles; t++)
+            for (int part = 0; part < PARTS; part++) {
+                Words key;
+                std::memcpy(&key, key_at(t, i) + part * LANES * 4, sizeof key);
+                for (int p = 0; p < count; p++)
+                    for (int j = 0; j < 4; j++)
+                        sums[t][p][part] += (Ints)((key >> (8 * j)) & 255u) * int32_t(queries[(i * count + p) * 4 + j]);
+            }
+#endif
+}
+
+// `count` queries, rounded. Scores are to the base 2: exp(score) = 2^(what `scores` gives).
+template <int count> struct RoundedQueries {
+    int64_t dim;
+    std::vector<int8_t> parts; // (dim / 4, count, 4)
+    float scales[count];
+    int32_t offsets[count]; // cancels the 8 that is added to each component of a key
+
+    // `query_of(i)`: query i, scaled, or nullptr for none.
+    template <typename QueryOf> RoundedQueries(int64_t dim, QueryOf query_of) : dim(dim), parts(dim * count) {
+        for (int p = 0; p < count; p++) {
+            const float *query = query_of(p);
+            float most = 0;
+            for (int64_t i = 0; query && i < dim; i++) most = std::max(most, std::fabs(query[i]));
+            const float inverse = most > 0 ? QUERY_MOST / most : 0.0f;
+            scales[p] = most / QUERY_MOST * LOG2_E;
+            int32_t total = 0;
+            for (int64_t i = 0; i < dim; i++) {
+                const int32_t part = query ? int32_t(std::nearbyint(query[i] * inverse)) : 0;
+                total += part;
+                parts[(i / 4 * count + p) * 4 + i % 4] = int8_t(part);
+            }
+            offsets[p] = -8 * total;
+        }
+    }
+
+    // Scores for the keys of unpacked tiles, still to be multiplied by `scales[p]`.
+    template <int tiles> void unscaled(const uint8_t *keys, const float *key_scales, Floats (*out)[count][PARTS]) const {
+        Ints sums[tiles][count][PARTS];
+        for (int t = 0; t < tiles; t++)
+            for (int p = 0; p < count; p++)
+                for (int part = 0; part < PARTS; part++) sums[t][p][part] = Ints{} + offsets[p];
+        add_products<count, tiles>(keys, parts.data(), dim / 4, sums);
+        for (int t = 0; t < tiles; t++)
+            for (int part = 0; part < PARTS; part++) {
+                const Floats scale = load(key_scales + t * TILE + part * LANES);
+                for (int p = 0; p < count; p++)
+                    out[t][p][part] = __builtin_convertvector(sums[t][p][part], Floats) * scale;
+            }
+    }
+};
+
+} // namespace hfs

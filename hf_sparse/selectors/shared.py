@@ -1,0 +1,125 @@
+"""The shared selector: neighbouring queries, and the heads that share keys, keep the same keys of the past.
+
+A block is 64 neighbouring queries, or the one query of a decoding step, over the heads of a GQA group. Each of its
+(query, head) pairs keeps its own sinks and recent keys. The rest of its budget goes to the past keys that are most
+important to all pairs together (`hf_sparse.selectors.importance`): what one pair reads, all read, so that nothing is
+gathered, or scored exactly, for one of them alone. In one pass over a whole text, the keys of a query so depend on the
+other queries of its block.
+
+Compiled kernels do this on CPUs; elsewhere PyTorch does, with the same rounded numbers. Sums are rounded in other
+places: of two keys that are almost equally important, another may be kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_sparse.call import AlwaysKept, AttentionCall, Selection, SharedSelection, accurate, pairs_of
+from hf_sparse.kernels import cpu
+from hf_sparse.selectors.base import Selector, largest
+from hf_sparse.selectors.blocks import BlockLayout
+from hf_sparse.selectors.importance import importance
+from hf_sparse.visibility import VisibleRanges
+
+BLOCK_QUERIES = 64
+"""Queries in a block of a prefill."""
+
+# Engines read keys this many at a time.
+_TILE = 16
+
+
+@dataclass(frozen=True)
+class Shared(Selector):
+    """Keep the keys that the queries of a block, and their heads, attend to most together."""
+
+    name: str = "shared"
+    group_queries: int = BLOCK_QUERIES
+    ranks_quantised: bool = True
+
+    def select(self, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Selection:
+        """The keys of whole blocks, or of fewer queries than one as a block: see `Selector.select`."""
+        choose = _by_pytorch if self.uncompiled_reason(call) is not None else _compiled
+        return choose(call, budgets, always, min(BLOCK_QUERIES, call.query.shape[2]))
+
+    def scored_keys(self, call: AttentionCall, most: int) -> int:
+        """Scores are formed a block at a time: see `Selector.scored_keys`. What grows are lists of kept keys."""
+        return max(1024, min(call.key.shape[2], most))
+
+    def uncompiled_reason(self, call: AttentionCall) -> str | None:
+        """Why PyTorch looks for the keys of this call, and no compiled kernel; `None` if one does."""
+        if call.key.shape[3] % 8:
+            return f"the compiled kernels take heads of a multiple of 8 components, not {call.key.shape[3]}"
+        return cpu.unsupported_reason(call.key)
+
+
+def _compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> SharedSelection:
+    batch, heads, queries, _ = call.query.shape
+    ranges = call.ranges
+    positions, runs = cpu.share(
+        call.scaled_query,
+        call.own_quantised.up_to(call.key, ranges.last_visible, cpu.CODES),
+        (ranges.first, ranges.stop),
+        budgets.expand(batch, heads, queries),
+        size=size,
+        width=_width(ranges, int(budgets.max()), always, size),
+        sink_keys=always.sink_keys,
+        recent_keys=always.recent_keys,
+        softcap=call.softcap,
+    )
+    return SharedSelection(positions, runs, size)
+
+
+def _width(ranges: VisibleRanges, most: int, always: AlwaysKept, size: int) -> int:
+    """Keys that any block may come to: first and local keys, and those of the past. `most`: the largest budget."""
+    skew = ahead = 0
+    if size > 1:
+        begin, end = (x.view(len(x), -1, size) for x in (ranges.first, ranges.stop))
+        alive = end > begin
+        skew, ahead = (
+            max(0, int((x.masked_fill(~alive, 0).amax(-1) - x.masked_fill(~alive, ranges.last_visible).amin(-1)).max()))
+            for x in (begin, end)
+        )
+    near = min(skew + always.sink_keys + ahead + max(1, always.recent_keys), ranges.last_visible)
+    past = min(most, ranges.most_visible)
+    return sum(-(-x // _TILE) * _TILE for x in (near, past))
+
+
+@torch.no_grad()
+def _by_pytorch(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> SharedSelection:
+    layout = BlockLayout.of(call, budgets, always, size)
+    pairs = pairs_of(call.query, call.key.shape[1], size).to(accurate(call.query.dtype)) * call.scaling
+    near = layout.near_positions()
+    near = F.pad(near, (0, -near.shape[-1] % _TILE))
+    past = _most_important(pairs, call, layout)
+    past = F.pad(past, (0, -past.shape[-1] % _TILE))
+    positions = torch.cat([near.expand(-1, past.shape[1], -1, -1), past], dim=-1).clamp(max=call.key.shape[2] - 1)
+    first, last = (layout.place_of(x).clamp(min=0) for x in (layout.first, layout.last_start))
+    runs = (
+        (first, first + layout.first_stop - layout.first),
+        (last, last + layout.stop - layout.last_start),
+        (torch.full_like(first, near.shape[-1]), near.shape[-1] + layout.ranked),
+    )
+    return SharedSelection(positions, torch.stack([torch.stack(run, dim=-1) for run in runs], dim=-2), size)
+
+
+def _most_important(pairs: Tensor, call: AttentionCall, layout: BlockLayout) -> Tensor:
+    """The past keys that pairs of each block keep, int64 `(batch, kv_heads, blocks, layout.most_ranked)`.
+
+    The most important first, of equal ones the most recent. Where a block keeps fewer, any positions follow.
+    """
+    wanted = layout.ranked.amax(-1, keepdim=True)
+    if bool((wanted >= layout.past_size).all()):
+        return layout.edge_stop + torch.arange(layout.most_ranked, device=wanted.device).expand(*wanted.shape[:3], -1)
+    values = importance(pairs, call, layout)
+    position = torch.arange(values.shape[-1], device=values.device)
+    is_past = (position >= layout.edge_stop) & (position < layout.local_start)
+    best, taken = largest(values.masked_fill(~is_past, -torch.inf), wanted.squeeze(-1), layout.most_ranked)
+    # From the most recent to the oldest, and those that are not taken at the end.
+    best = best.masked_fill(~taken, -1).sort(dim=-1, descending=True).values
+    ranks = values.gather(-1, best.clamp(min=0)).masked_fill(best < 0, -torch.inf)
+    best = best.gather(-1, ranks.sort(dim=-1, descending=True, stable=True).indices)
+    return best[..., : layout.most_ranked].clamp(min=0)
