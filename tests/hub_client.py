@@ -1,4 +1,4 @@
-"""A Hub with a base model, and processes that use it, called from tests as if they were here.
+"""A Hub with a base model and processes that use it, called from tests as if they were here.
 
 The address of the Hub is read when `huggingface_hub` is imported, tests themselves run offline, and a model that was
 published is to be loaded where nothing else was done before. One process serves many calls: starting one takes long.
@@ -16,9 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from unittest import mock
 
@@ -30,7 +28,6 @@ from tests import tiny
 from tests.hub_server import Hub
 
 BASE = "org/base"
-CARD = b"---\nlicense: apache-2.0\ntags: [theirs]\n---\n# The base model\n"
 LENGTH = 64
 # What makes a difference within the few tokens that a tiny model takes.
 FIELDS: dict[str, Any] = {
@@ -48,7 +45,8 @@ Logits = list[list[float]]  # by position and word
 
 def push(repo_id: str, base: str = BASE, fields: Mapping[str, Any] = FIELDS, **options: Any) -> str:
     """Patch a base model and publish it; gives the address."""
-    return hf_sparse.push_to_hub(hf_sparse.patch(_model(base), **fields), repo_id, **options)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return hf_sparse.push_to_hub(hf_sparse.patch(model, **fields), repo_id, **options)
 
 
 def load(name: str, **options: Any) -> Logits:
@@ -58,17 +56,17 @@ def load(name: str, **options: Any) -> Logits:
 
 def patch(name: str, base: str = BASE) -> Logits:
     """The logits of a base model that is patched with a published policy."""
-    return _logits(hf_sparse.patch(_model(base), name))
+    return _logits(hf_sparse.patch(AutoModelForCausalLM.from_pretrained(base), name))
 
 
 def dense(name: str) -> Logits:
     """The logits of what plain transformers makes of a repository."""
-    return _logits(_model(name))
+    return _logits(AutoModelForCausalLM.from_pretrained(name))
 
 
 def save(folder: str) -> None:
     """Patch the base model and save it."""
-    hf_sparse.save_pretrained(hf_sparse.patch(_model(BASE), **FIELDS), folder)
+    hf_sparse.save_pretrained(hf_sparse.patch(AutoModelForCausalLM.from_pretrained(BASE), **FIELDS), folder)
 
 
 def command(*arguments: str) -> dict[str, Any]:
@@ -80,10 +78,6 @@ def command(*arguments: str) -> dict[str, Any]:
         except SystemExit as stop:
             code = stop.code
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
-
-
-def _model(name: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(name)
 
 
 def _logits(model: Any) -> Logits:
@@ -100,37 +94,43 @@ class Outcome:
     warnings: list[str]
 
 
+def _attempt(function: Callable[..., Any], given: Any, options: Any, token: str | None) -> Outcome | str:
+    """In the process: the outcome of a call, or the traceback of an error that is none of ours."""
+    value = error = None
+    pause = time.sleep
+    with (
+        mock.patch.dict(os.environ, {} if token is None else {"HF_TOKEN": token}),
+        # huggingface_hub tries again for half a minute before it gives up.
+        mock.patch("time.sleep", lambda seconds: pause(min(float(seconds), 0.01))),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        try:
+            value = function(*given, **options)
+        except ValueError as wrong:
+            error = str(wrong)
+        except Exception:
+            return traceback.format_exc()
+    return Outcome(value, error, [str(warning.message) for warning in caught])
+
+
 class Client:
-    """The process: runs the functions above, as the owner of `token` unless a call says otherwise.
+    """A process that works, and keeps its cache, in the folder `home`: runs the functions above."""
 
-    Args:
-        url: Of the Hub.
-        home: A folder for its cache; it also works in there.
-    """
-
-    def __init__(self, url: str, home: Path, token: str = "hf_ada") -> None:
-        home.mkdir(parents=True)
-        self.token = token
+    def __init__(self, url: str, home: Path) -> None:
+        home.mkdir()
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        off = {f"HF_HUB_DISABLE_{name}": "1" for name in ("XET", "TELEMETRY", "PROGRESS_BARS")}
+        ours = {"HF_ENDPOINT": url, "HF_HOME": "cache", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         # One server imports everything, once, and is forked for each client.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, str(home)), daemon=True)
-        with mock.patch.dict(os.environ, _environment(url), clear=True):
-            self._process.start()
-        theirs.close()
+        with mock.patch.dict(os.environ, kept | off | ours, clear=True):
+            self.pool = context.Pool(1, os.chdir, [home])
 
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._process.kill()  # to leave takes it seconds
-        self._process.join()
-
-    def attempt(self, function: Callable[..., Any], *given: Any, token: str | None = "", **options: Any) -> Outcome:
-        """Call a function; a `ValueError` is part of the outcome. `token=None` is nobody."""
-        self._pipe.send((function, given, options, self.token if token == "" else token))
-        outcome = self._pipe.recv()
+    def attempt(self, function: Callable[..., Any], *given: Any, token: str | None = "hf_ada", **options: Any) -> Any:
+        """The `Outcome` of a function for the owner of a token; `None` is nobody."""
+        outcome = self.pool.apply(_attempt, (function, given, options, token))
         assert isinstance(outcome, Outcome), outcome
         return outcome
 
@@ -141,40 +141,9 @@ class Client:
         return outcome.value
 
 
-def _environment(url: str) -> dict[str, str]:
-    """The variables of processes that use this Hub and keep everything in the folder that each works in."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    off = dict.fromkeys(("XET", "TELEMETRY", "PROGRESS_BARS"), "1")
-    ours = {"HF_ENDPOINT": url, "HF_HOME": "cache", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    return {**kept, **ours, **{f"HF_HUB_DISABLE_{name}": value for name, value in off.items()}}
-
-
-def _serve(calls: Connection, home: str) -> None:
-    os.chdir(home)
-    # huggingface_hub tries again for half a minute before it gives up.
-    pause = time.sleep
-    time.sleep = lambda seconds: pause(min(float(seconds), 0.01))
-    while True:
-        function, given, options, token = calls.recv()
-        os.environ.pop("HF_TOKEN", None)
-        if token:
-            os.environ["HF_TOKEN"] = token
-        value = error = None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                value = function(*given, **options)
-            except ValueError as wrong:
-                error = str(wrong)
-            except Exception:
-                calls.send(traceback.format_exc())
-                continue
-        calls.send(Outcome(value, error, [str(warning.message) for warning in caught]))
-
-
 @dataclass(frozen=True)
 class World:
-    """The Hub, a process that publishes as ada, and another that loads.
+    """The Hub, a process that publishes, and another that loads.
 
     Attributes:
         commit: That of the base model.
@@ -223,5 +192,4 @@ def _one_line(message: str, words: tuple[str, ...]) -> None:
     assert message
     assert "\n" not in message, message
     assert len(message) < 600, message
-    for word in words:
-        assert word in message, message
+    assert all(word in message for word in words), (words, message)

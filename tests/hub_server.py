@@ -1,10 +1,4 @@
-"""A small Hub on loopback for tests: as the real one where a client can tell, and failing when it is told to.
-
-with Hub() as hub:
-    revision = hub.add("ada/base", {"config.json": b"{}"})
-    with hub.failing("POST .*/commit/", status=500):
-        ...  # a client with HF_ENDPOINT=hub.url
-"""
+"""A small Hub on loopback for tests: as the real one where a client can tell, and failing when it is told to."""
 
 from __future__ import annotations
 
@@ -18,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -50,11 +43,6 @@ class Repo:
     def __post_init__(self) -> None:
         self.commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
 
-    @property
-    def owner(self) -> str:
-        """Whose it is."""
-        return self.name.split("/")[0]
-
     def files(self, revision: str = "main") -> dict[str, bytes]:
         """The files of a revision, without what the Hub itself put there."""
         found = self.commits[self.refs.get(revision, revision)]
@@ -85,7 +73,7 @@ class Fault:
 
 
 class Hub:
-    """The server: runs while the `with` block does."""
+    """The server: runs until it is closed. Clients find it by HF_ENDPOINT=url."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -95,12 +83,9 @@ class Hub:
         self.faults: list[Fault] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Hub:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
@@ -111,18 +96,16 @@ class Hub:
     @contextmanager
     def failing(self, where: str, status: int | None = None, **fields: Any) -> Iterator[None]:
         """A `Fault` for the length of a `with` block."""
-        fault = Fault(where, status, **fields)
-        self.faults.append(fault)
+        self.faults.append(Fault(where, status, **fields))
         try:
             yield
         finally:
-            self.faults.remove(fault)
+            self.faults.pop()
 
     @contextmanager
     def recording(self) -> Iterator[list[str]]:
         """The requests that came in the `with` block, once it is over."""
-        seen: list[str] = []
-        start = len(self.requests)
+        seen, start = list[str](), len(self.requests)
         yield seen
         seen += self.requests[start:]
 
@@ -230,14 +213,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _readable(self, name: str) -> Repo:
         repo = self.hub.repos.get(name)
-        if repo is None or (repo.private and repo.owner != self.user):
+        if repo is None or (repo.private and repo.name.split("/")[0] != self.user):
             raise _RefusedError(404 if self.user else 401, "Repository not found", "RepoNotFound")
         return repo
 
     def _writable(self, name: str, revision: str = "main") -> Repo:
         """The repository, if this user may commit to it: pull requests are open to everyone who can read it."""
         repo = self._readable(name)
-        if repo.owner != self._known_user() and "create_pr" not in self.query:
+        if repo.name.split("/")[0] != self._known_user() and "create_pr" not in self.query:
             raise _RefusedError(403, f"You don't have the rights to write to {name}")
         self._oid(repo, revision)
         return repo
@@ -254,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.user
 
     def whoami(self) -> None:
-        self._answer({"type": "user", "name": self._known_user(), "orgs": [], "auth": {"type": "access_token"}})
+        self._answer({"type": "user", "name": self._known_user()})
 
     def validate_card(self) -> None:
         self._answer({"errors": [], "warnings": []})
@@ -273,12 +256,8 @@ class _Handler(BaseHTTPRequestHandler):
     def model_info(self, repo: str, revision: str = "") -> None:
         found = self._readable(repo)
         oid = self._oid(found, revision)
-        siblings = [
-            {"rfilename": path, "size": len(content), "blobId": blob_id(content)}
-            for path, content in found.commits[oid].items()
-        ]
-        about = {"id": repo, "author": found.owner, "sha": oid, "private": found.private, "tags": []}
-        self._answer({**about, "lastModified": "2026-01-01T00:00:00.000Z", "siblings": siblings})
+        siblings = [{"rfilename": path} for path in found.commits[oid]]
+        self._answer({"id": repo, "sha": oid, "private": found.private, "siblings": siblings})
 
     def create_branch(self, repo: str, name: str) -> None:
         found = self._writable(repo)
@@ -318,15 +297,15 @@ class _Handler(BaseHTTPRequestHandler):
         pull = "create_pr" in self.query
         oid = found.commit(changes, f"refs/pr/{number}" if pull else revision, before)
         made = {"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid}
-        self._answer(made | ({"pullRequestUrl": f"{self.hub.url}/{repo}/discussions/{number}"} if pull else {}))
+        self._answer({**made, "pullRequestUrl": f"{self.hub.url}/{repo}/discussions/{number}" if pull else None})
 
     def lfs_batch(self, repo: str) -> None:
         self._readable(repo)
-        out = []
-        for asked in json.loads(self.body)["objects"]:
-            upload = {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}}
-            out.append({**asked, **({} if asked["oid"] in self.hub.stored else upload)})
-        self._answer({"transfer": "basic", "objects": out})
+        objects = json.loads(self.body)["objects"]
+        for asked in objects:
+            if asked["oid"] not in self.hub.stored:
+                asked["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}
+        self._answer({"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, oid: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != oid:
