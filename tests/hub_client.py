@@ -23,30 +23,21 @@ from unittest import mock
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
+from hf_sparse import SparseAttentionConfig
 from hf_sparse.cli import main
 from tests import tiny
 from tests.hub_server import Hub
+from tests.small import CONFIG
 
 BASE = "org/base"
 LENGTH = 64
-# What makes a difference within the few tokens that a tiny model takes.
-FIELDS: dict[str, Any] = {
-    "alpha": 2.0,
-    "min_keys": 4,
-    "sink_keys": 1,
-    "recent_keys": 2,
-    "dense_below": 8,
-    "dense_layers": [],
-    "selector": "topk",
-}
-
 Logits = list[list[float]]  # by position and word
 
 
-def push(repo_id: str, base: str = BASE, fields: Mapping[str, Any] = FIELDS, **options: Any) -> str:
+def push(repo_id: str, base: str = BASE, config: SparseAttentionConfig = CONFIG, **options: Any) -> str:
     """Patch a base model and publish it; gives the address."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    return hf_sparse.push_to_hub(hf_sparse.patch(model, **fields), repo_id, **options)
+    return hf_sparse.push_to_hub(hf_sparse.patch(model, config), repo_id, **options)
 
 
 def load(name: str, **options: Any) -> Logits:
@@ -62,11 +53,6 @@ def patch(name: str, base: str = BASE) -> Logits:
 def dense(name: str) -> Logits:
     """The logits of what plain transformers makes of a repository."""
     return _logits(AutoModelForCausalLM.from_pretrained(name))
-
-
-def save(folder: str) -> None:
-    """Patch the base model and save it."""
-    hf_sparse.save_pretrained(hf_sparse.patch(AutoModelForCausalLM.from_pretrained(BASE), **FIELDS), folder)
 
 
 def command(*arguments: str) -> dict[str, Any]:
@@ -171,7 +157,7 @@ class World:
 
     def add(self, name: str, files: Mapping[str, bytes | None] | None = None, **fields: Any) -> str:
         """Put a policy without harm, but for these fields, into a repository, with other files; gives the commit."""
-        policy = {"schema_version": 1, "base_model": BASE, "revision": self.commit, **FIELDS, **fields}
+        policy = {**CONFIG.to_dict(), "base_model": BASE, "revision": self.commit, **fields}
         return self.hub.add(name, {**(files or {}), "sparse_config.json": json.dumps(policy).encode()})
 
 
