@@ -174,7 +174,9 @@ def test_a_broken_model(kind: str, weights: bool, world: World) -> None:
 def test_a_model_that_cannot_be_patched(world: World, tmp_path: Path) -> None:
     tiny.unsupported("bloom").save_pretrained(tmp_path)
     files: dict[str, bytes | None] = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    refused(world.reader.attempt(load, add_model(world, "evil/bloom", files, weights=False)), "Bloom")
+    name = add_model(world, "evil/bloom", files, weights=False)
+    refused(world.reader.attempt(load, name), "Bloom")
+    exits(world.reader.attempt(command, "publish", name, "ada/out", "--weights"), "Bloom")
 
 
 @pytest.mark.parametrize("linked", ["README.md", POLICY, "config.json"])
