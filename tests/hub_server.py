@@ -63,7 +63,6 @@ class Fault:
     status: int | None = None
     cut: bool = False  # the connection ends in the middle: of the upload, or of the answer if none came
     announced: int | None = None  # the content length that the answer claims; -1 for none at all
-    times: int | None = None  # how often; always if None
 
 
 class Hub:
@@ -104,12 +103,7 @@ class Hub:
 
     def fault(self, request: str) -> Fault:
         """The fault that this request meets."""
-        for fault in self.faults:
-            if fault.times != 0 and re.match(fault.where, request):
-                if fault.times is not None:
-                    fault.times -= 1
-                return fault
-        return Fault("")
+        return next((fault for fault in self.faults if re.match(fault.where, request)), Fault(""))
 
 
 class _RefusedError(Exception):

@@ -5,6 +5,7 @@ What a hostile `sparse_config.json` may hold is in `test_policy`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -14,13 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests import tiny
-from tests.hub_client import BASE, World, command, exits, load, patch, push, refused
+from tests.hub_client import BASE, POLICY, World, command, load, patch, publish, push, refused
 
 pytest_plugins = ["tests.hub_fixture"]
 pytestmark = pytest.mark.usefixtures("untouched")
 
-POLICY = "sparse_config.json"
 SIDE_EFFECT = "executed.txt"
 BESIDE_OR_BASE = pytest.mark.parametrize("weights", [True, False], ids=["beside the policy", "in the base"])
 
@@ -40,9 +39,9 @@ def test_a_huge_policy_is_not_downloaded(announced: int, words: str, world: Worl
     name = f"evil/huge{announced}"
     world.add(name)
     with world.hub.failing(f".*/{name}/resolve/.*/{POLICY}", announced=announced), world.hub.recording() as requests:
-        refused(world.reader.attempt(load, name), name, words)
-        refused(world.reader.attempt(patch, name), name, words)
-        exits(world.reader.attempt(command, "publish", name, "ada/out"), name, words)
+        refused([name, words], load, name)
+        refused([name, words], patch, name)
+        refused([name, words], publish, "ada/out", model=name)
     assert not [request for request in requests if request.startswith("GET") and POLICY in request]
 
 
@@ -74,10 +73,10 @@ def test_a_policy_that_leads_elsewhere(fields: dict[str, Any], words: str, world
     world.add("evil/other", files, base_model="evil/named", revision=None)
     world.add("evil/named", files, **fields)
     with world.hub.recording() as requests:
-        refused(world.reader.attempt(load, "evil/named"), words)
+        refused(words, load, "evil/named")
     assert len(requests) < 60
     if words != "evil/":
-        exits(world.reader.attempt(command, "publish", "evil/named", "ada/out"))
+        refused("", publish, "ada/out", model="evil/named")
     if words == "base":
         assert all("/evil/named/" in request for request in requests), "nothing else may be asked for"
 
@@ -87,10 +86,8 @@ def test_a_policy_that_leads_elsewhere(fields: dict[str, Any], words: str, world
 )
 def test_a_repository_that_is_none(name: str, world: World) -> None:
     with world.hub.recording() as requests:
-        refused(world.reader.attempt(load, name))
-        refused(world.reader.attempt(patch, name))
-        refused(world.writer.attempt(push, name))
-        exits(world.reader.attempt(command, "publish", BASE, name))
+        for function in (load, patch, push, publish):
+            refused("", function, name)
     assert all(f"/{BASE}" in request for request in requests)
 
 
@@ -98,29 +95,27 @@ def code(world: World, model_type: str) -> dict[str, bytes | None]:
     """A configuration that names code, and the code."""
     names = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
     config = json.loads(world.base["config.json"]) | {"model_type": model_type, "auto_map": names}
-    evil = f"import pathlib\npathlib.Path({str(world.folder / SIDE_EFFECT)!r}).write_text('')\n".encode()
+    evil = f"import pathlib\npathlib.Path({str(world.here / SIDE_EFFECT)!r}).write_text('')\n".encode()
     return {"config.json": json.dumps(config).encode(), "evil.py": evil, "custom_generate/generate.py": evil}
 
 
 @pytest.mark.parametrize("model_type", ["evil", "llama"])
 @BESIDE_OR_BASE
-def test_code_in_a_repository_is_not_run(weights: bool, model_type: str, world: World) -> None:
+def test_code_in_a_repository_is_not_run(
+    weights: bool, model_type: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = add_model(world, f"evil/code-{model_type}-{weights}", code(world, model_type), weights)
-    loaded = world.reader.attempt(load, name)
-    published = world.reader.attempt(command, "publish", name, "ada/out", "--dry-run")
-    assert "[y/N]" not in published.value["out"], "nobody may be asked whether to run it"
-    if model_type == "evil":  # only its own code can read it
-        refused(loaded, "custom code")
-        exits(published)
-    else:  # what transformers knows is read by transformers
-        assert loaded.error is None
-
-
-def test_code_is_run_where_the_caller_wants_it(world: World) -> None:
-    """So the code above would have been noticed."""
-    name = add_model(world, "evil/wanted", code(world, "evil"), weights=True)
-    assert world.reader.attempt(load, name, trust_remote_code=True).error  # it defines nothing
-    (world.folder / SIDE_EFFECT).unlink()
+    if model_type == "llama":  # what transformers knows is read by transformers
+        load(name)
+        publish("ada/out", "--dry-run", model=name)
+    else:  # only its own code can read it, and nobody may be asked whether to run it
+        monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+        refused("custom code", load, name)
+        refused("custom code", publish, "ada/out", "--dry-run", model=name)
+        assert list(world.here.iterdir()) == []
+        with pytest.raises(ValueError):  # noqa: PT011 - the code defines nothing
+            load(name, trust_remote_code=True)
+        (world.here / SIDE_EFFECT).unlink()  # it would have been noticed
 
 
 class _Pickled:
@@ -133,13 +128,13 @@ class _Pickled:
 
 @BESIDE_OR_BASE
 def test_pickled_weights_are_not_opened(weights: bool, world: World) -> None:
-    bomb = pickle.dumps(_Pickled(str(world.folder / SIDE_EFFECT)))
+    bomb = pickle.dumps(_Pickled(str(world.here / SIDE_EFFECT)))
     pickle.loads(bomb).close()
-    (world.folder / SIDE_EFFECT).unlink()  # it works
+    (world.here / SIDE_EFFECT).unlink()  # it works
     base = f"evil/pickle-{weights}"
     name = add_model(world, base, {"model.safetensors": None, "pytorch_model.bin": bomb}, weights)
     with world.hub.recording() as requests:
-        refused(world.reader.attempt(load, name), base, "safetensors")
+        refused([base, "safetensors"], load, name)
     assert not [request for request in requests if request.startswith("GET") and "pytorch_model.bin" in request]
 
 
@@ -167,35 +162,31 @@ BROKEN: dict[str, dict[str, bytes | None]] = {
 def test_a_broken_model(kind: str, weights: bool, world: World) -> None:
     base = f"evil/{kind.replace(' ', '-')}-{weights}"
     name = add_model(world, base, BROKEN[kind], weights)
-    refused(world.reader.attempt(load, name), base)
-    exits(world.reader.attempt(command, "publish", name, "ada/out", "--weights"), base)
+    refused(base, load, name)
+    refused(base, publish, "ada/out", "--weights", model=name)
 
 
-def test_a_model_that_cannot_be_patched(world: World, tmp_path: Path) -> None:
-    tiny.unsupported("bloom").save_pretrained(tmp_path)
-    files: dict[str, bytes | None] = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    name = add_model(world, "evil/bloom", files, weights=False)
-    refused(world.reader.attempt(load, name), "Bloom")
-    exits(world.reader.attempt(command, "publish", name, "ada/out", "--weights"), "Bloom")
-
-
-@pytest.mark.parametrize("linked", ["README.md", POLICY, "config.json"])
-def test_links_out_of_a_folder_are_not_followed(linked: str, world: World, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*this release does not know")
+@pytest.mark.parametrize(
+    ("linked", "words"),
+    [("README.md", "is a link that leads out of"), (POLICY, "name it with base_model"), ("config.json", "")],
+)
+def test_links_out_of_a_folder_are_not_followed(linked: str, words: str, world: World, tmp_path: Path) -> None:
     """Neither is what they lead to published, nor is it written over."""
     secret, folder = tmp_path / "secret", tmp_path / "folder"
-    text = "---\nlicense: mit\n---\nthe secret" if linked == "README.md" else '{"architectures": ["the secret"]}'
-    secret.write_text(text)
+    secret.write_text('{"architectures": ["the secret"]}')
     folder.mkdir()
     (folder / POLICY).write_text(json.dumps({"base_model": BASE, "revision": world.commit}))
     (folder / linked).unlink(missing_ok=True)
     (folder / linked).symlink_to(secret)
-    done = world.reader.call(command, "publish", str(folder), "ada/out", "--dry-run", "--json")
-    assert "the secret" not in done["out"] + done["err"]
-    if done["code"] == 0:
-        shown = {file["path"]: file["bytes"] for file in json.loads(done["out"])["files"]}
-        assert shown.get(linked) != len(text)
-    world.reader.attempt(command, "card", str(folder))
-    assert secret.read_text() == text
+    if words:
+        refused(words, publish, "ada/out", "--dry-run", model=str(folder))
+    else:  # that of the base model is published
+        shown = json.loads(publish("ada/out", "--dry-run", "--json", model=str(folder)))
+        assert {"path": linked, "bytes": len(world.base[linked])} in shown["files"]
+    with contextlib.suppress(ValueError):
+        command("card", str(folder))
+    assert secret.read_text() == '{"architectures": ["the secret"]}'
 
 
 CARDS = {
@@ -220,17 +211,17 @@ CARDS = {
 @pytest.mark.parametrize("where", ["base", "repository"])
 def test_strange_cards(where: str, kind: str, world: World) -> None:
     """A card is used, or edited, or refused in one line."""
-    card = CARDS[kind].replace(b"COMMAND", str(world.folder / SIDE_EFFECT).encode())
+    card = CARDS[kind].replace(b"COMMAND", str(world.here / SIDE_EFFECT).encode())
     name = kind.replace(" ", "-")
     if where == "base":
         world.hub.add(f"evil/{name}", {**world.base, "README.md": card})
-        done = world.reader.call(command, "publish", f"evil/{name}", "ada/new", "--dry-run")
-        assert done["code"] == 0, "its own card is not there to be published"
+        publish("ada/new", "--dry-run", model=f"evil/{name}")  # its own card is not there to be published
     else:
         world.hub.add(f"ada/{name}", {"README.md": card})
-        outcome = world.reader.attempt(command, "publish", BASE, f"ada/{name}", "--dry-run")
-        if outcome.value["code"] != 0:
-            exits(outcome, "README.md")
+        try:
+            publish(f"ada/{name}", "--dry-run")
+        except ValueError:
+            refused("README.md", publish, f"ada/{name}", "--dry-run")
 
 
 @pytest.mark.parametrize("kind", ["itself", "a folder", "a pipe", "a device"])
@@ -243,14 +234,5 @@ def test_a_policy_that_is_no_file(kind: str, world: World, tmp_path: Path) -> No
     else:
         path.symlink_to(path if kind == "itself" else "/dev/zero")
     for name in (str(tmp_path), str(path)):
-        refused(world.reader.attempt(load, name), str(tmp_path))
-        exits(world.reader.attempt(command, "publish", name, "ada/out"), str(tmp_path))
-
-
-def test_names_that_lead_elsewhere(world: World) -> None:
-    """Only the files that a model needs are asked for, by names that the client made itself."""
-    names = ("../../../evil.txt", "/evil.txt", "..\\evil.txt", "a/../../evil.txt")
-    world.add("evil/names", {**world.base, **dict.fromkeys(names, b"evil")}, weights=True)
-    with world.hub.recording() as requests:
-        world.reader.call(load, "evil/names")
-    assert not [request for request in requests if "evil.txt" in request]
+        refused(str(tmp_path), load, name)
+        refused(str(tmp_path), publish, "ada/out", model=name)
