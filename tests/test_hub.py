@@ -15,8 +15,6 @@ import hf_sparse
 from tests import small, tiny
 from tests.hub_client import BASE, LENGTH, POLICY, World, dense, load, patch, publish, push, refused
 
-pytest_plugins = ["tests.hub_fixture"]
-
 OTHER = replace(small.CONFIG, alpha=3.0)
 
 
@@ -167,44 +165,31 @@ def test_dry_run(world: World) -> None:
     assert "ada/dry" not in world.hub.repos
 
 
-@pytest.mark.parametrize(
-    ("where", "fault"),
-    [
-        ("POST .*/commit/", {"cut": True}),
-        ("POST .*/commit/", {"status": 500}),
-        ("PUT /lfs/", {"status": 403}),
-        ("PUT /lfs/", {"cut": True}),
-        ("POST .*/info/lfs/", {"status": 500}),
-        ("POST .*/preupload/", {"status": 429}),
-    ],
-    ids=["commit-cut", "commit-500", "weights-403", "weights-cut", "batch-500", "preupload-429"],
-)
-def test_an_interrupted_upload(
-    where: str, fault: dict[str, Any], world: World, logits: tuple[Tensor, Tensor], request: pytest.FixtureRequest
+CREATE, COMMIT = "POST /api/repos/create", "POST .*/commit/"
+STATUS = {401: "token", 403: "right", 404: "", 409: "again", 412: "again", 429: "requests", 500: "later"}
+FAULTS: list[tuple[str, dict[str, Any], str]] = [
+    *((where, {"status": status}, word) for where in (CREATE, COMMIT) for status, word in STATUS.items()),
+    (COMMIT, {"cut": True}, ""),
+    ("PUT /lfs/", {"status": 403}, ""),
+    ("PUT /lfs/", {"cut": True}, ""),
+    ("POST .*/info/lfs/", {"status": 500}, ""),
+    ("POST .*/preupload/", {"status": 429}, ""),
+]
+
+
+@pytest.mark.parametrize(("where", "fault", "word"), FAULTS)
+def test_an_upload_that_fails(
+    where: str, fault: dict[str, Any], word: str, world: World, logits: tuple[Tensor, Tensor]
 ) -> None:
-    repo = f"ada/interrupted-{request.node.callspec.id}"
+    repo = f"ada/failing-{len(world.hub.repos)}"
     world.hub.stored.clear()
     with world.hub.failing(where, **fault):
-        refused(repo, push, repo, weights=True)
-    assert world.files(repo) == {}
+        refused([repo, word, str(fault.get("status", ""))], push, repo, weights=True)
+        refused([repo, word], publish, repo, "--weights")
+    assert repo not in world.hub.repos if where == CREATE else world.files(repo) == {}
     push(repo, weights=True)
     same(load(repo), logits[1])
     assert len(world.hub.repos[repo].commits) == 2  # with the first one, which the Hub makes
-
-
-@pytest.mark.parametrize(
-    ("status", "word"),
-    [(401, "token"), (403, "right"), (404, ""), (409, "again"), (412, "again"), (429, "requests"), (500, "later")],
-)
-@pytest.mark.parametrize("where", ["POST /api/repos/create", "POST .*/commit/"], ids=["create", "commit"])
-def test_errors_of_publishing(where: str, status: int, word: str, world: World) -> None:
-    repo = f"ada/error-{status}-{len(where)}"
-    with world.hub.failing(where, status):
-        not_published(repo, str(status), word)
-    if "commit" in where:
-        assert world.files(repo) == {}
-    else:
-        assert repo not in world.hub.repos
 
 
 def test_who_may_publish(world: World) -> None:

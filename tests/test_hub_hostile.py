@@ -17,7 +17,6 @@ import pytest
 
 from tests.hub_client import BASE, POLICY, World, command, load, patch, publish, push, refused
 
-pytest_plugins = ["tests.hub_fixture"]
 pytestmark = pytest.mark.usefixtures("untouched")
 
 SIDE_EFFECT = "executed.txt"
@@ -196,7 +195,6 @@ CARDS = {
     "a number as licence": b"---\nlicense: 5\n---\n# Title\n",
     "a list as licence": b"---\nlicense: [{a: 1}]\n---\n# Title\n",
     "tags that are none": b"---\ntags: {a: 1}\n---\n# Title\n",
-    "a number of tags": b"---\ntags: 5\n---\n# Title\n",
     "a word as tags": b"---\ntags: mine\n---\n# Title\n",
     "results that are none": b"---\nmodel-index: 7\n---\n# Title\n",
     "no end": b"---\nlicense: mit\n",

@@ -14,7 +14,7 @@ import pytest
 
 from hf_sparse import CalibrationRecord, SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.policy import Origin, Policy, is_hub_id
+from hf_sparse.policy import Origin, Policy
 from hf_sparse.policy.files import MAX_BYTES, NAME, load, read, write
 from hf_sparse.policy.quality import QualityRecord
 
@@ -183,11 +183,16 @@ def test_a_policy_is_found_by_folder_and_by_file(tmp_path: Path) -> None:
     assert load(tmp_path) == Policy()
 
 
-@pytest.mark.parametrize("name", ["./nothing", "nothing.json", "a/b/c", "..", "~nobody/x", "user/na me", ""])
-def test_a_name_of_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused for what it is: the Hub, which is out of reach here, is not asked."""
+HUB_IDS = ["gpt2", "google/gemma-3-270m", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/_b.c"]
+NOTHING = ["", "a/b/c", "/a", "a/", "../a", "a..b", "a--b", ".a/b", "a/b ", "a/b\n", "é/b", "C:\\a", "user/na me"]
+NOTHING += ["./nothing", "nothing.json", "..", "~nobody/x"]
+
+
+@pytest.mark.parametrize("name", HUB_IDS + NOTHING)
+def test_what_a_name_stands_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"is not a policy|holds no sparse_config\.json"):
+    asked = r"cannot read .*: HF_HUB_OFFLINE is set"
+    with pytest.raises(UserError, match=asked if name in HUB_IDS else r"is not a policy|holds no sparse_config\.json"):
         load(name)
 
 
@@ -215,15 +220,6 @@ def test_where_to_load_the_model_from(
     (tmp_path / "config.json").touch()
     (tmp_path / "model.safetensors").touch()
     assert load(tmp_path).model_origin() == Origin(str(tmp_path)), "weights beside the policy are meant"
-
-
-HUB_IDS = ["gpt2", "google/gemma-3-270m", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/_b.c"]
-NO_HUB_IDS = ["", "a/b/c", "/a", "a/", "../a", "a..b", "a--b", ".a/b", "a/b ", "a/b\n", "é/b", "C:\\a"]
-
-
-@pytest.mark.parametrize("name", HUB_IDS + NO_HUB_IDS)
-def test_hub_ids(name: str) -> None:
-    assert is_hub_id(name) == (name in HUB_IDS)
 
 
 def test_a_policy_is_made_of_the_right_things() -> None:
