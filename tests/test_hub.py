@@ -156,15 +156,6 @@ def test_a_card_is_edited_and_other_files_stay(world: World) -> None:
     assert json.loads(world.files("ada/card")[POLICY])["alpha"] == 3.0
 
 
-@pytest.mark.usefixtures("untouched")
-def test_dry_run(world: World) -> None:
-    world.log_in(None)
-    shown = publish("ada/dry", "--dry-run")
-    for word in (POLICY, "README.md", "ada/dry (new)", "base_model: org/base", "sparse-attention"):
-        assert word in shown
-    assert "ada/dry" not in world.hub.repos
-
-
 CREATE, COMMIT = "POST /api/repos/create", "POST .*/commit/"
 STATUS = {401: "token", 403: "right", 404: "", 409: "again", 412: "again", 429: "requests", 500: "later"}
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
