@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -59,6 +60,7 @@ def world(hub: Hub, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     """A Hub that holds a base model; the settings of its client point to it until the test ends."""
     base = {file.name: file.read_bytes() for file in tiny_llama.iterdir()}
     base["README.md"] = b"---\nlicense: apache-2.0\ntags: [theirs]\n---\n# The base model\n"
+    base["config.json"] = json.dumps(json.loads(base["config.json"])).encode()  # as transformers would not write it
     commit = hub.repos[BASE].refs["main"] if BASE in hub.repos else hub.add(BASE, base)
     here = tmp_path / "here"
     here.mkdir()

@@ -128,6 +128,7 @@ def test_a_dry_run_as_json(more: list[str], capsys: pytest.CaptureFixture[str]) 
     ("arguments", "message"),
     [
         ("publish policy me/x", "is published with the Hub id of its base model: name it with"),
+        ("publish tiny-llama me/x --base-model a/b", "without a token: log in with `hf auth login`"),
         ("publish tiny-llama me/x --base-model a/b/c", "base_model must be a Hub id"),
         ("publish tiny-llama me/x --results perplexity", "holds no measurement of this configuration"),
         ("publish tiny-llama me/x --policy nowhere", "'nowhere' does not exist"),
