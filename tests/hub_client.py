@@ -1,227 +1,115 @@
-"""A Hub with a base model, and processes that use it, called from tests as if they were here.
-
-The address of the Hub is read when `huggingface_hub` is imported, tests themselves run offline, and a model that was
-published is to be loaded where nothing else was done before. One process serves many calls: starting one takes long.
-"""
+"""A Hub with a base model, and what a test does with it: publish, load, and be refused."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import multiprocessing
-import os
-import time
-import traceback
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-from unittest import mock
 
+import pytest
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
-from hf_sparse.cli import main
-from tests import tiny
+from hf_sparse import SparseAttentionConfig
+from tests import small, tiny
 from tests.hub_server import Hub
 
 BASE = "org/base"
-CARD = b"---\nlicense: apache-2.0\ntags: [theirs]\n---\n# The base model\n"
+POLICY = "sparse_config.json"
 LENGTH = 64
-# What makes a difference within the few tokens that a tiny model takes.
-FIELDS: dict[str, Any] = {
-    "alpha": 2.0,
-    "min_keys": 4,
-    "sink_keys": 1,
-    "recent_keys": 2,
-    "dense_below": 8,
-    "dense_layers": [],
-    "selector": "topk",
-}
-
-Logits = list[list[float]]  # by position and word
 
 
-def push(repo_id: str, base: str = BASE, fields: Mapping[str, Any] = FIELDS, **options: Any) -> str:
+def push(repo_id: str, base: str = BASE, config: SparseAttentionConfig = small.CONFIG, **options: Any) -> str:
     """Patch a base model and publish it; gives the address."""
-    return hf_sparse.push_to_hub(hf_sparse.patch(_model(base), **fields), repo_id, **options)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return hf_sparse.push_to_hub(hf_sparse.patch(model, config), repo_id, **options)
 
 
-def load(name: str, **options: Any) -> Logits:
+def load(name: str, **options: Any) -> Tensor:
     """The logits of a published model."""
     return _logits(hf_sparse.from_pretrained(name, **options))
 
 
-def patch(name: str, base: str = BASE) -> Logits:
+def patch(name: str, base: str = BASE) -> Tensor:
     """The logits of a base model that is patched with a published policy."""
-    return _logits(hf_sparse.patch(_model(base), name))
+    return _logits(hf_sparse.patch(AutoModelForCausalLM.from_pretrained(base), name))
 
 
-def dense(name: str) -> Logits:
+def dense(name: str) -> Tensor:
     """The logits of what plain transformers makes of a repository."""
-    return _logits(_model(name))
+    return _logits(AutoModelForCausalLM.from_pretrained(name))
 
 
-def save(folder: str) -> None:
-    """Patch the base model and save it."""
-    hf_sparse.save_pretrained(hf_sparse.patch(_model(BASE), **FIELDS), folder)
-
-
-def command(*arguments: str) -> dict[str, Any]:
-    """`hf-sparse` with these arguments: exit code, stdout and stderr. Any other exception would be a traceback."""
-    code: Any = None
+def command(*arguments: str) -> str:
+    """What `hf-sparse` prints with these arguments; its line of error, with exit code 2, is a `ValueError`."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            main(arguments)
-        except SystemExit as stop:
-            code = stop.code
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+        code = small.run_command(*arguments)
+    if code == 2:
+        raise ValueError(err.getvalue().rpartition("hf-sparse: ")[2].removesuffix("\n"))
+    assert code == 0
+    return out.getvalue()
 
 
-def _model(name: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(name)
+def publish(repo_id: str, *options: str, model: str = BASE) -> str:
+    """What `hf-sparse publish` prints."""
+    return command("publish", model, repo_id, *options)
 
 
-def _logits(model: Any) -> Logits:
-    out: Logits = tiny.logits(model.eval(), tiny.tokens(1, LENGTH))[0].tolist()
-    return out
+def refused(words: str | Sequence[str], function: Callable[..., Any], *given: Any, **options: Any) -> None:
+    """The call ends in one clear error: a line that holds these words."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are looked for below
+        function(*given, **options)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message, message
+    assert len(message) < 600, message
+    for word in [words] if isinstance(words, str) else words:
+        assert word in message, message
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a call gave, or the message of the `ValueError` that it ended in; any other error is the test's."""
-
-    value: Any
-    error: str | None
-    warnings: list[str]
-
-
-class Client:
-    """The process: runs the functions above, as the owner of `token` unless a call says otherwise.
-
-    Args:
-        url: Of the Hub.
-        home: A folder for its cache; it also works in there.
-    """
-
-    def __init__(self, url: str, home: Path, token: str = "hf_ada") -> None:
-        home.mkdir(parents=True)
-        self.token = token
-        # One server imports everything, once, and is forked for each client.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, str(home)), daemon=True)
-        with mock.patch.dict(os.environ, _environment(url), clear=True):
-            self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._process.kill()  # to leave takes it seconds
-        self._process.join()
-
-    def attempt(self, function: Callable[..., Any], *given: Any, token: str | None = "", **options: Any) -> Outcome:
-        """Call a function; a `ValueError` is part of the outcome. `token=None` is nobody."""
-        self._pipe.send((function, given, options, self.token if token == "" else token))
-        outcome = self._pipe.recv()
-        assert isinstance(outcome, Outcome), outcome
-        return outcome
-
-    def call(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
-        """The value of a function that is to succeed."""
-        outcome = self.attempt(function, *given, **options)
-        assert outcome.error is None, outcome.error
-        return outcome.value
-
-
-def _environment(url: str) -> dict[str, str]:
-    """The variables of processes that use this Hub and keep everything in the folder that each works in."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    off = dict.fromkeys(("XET", "TELEMETRY", "PROGRESS_BARS"), "1")
-    ours = {"HF_ENDPOINT": url, "HF_HOME": "cache", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    return {**kept, **ours, **{f"HF_HUB_DISABLE_{name}": value for name, value in off.items()}}
-
-
-def _serve(calls: Connection, home: str) -> None:
-    os.chdir(home)
-    # huggingface_hub tries again for half a minute before it gives up.
-    pause = time.sleep
-    time.sleep = lambda seconds: pause(min(float(seconds), 0.01))
-    while True:
-        function, given, options, token = calls.recv()
-        os.environ.pop("HF_TOKEN", None)
-        if token:
-            os.environ["HF_TOKEN"] = token
-        value = error = None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                value = function(*given, **options)
-            except ValueError as wrong:
-                error = str(wrong)
-            except Exception:
-                calls.send(traceback.format_exc())
-                continue
-        calls.send(Outcome(value, error, [str(warning.message) for warning in caught]))
+def _logits(model: Any) -> Tensor:
+    return tiny.logits(model.eval(), tiny.tokens(1, LENGTH))[0]
 
 
 @dataclass(frozen=True)
 class World:
-    """The Hub, a process that publishes as ada, and another that loads.
+    """A Hub, for one test that uses it as ada.
 
     Attributes:
+        base: The base model's files.
         commit: That of the base model.
-        folder: Of the base model's files.
+        here: The folder that the test works in, empty at first.
+        monkeypatch: Of the test.
     """
 
     hub: Hub
-    writer: Client
-    reader: Client
+    base: Mapping[str, bytes]
     commit: str
-    folder: Path
+    here: Path
+    monkeypatch: pytest.MonkeyPatch
 
-    def push(self, repo: str, **options: Any) -> str:
-        """Publish the base model with a policy; gives the address."""
-        return str(self.writer.call(push, repo, **options))
+    def log_in(self, token: str | None) -> None:
+        """Go on as the owner of a token, or as nobody."""
+        self.monkeypatch.setenv("HF_TOKEN", token or "")
+
+    def elsewhere(self) -> None:
+        """Go on with an empty cache, as on another machine."""
+        caches = self.here.parent / "caches"
+        caches.mkdir(exist_ok=True)
+        cache = caches / str(len(list(caches.iterdir())))
+        cache.mkdir()
+        self.monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         """What a repository holds."""
         return self.hub.repos[repo].files(revision)
 
-    @property
-    def base(self) -> dict[str, bytes]:
-        """The base model's files."""
-        return {file.name: file.read_bytes() for file in self.folder.iterdir()}
-
     def add(self, name: str, files: Mapping[str, bytes | None] | None = None, **fields: Any) -> str:
         """Put a policy without harm, but for these fields, into a repository, with other files; gives the commit."""
-        policy = {"schema_version": 1, "base_model": BASE, "revision": self.commit, **FIELDS, **fields}
-        return self.hub.add(name, {**(files or {}), "sparse_config.json": json.dumps(policy).encode()})
-
-
-def refused(outcome: Outcome, *words: str) -> None:
-    """The outcome is one clear error: a line that holds these words."""
-    assert outcome.error is not None, outcome
-    _one_line(outcome.error, words)
-
-
-def exits(outcome: Outcome, *words: str) -> None:
-    """The command ended with exit code 2 and a line that holds these words."""
-    assert outcome.error is None, outcome
-    assert outcome.value["code"] == 2, outcome.value
-    _one_line(outcome.value["err"].rpartition("hf-sparse: ")[2].removesuffix("\n"), words)
-
-
-def _one_line(message: str, words: tuple[str, ...]) -> None:
-    assert message
-    assert "\n" not in message, message
-    assert len(message) < 600, message
-    for word in words:
-        assert word in message, message
+        policy = {**small.CONFIG.to_dict(), "base_model": BASE, "revision": self.commit, **fields}
+        return self.hub.add(name, {**(files or {}), POLICY: json.dumps(policy).encode()})

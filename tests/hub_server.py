@@ -1,10 +1,4 @@
-"""A small Hub on loopback for tests: as the real one where a client can tell, and failing when it is told to.
-
-with Hub() as hub:
-    revision = hub.add("ada/base", {"config.json": b"{}"})
-    with hub.failing("POST .*/commit/", status=500):
-        ...  # a client with HF_ENDPOINT=hub.url
-"""
+"""A small Hub on loopback for tests: as the real one where a client can tell, and failing when it is told to."""
 
 from __future__ import annotations
 
@@ -13,17 +7,14 @@ import hashlib
 import json
 import re
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKENS = {"hf_ada": "ada", "hf_bob": "bob"}
-_ENDLESS = 2**28  # bytes after which an endless answer ends after all
 
 
 def blob_id(content: bytes) -> str:
@@ -50,11 +41,6 @@ class Repo:
     def __post_init__(self) -> None:
         self.commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
 
-    @property
-    def owner(self) -> str:
-        """Whose it is."""
-        return self.name.split("/")[0]
-
     def files(self, revision: str = "main") -> dict[str, bytes]:
         """The files of a revision, without what the Hub itself put there."""
         found = self.commits[self.refs.get(revision, revision)]
@@ -63,10 +49,8 @@ class Repo:
     def commit(self, changes: Mapping[str, bytes | None], ref: str = "main", start: str = "main") -> str:
         """Add a commit to `ref`, from `start` if it is new; `None` deletes a file. Gives its id."""
         files = dict(self.commits.get(self.refs.get(ref, self.refs.get(start, start)), {})) | changes
-        files = {path: content for path, content in files.items() if content is not None}
-        listing = "".join(f"{path} {blob_id(content)}\n" for path, content in sorted(files.items()))
-        oid = hashlib.sha1(f"{self.name} {len(self.commits)}\n{listing}".encode()).hexdigest()
-        self.commits[oid] = files
+        oid = hashlib.sha1(f"{self.name} {len(self.commits)}".encode()).hexdigest()
+        self.commits[oid] = {path: content for path, content in files.items() if content is not None}
         self.refs[ref] = oid
         return oid
 
@@ -77,30 +61,23 @@ class Fault:
 
     where: str
     status: int | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
     cut: bool = False  # the connection ends in the middle: of the upload, or of the answer if none came
-    announced: int | None = None  # the content length that the answer claims, whatever its real one
-    endless: bool = False  # an answer without a length, and without an end
-    times: int | None = None  # how often; always if None
+    announced: int | None = None  # the content length that the answer claims; -1 for none at all
 
 
 class Hub:
-    """The server: runs while the `with` block does."""
+    """The server: runs until it is closed. Clients find it by HF_ENDPOINT=url."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.stored: dict[str, bytes] = {}  # what was uploaded to LFS, by its SHA-256
         self.requests: list[str] = []  # "METHOD /path" of each
-        self.sent: Counter[str] = Counter()  # bytes of answers by path
         self.faults: list[Fault] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Hub:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
@@ -111,38 +88,31 @@ class Hub:
     @contextmanager
     def failing(self, where: str, status: int | None = None, **fields: Any) -> Iterator[None]:
         """A `Fault` for the length of a `with` block."""
-        fault = Fault(where, status, **fields)
-        self.faults.append(fault)
+        self.faults.append(Fault(where, status, **fields))
         try:
             yield
         finally:
-            self.faults.remove(fault)
+            self.faults.pop()
 
     @contextmanager
     def recording(self) -> Iterator[list[str]]:
         """The requests that came in the `with` block, once it is over."""
-        seen: list[str] = []
-        start = len(self.requests)
+        seen, start = list[str](), len(self.requests)
         yield seen
         seen += self.requests[start:]
 
     def fault(self, request: str) -> Fault:
         """The fault that this request meets."""
-        for fault in self.faults:
-            if fault.times != 0 and re.match(fault.where, request):
-                if fault.times is not None:
-                    fault.times -= 1
-                return fault
-        return Fault("")
+        return next((fault for fault in self.faults if re.match(fault.where, request)), Fault(""))
 
 
 class _RefusedError(Exception):
     """The answer is an error. `code` is what the client tells kinds of errors apart by."""
 
-    def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
         super().__init__(message)
         self.status = status
-        self.headers = {"X-Error-Message": message, "X-Error-Code": code, **(headers or {})}
+        self.headers = {"X-Error-Message": message, "X-Error-Code": code, "Retry-After": "0", **headers}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -157,9 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         parts = urlsplit(self.path)
-        self.request_path = unquote(parts.path)
-        self.query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-        request = f"{self.command} {self.request_path}"
+        self.query = parse_qs(parts.query)
+        request = f"{self.command} {unquote(parts.path)}"
         self.hub.requests.append(request)
         self.fault = self.hub.fault(request)
         size, chunked = int(self.headers.get("Content-Length") or 0), "Transfer-Encoding" in self.headers
@@ -170,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self._chunks() if chunked else self.rfile.read(size)
         try:
             if self.fault.status is not None:
-                raise _RefusedError(self.fault.status, "as the test wants it", headers=self.fault.headers)
+                raise _RefusedError(self.fault.status, "as the test wants it")
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
             if token and token not in TOKENS:
                 raise _RefusedError(401, "Invalid credentials in Authorization header")
@@ -206,40 +175,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/octet-stream" if raw else "application/json")
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        if not fault.endless:
+        if length >= 0:
             self.send_header("Content-Length", str(length))
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        if fault.endless:
-            self.close_connection = True
-            try:
-                for piece in (body, *[b" " * 2**16] * (_ENDLESS // 2**16)):
-                    self._send(piece)
-            except OSError:  # the client has had enough
-                pass
-        elif fault.cut or length > len(body):
-            self._send(body[: len(body) // 2] if fault.cut else body)
-            self._hang_up()
-        else:
-            self._send(body[:length])
-
-    def _send(self, data: bytes) -> None:
-        self.wfile.write(data)
-        self.hub.sent[self.request_path] += len(data)
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if fault.cut else body[:length])
+            if fault.cut or length != len(body):
+                self._hang_up()
 
     def _readable(self, name: str) -> Repo:
         repo = self.hub.repos.get(name)
-        if repo is None or (repo.private and repo.owner != self.user):
+        if repo is None or (repo.private and repo.name.split("/")[0] != self.user):
             raise _RefusedError(404 if self.user else 401, "Repository not found", "RepoNotFound")
         return repo
 
-    def _writable(self, name: str, revision: str = "main") -> Repo:
+    def _writable(self, name: str) -> Repo:
         """The repository, if this user may commit to it: pull requests are open to everyone who can read it."""
         repo = self._readable(name)
-        if repo.owner != self._known_user() and "create_pr" not in self.query:
+        if repo.name.split("/")[0] != self._known_user() and "create_pr" not in self.query:
             raise _RefusedError(403, f"You don't have the rights to write to {name}")
-        self._oid(repo, revision)
         return repo
 
     def _oid(self, repo: Repo, revision: str) -> str:
@@ -254,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.user
 
     def whoami(self) -> None:
-        self._answer({"type": "user", "name": self._known_user(), "orgs": [], "auth": {"type": "access_token"}})
+        self._answer({"type": "user", "name": self._known_user()})
 
     def validate_card(self) -> None:
         self._answer({"errors": [], "warnings": []})
@@ -273,64 +227,51 @@ class _Handler(BaseHTTPRequestHandler):
     def model_info(self, repo: str, revision: str = "") -> None:
         found = self._readable(repo)
         oid = self._oid(found, revision)
-        siblings = [
-            {"rfilename": path, "size": len(content), "blobId": blob_id(content)}
-            for path, content in found.commits[oid].items()
-        ]
-        about = {"id": repo, "author": found.owner, "sha": oid, "private": found.private, "tags": []}
-        self._answer({**about, "lastModified": "2026-01-01T00:00:00.000Z", "siblings": siblings})
+        siblings = [{"rfilename": path} for path in found.commits[oid]]
+        self._answer({"id": repo, "sha": oid, "private": found.private, "siblings": siblings})
 
     def create_branch(self, repo: str, name: str) -> None:
         found = self._writable(repo)
-        if name in found.refs:
-            raise _RefusedError(409, f"Reference already exists: refs/heads/{name}")
         found.refs[name] = found.refs["main"]
         self._answer({})
 
     def preupload(self, repo: str, revision: str) -> None:
-        found = self._writable(repo, revision)
-        out = []
-        for asked in json.loads(self.body)["files"]:
-            mode = "lfs" if b"\0" in base64.b64decode(asked["sample"]) else "regular"
-            old = found.commits[self._oid(found, revision)].get(asked["path"])
-            known = {} if old is None else {"oid": blob_id(old)}
-            out.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, **known})
-        self._answer({"files": out})
+        found = self._writable(repo)
+        before, files = found.commits[self._oid(found, revision)], json.loads(self.body)["files"]
+        for asked in files:
+            asked["uploadMode"] = "lfs" if b"\0" in base64.b64decode(asked["sample"]) else "regular"
+            asked["shouldIgnore"] = False
+            if asked["path"] in before:
+                asked["oid"] = blob_id(before[asked["path"]])
+        self._answer({"files": files})
 
     def commit_files(self, repo: str, revision: str) -> None:
         """One JSON object a line: a header, then the files. All of them become one commit, or none does."""
-        found = self._writable(repo, revision)
+        found = self._writable(repo)
         before = self._oid(found, revision)
+        header, *items = map(json.loads, self.body.splitlines())
+        if header["value"].get("parentCommit") not in (None, before):
+            raise _RefusedError(412, "A commit has happened since. Please refresh and try again.")
         changes: dict[str, bytes | None] = {}
-        for line in self.body.splitlines():
-            item = json.loads(line)
+        for item in items:
             value = item["value"]
-            if item["key"] == "header":
-                if value.get("parentCommit") not in (None, before):
-                    raise _RefusedError(412, "A commit has happened since. Please refresh and try again.")
-            elif item["key"] == "file":
-                changes[value["path"]] = base64.b64decode(value["content"])
-            elif value["oid"] in self.hub.stored:
-                changes[value["path"]] = self.hub.stored[value["oid"]]
-            else:
-                raise _RefusedError(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
+            regular = item["key"] == "file"
+            changes[value["path"]] = base64.b64decode(value["content"]) if regular else self.hub.stored[value["oid"]]
         number = sum(ref.startswith("refs/pr/") for ref in found.refs) + 1
         pull = "create_pr" in self.query
         oid = found.commit(changes, f"refs/pr/{number}" if pull else revision, before)
         made = {"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid}
-        self._answer(made | ({"pullRequestUrl": f"{self.hub.url}/{repo}/discussions/{number}"} if pull else {}))
+        self._answer({**made, "pullRequestUrl": f"{self.hub.url}/{repo}/discussions/{number}" if pull else None})
 
     def lfs_batch(self, repo: str) -> None:
         self._readable(repo)
-        out = []
-        for asked in json.loads(self.body)["objects"]:
-            upload = {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}}
-            out.append({**asked, **({} if asked["oid"] in self.hub.stored else upload)})
-        self._answer({"transfer": "basic", "objects": out})
+        objects = json.loads(self.body)["objects"]
+        for asked in objects:
+            if asked["oid"] not in self.hub.stored:
+                asked["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}
+        self._answer({"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, oid: str) -> None:
-        if hashlib.sha256(self.body).hexdigest() != oid:
-            raise _RefusedError(400, "the content does not have this SHA-256")
         self.hub.stored[oid] = self.body
         self._answer({})
 
@@ -340,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = found.commits[oid].get(path)
         about = {"X-Repo-Commit": oid}
         if content is None:
-            raise _RefusedError(404, "Entry not found", "EntryNotFound", about)
+            raise _RefusedError(404, "Entry not found", "EntryNotFound", **about)
         self._answer(content, headers={**about, "ETag": f'"{blob_id(content)}"'})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -52,6 +53,16 @@ def save_texts(folder: Path, count: int = 2, tokens: int = 150) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         (folder / f"text{i}.txt").write_text(words(tokens, seed=i), encoding="utf-8")
+    return folder
+
+
+def save_results(folder: Path, config: SparseAttentionConfig) -> Path:
+    """A published summary of `hf-sparse perplexity`, of the configuration `config`; gives `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    published = Path(__file__).parents[1] / "model_cards" / "SmolLM2-135M-Instruct" / "perplexity" / "summary.json"
+    summary = json.loads(published.read_text(encoding="utf-8"))
+    summary["configs"]["grouped"] = config.to_dict()
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder
 
 

@@ -5,6 +5,7 @@ What a hostile `sparse_config.json` may hold is in `test_policy`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -14,22 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests import tiny
-from tests.hub_client import BASE, World, command, exits, load, patch, push, refused, save
+from tests.hub_client import BASE, POLICY, World, command, load, patch, publish, push, refused
 
-pytest_plugins = ["tests.hub_fixture"]
 pytestmark = pytest.mark.usefixtures("untouched")
 
-POLICY = "sparse_config.json"
 SIDE_EFFECT = "executed.txt"
 BESIDE_OR_BASE = pytest.mark.parametrize("weights", [True, False], ids=["beside the policy", "in the base"])
-
-
-def attempts(world: World, name: str, *words: str) -> None:
-    """Neither loading, nor patching with it, nor the command line has anything but one error for this repository."""
-    refused(world.reader.attempt(load, name), *words)
-    refused(world.reader.attempt(patch, name), *words)
-    exits(world.reader.attempt(command, "publish", name, "ada/out"), *words)
 
 
 def add_model(world: World, name: str, files: dict[str, bytes | None], weights: bool) -> str:
@@ -42,69 +33,44 @@ def add_model(world: World, name: str, files: dict[str, bytes | None], weights: 
     return f"{name}-policy"
 
 
-def test_no_policy_in_the_file(world: World) -> None:
-    world.hub.add("evil/file", {POLICY: b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"})
-    attempts(world, "evil/file", "evil/file", "nested")
-    world.hub.add("evil/file", {POLICY: b"<!DOCTYPE html><html><body>Sign in</body></html>"})
-    attempts(world, "evil/file", "evil/file", "JSON")
+@pytest.mark.parametrize(("announced", "words"), [(8 << 20, "at most"), (-1, "does not say how large")])
+def test_a_huge_policy_is_not_downloaded(announced: int, words: str, world: World) -> None:
+    name = f"evil/huge{announced}"
+    world.add(name)
+    with world.hub.failing(f".*/{name}/resolve/.*/{POLICY}", announced=announced), world.hub.recording() as requests:
+        refused([name, words], load, name)
+        refused([name, words], patch, name)
+        refused([name, words], publish, "ada/out", model=name)
+    assert not [request for request in requests if request.startswith("GET") and POLICY in request]
 
 
-def test_huge_and_announced(world: World) -> None:
-    world.hub.add("evil/huge", {POLICY: b"{}" + b" " * (8 << 20)})
-    attempts(world, "evil/huge", "bytes")
-    assert sum(sent for path, sent in world.hub.sent.items() if "evil/huge" in path) < 1 << 16
+BASES = ["/etc/passwd", "/", "../base", "C:\\base", "org/base/config.json", "https://example.com/org/base", ""]
+REVISIONS: list[Any] = ["../../x", "/etc", "", "a\nb", "x" * 10_000, 5, ["main"]]
+HARMFUL: list[tuple[dict[str, Any], str]] = [
+    *(({"base_model": base}, "must be a Hub id") for base in BASES),
+    *(({"base_model": base}, "base_model must be one line of text") for base in ("org/base\n", "x" * 10_000)),
+    *(({"revision": revision}, "revision") for revision in REVISIONS),
+    ({"alpha": -1}, f"evil/named/{POLICY}: alpha must be"),
+    ({"base_model": "org/none", "revision": None}, "org/none"),
+    ({"revision": "0" * 40}, BASE),
+    # Policies that name each other.
+    ({"base_model": "evil/named", "revision": None}, "evil/"),
+    ({"base_model": "evil/other", "revision": None}, "evil/"),
+]
 
 
-def test_huge_and_not_announced(world: World) -> None:
-    world.hub.add("evil/endless", {POLICY: b"{}"})
-    with world.hub.failing(".*/evil/endless/resolve/.*sparse_config", endless=True):
-        attempts(world, "evil/endless", "evil/endless")
-    assert sum(sent for path, sent in world.hub.sent.items() if "evil/endless" in path) < 32 << 20
-
-
-def test_shorter_than_announced(world: World) -> None:
-    world.add("evil/short")
-    with world.hub.failing("GET /evil/short/resolve/.*sparse_config", announced=40):
-        attempts(world, "evil/short", "evil/short")
-
-
-BASES = ["/etc/passwd", "/", "../../base", "../base", "./base", "~/base", "C:\\base", "\\\\host\\share", "org--base"]
-BASES += ["org/base/../../x", "org/base/config.json", "org/base@main", "org/base\n", "", "x" * 10_000]
-BASES += ["file:///etc/passwd", "https://example.com/org/base"]
-
-
-@pytest.mark.parametrize("base", BASES, ids=lambda base: base[:20])
-def test_a_base_that_is_no_hub_id(base: str, world: World) -> None:
-    world.add("evil/base", base_model=base)
+@pytest.mark.parametrize(("fields", "words"), HARMFUL, ids=[str(fields)[:40] for fields, _ in HARMFUL])
+def test_a_policy_that_leads_elsewhere(fields: dict[str, Any], words: str, world: World) -> None:
+    files: dict[str, bytes | None] = {"config.json": world.base["config.json"]}
+    world.add("evil/other", files, base_model="evil/named", revision=None)
+    world.add("evil/named", files, **fields)
     with world.hub.recording() as requests:
-        refused(world.reader.attempt(load, "evil/base"), "base")
-        exits(world.reader.attempt(command, "publish", "evil/base", "ada/out"), "base")
-    assert all("/evil/base/" in request for request in requests), "nothing else may be asked for"
-
-
-@pytest.mark.parametrize(
-    "revision", ["../../x", "/etc", "refs/../x", "", "a\nb", pytest.param("x" * 10_000, id="long"), 5, ["main"]]
-)
-def test_a_revision_that_is_none(revision: Any, world: World) -> None:
-    world.add("evil/revision", revision=revision)
-    refused(world.reader.attempt(load, "evil/revision"), "revision")
-
-
-def test_a_base_that_does_not_exist(world: World) -> None:
-    world.add("evil/nowhere", base_model="org/none")
-    refused(world.reader.attempt(load, "evil/nowhere"), "org/none")
-    world.add("evil/never", revision="0" * 40)
-    refused(world.reader.attempt(load, "evil/never"), BASE)
-
-
-def test_policies_that_name_each_other(world: World) -> None:
-    config: dict[str, bytes | None] = {"config.json": world.base["config.json"]}
-    for name, base in (("evil/self", "evil/self"), ("evil/one", "evil/two"), ("evil/two", "evil/one")):
-        world.add(name, config, base_model=base, revision=None)
-    for name in ("evil/self", "evil/one"):
-        with world.hub.recording() as requests:
-            refused(world.reader.attempt(load, name), "evil/")
-        assert len(requests) < 60
+        refused(words, load, "evil/named")
+    assert len(requests) < 60
+    if words != "evil/":
+        refused("", publish, "ada/out", model="evil/named")
+    if "must be" in words:
+        assert all("/evil/named/" in request for request in requests), "nothing else may be asked for"
 
 
 @pytest.mark.parametrize(
@@ -112,10 +78,8 @@ def test_policies_that_name_each_other(world: World) -> None:
 )
 def test_a_repository_that_is_none(name: str, world: World) -> None:
     with world.hub.recording() as requests:
-        refused(world.reader.attempt(load, name))
-        refused(world.reader.attempt(patch, name))
-        refused(world.writer.attempt(push, name))
-        exits(world.reader.attempt(command, "publish", BASE, name))
+        for function in (load, patch, push, publish):
+            refused("", function, name)
     assert all(f"/{BASE}" in request for request in requests)
 
 
@@ -123,29 +87,27 @@ def code(world: World, model_type: str) -> dict[str, bytes | None]:
     """A configuration that names code, and the code."""
     names = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
     config = json.loads(world.base["config.json"]) | {"model_type": model_type, "auto_map": names}
-    evil = f"import pathlib\npathlib.Path({str(world.folder / SIDE_EFFECT)!r}).write_text('')\n".encode()
+    evil = f"import pathlib\npathlib.Path({str(world.here / SIDE_EFFECT)!r}).write_text('')\n".encode()
     return {"config.json": json.dumps(config).encode(), "evil.py": evil, "custom_generate/generate.py": evil}
 
 
 @pytest.mark.parametrize("model_type", ["evil", "llama"])
 @BESIDE_OR_BASE
-def test_code_in_a_repository_is_not_run(weights: bool, model_type: str, world: World) -> None:
+def test_code_in_a_repository_is_not_run(
+    weights: bool, model_type: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = add_model(world, f"evil/code-{model_type}-{weights}", code(world, model_type), weights)
-    loaded = world.reader.attempt(load, name)
-    published = world.reader.attempt(command, "publish", name, "ada/out", "--dry-run")
-    assert "[y/N]" not in published.value["out"], "nobody may be asked whether to run it"
-    if model_type == "evil":  # only its own code can read it
-        refused(loaded, "custom code")
-        exits(published)
-    else:  # what transformers knows is read by transformers
-        assert loaded.error is None
-
-
-def test_code_is_run_where_the_caller_wants_it(world: World) -> None:
-    """So the code above would have been noticed."""
-    name = add_model(world, "evil/wanted", code(world, "evil"), weights=True)
-    assert world.reader.attempt(load, name, trust_remote_code=True).error  # it defines nothing
-    (world.folder / SIDE_EFFECT).unlink()
+    if model_type == "llama":  # what transformers knows is read by transformers
+        load(name)
+        publish("ada/out", "--dry-run", model=name)
+    else:  # only its own code can read it, and nobody may be asked whether to run it
+        monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+        refused("custom code", load, name)
+        refused("custom code", publish, "ada/out", "--dry-run", model=name)
+        assert list(world.here.iterdir()) == []
+        with pytest.raises(ValueError):  # noqa: PT011 - the code defines nothing
+            load(name, trust_remote_code=True)
+        (world.here / SIDE_EFFECT).unlink()  # it would have been noticed
 
 
 class _Pickled:
@@ -158,13 +120,13 @@ class _Pickled:
 
 @BESIDE_OR_BASE
 def test_pickled_weights_are_not_opened(weights: bool, world: World) -> None:
-    bomb = pickle.dumps(_Pickled(str(world.folder / SIDE_EFFECT)))
+    bomb = pickle.dumps(_Pickled(str(world.here / SIDE_EFFECT)))
     pickle.loads(bomb).close()
-    (world.folder / SIDE_EFFECT).unlink()  # it works
+    (world.here / SIDE_EFFECT).unlink()  # it works
     base = f"evil/pickle-{weights}"
     name = add_model(world, base, {"model.safetensors": None, "pytorch_model.bin": bomb}, weights)
     with world.hub.recording() as requests:
-        refused(world.reader.attempt(load, name), base, "safetensors")
+        refused([base, "safetensors"], load, name)
     assert not [request for request in requests if request.startswith("GET") and "pytorch_model.bin" in request]
 
 
@@ -192,33 +154,31 @@ BROKEN: dict[str, dict[str, bytes | None]] = {
 def test_a_broken_model(kind: str, weights: bool, world: World) -> None:
     base = f"evil/{kind.replace(' ', '-')}-{weights}"
     name = add_model(world, base, BROKEN[kind], weights)
-    refused(world.reader.attempt(load, name), base)
-    exits(world.reader.attempt(command, "publish", name, "ada/out", "--weights"), base)
+    refused(base, load, name)
+    refused(base, publish, "ada/out", "--weights", model=name)
 
 
-def test_a_model_that_cannot_be_patched(world: World, tmp_path: Path) -> None:
-    tiny.unsupported("bloom").save_pretrained(tmp_path)
-    files: dict[str, bytes | None] = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    refused(world.reader.attempt(load, add_model(world, "evil/bloom", files, weights=False)), "Bloom")
-
-
-@pytest.mark.parametrize("linked", ["README.md", POLICY, "config.json"])
-def test_links_out_of_a_folder_are_not_followed(linked: str, world: World, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*this release does not know")
+@pytest.mark.parametrize(
+    ("linked", "words"),
+    [("README.md", "is a link that leads out of"), (POLICY, "name it with base_model"), ("config.json", "")],
+)
+def test_links_out_of_a_folder_are_not_followed(linked: str, words: str, world: World, tmp_path: Path) -> None:
     """Neither is what they lead to published, nor is it written over."""
     secret, folder = tmp_path / "secret", tmp_path / "folder"
-    text = "---\nlicense: mit\n---\nthe secret" if linked == "README.md" else '{"architectures": ["the secret"]}'
-    secret.write_text(text)
+    secret.write_text('{"architectures": ["the secret"]}')
     folder.mkdir()
     (folder / POLICY).write_text(json.dumps({"base_model": BASE, "revision": world.commit}))
     (folder / linked).unlink(missing_ok=True)
     (folder / linked).symlink_to(secret)
-    done = world.reader.call(command, "publish", str(folder), "ada/out", "--dry-run", "--json")
-    assert "the secret" not in done["out"] + done["err"]
-    if done["code"] == 0:
-        shown = {file["path"]: file["bytes"] for file in json.loads(done["out"])["files"]}
-        assert shown.get(linked) != len(text)
-    world.reader.attempt(save, str(folder))
-    assert secret.read_text() == text
+    if words:
+        refused(words, publish, "ada/out", "--dry-run", model=str(folder))
+    else:  # that of the base model is published
+        shown = json.loads(publish("ada/out", "--dry-run", "--json", model=str(folder)))
+        assert {"path": linked, "bytes": len(world.base[linked])} in shown["files"]
+    with contextlib.suppress(ValueError):
+        command("card", str(folder))
+    assert secret.read_text() == '{"architectures": ["the secret"]}'
 
 
 CARDS = {
@@ -228,7 +188,6 @@ CARDS = {
     "a number as licence": b"---\nlicense: 5\n---\n# Title\n",
     "a list as licence": b"---\nlicense: [{a: 1}]\n---\n# Title\n",
     "tags that are none": b"---\ntags: {a: 1}\n---\n# Title\n",
-    "a number of tags": b"---\ntags: 5\n---\n# Title\n",
     "a word as tags": b"---\ntags: mine\n---\n# Title\n",
     "results that are none": b"---\nmodel-index: 7\n---\n# Title\n",
     "no end": b"---\nlicense: mit\n",
@@ -243,17 +202,17 @@ CARDS = {
 @pytest.mark.parametrize("where", ["base", "repository"])
 def test_strange_cards(where: str, kind: str, world: World) -> None:
     """A card is used, or edited, or refused in one line."""
-    card = CARDS[kind].replace(b"COMMAND", str(world.folder / SIDE_EFFECT).encode())
+    card = CARDS[kind].replace(b"COMMAND", str(world.here / SIDE_EFFECT).encode())
     name = kind.replace(" ", "-")
     if where == "base":
         world.hub.add(f"evil/{name}", {**world.base, "README.md": card})
-        done = world.reader.call(command, "publish", f"evil/{name}", "ada/new", "--dry-run")
-        assert done["code"] == 0, "its own card is not there to be published"
+        publish("ada/new", "--dry-run", model=f"evil/{name}")  # its own card is not there to be published
     else:
         world.hub.add(f"ada/{name}", {"README.md": card})
-        outcome = world.reader.attempt(command, "publish", BASE, f"ada/{name}", "--dry-run")
-        if outcome.value["code"] != 0:
-            exits(outcome, "README.md")
+        try:
+            publish(f"ada/{name}", "--dry-run")
+        except ValueError:
+            refused("README.md", publish, f"ada/{name}", "--dry-run")
 
 
 @pytest.mark.parametrize("kind", ["itself", "a folder", "a pipe", "a device"])
@@ -266,14 +225,5 @@ def test_a_policy_that_is_no_file(kind: str, world: World, tmp_path: Path) -> No
     else:
         path.symlink_to(path if kind == "itself" else "/dev/zero")
     for name in (str(tmp_path), str(path)):
-        refused(world.reader.attempt(load, name), str(tmp_path))
-        exits(world.reader.attempt(command, "publish", name, "ada/out"), str(tmp_path))
-
-
-def test_names_that_lead_elsewhere(world: World) -> None:
-    """Only the files that a model needs are asked for, by names that the client made itself."""
-    names = ("../../../evil.txt", "/evil.txt", "..\\evil.txt", "a/../../evil.txt")
-    world.add("evil/names", {**world.base, **dict.fromkeys(names, b"evil")}, weights=True)
-    with world.hub.recording() as requests:
-        world.reader.call(load, "evil/names")
-    assert not [request for request in requests if "evil.txt" in request]
+        refused(str(tmp_path), load, name)
+        refused(str(tmp_path), publish, "ada/out", model=name)

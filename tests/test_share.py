@@ -30,11 +30,6 @@ KEY_NORM = parse_selector(f"{Path(__file__).parents[1]}/scripts/selectors/key_no
 FITS = CalibrationRecord(model_type="llama", layers=2, heads={0: 4, 1: 4})
 
 
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture
 def base(tiny_llama: Path) -> Path:
     """The folder of a small model."""
@@ -66,6 +61,12 @@ def test_a_policy_without_weights(base: Path, model: PreTrainedModel, tmp_path: 
     sparse = _logits(model)
     assert (sparse - _logits(_load(base))).abs().max() > 1e-3
     torch.testing.assert_close(_logits(hf_sparse.from_pretrained(folder)), sparse, rtol=0, atol=1e-6)
+    other = hf_sparse.patch(_load(base), alpha=5.0)
+    before = policy_of(other)
+    with hf_sparse.patched(other, folder):
+        assert policy_of(other).config == small.CONFIG
+    assert policy_of(other) == before
+    assert policy_of(hf_sparse.patch(other, str(folder))).config == small.CONFIG
 
 
 def test_a_folder_with_weights_opens_dense_in_plain_transformers(
@@ -76,18 +77,13 @@ def test_a_folder_with_weights_opens_dense_in_plain_transformers(
     assert torch.equal(_logits(_load(tmp_path)), _logits(_load(base)))
     assert AutoTokenizer.from_pretrained(tmp_path)("w5 w7").input_ids == small.tokenizer()("w5 w7").input_ids
     assert read(tmp_path / NAME).base_model is None, "a path of this machine is of no use beside the weights"
-    for path in tmp_path.glob("*.json"):
-        if path.name != NAME:
-            assert "hf_sparse" not in path.read_text(), path.name
+    assert [path.name for path in tmp_path.glob("*.json") if "hf_sparse" in path.read_text()] == [NAME]
     loaded = hf_sparse.from_pretrained(tmp_path)
     assert policy_of(loaded).config == small.CONFIG
     torch.testing.assert_close(_logits(loaded), _logits(model), rtol=0, atol=1e-6)
     assert small.run_command("card", str(tmp_path)) == 0
     assert read(tmp_path / NAME).weights, "the card of a folder with weights is still that of one"
-
-
-def test_the_configuration_is_that_of_the_weights_where_they_differ(model: PreTrainedModel, tmp_path: Path) -> None:
-    """Bytes of the base that say float32 would make plain transformers load bfloat16 weights as float32."""
+    # Bytes of the base that say float32 would make plain transformers load bfloat16 weights as float32.
     hf_sparse.save_pretrained(model.to(torch.bfloat16), tmp_path, weights=True)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -108,52 +104,57 @@ def test_a_model_that_was_never_loaded(tmp_path: Path) -> None:
     assert torch.equal(_logits(hf_sparse.patch(tiny.model("llama"), tmp_path / "policy")), _logits(model))
 
 
-def test_only_a_patched_model_is_saved_and_published(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not patched"):
-        hf_sparse.save_pretrained(_load(base), tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    with pytest.raises(ValueError, match="LlamaForCausalLM is not patched"):
-        hf_sparse.push_to_hub(_load(base), "me/x")
-
-
-def test_names_are_checked_first(
+def test_what_is_wrong_is_found_first(
     model: PreTrainedModel, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     nothing: Any = None
+    with pytest.raises(ValueError, match="is not patched"):
+        hf_sparse.save_pretrained(_load(base), "new")
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not patched"):
+        hf_sparse.push_to_hub(_load(base), "me/x")
     with pytest.raises(UserError, match=r"folder must be a path, '\.' for the current folder; got ''"):
         hf_sparse.save_pretrained(model, "")
     with pytest.raises(TypeError, match="folder must be a path; got NoneType"):
         hf_sparse.save_pretrained(model, nothing)
+    with pytest.raises(UserError, match="holds no results"):
+        hf_sparse.save_pretrained(model, "new", results=[tmp_path])
     with pytest.raises(TypeError, match="repo_id must be user/name, or name; got None"):
         hf_sparse.push_to_hub(model, nothing)
+    for base_model in (None, "/some/folder"):
+        with pytest.raises(UserError, match="is published with the Hub id of its base model"):
+            hf_sparse.push_to_hub(model, "someone/x", token="hf_x", base_model=base_model)
+    with pytest.raises(UserError, match=r"^cannot look at someone/x: HF_HUB_OFFLINE is set$"):
+        hf_sparse.push_to_hub(model, "someone/x", token="hf_x", base_model="someone/base")
     with pytest.raises(TypeError, match="a policy is named by a Hub id, a folder or a file; got None"):
         hf_sparse.from_pretrained(nothing)
-    with pytest.raises(UserError, match="holds no results"):
-        hf_sparse.save_pretrained(model, "newer", results=[tmp_path])
+    with pytest.raises(UserError, match="here, not on the Hub: it has no revision 'main'"):
+        hf_sparse.from_pretrained(base, revision="main")
     assert list(tmp_path.iterdir()) == []
-    hf_sparse.save_pretrained(model, "new")
-    with pytest.raises(UserError, match="new is here, not on the Hub: it has no revision 'main'"):
-        hf_sparse.from_pretrained("new", revision="main")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is not a folder"):
         hf_sparse.save_pretrained(model, "file")
 
 
-def test_results_of_the_default_configuration_are_found(base: Path, tmp_path: Path) -> None:
-    """What a command measures without options is what `patch(model)` attends to, with any engine."""
+@pytest.mark.parametrize("config", [SparseAttentionConfig(), small.CONFIG], ids=["default", "saved"])
+def test_results_go_with_the_policy_that_they_were_measured_under(
+    config: SparseAttentionConfig, base: Path, tmp_path: Path
+) -> None:
+    """What a command measures of a policy, without options of the default one, with any engine."""
+    saved, results = tmp_path / "saved", tmp_path / "results"
+    hf_sparse.save_pretrained(hf_sparse.patch(_load(base), config), saved)
     small.save_texts(tmp_path / "texts")
+    measured = str(saved if config == small.CONFIG else base)
     data = ["--text", str(tmp_path / "texts"), "--lengths", "48,96", "--targets", "40", "--device", "cpu"]
-    results = tmp_path / "results"
-    command = ["perplexity", str(base), *data, "--methods", "grouped", "--output", str(results)]
+    command = ["perplexity", measured, *data, "--methods", "grouped", "--output", str(results)]
     assert small.run_command(*command) == 0
-    for config in (SparseAttentionConfig(), SparseAttentionConfig(engine="reference")):
-        hf_sparse.save_pretrained(hf_sparse.patch(_load(base), config), tmp_path / "saved", results=[results])
-        policy = read(tmp_path / "saved" / NAME)
-        assert policy.config == config
-        assert {row.metric for row in policy.quality} == {"perplexity", "perplexity_ratio"}
-    assert small.run_command("card", str(base), "--results", str(results), "--output", str(tmp_path / "card")) == 0
-    assert read(tmp_path / "card" / NAME).quality == policy.quality
+    other_engine = hf_sparse.patch(_load(base), config, engine="reference")
+    hf_sparse.save_pretrained(other_engine, tmp_path / "again", results=[results])
+    quality = read(tmp_path / "again" / NAME).quality
+    assert {record.metric for record in quality} == {"perplexity", "perplexity_ratio"}
+    assert {record.model for record in quality} == {"tiny-llama"}
+    assert small.run_command("card", str(saved), "--results", str(results)) == 0
+    assert read(saved / NAME).quality == quality
     with pytest.raises(UserError, match="holds no measurement of this configuration"):
         hf_sparse.save_pretrained(hf_sparse.patch(_load(base), alpha=99.0), tmp_path / "other", results=[results])
     assert not (tmp_path / "other").exists()
@@ -177,15 +178,19 @@ def test_which_base_is_loaded_and_how(model: PreTrainedModel, tmp_path: Path) ->
     assert torch.equal(_logits(beside), expected)
 
 
-def test_quality_goes_with_the_policy_until_its_configuration_changes(base: Path, tmp_path: Path) -> None:
-    row = QualityRecord(method="grouped", length=64, value=1.5, low=1.4, high=1.6, model="m", documents=("a.txt",))
-    write(Policy(small.CONFIG, quality=(row,)), tmp_path / "one" / NAME)
-    model = hf_sparse.patch(_load(base), tmp_path / "one")
-    for fields, kept, said in ({}, (row,), "1.5000"), ({"alpha": 3.0}, (), "Nothing was measured"):
-        hf_sparse.patch(model, tmp_path / "one", **fields)
+def test_quality_goes_with_the_policy_until_its_configuration_or_model_changes(base: Path, tmp_path: Path) -> None:
+    quality = (QualityRecord(method="grouped", length=64, value=1.5, low=1.4, high=1.6, documents=("a.txt",)),)
+    write(Policy(small.CONFIG, base_model="a/model", quality=quality), tmp_path / NAME)
+    model: Any = _load(base)
+    for fields, kept, said in ({}, quality, "1.5000"), ({"alpha": 3.0}, (), "Nothing was measured"):
+        hf_sparse.patch(model, tmp_path, **fields)
         hf_sparse.save_pretrained(model, tmp_path / "two")
         assert read(tmp_path / "two" / NAME).quality == kept
         assert said in (tmp_path / "two" / "README.md").read_text()
+    model.config._name_or_path = "a/other"
+    with pytest.warns(UserWarning, match="made for a/model; this model is a/other"):
+        hf_sparse.patch(model, tmp_path)
+    assert policy_of(model) == Policy(small.CONFIG, base_model="a/model")
 
 
 @pytest.mark.parametrize(
@@ -212,11 +217,21 @@ def test_laws_of_another_model_are_refused(
 
 
 def test_laws_of_this_model_are_taken_until_they_are_changed(base: Path, tmp_path: Path) -> None:
-    config = replace(small.CONFIG, calibration=FITS)
+    config = replace(small.CONFIG, calibration=replace(FITS, fitted_to=40))
     write(Policy(config, base_model=str(base)), tmp_path / NAME)
     model = hf_sparse.from_pretrained(tmp_path)
-    assert policy_of(model).config.calibration == FITS
-    assert policy_of(hf_sparse.patch(model, config, engine="reference")).config.calibration == FITS
+    assert policy_of(model).config.calibration == config.calibration
+    ids, mask, _ = tiny.padded([40, 30], "left", extra=40)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tiny.logits(model, IDS[:, :40])
+        tiny.logits(model, ids, mask)
+        assert not caught, "padding is not seen"
+        tiny.logits(model, IDS)
+        tiny.logits(model, IDS)
+    assert len(caught) == 1
+    assert "sees 80 keys, 2 times the 40 that the laws were" in str(caught[0].message)
+    assert policy_of(hf_sparse.patch(model, config, engine="reference")).config.calibration == config.calibration
     assert policy_of(hf_sparse.patch(model, config, alpha=7.0)).config.calibration is None
 
 
@@ -226,11 +241,8 @@ def test_laws_of_this_model_are_taken_until_they_are_changed(base: Path, tmp_pat
         (Origin("a/model", "1" * 40), "revision 0000.*this model is at 1111"),
         (Origin("a/other", "0" * 40), "made for a/model; this model is a/other"),
         (Origin("a/model", None, "2" * 40), "revision 0000.*this model may be at 2222"),
-        (Origin("a/model", "0" * 40), None),
-        (Origin("a/model", None, "0" * 40), None),
-        (Origin("a/model"), None),
-        (Origin("/some/folder"), None),
-        (Origin(), None),
+        *((origin, None) for origin in (Origin("a/model", "0" * 40), Origin("a/model", None, "0" * 40))),
+        *((origin, None) for origin in (Origin("a/model"), Origin("/some/folder"), Origin())),
     ],
 )
 def test_another_revision_warns(origin: Origin, message: str | None) -> None:
@@ -246,63 +258,26 @@ def test_another_revision_warns(origin: Origin, message: str | None) -> None:
         assert message is None or re.search(message, str(caught[0].message))
 
 
-def test_what_was_measured_of_another_model_does_not_go_with_this_one(base: Path, tmp_path: Path) -> None:
-    write(Policy(small.CONFIG, base_model="a/model", quality=(QualityRecord(length=64, value=1.5),)), tmp_path / NAME)
-    model: Any = _load(base)
-    model.config._name_or_path = "a/other"
-    with pytest.warns(UserWarning, match="made for a/model; this model is a/other"):
-        hf_sparse.patch(model, tmp_path)
-    assert policy_of(model) == Policy(small.CONFIG, base_model="a/model")
-
-
 def test_where_a_model_came_from(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _load(base)
-    assert origin_of(model) == Origin(str(base))
+    model: Any = _load(base)
     monkeypatch.chdir(base.parent)
-    assert origin_of(_load(Path(base.name))) == Origin(str(base))
-    config: Any = model.config
-    config._name_or_path, config._commit_hash = "someone/model", "c" * 40
+    assert origin_of(model) == origin_of(_load(Path(base.name))) == Origin(str(base))
+    model.config._name_or_path, model.config._commit_hash = "someone/model", "c" * 40
     assert origin_of(model) == Origin("someone/model", "c" * 40)
-    config._name_or_path = f"/cache/models--someone--model/snapshots/{'d' * 40}"
+    model.config._name_or_path = f"/cache/models--someone--model/snapshots/{'d' * 40}"
     assert origin_of(model) == Origin("someone/model", "d" * 40)
     assert origin_of(tiny.model("llama")) == Origin()
 
 
-def test_more_keys_than_the_laws_were_fitted_to_warn_once(base: Path) -> None:
-    model = hf_sparse.patch(_load(base), replace(small.CONFIG, calibration=replace(FITS, fitted_to=40)))
-    ids, mask, _ = tiny.padded([40, 30], "left", extra=40)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        tiny.logits(model, IDS[:, :40])
-        tiny.logits(model, ids, mask)
-        assert not caught, "padding is not seen"
-        tiny.logits(model, IDS)
-        tiny.logits(model, IDS)
-    assert len(caught) == 1
-    assert "sees 80 keys, 2 times the 40 that the laws were" in str(caught[0].message)
-
-
 def test_an_adapter_is_not_saved_with_the_policy(model: PreTrainedModel, tmp_path: Path) -> None:
     class Adapter(torch.nn.Module):
-        def __init__(self, inner: PreTrainedModel) -> None:
-            super().__init__()
-            self.inner = inner
-
         def get_base_model(self) -> PreTrainedModel:
-            return self.inner
+            return model
 
     with pytest.warns(UserWarning, match="the adapter is not part of the policy"):
-        hf_sparse.save_pretrained(Adapter(model), tmp_path)
+        hf_sparse.save_pretrained(Adapter(), tmp_path)
     with pytest.raises(UserError, match="merge it first"):
-        hf_sparse.save_pretrained(Adapter(model), tmp_path, weights=True)
-
-
-def test_what_cannot_be_published_is_one_error(model: PreTrainedModel) -> None:
-    for base_model in (None, "/some/folder"):
-        with pytest.raises(UserError, match="is published with the Hub id of its base model"):
-            hf_sparse.push_to_hub(model, "someone/x", token="hf_x", base_model=base_model)
-    with pytest.raises(UserError, match=r"^cannot look at someone/x: HF_HUB_OFFLINE is set$"):
-        hf_sparse.push_to_hub(model, "someone/x", token="hf_x", base_model="someone/base")
+        hf_sparse.save_pretrained(Adapter(), tmp_path, weights=True)
 
 
 class Mine(Reference):
@@ -318,7 +293,7 @@ def root(n: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"selector": KEY_NORM}, "selector 'key-norm' is {}: publish one of grouped, topk, window"),
+        ({"selector": KEY_NORM}, "selector 'key-norm' is {}: publish one of grouped, shared, topk, window"),
         ({"engine": Mine()}, "engine 'mine' is {}: publish one of auto, reference, gather, cpu, triton"),
         ({"law": root}, "law 'root' is {}: publish one of power, fixed, fraction, log"),
     ],
@@ -338,43 +313,17 @@ def test_code_is_not_published(
         write(policy_of(model), tmp_path / NAME)
     assert list(tmp_path.iterdir()) == []
     # The configuration as a summary of results has it.
-    (tmp_path / NAME).write_text(json.dumps(policy_of(model).config.to_dict()))
+    config = policy_of(model).config
+    (tmp_path / NAME).write_text(json.dumps(config.to_dict()))
     capsys.readouterr()
     for command in (["card", str(base), "--output", str(tmp_path / "new")], ["publish", str(base), "someone/x"]):
-        assert small.run_command(*command, "--policy", str(tmp_path)) == 2
-        printed = capsys.readouterr().err
-        assert re.search(message, printed.rstrip("\n"))
-        assert printed.count("\n") == 1
+        assert re.search(message, small.refusal(capsys, *command, "--policy", str(tmp_path)))
     assert not (tmp_path / "new").exists()
-
-
-def test_results_of_selectors_of_ones_own_are_passed_over(base: Path, tmp_path: Path) -> None:
-    summary = {
-        "command": "attention-error",
-        "configs": {
-            "key-norm": replace(small.CONFIG, selector=KEY_NORM).to_dict(),
-            "root": replace(small.CONFIG, law=root).to_dict(),
-            "grouped": replace(small.CONFIG, engine=Mine()).to_dict(),
-        },
-        "documents": [{"document": "a.txt"}],
-        "about": {"model": {"name": "tiny-llama"}, "dtype": "float32", "device": "cpu"},
-        "results": [
-            {"method": method, "length": 64, "density": 0.5, "rows": 8}
-            | {error: {"mean": {"value": value, "low": 0.0, "high": 1.0}} for error in ("lost_mass", "output_error")}
-            for method, value in (("key-norm", 0.3), ("root", 0.2), ("grouped", 0.1))
-        ],
-    }
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    model = hf_sparse.patch(_load(base), small.CONFIG)
-    hf_sparse.save_pretrained(model, tmp_path / "saved", results=[tmp_path])
-    assert [record.value for record in read(tmp_path / "saved" / NAME).quality] == [0.1, 0.1]
-
-
-def test_patched_takes_a_policy_and_restores_what_was(base: Path, tmp_path: Path) -> None:
-    write(Policy(small.CONFIG), tmp_path / NAME)
-    model = hf_sparse.patch(_load(base), alpha=5.0)
-    before = policy_of(model)
-    with hf_sparse.patched(model, tmp_path):
-        assert policy_of(model).config == small.CONFIG
-    assert policy_of(model) == before
-    assert policy_of(hf_sparse.patch(model, str(tmp_path))).config == small.CONFIG
+    # What was measured with an engine holds with any other; what another selector or law was measured at does not.
+    results, plain = small.save_results(tmp_path / "results", config), hf_sparse.patch(_load(base), small.CONFIG)
+    if "engine" in fields:
+        hf_sparse.save_pretrained(plain, tmp_path / "new", results=[results])
+        assert len(read(tmp_path / "new" / NAME).quality) == 15
+    else:
+        with pytest.raises(UserError, match="holds no measurement of this configuration"):
+            hf_sparse.save_pretrained(plain, tmp_path / "new", results=[results])
