@@ -1,0 +1,179 @@
+"""Time against perplexity of the selectors that look for keys: which finds as good keys in less time?
+
+python scripts/frontier.py quality MODEL --text TEXT ... --lengths 4096,8192 --output FOLDER  # resumes
+python scripts/frontier.py time MODEL --text TEXT --lengths 4096,8192 --output FOLDER         # alone on the machine
+python scripts/frontier.py draw FOLDER
+
+`quality` reads each text once per selector and alpha, and compares the loss of the last tokens with dense attention's.
+`time` reads a text, takes the queries, keys and values of the layer in the middle, and times that layer's prefill beside
+PyTorch's causal `scaled_dot_product_attention` in the same rounds. Both append to FOLDER/records.jsonl; `draw` makes
+summary.json and frontier.png of them.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse
+from hf_sparse.attention import LayerState, attend
+from hf_sparse.bench import dense
+from hf_sparse.bench.timing import Rounds, timed
+from hf_sparse.call import AttentionCall
+from hf_sparse.measure.perplexity import token_nll
+from hf_sparse.results import software
+
+DESIGNS = [(selector, alpha) for selector in ("grouped", "shared") for alpha in (6.0, 8.0, 12.0, 16.0, 24.0)]
+TARGETS = 1024
+"""Tokens whose loss is compared, the last ones of a window."""
+
+
+def windows(args: argparse.Namespace, length: int) -> dict[str, torch.Tensor]:
+    """The tokens of each text from `--offset` on, with one more to predict."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    found = {}
+    for path in map(Path, args.text):
+        ids = tokenizer(path.read_text()[: 8 * (args.offset + length)], return_tensors="pt").input_ids[0]
+        found[path.name] = ids[args.offset : args.offset + length + 1]
+    return found
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """What was measured so far."""
+    path = folder / "records.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(folder: Path, record: dict[str, Any]) -> None:
+    """Add a record at once, so that nothing is lost."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "records.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    print(record, flush=True)
+
+
+def quality(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    """Losses of every design on every window, dense first."""
+    done = {(r["length"], r["text"], r["selector"], r["alpha"]) for r in records(args.output) if r["kind"] == "loss"}
+    for length in args.lengths:
+        for text, ids in windows(args, length).items():
+            for selector, alpha in [("dense", 0.0), *DESIGNS]:
+                if (length, text, selector, alpha) in done:
+                    continue
+                nll, density = loss(model, ids, selector, alpha)
+                facts = {"length": length, "text": text, "selector": selector, "alpha": alpha}
+                append(args.output, {"kind": "loss", **facts, "nll": nll, "density": density, **args.about})
+
+
+def loss(model: torch.nn.Module, ids: torch.Tensor, selector: str, alpha: float) -> tuple[float, float]:
+    """Mean loss of the last tokens in nats, and the density."""
+    targets = ids[1:][-TARGETS:]
+    if selector == "dense":
+        return float(token_nll(model, ids[:-1], targets).mean()), 1.0
+    with hf_sparse.patched(model, selector=selector, alpha=alpha):
+        nll = float(token_nll(model, ids[:-1], targets).mean())
+        return nll, hf_sparse.report(model).density
+
+
+@torch.no_grad()
+def time(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    """Seconds of one layer's prefill by every design and by SDPA, in turn."""
+    for length in args.lengths:
+        ids = next(iter(windows(args, length).values()))[:-1]
+        taken: dict[int, AttentionCall] = {}
+        middle = model.config.num_hidden_layers // 2
+
+        def take(layer: int, call: AttentionCall) -> None:
+            if layer >= middle and not taken and call.ranges.most_visible == length:
+                taken[layer] = call
+
+        with hf_sparse.observed(model, take):
+            model(ids[None], use_cache=False, logits_to_keep=1)
+        (layer, call), *_ = taken.items()
+        samplers = {"sdpa": lambda: {"seconds": timed(lambda: call, dense.sdpa, call.query.device)}}
+        for selector, alpha in DESIGNS:
+            state = LayerState(layer, hf_sparse.SparseAttentionConfig(selector=selector, alpha=alpha))
+            samplers[f"{selector} {alpha:g}"] = lambda state=state: {
+                "seconds": timed(lambda: call, lambda given: attend(state, given)[0], call.query.device)
+            }
+        for sampler in samplers.values():
+            sampler()
+        found = Rounds(args.repeats, 0.0).alternate(samplers)
+        facts = {"length": length, "layer": layer, "heads": call.query.shape[1], "kv_heads": call.key.shape[1]}
+        for name, samples in found.items():
+            append(args.output, {"kind": "time", **facts, "design": name, **samples, **args.about})
+
+
+def draw(folder: Path) -> None:
+    """The summary, and a panel for each length: time over dense against perplexity over dense."""
+    import matplotlib.pyplot as plt
+
+    losses: dict[tuple[int, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    times: dict[int, dict[str, list[float]]] = defaultdict(dict)
+    for record in records(folder):
+        if record["kind"] == "loss":
+            losses[record["length"], f"{record['selector']} {record['alpha']:g}"][record["text"]] = record
+        else:
+            times[record["length"]][record["design"]] = record["seconds"]
+    points = []
+    for (length, design), by_text in sorted(losses.items()):
+        selector, alpha = design.split()
+        if selector == "dense":
+            continue
+        base = losses[length, "dense 0"]
+        changes = {text: record["nll"] - base[text]["nll"] for text, record in by_text.items()}
+        point = {"length": length, "selector": selector, "alpha": float(alpha)}
+        point["perplexity_ratio"] = math.exp(statistics.mean(changes.values()))
+        point["texts"] = {text: math.exp(change) for text, change in changes.items()}
+        point["density"] = statistics.mean(record["density"] for record in by_text.values())
+        if design in times[length]:
+            ratios = [own / sdpa for own, sdpa in zip(times[length][design], times[length]["sdpa"], strict=True)]
+            point["time_ratio"] = statistics.median(ratios)
+            point["time_range"] = [min(ratios), max(ratios)]
+        points.append(point)
+    (folder / "summary.json").write_text(json.dumps({"points": points}, indent=1) + "\n")
+    lengths = sorted({point["length"] for point in points})
+    figure, axes = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False, sharey=True)
+    for axis, length in zip(axes[0], lengths, strict=True):
+        for selector, marker in (("grouped", "o"), ("shared", "s")):
+            own = [p for p in points if (p["length"], p["selector"]) == (length, selector) and "time_ratio" in p]
+            axis.plot(*zip(*((p["time_ratio"], p["perplexity_ratio"]) for p in own)), marker=marker, label=selector)
+            for p in own:
+                axis.annotate(f"{p['alpha']:g}", (p["time_ratio"], p["perplexity_ratio"]), fontsize=8)
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set(title=f"{length:,} tokens (numbers: alpha)", xlabel="time of a layer's prefill / dense")
+        axis.legend()
+    axes[0][0].set_ylabel("perplexity / dense")
+    figure.tight_layout()
+    figure.savefig(folder / "frontier.png", dpi=110)
+
+
+def main() -> None:
+    """Run one of the steps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("quality", "time", "draw"))
+    parser.add_argument("model", help="A model's id or folder; for draw, the folder of results.")
+    parser.add_argument("--text", action="append", help="A text file; may be repeated.")
+    parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], default=[4096])
+    parser.add_argument("--offset", type=int, default=0, help="Tokens of each text that are left out first.")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if args.step == "draw":
+        return draw(Path(args.model))
+    if not args.text or args.output is None:
+        parser.error(f"{args.step} needs --text and --output")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    args.about = {"model": Path(args.model).name, "threads": torch.get_num_threads(), "software": software()}
+    (quality if args.step == "quality" else time)(args, model)
+
+
+if __name__ == "__main__":
+    main()
