@@ -1,11 +1,11 @@
-"""Time against perplexity of the selectors that look for keys: which finds as good keys in less time?
+"""Time against perplexity of the selectors that look for keys: which finds good keys in less time?
 
 python scripts/frontier.py quality MODEL --text TEXT ... --lengths 4096,8192 --output FOLDER  # resumes
 python scripts/frontier.py time MODEL --text TEXT --lengths 4096,8192 --output FOLDER         # alone on the machine
 python scripts/frontier.py draw FOLDER
 
 `quality` reads each text once per selector and alpha, and compares the loss of the last tokens with dense attention's.
-`time` reads a text, takes the queries, keys and values of the layer in the middle, and times that layer's prefill beside
+`time` reads a text, takes the queries, keys and values of a layer in the middle, and times that layer's prefill beside
 PyTorch's causal `scaled_dot_product_attention` in the same rounds. Both append to FOLDER/records.jsonl; `draw` makes
 summary.json and frontier.png of them.
 """
@@ -15,6 +15,8 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from hf_sparse.call import AttentionCall
 from hf_sparse.measure.perplexity import token_nll
 from hf_sparse.results import software
 
-DESIGNS = [(selector, alpha) for selector in ("grouped", "shared") for alpha in (6.0, 8.0, 12.0, 16.0, 24.0)]
+SELECTORS = ("grouped", "shared")
 TARGETS = 1024
 """Tokens whose loss is compared, the last ones of a window."""
 
@@ -42,6 +44,11 @@ def windows(args: argparse.Namespace, length: int) -> dict[str, torch.Tensor]:
         ids = tokenizer(path.read_text()[: 8 * (args.offset + length)], return_tensors="pt").input_ids[0]
         found[path.name] = ids[args.offset : args.offset + length + 1]
     return found
+
+
+def designs(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """Every selector with every alpha."""
+    return [(selector, alpha) for selector in SELECTORS for alpha in args.alphas]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -63,7 +70,7 @@ def quality(args: argparse.Namespace, model: torch.nn.Module) -> None:
     done = {(r["length"], r["text"], r["selector"], r["alpha"]) for r in records(args.output) if r["kind"] == "loss"}
     for length in args.lengths:
         for text, ids in windows(args, length).items():
-            for selector, alpha in [("dense", 0.0), *DESIGNS]:
+            for selector, alpha in [("dense", 0.0), *designs(args)]:
                 if (length, text, selector, alpha) in done:
                     continue
                 nll, density = loss(model, ids, selector, alpha)
@@ -85,29 +92,39 @@ def loss(model: torch.nn.Module, ids: torch.Tensor, selector: str, alpha: float)
 def time(args: argparse.Namespace, model: torch.nn.Module) -> None:
     """Seconds of one layer's prefill by every design and by SDPA, in turn."""
     for length in args.lengths:
-        ids = next(iter(windows(args, length).values()))[:-1]
-        taken: dict[int, AttentionCall] = {}
-        middle = model.config.num_hidden_layers // 2
-
-        def take(layer: int, call: AttentionCall) -> None:
-            if layer >= middle and not taken and call.ranges.most_visible == length:
-                taken[layer] = call
-
-        with hf_sparse.observed(model, take):
-            model(ids[None], use_cache=False, logits_to_keep=1)
-        (layer, call), *_ = taken.items()
-        samplers = {"sdpa": lambda: {"seconds": timed(lambda: call, dense.sdpa, call.query.device)}}
-        for selector, alpha in DESIGNS:
+        layer, call = call_of_a_layer(model, next(iter(windows(args, length).values()))[:-1])
+        samplers = {"sdpa": sampler(call, dense.sdpa)}
+        for selector, alpha in designs(args):
             state = LayerState(layer, hf_sparse.SparseAttentionConfig(selector=selector, alpha=alpha))
-            samplers[f"{selector} {alpha:g}"] = lambda state=state: {
-                "seconds": timed(lambda: call, lambda given: attend(state, given)[0], call.query.device)
-            }
-        for sampler in samplers.values():
-            sampler()
-        found = Rounds(args.repeats, 0.0).alternate(samplers)
+            samplers[f"{selector} {alpha:g}"] = sampler(call, partial(attended, state))
+        for warm_up in samplers.values():
+            warm_up()
         facts = {"length": length, "layer": layer, "heads": call.query.shape[1], "kv_heads": call.key.shape[1]}
-        for name, samples in found.items():
+        for name, samples in Rounds(args.repeats, 0.0).alternate(samplers).items():
             append(args.output, {"kind": "time", **facts, "design": name, **samples, **args.about})
+
+
+def call_of_a_layer(model: torch.nn.Module, ids: torch.Tensor) -> tuple[int, AttentionCall]:
+    """The attention call of the first layer from the middle on that sees the whole text."""
+    taken: list[tuple[int, AttentionCall]] = []
+
+    def take(layer: int, call: AttentionCall) -> None:
+        if layer >= model.config.num_hidden_layers // 2 and not taken and call.ranges.most_visible == len(ids):
+            taken.append((layer, call))
+
+    with hf_sparse.observed(model, take):
+        model(ids[None], use_cache=False, logits_to_keep=1)
+    return taken[0]
+
+
+def sampler(call: AttentionCall, run: Callable[[AttentionCall], torch.Tensor]) -> Callable[[], dict[str, float]]:
+    """Seconds of one run, measured when called."""
+    return lambda: {"seconds": timed(lambda: call, run, call.query.device)}
+
+
+def attended(state: LayerState, call: AttentionCall) -> torch.Tensor:
+    """Sparse attention of one call."""
+    return attend(state, call)[0]
 
 
 def draw(folder: Path) -> None:
@@ -141,9 +158,10 @@ def draw(folder: Path) -> None:
     lengths = sorted({point["length"] for point in points})
     figure, axes = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False, sharey=True)
     for axis, length in zip(axes[0], lengths, strict=True):
-        for selector, marker in (("grouped", "o"), ("shared", "s")):
+        for selector, marker in zip(SELECTORS, "os", strict=True):
             own = [p for p in points if (p["length"], p["selector"]) == (length, selector) and "time_ratio" in p]
-            axis.plot(*zip(*((p["time_ratio"], p["perplexity_ratio"]) for p in own)), marker=marker, label=selector)
+            x, y = ([p[name] for p in own] for name in ("time_ratio", "perplexity_ratio"))
+            axis.plot(x, y, marker=marker, label=selector)
             for p in own:
                 axis.annotate(f"{p['alpha']:g}", (p["time_ratio"], p["perplexity_ratio"]), fontsize=8)
         axis.axhline(1.0, color="black", linewidth=0.8)
@@ -162,12 +180,16 @@ def main() -> None:
     parser.add_argument("model", help="A model's id or folder; for draw, the folder of results.")
     parser.add_argument("--text", action="append", help="A text file; may be repeated.")
     parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], default=[4096])
+    parser.add_argument(
+        "--alphas", type=lambda text: [float(part) for part in text.split(",")], default=[8.0, 12.0, 16.0]
+    )
     parser.add_argument("--offset", type=int, default=0, help="Tokens of each text that are left out first.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.step == "draw":
-        return draw(Path(args.model))
+        draw(Path(args.model))
+        return
     if not args.text or args.output is None:
         parser.error(f"{args.step} needs --text and --output")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()

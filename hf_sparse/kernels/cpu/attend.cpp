@@ -25,8 +25,9 @@ struct Call {
 
 constexpr int64_t RUNS = 3;
 constexpr int64_t CHUNK = 256; // keys that are gathered at a time
-constexpr int64_t TOGETHER = SHARING;                      // pairs that share loaded keys
-constexpr int64_t SUMMED = SHARING > 8 ? 8 : SHARING; // and values, a divisor
+constexpr int64_t SET = 2 * LANES; // pairs whose scores are found together, one in each lane of two registers
+constexpr int64_t KEYS = LANES > 8 ? 12 : 6; // keys whose scores are found together, as many as registers hold
+constexpr int64_t SUMMED = LANES > 8 ? 8 : 6; // pairs that share loaded values
 constexpr int64_t FEW = 4;    // pairs that read keys and values where they lie
 constexpr int64_t PART = 512; // places of the list that a thread takes where all threads share one group
 constexpr float LOWEST = -1e38f; // below every score
@@ -59,6 +60,7 @@ class Attention {
     // Attend to the places in [from, to) of the list.
     void attend(int64_t from, int64_t to) {
         find_used(from, to);
+        if (pairs > FEW && !scores) turn();
         const int64_t step = CHUNK / LANES;
         for (int64_t at = 0; at < used_count; at += step) {
             const int64_t count = std::min(step, used_count - at);
@@ -97,6 +99,7 @@ class Attention {
     const float *scores;
     const int64_t padded; // components of a value, a multiple of LANES
     float *highest_of, *total_of, *sum_of;
+    float *queries;
     int64_t *used; // tiles of `positions` from which some pair keeps a key
     int64_t used_count = 0;
 
@@ -190,33 +193,121 @@ class Attention {
         return to;
     }
 
+    // Queries, turned: (sets, dim, SET).
+    void turn() {
+        const int64_t dim = call.key.dim, sets = (pairs + SET - 1) / SET;
+        queries = scratch<float, 14>(sets * dim * SET);
+        std::fill(queries, queries + sets * dim * SET, 0.0f);
+        for (int64_t p = 0; p < pairs; p++) {
+            const float *query = call.query + at(p) * dim;
+            for (int64_t j = 0; j < dim; j++) queries[(p / SET * dim + j) * SET + p % SET] = query[j];
+        }
+    }
+
+    // The same for many pairs, which share copies of the keys and values.
     void attend_to_copies(int64_t from, int64_t count, const int64_t *own) {
         const int64_t width = count * LANES, dim = call.key.dim;
-        float *turned = scratch<float, 16>(CHUNK * dim);
-        if (!scores) turn_keys(call.key, batch, kv_head, own, width, turned);
-        float *values = scratch<float, 17>(CHUNK * padded), *buffer = scratch<float, 18>(call.value.dim);
+        const int64_t room = round_up(CHUNK, KEYS);
+        float *keys = scratch<float, 16>(room * dim), *values = scratch<float, 17>(CHUNK * padded);
+        float *buffer = scratch<float, 18>(std::max(dim, call.value.dim));
         for (int64_t i = 0; i < width; i++) {
-            if (i + VECTORS_AHEAD < width) call.value.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
+            if (i + VECTORS_AHEAD < width) {
+                call.key.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
+                call.value.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
+            }
+            const float *key = call.key.vector(batch, kv_head, own[i], buffer);
+            std::copy(key, key + dim, keys + i * dim);
             copied(call.value.vector(batch, kv_head, own[i], buffer), values + i * padded);
         }
-        float *weights = scratch<float, 19>(TOGETHER * CHUNK);
-        for (int64_t set = 0; set < pairs; set += TOGETHER) {
-            const int64_t number = std::min(TOGETHER, pairs - set);
-            if (!scores) {
-                const float *queries[TOGETHER];
-                for (int64_t p = 0; p < TOGETHER; p++) queries[p] = call.query + at(std::min(set + p, pairs - 1)) * dim;
-                turned_scores<TOGETHER>(queries, turned, dim, width, weights, CHUNK);
-            }
-            for (int64_t p = 0; p < number; p++) weigh(set + p, used + from, count, weights + p * CHUNK);
-            for (int64_t p = number; p < TOGETHER; p++) std::fill(weights + p * CHUNK, weights + (p + 1) * CHUNK, 0.0f);
+        float *weights = scratch<float, 19>(room * SET);
+        for (int64_t set = 0; set < pairs; set += SET) {
+            const int64_t number = std::min(SET, pairs - set);
+            if (scores)
+                take_scores(set, number, used + from, width, weights);
+            else
+                for (int64_t i = 0; i < width; i += KEYS) find_scores(queries + set * dim, keys + i * dim, dim, weights + i * SET);
+            weigh_set(set, number, used + from, width, weights);
             for (int64_t p = 0; p < number; p += SUMMED) {
                 const int64_t summed = std::min(SUMMED, number - p);
                 int64_t part = 0;
                 for (; padded - part >= 2 * LANES; part += 2 * LANES)
-                    add_values<2>(set + p, summed, weights + p * CHUNK, values, width, part);
-                if (part < padded) add_values<1>(set + p, summed, weights + p * CHUNK, values, width, part);
+                    add_values<2>(set + p, summed, weights + p, values, width, part);
+                if (part < padded) add_values<1>(set + p, summed, weights + p, values, width, part);
             }
         }
+    }
+
+    // Scores (KEYS, SET) of a set of pairs for as many keys.
+    static void find_scores(const float *queries, const float *keys, int64_t dim, float *out) {
+        Floats sums[KEYS][2] = {};
+        for (int64_t j = 0; j < dim; j++) {
+            const Floats low = load(queries + j * SET), high = load(queries + j * SET + LANES);
+            for (int64_t i = 0; i < KEYS; i++) {
+                const Floats key = all(keys[i * dim + j]);
+                sums[i][0] += low * key;
+                sums[i][1] += high * key;
+            }
+        }
+        for (int64_t i = 0; i < KEYS; i++) store(out + i * SET, sums[i][0]), store(out + i * SET + LANES, sums[i][1]);
+    }
+
+    // The same from `scores`.
+    void take_scores(int64_t set, int64_t number, const int64_t *places, int64_t width, float *out) const {
+        for (int64_t p = 0; p < number; p++)
+            for (int64_t i = 0; i < width; i++)
+                out[i * SET + p] = scores[(set + p) * call.width + places[i / LANES] + i % LANES];
+    }
+
+    // Scores -> weights of the kept keys of a set of pairs, (width, SET), relative to the highest score so far.
+    void weigh_set(int64_t set, int64_t number, const int64_t *places, int64_t width, float *weights) {
+        const float softcap = float(call.softcap);
+        float *kept_of = nullptr; // 1 and 0, (width, SET), unless all pairs keep all keys
+        if (!all_keep(set, number, places, width)) kept_of = kept_by(set, number, places, width);
+        for (int64_t half = 0; half < SET; half += LANES) {
+            Floats most = all(-INFINITY);
+            for (int64_t i = 0; i < width; i++) {
+                Floats score = load(weights + i * SET + half);
+                if (softcap > 0) score = capped(score, softcap);
+                if (kept_of) score = load(kept_of + i * SET + half) > 0 ? score : all(-INFINITY);
+                store(weights + i * SET + half, score);
+                most = larger(most, score);
+            }
+            Floats base;
+            for (int64_t p = 0; p < LANES; p++) {
+                if (half + p < number) raise(set + half + p, most[p]);
+                base[p] = half + p < number ? highest_of[set + half + p] * LOG2_E : INFINITY;
+            }
+            Floats total{};
+            for (int64_t i = 0; i < width; i++) {
+                const Floats score = load(weights + i * SET + half);
+                // Where no key was kept yet the difference is NaN, and the weight 0.
+                const Floats weight = score > all(LOWEST) ? exp2<false>(score * LOG2_E - base) : Floats{};
+                store(weights + i * SET + half, weight);
+                total += weight;
+            }
+            for (int64_t p = 0; p < LANES && half + p < number; p++) total_of[set + half + p] += total[p];
+        }
+    }
+
+    bool all_keep(int64_t set, int64_t number, const int64_t *places, int64_t width) const {
+        if (!runs || number < SET) return false;
+        const int64_t first = places[0], stop = places[width / LANES - 1] + LANES;
+        for (int64_t p = set; p < set + number; p++) {
+            const int64_t *run = runs + p * RUNS * 2;
+            if (run[2 * RUNS - 2] > first || run[2 * RUNS - 1] < stop) return false;
+        }
+        return true;
+    }
+
+    float *kept_by(int64_t set, int64_t number, const int64_t *places, int64_t width) const {
+        float *out = scratch<float, 24>(CHUNK * SET);
+        std::fill(out, out + width * SET, 0.0f);
+        for (int64_t p = 0; p < number; p++)
+            for (int64_t i = 0; i < width; i += LANES) {
+                const Ints yes = kept(set + p, places[i / LANES]);
+                for (int64_t j = 0; j < LANES; j++) out[(i + j) * SET + p] = yes[j] ? 1.0f : 0.0f;
+            }
+        return out;
     }
 
     // Scores -> weights of the allowed keys, relative to the highest score so far.
@@ -260,7 +351,7 @@ class Attention {
             Floats value[parts];
             for (int j = 0; j < parts; j++) value[j] = load(values + i * padded + part + j * LANES);
             for (int64_t p = 0; p < SUMMED; p++)
-                for (int j = 0; j < parts; j++) sums[p][j] += value[j] * weights[p * CHUNK + i];
+                for (int j = 0; j < parts; j++) sums[p][j] += value[j] * weights[i * SET + p];
         }
         for (int64_t p = 0; p < number; p++)
             for (int j = 0; j < parts; j++) {
