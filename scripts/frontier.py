@@ -30,6 +30,7 @@ from hf_sparse.bench.timing import Rounds, timed
 from hf_sparse.call import AttentionCall
 from hf_sparse.measure.perplexity import token_nll
 from hf_sparse.results import software
+from hf_sparse.results.tables import markdown_table
 
 SELECTORS = ("grouped", "shared")
 TARGETS = 1024
@@ -139,13 +140,13 @@ def draw(folder: Path) -> None:
         else:
             times[record["length"]][record["design"]] = record["seconds"]
     points = []
-    for (length, design), by_text in sorted(losses.items()):
+    for (length, design), by_text in losses.items():
         selector, alpha = design.split()
         if selector == "dense":
             continue
         base = losses[length, "dense 0"]
         changes = {text: record["nll"] - base[text]["nll"] for text, record in by_text.items()}
-        point = {"length": length, "selector": selector, "alpha": float(alpha)}
+        point: dict[str, Any] = {"length": length, "selector": selector, "alpha": float(alpha)}
         point["perplexity_ratio"] = math.exp(statistics.mean(changes.values()))
         point["texts"] = {text: math.exp(change) for text, change in changes.items()}
         point["density"] = statistics.mean(record["density"] for record in by_text.values())
@@ -154,6 +155,8 @@ def draw(folder: Path) -> None:
             point["time_ratio"] = statistics.median(ratios)
             point["time_range"] = [min(ratios), max(ratios)]
         points.append(point)
+    points.sort(key=lambda point: (point["length"], point["selector"], point["alpha"]))
+    (folder / "tables.md").write_text(table(points))
     (folder / "summary.json").write_text(json.dumps({"points": points}, indent=1) + "\n")
     lengths = sorted({point["length"] for point in points})
     figure, axes = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False, sharey=True)
@@ -171,6 +174,22 @@ def draw(folder: Path) -> None:
     axes[0][0].set_ylabel("perplexity / dense")
     figure.tight_layout()
     figure.savefig(folder / "frontier.png", dpi=110)
+
+
+def table(points: list[dict[str, Any]]) -> str:
+    """What was found, a line for each length, selector and alpha."""
+    header = ("tokens", "selector", "alpha", "density", "perplexity / dense", "by text", "time / dense")
+    lines = []
+    for p in points:
+        by_text = ", ".join(f"{ratio:.4f}" for ratio in p["texts"].values())
+        took = (
+            f"{p['time_ratio']:.2f} ({p['time_range'][0]:.2f} to {p['time_range'][1]:.2f})"
+            if "time_ratio" in p
+            else "-"
+        )
+        facts = (f"{p['length']:,}", p["selector"], f"{p['alpha']:g}", f"{p['density']:.3f}")
+        lines.append((*facts, f"{p['perplexity_ratio']:.4f}", by_text, took))
+    return markdown_table(header, lines, left=(1,)) + "\n"
 
 
 def main() -> None:

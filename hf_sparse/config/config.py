@@ -37,8 +37,9 @@ class SparseAttentionConfig:
         sink_keys: First visible keys that are always kept, counted in the budget.
         recent_keys: Most recent visible keys that are always kept, counted in the budget. Where the budget is
             smaller than `sink_keys + recent_keys`, the recent keys go first.
-        selector: `"grouped"` (neighbouring queries share candidate keys), `"topk"` (exact, for each query), `"window"`
-            (sinks and the most recent keys), or a `Selector` of your own.
+        selector: `"grouped"` (neighbouring queries share candidate keys), `"shared"` (they keep the same past keys:
+            faster, and for the same quality about twice as many), `"topk"` (exact, for each query), `"window"` (sinks
+            and the most recent keys), or a `Selector` of your own.
         engine: `"auto"` (the fastest that can take a call), `"cpu"` (compiled kernels; files of earlier releases say
             `"native"`), `"triton"` (kernels for GPUs), `"gather"` (any device), `"reference"` (dense, masked: the
             specification), or an `Engine` of your own.
