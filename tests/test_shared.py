@@ -246,13 +246,15 @@ def test_threads_change_nothing(q_len: int) -> None:
 @both_ways
 @pytest.mark.parametrize("q_len", [1, BLOCK_QUERIES])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-def test_keys_that_are_no_numbers_do_not_hold_a_call_up(select: Select, q_len: int, number: float) -> None:
-    call = calls.inputs(calls.causal_intervals(q_len, 500), 500, dim=16)
-    key = call.key.clone()
-    key[:, :, 100:103] = number
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_what_is_no_number_does_not_hold_a_call_up(
+    select: Select, softcap: float | None, number: float, q_len: int
+) -> None:
+    call = calls.inputs(calls.causal_intervals(q_len, 500), 500, dim=16, softcap=softcap)
+    key, query = call.key.clone(), call.query.clone()
+    key[:, :, 100:103] = query[:, 0, -1] = number
     budgets = torch.full((2, 1, q_len), 90)
-    for softcap in (None, 1.5):
-        changed = replace(call, key=key, softcap=softcap)
+    for changed in (replace(call, key=key), replace(call, query=query)):
         assert_sound(select(changed, budgets), changed, budgets)
 
 

@@ -123,7 +123,8 @@ template <int count> struct RoundedQueries {
             scales[p] = most / QUERY_MOST * LOG2_E;
             int32_t total = 0;
             for (int64_t i = 0; i < dim; i++) {
-                const int32_t part = query ? int32_t(std::nearbyint(query[i] * inverse)) : 0;
+                const float exact = query ? std::nearbyint(query[i] * inverse) : 0.0f;
+                const int32_t part = std::fabs(exact) <= QUERY_MOST ? int32_t(exact) : 0; // 0 for NaN
                 total += part;
                 parts[(i / 4 * count + p) * 4 + i % 4] = int8_t(part);
             }
