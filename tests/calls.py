@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from hf_sparse import SparseAttentionConfig, engines
 from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.selectors import Selector, find_selector
+from hf_sparse.selectors.importance import PERIOD, WINDOW
 
 
 def causal_intervals(
@@ -231,6 +234,94 @@ def _highest(values: Tensor, positions: Tensor, number: int) -> Tensor:
 def quantised(states: Tensor) -> Tensor:
     """Vectors as they are after quantisation to 8 bits with a scale of their own."""
     scale = (states.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return (states / scale).round() * scale
+
+
+def select_shared(
+    call: AttentionCall,
+    budgets: Tensor,
+    sink_keys: int,
+    recent_keys: int,
+    size: int,
+    exp2: Callable[[Tensor], Tensor] = torch.exp2,
+) -> Tensor:
+    """The specification of the shared selector: bool `(batch, heads, q_len, kv_len)`.
+
+    Args:
+        call: Queries that form blocks of `size`.
+        budgets: int64 `(batch, heads or 1, q_len)`.
+        sink_keys: As in the configuration.
+        recent_keys: The same.
+        size: Queries in a block.
+        exp2: What weights are formed with: `torch.exp2`, or `rough_exp2`.
+    """
+    out = torch.zeros(*call.query.shape[:3], call.key.shape[2], dtype=torch.bool)
+    budgets = budgets.expand(call.query.shape[:3])
+    for b in range(len(out)):
+        for start in range(0, call.query.shape[2], size):
+            queries = [i for i in range(start, start + size) if call.visible[b, i] > 0]
+            for kv_head in range(call.key.shape[1] if queries else 0):
+                heads = range(kv_head * call.group_size, (kv_head + 1) * call.group_size)
+                pairs = [(head, i) for head in heads for i in queries]
+                _share(call, budgets, sink_keys, recent_keys, b, pairs, exp2, out)
+    return out
+
+
+def _share(
+    call: AttentionCall,
+    budgets: Tensor,
+    sink_keys: int,
+    recent_keys: int,
+    b: int,
+    pairs: list[tuple[int, int]],
+    exp2: Callable[[Tensor], Tensor],
+    out: Tensor,
+) -> None:
+    """What the pairs of one block keep."""
+    seen = {i: call.intervals[b, 0, i].tolist() for _, i in pairs}
+    last = max(stop for _, stop in seen.values())
+    past_start = min(max(first for first, _ in seen.values()) + sink_keys, last)
+    past_stop = max(min(stop for _, stop in seen.values()) - max(1, recent_keys), past_start)
+    past = range(past_start, past_stop)
+    importance = torch.zeros(call.key.shape[2], dtype=torch.float64)
+    if past:
+        key = rounded(call.key[b, pairs[0][0] // call.group_size], 7)
+        for head, i in pairs:
+            scores = key @ rounded(call.query[b, head, i] * call.scaling, 63)
+            if call.softcap is not None:
+                scores = call.softcap * (scores / call.softcap).tanh()
+            importance[past] += _weights(scores / math.log(2), seen[i], past, exp2)
+    best = _highest(importance, torch.arange(past_start, past_stop), len(past)).tolist()
+    for head, i in pairs:
+        first, stop = seen[i]
+        recent = range(stop - 1, stop - 1 - recent_keys, -1)
+        order = [*recent, *range(first, first + sink_keys), *range(stop - 1, past_stop - 1, -1), *best]
+        order += range(first, past_start)
+        order = [j for j in dict.fromkeys(order) if first <= j < stop]
+        out[b, head, i, order[: budgets[b, head, i]]] = True
+
+
+def _weights(scores: Tensor, seen: list[int], past: range, exp2: Callable[[Tensor], Tensor]) -> Tensor:
+    """The attention weights of one pair for the keys of the past, by scores to the base 2.
+
+    Of a long past, the keys of every window stand for all of it in the sum that weights are relative to. As that is an
+    estimate, no weight counts for more than 1.
+    """
+    looked_at = [j for j in past if len(past) <= PERIOD or (j - past.start) % PERIOD < WINDOW]
+    near = [*range(seen[0], past.start), *range(past.stop, seen[1])]
+    most = scores[near + looked_at].max()
+    total = exp2(scores[near] - most).sum() + exp2(scores[looked_at] - most).sum() * len(past) / len(looked_at)
+    return exp2((scores[past] - most - total.log2()).clamp(max=0))
+
+
+def rough_exp2(x: Tensor) -> Tensor:
+    """2^x, on a straight line between any two powers of two (Schraudolph, 1999)."""
+    return x.floor().exp2() * (1 + x - x.floor())
+
+
+def rounded(states: Tensor, most: int) -> Tensor:
+    """Vectors as they are after rounding to whole numbers up to `most`, with a scale of their own, in float64."""
+    scale = (states.double().abs().amax(-1, keepdim=True) / most).clamp(min=1e-30)
     return (states / scale).round() * scale
 
 

@@ -464,7 +464,9 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize(("name", "selector"), [("llama", "grouped"), ("llama", "topk"), ("gemma3", "grouped")])
+@pytest.mark.parametrize(
+    ("name", "selector"), [("llama", "grouped"), ("llama", "shared"), ("llama", "topk"), ("gemma3", "shared")]
+)
 def test_the_same_tokens_as_with_the_stock_cache(name: str, selector: str, generation: str) -> None:
     model = sparse_model(name, selector)
     expected = generated(model, cache_implementation="dynamic", **GENERATIONS[generation])
@@ -499,10 +501,11 @@ def test_training_is_as_with_the_stock_cache() -> None:
     assert {type(layer) for layer in out.past_key_values.layers} == {DynamicLayer}
 
 
+@pytest.mark.parametrize("selector", ["grouped", "shared"])
 @pytest.mark.parametrize("left", [0, 37])
-def test_decoding_selects_alike_with_any_cache(left: int) -> None:
-    """One query with keys in 8 bits that the cache keeps, and with such as are made anew: the same output."""
-    state = hf_sparse.attention.LayerState(0, replace(SPARSE, min_keys=16))
+def test_decoding_selects_alike_with_any_cache(left: int, selector: str) -> None:
+    """One query with rounded keys that the cache keeps, and with such as are made anew: the same output."""
+    state = hf_sparse.attention.LayerState(0, replace(SPARSE, min_keys=16, selector=selector))
     layer = SparseLayer()
     cache = Cache(layers=[layer])
     layer.update(*states(6000 + left))

@@ -138,10 +138,12 @@ def test_invariant_03_padding_in_bfloat16(name: str, selector: str) -> None:
 
 
 @every_side
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_invariant_03_padding_of_long_texts(name: str, side: str) -> None:
-    """Long enough for the grouped selector to choose between many keys by aggregated scores."""
-    model = hf_sparse.patch(tiny.model(name, max_position_embeddings=1024), SPARSE, alpha=1.0, selector="grouped")
+@pytest.mark.parametrize(
+    ("name", "selector"), [("llama", "grouped"), ("gpt2", "grouped"), ("gemma3", "shared"), ("gpt2", "shared")]
+)
+def test_invariant_03_padding_of_long_texts(name: str, selector: str, side: str) -> None:
+    """Long enough for queries that share keys to choose between many."""
+    model = hf_sparse.patch(tiny.model(name, max_position_embeddings=1024), SPARSE, alpha=1.0, selector=selector)
     padded, alone = padding_errors(model, side, [900, 637])
     assert_same(padded, alone)
 
@@ -184,14 +186,15 @@ def test_invariant_04_a_few_tokens_at_a_time(name: str, selector: str, cache: st
 
 
 @every_cache
+@pytest.mark.parametrize("selector", ["grouped", "shared"])
 @every_architecture
-def test_invariant_04_grouped_has_the_same_budgets(name: str, cache: str) -> None:
+def test_invariant_04_neighbours_have_the_same_budgets(name: str, selector: str, cache: str) -> None:
     """Queries of a group choose together, alone they choose alone: how many keys they keep is the same."""
     ids, mask, _ = tiny.padded([100, 70], "left")
-    model = sparse_model(name, "grouped")
+    model = sparse_model(name, selector)
     one_pass = tiny.logits(model, ids, mask)
     counted = [(row["rows"], row["mean_keys"]) for row in hf_sparse.report(model).rows]
-    hf_sparse.patch(hf_sparse.unpatch(model), SPARSE, selector="grouped")
+    hf_sparse.patch(hf_sparse.unpatch(model), SPARSE, selector=selector)
     stepped = step_by_step(model, ids, mask, cache, [60, *[1] * 40])
     assert [(row["rows"], row["mean_keys"]) for row in hf_sparse.report(model).rows] == counted
     # No promise on the values, but they are those of one model and not of two.
@@ -378,7 +381,7 @@ def real_model() -> tuple[PreTrainedModel, Tensor]:
 
 @pytest.mark.real
 @pytest.mark.skipif(importlib.util.find_spec(REAL) is None, reason=f"{REAL} is not installed")
-@pytest.mark.parametrize("selector", ["topk", "grouped"])
+@pytest.mark.parametrize("selector", ["topk", "grouped", "shared"])
 def test_invariant_08_on_a_real_model(real_model: tuple[PreTrainedModel, Tensor], selector: str) -> None:
     model, ids = real_model
     masses: dict[float, list[float]] = {0.2: [], 0.1: [], 0.05: []}

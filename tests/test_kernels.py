@@ -218,11 +218,16 @@ def attended(q_len: int) -> tuple[Tensor, Tensor]:
 @needs_kernels
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86")
 @pytest.mark.parametrize(("flags", "lanes"), [("-mno-avx512f", {4, 8}), ("-mno-avx512f -mno-avx2", {4})])
-def test_processors_with_smaller_registers_do_the_same(flags: str, lanes: set[int], tmp_path: Path) -> None:
+def test_processors_with_smaller_registers_do_the_same(
+    flags: str, lanes: set[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     compiler = f"{os.environ.get('CXX') or 'c++'} {flags}"
-    environment = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path), "CXX": compiler}
-    subprocess.run([sys.executable, "-c", NARROW, tmp_path / "found"], env=environment, check=True, cwd=Path.cwd())
-    side_by_side, found = torch.load(tmp_path / "found")
+    out = tmp_path_factory.mktemp("narrow") / "found"
+    # Compiled once for all tests that take these flags.
+    compiled_at = str(tmp_path_factory.getbasetemp() / "kernels")
+    environment = {**os.environ, "HF_ASSETS_CACHE": compiled_at, "CXX": compiler}
+    subprocess.run([sys.executable, "-c", NARROW, out], env=environment, check=True, cwd=Path.cwd())
+    side_by_side, found = torch.load(out)
     assert side_by_side in lanes
     for q_len, (mask, out) in zip((1, 128), found, strict=True):
         expected, expected_out = attended(q_len)

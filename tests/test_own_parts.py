@@ -298,7 +298,9 @@ def test_records_name_code_and_files_cannot_hold_it() -> None:
     assert set(config.code) == {"law", "selector", "engine"}
     with pytest.raises(ValueError, match="law must be one of power, fixed, fraction, log"):
         hf_sparse.SparseAttentionConfig.from_dict(said)
-    with pytest.raises(ValueError, match="selector must be one of grouped, topk, window, or a Selector of your own"):
+    with pytest.raises(
+        ValueError, match="selector must be one of grouped, shared, topk, window, or a Selector of your own"
+    ):
         hf_sparse.SparseAttentionConfig.from_dict({**said, "law": "power", "engine": "auto"})
 
 
@@ -313,7 +315,7 @@ def test_the_same_selector_twice_is_one_configuration() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("best", "selector must be one of grouped, topk, window, or path/to/file.py:ClassName; got 'best'"),
+        ("best", "selector must be one of grouped, shared, topk, window, or path/to/file.py:ClassName; got 'best'"),
         ("nowhere.py:KeyNorm", "there is no file 'nowhere.py'"),
         (f"{EXAMPLES}/key_norm.py:Nothing", "defines no 'Nothing'"),
         (f"{EXAMPLES}/key_norm.py:Tensor", "must be a hf_sparse.Selector; got"),

@@ -14,8 +14,9 @@ from torch import Tensor
 from hf_sparse import SparseAttentionConfig
 from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.kernels.quantised import QuantisedKeys
-from hf_sparse.selectors import SELECTORS, aggregation, compiled
-from hf_sparse.selectors.grouped import GROUP_QUERIES
+from hf_sparse.selectors import SELECTORS, aggregation
+from hf_sparse.selectors.grouped import GROUP_QUERIES, Grouped
+from hf_sparse.selectors.shared import Shared
 from tests import calls
 
 INTERVALS = {
@@ -35,20 +36,22 @@ LENGTHS_OF = {
 }
 
 
-WITHOUT_KERNELS = "grouped without kernels"
+WITHOUT_KERNELS = {"grouped without kernels": Grouped, "shared without kernels": Shared}
 
 
-@pytest.fixture(params=[*SELECTORS, WITHOUT_KERNELS])
+@pytest.fixture(params=[*SELECTORS, *WITHOUT_KERNELS])
 def selector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of each selector; of the grouped one twice, for PyTorch looks for keys where there are no kernels."""
+    """The name of each selector; of those with kernels twice, for PyTorch looks for keys where there are none."""
     name: str = request.param
-    if name == WITHOUT_KERNELS:
-        monkeypatch.setattr(compiled, "unsupported_reason", lambda _: "a test wants none")
-        return "grouped"
-    return name
+    if name not in WITHOUT_KERNELS:
+        return name
+    monkeypatch.setattr(WITHOUT_KERNELS[name], "uncompiled_reason", lambda *_: "a test wants none")
+    return WITHOUT_KERNELS[name].name
 
 
-every_way_of_grouped = pytest.mark.parametrize("selector", ["grouped", WITHOUT_KERNELS], indirect=True)
+ways_of_grouped, ways_of_shared = ([name, f"{name} without kernels"] for name in ("grouped", "shared"))
+every_way_of_grouped = pytest.mark.parametrize("selector", ways_of_grouped, indirect=True)
+every_way_of_sharing = pytest.mark.parametrize("selector", [*ways_of_grouped, *ways_of_shared], indirect=True)
 # What the fixture `selector` changes stays the same for all examples.
 with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -156,14 +159,11 @@ def test_of_equal_scores_the_most_recent_key_wins(selector: str, dtype: torch.dt
     assert torch.equal(grouped, expected)
 
 
-@every_way_of_grouped
+@every_way_of_sharing
 @with_fixture
-@given(problems("grouped"))
-def test_grouped_keeps_the_recent_keys_of_every_row(
-    selector: str,
-    problem: tuple[AttentionCall, Tensor, SparseAttentionConfig],
-) -> None:
-    call, budgets, config = problem
+@given(data=st.data())
+def test_neighbours_keep_the_recent_keys_of_every_row(selector: str, data: st.DataObject) -> None:
+    call, budgets, config = problem = data.draw(problems(selector))
     mask = select(problem).mask(call.query.shape[1], call.key.shape[2])
     position = torch.arange(call.key.shape[2])
     stop = call.intervals[..., 1:].long()
@@ -204,7 +204,7 @@ def test_grouped_is_topk_where_nothing_is_shared(selector: str, kind: str) -> No
     assert torch.equal(grouped, topk)
 
 
-@every_way_of_grouped
+@every_way_of_sharing
 def test_the_blocks_of_rows_of_a_call_share_its_quantised_keys(selector: str) -> None:
     """What earlier queries left behind, or a cache kept, changes nothing."""
     q_len, kv_len = 3 * GROUP_QUERIES, 1500
@@ -221,7 +221,7 @@ def test_the_blocks_of_rows_of_a_call_share_its_quantised_keys(selector: str) ->
         assert torch.equal(alone, shared)
 
 
-@every_way_of_grouped
+@every_way_of_sharing
 @pytest.mark.parametrize("pad", [0, 100])
 @pytest.mark.parametrize("wanted", [5, 1400, 2900])
 def test_the_one_key_is_found(selector: str, wanted: int, pad: int) -> None:
@@ -237,9 +237,9 @@ def test_the_one_key_is_found(selector: str, wanted: int, pad: int) -> None:
     assert mask[..., wanted].all()
 
 
-@every_way_of_grouped
+@every_way_of_sharing
 @pytest.mark.parametrize("kv_len", [400, 3000])
-def test_grouped_ranks_by_what_its_rows_attend_to(selector: str, kv_len: int) -> None:
+def test_neighbours_keep_what_they_attend_to_together(selector: str, kv_len: int) -> None:
     """A key that every query of the group wants is kept by every query."""
     call = calls.inputs(calls.causal_intervals(GROUP_QUERIES, kv_len), kv_len)
     key = call.key.clone()
@@ -264,9 +264,9 @@ def test_sinks_are_kept_by_every_selector(selector: str) -> None:
     assert mask[1, ..., 37:41].all()
 
 
-@every_way_of_grouped
+@every_way_of_sharing
 @pytest.mark.parametrize("kv_len", [400, 3000])
-def test_grouped_keeps_the_sinks(selector: str, kv_len: int) -> None:
+def test_neighbours_keep_their_sinks(selector: str, kv_len: int) -> None:
     call = calls.inputs(calls.causal_intervals(GROUP_QUERIES, kv_len, left=(0, 37)), kv_len)
     config = SparseAttentionConfig(sink_keys=4, recent_keys=8)
     budgets = torch.full((2, 1, GROUP_QUERIES), GROUP_QUERIES + 8 + 4)

@@ -63,9 +63,10 @@ def test_training_with_checkpoints(name: str, selector: str) -> None:
     assert any("attn" in parameter for parameter in again)
 
 
-def test_training_lowers_the_loss() -> None:
+@pytest.mark.parametrize("selector", ["grouped", "shared"])
+def test_training_lowers_the_loss(selector: str) -> None:
     ids = tiny.tokens(2, 40)
-    model = sparse_model("llama", "grouped").train()
+    model = sparse_model("llama", selector).train()
     optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if "self_attn" in name], lr=1e-2)
     losses = []
     for _ in range(15):

@@ -67,7 +67,8 @@ def moved(call: AttentionCall) -> AttentionCall:
 
 
 def placed(selection: Selection) -> Selection:
-    return replace(selection, positions=selection.positions.to(DEVICE), allowed=selection.allowed.to(DEVICE))
+    positions, allowed = (x.to(DEVICE) for x in (selection.positions, selection.allowed))
+    return Selection(positions, allowed, selection.queries_per_group, selection.per_head)
 
 
 def check(call: AttentionCall, selection: Selection) -> None:
@@ -180,7 +181,7 @@ def test_strides_do_not_matter() -> None:
     check(odd, replace(selection, allowed=wide, positions=selection.positions.mT.contiguous().mT))
 
 
-@pytest.mark.parametrize("selector", ["grouped", "topk", "window"])
+@pytest.mark.parametrize("selector", ["grouped", "shared", "topk", "window"])
 def test_selections_of_the_selectors(selector: str) -> None:
     call = calls.inputs(calls.causal_intervals(16, 130, left=(0,), right=(0,)), 130)
     config = SparseAttentionConfig(sink_keys=2, recent_keys=8)

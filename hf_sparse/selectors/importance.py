@@ -3,7 +3,7 @@
 Attention weights of all pairs are summed, as SnapKV (arXiv 2404.14469) sums those of a window of queries. Products are
 those of 4-bit keys (as SALE estimates weights, arXiv 2505.24179) with queries of 7 bits, each with a scale of its own.
 What a pair's weights are relative to, the sum over all keys that it sees, is estimated: of the past, from `WINDOW`
-neighbouring keys in every `PERIOD`.
+neighbouring keys in every `PERIOD`. No weight counts for more than 1.
 
 PyTorch does this here, and the compiled kernels for CPUs the same with the same numbers.
 """
@@ -89,7 +89,7 @@ def rounded(states: Tensor, most: int) -> Tensor:
 
 def _codes(states: Tensor, most: int) -> tuple[Tensor, Tensor]:
     largest = states.abs().amax(-1)
-    inverse = torch.where(largest > 0, most / largest, 0)
+    inverse = torch.where(largest > 0, torch.full_like(largest, most) / largest, 0)  # a number / a tensor rounds twice
     return (states * inverse[..., None]).round(), largest / most
 
 

@@ -112,7 +112,7 @@ def _most_important(pairs: Tensor, call: AttentionCall, layout: BlockLayout) -> 
     The most important first, of equal ones the most recent. Where a block keeps fewer, any positions follow.
     """
     wanted = layout.ranked.amax(-1, keepdim=True)
-    if bool((wanted >= layout.past_size).all()):
+    if not bool(((layout.ranked > 0) & (layout.ranked < layout.past_size)).any()):
         return layout.edge_stop + torch.arange(layout.most_ranked, device=wanted.device).expand(*wanted.shape[:3], -1)
     values = importance(pairs, call, layout)
     position = torch.arange(values.shape[-1], device=values.device)

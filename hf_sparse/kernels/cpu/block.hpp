@@ -53,6 +53,7 @@ class Block {
     int64_t past_start, past_stop;  // the past
     int64_t local_start, last_stop; // the positions in [local_start, last_stop) are near
     int64_t most_ranked = 0;        // keys of the past that some pair keeps
+    int64_t least_ranked = INT64_MAX; // the same of the pair that keeps the fewest, but any
 
     Block(const Call &call, int64_t index) : call(call) {
         const int64_t block = index % call.blocks(), kv_head = index / call.blocks() % call.kv_heads;
@@ -78,8 +79,8 @@ class Block {
     // The soft cap of scores to the base 2; 0 for none.
     float softcap() const { return float(call.softcap * LOG2_E); }
 
-    // Whether the past must be ranked, because not all of its keys are wanted.
-    bool ranking_wanted() const { return most_ranked > 0 && most_ranked < past_size(); }
+    // Whether the past must be ranked, because some pair wants a part of it.
+    bool ranking_wanted() const { return least_ranked < past_size(); }
     int64_t first_tile() const { return past_start / TILE; }
     int64_t last_tile() const { return (past_stop + TILE - 1) / TILE; }
 
@@ -136,6 +137,7 @@ class Block {
         pair.ranked = std::min(left, past_size());
         pair.first_stop = pair.first + sinks + left - pair.ranked;
         most_ranked = std::max(most_ranked, pair.ranked);
+        if (pair.ranked > 0) least_ranked = std::min(least_ranked, pair.ranked);
     }
 
     // The place of a near or first key in the list.
@@ -160,17 +162,14 @@ class Block {
             uint32_t chosen = bits(among_best(load(values + i), bound));
             for (; chosen; chosen &= chosen - 1) *next++ = from + i + __builtin_ctz(chosen);
         }
-        int64_t least = most_ranked; // that any pair keeps
-        for (const Pair &pair : pairs)
-            if (pair.ranked > 0) least = std::min(least, pair.ranked);
-        if (least == most_ranked) return;
+        if (least_ranked == most_ranked) return;
         const auto before = [&](int64_t a, int64_t b) { // of equal ones the most recent
             const int32_t left = values[a - from], right = values[b - from];
             return left != right ? left > right : a > b;
         };
-        std::nth_element(ranked, ranked + least, next, before);
-        std::sort(ranked, ranked + least);
-        std::sort(ranked + least, next, before);
+        std::nth_element(ranked, ranked + least_ranked, next, before);
+        std::sort(ranked, ranked + least_ranked);
+        std::sort(ranked + least_ranked, next, before);
     }
 };
 

@@ -29,7 +29,8 @@ extern "C" void hfs_encode(const States *key, const QuantisedKeys *out, int64_t 
             const float inverse = most > 0 ? HIGHEST / most : 0.0f;
             uint8_t *tile = codes.bytes + position / TILE * TILE * dim / 2 + position % TILE * 4;
             for (int64_t i = 0; i < dim; i++) {
-                const int32_t code = ZERO + int32_t(std::nearbyint(vector[i] * inverse));
+                const float part = std::nearbyint(vector[i] * inverse);
+                const int32_t code = ZERO + (std::fabs(part) <= HIGHEST ? int32_t(part) : 0); // 0 for NaN
                 uint8_t &byte = tile[i / 8 * TILE * 4 + i % 4];
                 byte = i / 4 % 2 ? uint8_t((byte & 15) | code << 4) : uint8_t((byte & 240) | code);
             }

@@ -61,7 +61,7 @@ inline void add_products(const uint8_t *keys, const int8_t *queries, int64_t fou
 #endif
             }
         }
-#elif defined(__AVXVNNI__)
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
     for (int64_t i = 0; i < fours; i++)
         for (int t = 0; t < tiles; t++) {
             const __m256i *at = reinterpret_cast<const __m256i *>(key_at(t, i));
@@ -72,7 +72,7 @@ inline void add_products(const uint8_t *keys, const int8_t *queries, int64_t fou
                 sums[t][p][1] = (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums[t][p][1], high, query);
             }
         }
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
     const __m256i ones = _mm256_set1_epi16(1);
     for (int64_t from = 0; from < fours; from += SEGMENT) {
         __m256i halves[tiles][count][2];
@@ -123,7 +123,8 @@ template <int count> struct RoundedQueries {
             scales[p] = most / QUERY_MOST * LOG2_E;
             int32_t total = 0;
             for (int64_t i = 0; i < dim; i++) {
-                const int32_t part = query ? int32_t(std::nearbyint(query[i] * inverse)) : 0;
+                const float exact = query ? std::nearbyint(query[i] * inverse) : 0.0f;
+                const int32_t part = std::fabs(exact) <= QUERY_MOST ? int32_t(exact) : 0; // 0 for NaN
                 total += part;
                 parts[(i / 4 * count + p) * 4 + i % 4] = int8_t(part);
             }

@@ -1,0 +1,413 @@
+"""The shared selector: compiled and by PyTorch, against plain loops; its keys in 4 bits; and what attends to it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from hf_sparse import SparseAttentionConfig
+from hf_sparse.call import AttentionCall, Selection, SharedSelection
+from hf_sparse.kernels import cpu
+from hf_sparse.kernels.quantised import QuantisedKeys
+from hf_sparse.selectors import importance
+from hf_sparse.selectors.importance import PERIOD, WINDOW
+from hf_sparse.selectors.shared import BLOCK_QUERIES, Shared
+from tests import calls
+from tests.test_kernels import KINDS
+
+needs_kernels = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=str(cpu.unsupported_reason()))
+CONFIG = SparseAttentionConfig(sink_keys=3, recent_keys=10)
+# Queries, keys, heads and key heads; keys of more than a PERIOD, and more heads a key head than registers hold, too.
+SHAPES = [
+    (1, 900, 3, 1),
+    (1, 2500, 10, 2),
+    (1, 300, 18, 1),
+    (1, 300, 33, 1),
+    (1, 300, 2, 2),
+    (7, 200, 4, 2),
+    (64, 400, 4, 1),
+    (128, 1300, 1, 1),
+    (192, 500, 2, 2),
+]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_shape = pytest.mark.parametrize(("q_len", "kv_len", "heads", "kv_heads"), SHAPES)
+
+
+def compiled(call: AttentionCall, budgets: Tensor, config: SparseAttentionConfig = CONFIG) -> Selection:
+    """What the compiled kernels keep."""
+    assert Shared().uncompiled_reason(call) is None
+    return calls.select("shared", call, budgets, config)
+
+
+def by_pytorch(call: AttentionCall, budgets: Tensor, config: SparseAttentionConfig = CONFIG) -> Selection:
+    """The same without kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shared, "uncompiled_reason", lambda *_: "a test wants none")
+        return calls.select("shared", call, budgets, config)
+
+
+Select = Callable[..., Selection]
+both_ways = pytest.mark.parametrize("select", [pytest.param(compiled, marks=needs_kernels), by_pytorch])
+
+
+def problems(
+    kind: str, q_len: int, kv_len: int, heads: int, kv_heads: int, softcap: float | None
+) -> list[tuple[AttentionCall, Tensor]]:
+    """A call, and budgets for each head and for all heads: some too small for the past, some more than it has."""
+    call = calls.inputs(KINDS[kind](q_len, kv_len), kv_len, heads=heads, kv_heads=kv_heads, dim=16, softcap=softcap)
+    shapes = ((1, heads, 1), (1, 1, 1))
+    return [(call, torch.minimum(call.visible[:, None], torch.randint(5, 150, shape))) for shape in shapes]
+
+
+def assert_sound(selection: Selection, call: AttentionCall, budgets: Tensor) -> Tensor:
+    """Every query has its budget of keys, all of which it sees; gives the mask."""
+    mask = selection.mask(call.query.shape[1], call.key.shape[2])
+    assert torch.equal(mask.sum(-1), budgets.expand(mask.shape[:3]))
+    assert torch.equal(selection.kept(call.query.shape[1]), mask.sum(-1))
+    assert not (mask & ~calls.visible_mask(call)).any()
+    return mask
+
+
+def overlap(mask: Tensor, expected: Tensor) -> float:
+    return float((mask & expected).sum() / expected.sum())
+
+
+@needs_kernels
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@every_kind
+@every_shape
+def test_what_is_kept(kind: str, q_len: int, kv_len: int, heads: int, kv_heads: int, softcap: float | None) -> None:
+    """Kernels and PyTorch add up numbers in another order than the loops: another key may win by a rounding error."""
+    for call, budgets in problems(kind, q_len, kv_len, heads, kv_heads, softcap):
+        mask = assert_sound(compiled(call, budgets), call, budgets)
+        plain = assert_sound(by_pytorch(call, budgets), call, budgets)
+        size = min(BLOCK_QUERIES, q_len)
+        expected = calls.select_shared(call, budgets, CONFIG.sink_keys, CONFIG.recent_keys, size, calls.rough_exp2)
+        assert overlap(mask, plain) >= 0.998
+        assert overlap(mask, expected) >= 0.998
+
+
+@both_ways
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("kind", ["causal", "sliding"])
+@every_shape
+def test_rough_exponentials_change_little(
+    select: Select, kind: str, q_len: int, kv_len: int, heads: int, kv_heads: int, softcap: float | None
+) -> None:
+    """They err by up to 6 %: that counts where a soft cap makes all keys much alike."""
+    call, budgets = problems(kind, q_len, kv_len, heads, kv_heads, softcap)[0]
+    mask = assert_sound(select(call, budgets), call, budgets)
+    expected = calls.select_shared(call, budgets, CONFIG.sink_keys, CONFIG.recent_keys, min(BLOCK_QUERIES, q_len))
+    assert overlap(mask, expected) >= (0.98 if softcap is None else 0.96)
+
+
+@both_ways
+@pytest.mark.parametrize("q_len", [1, 7, 64])
+def test_a_head_that_keeps_everything_does_not_choose_for_the_others(select: Select, q_len: int) -> None:
+    call = calls.inputs(calls.causal_intervals(q_len, 400), 400, dim=16)
+    key = call.key.clone()
+    key[:, :, 300] = 3.0
+    call = replace(call, query=call.query + 5, key=key)
+    budgets = call.visible[:, None].expand(2, 4, -1).clone()
+    budgets[:, 1::2] = 100
+    mask = assert_sound(select(call, budgets), call, budgets)
+    assert mask[..., 300].all()
+
+
+@both_ways
+@pytest.mark.parametrize("kind", ["causal", "sliding", "left", "static"])
+def test_shared_is_topk_where_nothing_is_shared_or_rounded(select: Select, kind: str) -> None:
+    """One query of one head, and numbers that 4 bits hold."""
+    call = calls.inputs(KINDS[kind](1, 300), 300, heads=2, kv_heads=2, dim=16, whole_numbers=True)
+    budgets = call.visible[:, None].clamp(max=60)
+    mask = assert_sound(select(call, budgets), call, budgets)
+    # Many scores are equal: which of their keys are kept may differ.
+    ours, best = (
+        calls.scores(call).masked_fill(~x, -torch.inf).sort(-1).values
+        for x in (mask, calls.select_topk(call, budgets, CONFIG.sink_keys, CONFIG.recent_keys))
+    )
+    assert torch.equal(ours, best)
+
+
+@both_ways
+@pytest.mark.parametrize("wanted", [WINDOW // 2, PERIOD + WINDOW // 2, PERIOD // 2, PERIOD + PERIOD // 2])
+@pytest.mark.parametrize("q_len", [1, BLOCK_QUERIES])
+def test_a_key_that_outweighs_everything_is_found(select: Select, q_len: int, wanted: int) -> None:
+    """Among the keys that are looked at for the estimate, and elsewhere; weights do not fit into a float."""
+    kv_len = 3 * PERIOD
+    call = calls.inputs(calls.causal_intervals(q_len, kv_len), kv_len, dim=16)
+    key = call.key - 2
+    key[:, :, wanted] = 8
+    call = replace(call, query=call.query.abs() * 30, key=key)
+    budgets = torch.full((2, 1, q_len), 90)
+    config = SparseAttentionConfig(sink_keys=0, recent_keys=8)
+    mask = assert_sound(select(call, budgets, config), call, budgets)
+    assert mask[..., wanted].all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("places", ["one tile in sixteen", "all others"])
+def test_the_best_of_very_many_are_found_wherever_they_lie(places: str) -> None:
+    """Also where a sample of the scores says nothing about the rest of them."""
+    call = calls.inputs(calls.causal_intervals(1, 9000), 9000, heads=2, kv_heads=1, dim=16)
+    query = call.query[:, :1].expand(-1, 2, -1, -1).contiguous()
+    position = torch.arange(9000)
+    strong = ((position - 16) // cpu.lanes() % 16 == 0) == (places == "one tile in sixteen")
+    strong &= (position >= 16) & (position < 8900)
+    key = call.key.clone()
+    key[:, :, strong] += query[:, :1] * 100 / query[:, :1].square().sum(-1, keepdim=True)
+    budgets = torch.full((2, 1, 1), min(500, int(strong.sum())) + 16 + 64)
+    config = SparseAttentionConfig(sink_keys=16, recent_keys=64)
+    call = replace(call, query=query, key=key)
+    mask = assert_sound(compiled(call, budgets, config), call, budgets)
+    assert torch.equal(mask[..., 16:8936].sum(-1), (mask & strong).sum(-1))
+
+
+@both_ways
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 9000), (BLOCK_QUERIES, 2000)])
+def test_equal_keys_are_kept_from_the_most_recent_on(select: Select, q_len: int, kv_len: int) -> None:
+    call = calls.inputs(calls.causal_intervals(q_len, kv_len), kv_len, dim=16)
+    call = replace(call, key=call.key[:, :, :1].expand(-1, -1, kv_len, -1).contiguous())
+    budgets = torch.full((2, 1, q_len), 1000)
+    mask = assert_sound(select(call, budgets, SparseAttentionConfig(sink_keys=4)), call, budgets)
+    position = torch.arange(kv_len)
+    stop = call.intervals[..., 1:]
+    assert torch.equal(mask, ((position < 4) | ((position >= stop - 996) & (position < stop))).expand_as(mask))
+
+
+def decoded(parts: tuple[Tensor, Tensor], length: int) -> Tensor:
+    """Keys `(batch, kv_heads, length, head_dim)` from codes in 4 bits and scales, as `cpu.CODES` has them."""
+    codes, scales = parts
+    batch, heads, tiles, eights, size, _ = codes.shape
+    fours = torch.stack([codes & 15, codes >> 4], dim=4)
+    keys = fours.permute(0, 1, 2, 5, 3, 4, 6).reshape(batch, heads, tiles * size, eights * 8)
+    return ((keys.float() - 8) * scales[..., None])[:, :, :length]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keys_in_4_bits_are_off_by_half_a_step(dtype: torch.dtype) -> None:
+    storage = torch.randn(2, 80, 3, 24).to(dtype).transpose(1, 2)
+    key = storage[:, :, 5:78]
+    key[0, 0, 7] = 0
+    found = decoded(QuantisedKeys().up_to(key, 70, cpu.CODES), 70)
+    step = key[:, :, :70].float().abs().amax(-1, keepdim=True) / 7
+    assert ((found - key[:, :, :70].float()).abs() <= 0.5001 * step).all()
+    codes, scales = (x[:, :, :70] for x in QuantisedKeys().up_to(key, 70, importance.LAYOUT))
+    assert torch.equal(found, codes * scales[..., None])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keys_in_4_bits_follow_the_cache(dtype: torch.dtype) -> None:
+    """Appended a few at a time, cropped, overwritten and rearranged: as if encoded at once."""
+    key = torch.randn(3, 2, 700, 16).to(dtype)
+    kept = QuantisedKeys()
+    for stop in (1, 15, 16, 17, 64, 300, 600):
+        kept.up_to(key, stop, cpu.CODES)
+    kept.crop(40)
+    key = torch.cat([key[:, :, :40], torch.randn(3, 2, 660, 16).to(dtype)], dim=2)
+    kept.up_to(key, 570, cpu.CODES)
+    order = torch.tensor([2, 0, 0, 1])
+    kept.rearrange(lambda x: x.index_select(0, order))
+    key = key[order]
+    followed, fresh = (decoded(x.up_to(key, 700, cpu.CODES), 700) for x in (kept, QuantisedKeys()))
+    assert torch.equal(followed, fresh)
+
+
+@needs_kernels
+@pytest.mark.parametrize("q_len", [1, 3 * BLOCK_QUERIES])
+def test_threads_change_nothing(q_len: int) -> None:
+    call = calls.inputs(calls.causal_intervals(q_len, 9000), 9000, dim=16)
+    budgets = torch.full((2, 1, q_len), 700)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            selection = compiled(call, budgets)
+            codes, scales = QuantisedKeys().up_to(call.key, 9000, cpu.CODES)
+            found.append((selection.mask(4, 9000), calls.run_engine("cpu", call, selection), codes, scales))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@both_ways
+@pytest.mark.parametrize("q_len", [1, BLOCK_QUERIES])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_what_is_no_number_does_not_hold_a_call_up(
+    select: Select, softcap: float | None, number: float, q_len: int
+) -> None:
+    call = calls.inputs(calls.causal_intervals(q_len, 500), 500, dim=16, softcap=softcap)
+    key, query = call.key.clone(), call.query.clone()
+    key[:, :, 100:103] = query[:, 0, -1] = number
+    budgets = torch.full((2, 1, q_len), 90)
+    for changed in (replace(call, key=key), replace(call, query=query)):
+        assert_sound(select(changed, budgets), changed, budgets)
+
+
+@both_ways
+@pytest.mark.parametrize("q_len", [1, BLOCK_QUERIES])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_keys_that_nobody_sees_change_nothing(select: Select, q_len: int, number: float) -> None:
+    """Of padding, and of a static cache that was never written to."""
+    call = calls.inputs(calls.causal_intervals(q_len, 700, left=(0, 90), spare=50), 700, dim=16)
+    seen = calls.visible_mask(call)[:, :1].any(2)[..., None]
+    budgets = torch.full((2, 1, q_len), 90)
+    masks = [select(x, budgets).mask(4, 700) for x in (call, replace(call, key=call.key.masked_fill(~seen, number)))]
+    assert torch.equal(*masks)
+
+
+@needs_kernels
+@pytest.mark.parametrize("q_len", [1, BLOCK_QUERIES])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+def test_defaults_of_pytorch_do_not_matter(default: torch.dtype | torch.device, q_len: int) -> None:
+    """What the kernels write to has the type and the place that they know."""
+    call = calls.inputs(calls.causal_intervals(q_len, 600), 600, dim=16)
+    budgets = torch.full((2, 1, q_len), 90)
+
+    def attended() -> Tensor:
+        fresh = replace(call, intervals=call.intervals.clone())
+        return calls.run_engine("cpu", fresh, compiled(fresh, budgets))
+
+    expected, before = attended(), torch.get_default_dtype()
+    if isinstance(default, torch.device):
+        with default:
+            assert torch.equal(attended(), expected)
+        return
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(attended(), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@both_ways
+@pytest.mark.parametrize("q_len", [1, BLOCK_QUERIES])
+@pytest.mark.parametrize("name", ["sink_keys", "recent_keys"])
+def test_lists_are_no_longer_than_the_text(select: Select, name: str, q_len: int) -> None:
+    call = calls.inputs(calls.causal_intervals(q_len, 600), 600, dim=16)
+    budgets = torch.full((2, 1, q_len), 90)
+    selection = select(call, budgets, SparseAttentionConfig(**{name: 1_000_000}))
+    assert selection.positions.shape[-1] <= 608 + 96
+    assert_sound(selection, call, budgets)
+
+
+SMALLER = """
+import sys, torch
+from hf_sparse.kernels import cpu
+from tests import test_shared
+assert cpu.unsupported_reason() is None, cpu.unsupported_reason()
+torch.save([cpu.lanes(), [test_shared.attended(*shape) for shape in test_shared.SHAPES]], sys.argv[1])
+"""
+
+
+def attended(q_len: int, kv_len: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """What is kept by, and comes out of, a call of that shape."""
+    call = calls.inputs(
+        calls.causal_intervals(q_len, kv_len, left=(0, 5)), kv_len, heads=heads, kv_heads=kv_heads, dim=24
+    )
+    selection = compiled(call, torch.full((2, 1, q_len), 90))
+    return selection.mask(heads, kv_len), calls.run_engine("cpu", call, selection)
+
+
+@needs_kernels
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86")
+@pytest.mark.parametrize(
+    ("flags", "lanes"),
+    [
+        ("-mno-avx512vnni", {4, 8, 16}),
+        ("-mno-avx512f", {4, 8}),
+        ("-mno-avx512f -mno-avxvnni", {4, 8}),
+        ("-mno-avx512f -mno-avx2", {4}),
+    ],
+)
+def test_cpus_with_smaller_registers_do_the_same(
+    flags: str, lanes: set[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    compiler = f"{os.environ.get('CXX') or 'c++'} {flags}"
+    known = subprocess.run([*compiler.split(), "-E", "-x", "c++", os.devnull], capture_output=True, check=False)
+    if known.returncode:
+        pytest.skip(f"the compiler does not know {flags}")
+    out = tmp_path_factory.mktemp("smaller") / "found"
+    # Compiled once for all tests that take these flags.
+    compiled_at = str(tmp_path_factory.getbasetemp() / "kernels")
+    environment = {**os.environ, "HF_ASSETS_CACHE": compiled_at, "CXX": compiler}
+    subprocess.run([sys.executable, "-c", SMALLER, out], env=environment, check=True, cwd=Path.cwd())
+    side_by_side, found = torch.load(out)
+    assert side_by_side in lanes
+    for shape, (mask, out) in zip(SHAPES, found, strict=True):
+        expected, expected_out = attended(*shape)
+        assert torch.equal(mask.sum(-1), expected.sum(-1))
+        assert overlap(mask, expected) > 0.999
+        same = (mask == expected).all(-1)
+        assert same.float().mean() > 0.95
+        assert_close(out[same], expected_out[same])
+
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("engine", "dtype"), [*(("cpu", dtype) for dtype in DTYPES), ("gather", torch.float32)], ids=str
+)
+@pytest.mark.parametrize(
+    ("q_len", "share"), [(1, 1), (1, 3), (1, 4), (1, 5), (1, 16), (1, 33), (7, 1), (7, 33), (2 * BLOCK_QUERIES, 3)]
+)
+@pytest.mark.parametrize("extras", [{}, {"softcap": 1.5, "sinks": True}], ids=["plain", "softcap and sinks"])
+def test_engines_attend_to_runs_as_the_reference_does(
+    engine: str, q_len: int, share: int, dtype: torch.dtype, extras: dict[str, object]
+) -> None:
+    """Heads that are no multiple of a register wide, of keys and of values; so many keys that threads share them."""
+    intervals = calls.causal_intervals(q_len, 1500, left=(0, 300), right=(0, q_len // 3))
+    for value_dim in (16, 21):
+        call = calls.inputs(
+            intervals,
+            1500,
+            heads=2 * share,
+            kv_heads=2,
+            dim=24,
+            value_dim=value_dim,
+            dtype=dtype,
+            **extras,  # type: ignore[arg-type]
+        )
+        most = torch.arange(100, 700, 600 // (2 * share))[: 2 * share]
+        selection = compiled(call, torch.minimum(call.visible[:, None], most[:, None]))
+        assert isinstance(selection, SharedSelection)
+        out = calls.run_engine(engine, call, selection)
+        assert out.dtype == dtype
+        assert_close(out, calls.run_engine("reference", call, selection), atol=DTYPES[dtype], rtol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize(("queries_per_group", "share"), [(1, 1), (1, 3), (3, 2)])
+def test_runs_say_the_same_as_a_mask(queries_per_group: int, share: int) -> None:
+    """Random runs, some of them empty, of shuffled positions."""
+    generator = torch.Generator().manual_seed(queries_per_group * share)
+    groups, pairs = 6 // queries_per_group, queries_per_group * share
+    positions = torch.rand(2, 2, groups, 50, generator=generator).argsort(-1)
+    bounds = torch.randint(51, (2, 2, groups, pairs, 6), generator=generator).sort(-1).values
+    bounds[0, 0, 0, 0, 1] = bounds[0, 0, 0, 0, 0]
+    selection = SharedSelection(positions, bounds.unflatten(-1, (3, 2)), queries_per_group)
+    place = selection.pairs_of(torch.arange(2 * 2 * share * 6).view(2, 2 * share, 6), 2)
+    expected = torch.zeros(2 * 2 * share * 6, 50, dtype=torch.bool)
+    for b, head, group, pair in torch.cartesian_prod(*(torch.arange(n) for n in place.shape)).tolist():
+        for start, stop in selection.runs[b, head, group, pair].tolist():
+            expected[place[b, head, group, pair], positions[b, head, group, start:stop]] = True
+    expected = expected.view(2, 2 * share, 6, 50)
+    assert torch.equal(selection.mask(2 * share, 50), expected)
+    assert torch.equal(selection.kept(2 * share), expected.sum(-1))
+    same = Selection(positions, selection.allowed, queries_per_group, per_head=False)
+    assert torch.equal(same.mask(2 * share, 50), expected)
