@@ -7,7 +7,7 @@ python scripts/frontier.py draw FOLDER
 `quality` reads each text once per selector and alpha, and compares the loss of the last tokens with dense attention's.
 `time` reads a text, takes the queries, keys and values of a layer in the middle, and times that layer's prefill beside
 PyTorch's causal `scaled_dot_product_attention` in the same rounds. Both append to FOLDER/records.jsonl; `draw` makes
-summary.json and frontier.png of them.
+points.json, tables.md and frontier.png of them.
 """
 
 import argparse
@@ -157,7 +157,7 @@ def draw(folder: Path) -> None:
         points.append(point)
     points.sort(key=lambda point: (point["length"], point["selector"], point["alpha"]))
     (folder / "tables.md").write_text(table(points))
-    (folder / "summary.json").write_text(json.dumps({"points": points}, indent=1) + "\n")
+    (folder / "points.json").write_text(json.dumps({"points": points}, indent=1) + "\n")
     lengths = sorted({point["length"] for point in points})
     figure, axes = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False, sharey=True)
     for axis, length in zip(axes[0], lengths, strict=True):
