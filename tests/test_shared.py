@@ -112,6 +112,20 @@ def test_rough_exponentials_change_little(
 
 
 @both_ways
+@pytest.mark.parametrize(("sink_keys", "recent_keys"), [(0, 0), (5, 0), (0, 1), (2, 70), (200, 3)])
+@pytest.mark.parametrize("kind", ["causal", "sliding"])
+@pytest.mark.parametrize("q_len", [1, 7, BLOCK_QUERIES])
+def test_sinks_and_recent_keys_of_any_number(
+    select: Select, q_len: int, kind: str, sink_keys: int, recent_keys: int
+) -> None:
+    config = SparseAttentionConfig(sink_keys=sink_keys, recent_keys=recent_keys)
+    for call, budgets in problems(kind, q_len, 250, 4, 2, None):
+        mask = assert_sound(select(call, budgets, config), call, budgets)
+        expected = calls.select_shared(call, budgets, sink_keys, recent_keys, q_len, calls.rough_exp2)
+        assert overlap(mask, expected) >= 0.998
+
+
+@both_ways
 @pytest.mark.parametrize("q_len", [1, 7, 64])
 def test_a_head_that_keeps_everything_does_not_choose_for_the_others(select: Select, q_len: int) -> None:
     call = calls.inputs(calls.causal_intervals(q_len, 400), 400, dim=16)
