@@ -1,4 +1,4 @@
-"""Memory layouts that kernels need: of their inputs, and of keys in 8 bits."""
+"""Memory layouts that kernels need: of their inputs, and of keys in few bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How one package of kernels stores keys in 8 bits, for `hf_sparse.kernels.quantised.QuantisedKeys`.
+    """How one package of kernels stores keys in few bits, for `hf_sparse.kernels.quantised.QuantisedKeys`.
 
     Attributes:
         allocate: `allocate(key, room)` returns storage for `room` keys or more like `key` `(batch, kv_heads, kv_len,

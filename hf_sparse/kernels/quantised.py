@@ -1,4 +1,4 @@
-"""Keys in 8 bits, which kernels rank all past keys with; extended as tokens arrive.
+"""Keys in 8 bits or 4, which kernels rank all past keys with; extended as tokens arrive.
 
 Ranking tolerates low precision: SALE estimates attention weights from products of 4-bit numbers (arXiv 2505.24179).
 The keys that are kept are scored again in full precision.
@@ -21,7 +21,7 @@ _LEAST_SPARE = 256
 
 
 class QuantisedKeys:
-    """The keys of one layer in 8 bits with one float32 scale a key: `head_dim + 4` bytes each.
+    """The keys of one layer in few bits with one float32 scale a key; a `Layout` says how many.
 
     Every key is quantised once.
     """
