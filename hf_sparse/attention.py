@@ -112,7 +112,7 @@ class LayerState:
         return None if cache is None else layer_that_holds(cache, self.layer, key)
 
     def quantised(self, key: Tensor) -> QuantisedKeys:
-        """`key` in 8 bits as the cache keeps it, or nothing yet."""
+        """`key` in few bits as the cache keeps it, or nothing yet."""
         if held := self.held(key):
             return held.quantised
         cache = cache_of_pass()

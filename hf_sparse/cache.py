@@ -1,4 +1,4 @@
-"""A key-value cache that grows in place, and keeps its keys in 8 bits for the selectors.
+"""A key-value cache that grows in place, and keeps its keys in few bits for the selectors.
 
 transformers' dynamic cache makes new tensors of all keys and values for every token. Here they lie in storage with
 room to spare, which grows geometrically, and what a layer gets is a view of the part in use.
@@ -112,7 +112,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def without_hidden(self, shown: Tensor) -> tuple[Tensor, Tensor, QuantisedKeys]:
-        """Keys and values at the positions `shown`, int64 `(batch, number)`, alone, and these keys in 8 bits.
+        """Keys and values at the positions `shown`, int64 `(batch, number)`, alone, and these keys in few bits.
 
         The copy is kept, and grows with this layer: for a new token, one key and value are copied.
         """
@@ -153,7 +153,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._rearrange(lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None:
-        """Move keys and values to the CPU; the keys in 8 bits stay."""
+        """Move keys and values to the CPU; those in few bits stay."""
         self._change_storage(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:

@@ -29,7 +29,7 @@ from hf_sparse.bench import dense
 from hf_sparse.bench.timing import Rounds, timed
 from hf_sparse.call import AttentionCall
 from hf_sparse.measure.perplexity import token_nll
-from hf_sparse.results import software
+from hf_sparse.results import device_name, software
 from hf_sparse.results.tables import markdown_table
 
 SELECTORS = ("grouped", "shared")
@@ -212,7 +212,12 @@ def main() -> None:
     if not args.text or args.output is None:
         parser.error(f"{args.step} needs --text and --output")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    args.about = {"model": Path(args.model).name, "threads": torch.get_num_threads(), "software": software()}
+    args.about = {
+        "model": Path(args.model).name,
+        "threads": torch.get_num_threads(),
+        "device": device_name(model.device),
+        "software": software(),
+    }
     (quality if args.step == "quality" else time)(args, model)
 
 

@@ -47,14 +47,7 @@ def select_compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, si
 
 def _width(ranges: VisibleRanges, most: int, always: AlwaysKept, size: int) -> int:
     """Keys that any group may come to: sinks and local keys, and its candidates. `most`: the largest budget."""
-    skew = ahead = 0
-    if size > 1:
-        begin, end = (x.view(len(x), -1, size) for x in (ranges.first, ranges.stop))
-        alive = end > begin
-        skew, ahead = (
-            max(0, int((x.masked_fill(~alive, 0).amax(-1) - x.masked_fill(~alive, ranges.last_visible).amin(-1)).max()))
-            for x in (begin, end)
-        )
+    skew, ahead = ranges.spread(size)
     certain = min(skew + always.sink_keys + ahead + max(1, always.recent_keys), ranges.last_visible)
     candidates = min(OVERSAMPLING * (most + skew), ranges.most_visible + skew)
     return sum(-(-x // cpu.TILE) * cpu.TILE for x in (certain, candidates))

@@ -75,14 +75,7 @@ def _compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: in
 
 def _width(ranges: VisibleRanges, most: int, always: AlwaysKept, size: int) -> int:
     """Keys that any block may come to: first and local keys, and those of the past. `most`: the largest budget."""
-    skew = ahead = 0
-    if size > 1:
-        begin, end = (x.view(len(x), -1, size) for x in (ranges.first, ranges.stop))
-        alive = end > begin
-        skew, ahead = (
-            max(0, int((x.masked_fill(~alive, 0).amax(-1) - x.masked_fill(~alive, ranges.last_visible).amin(-1)).max()))
-            for x in (begin, end)
-        )
+    skew, ahead = ranges.spread(size)
     near = min(skew + always.sink_keys + ahead + max(1, always.recent_keys), ranges.last_visible)
     past = min(most, ranges.most_visible)
     return sum(-(-x // _TILE) * _TILE for x in (near, past))

@@ -71,6 +71,22 @@ class VisibleRanges:
         """The same on the device of the call."""
         return self.seen.to(self.intervals.device)
 
+    def spread(self, size: int) -> tuple[int, int]:
+        """How far apart the first keys of `size` neighbouring queries lie at most, and how far their last ones.
+
+        Args:
+            size: Divides the number of queries. Queries that see nothing do not count.
+        """
+        if size == 1:
+            return 0, 0
+        begin, end = (x.view(len(x), -1, size) for x in (self.first, self.stop))
+        alive = end > begin
+        first, last = (
+            int((x.masked_fill(~alive, 0).amax(-1) - x.masked_fill(~alive, self.last_visible).amin(-1)).max())
+            for x in (begin, end)
+        )
+        return max(0, first), max(0, last)
+
     def causal(self, kv_len: int) -> bool:
         """Whether every query sees exactly the keys up to its own, the last query being that of the last key."""
         length = self.first.shape[1]
