@@ -54,7 +54,7 @@ _BLOCK_ELEMENTS = 1 << 23
 _LEAST_QUERIES, _MOST_QUERIES = 64, 1024
 
 _COPIED = "left out keys that padding hides inside a text, and keep a copy of all others"
-_ROUNDED_ANEW = "rounded all cached keys to 8 bits anew: what the model attends to is not what its cache holds"
+_ROUNDED_ANEW = "rounded all cached keys to few bits anew: what the model attends to is not what its cache holds"
 _UNCOMPILED = "looked for keys without compiled kernels, which is slower than dense attention"
 
 

@@ -31,10 +31,12 @@ from hf_sparse.call import AttentionCall
 from hf_sparse.measure.perplexity import token_nll
 from hf_sparse.results import device_name, software
 from hf_sparse.results.tables import markdown_table
+from hf_sparse.selectors import parse_selector
 
-SELECTORS = ("grouped", "shared")
 TARGETS = 1024
 """Tokens whose loss is compared, the last ones of a window."""
+
+MARKERS = "os^vD"
 
 
 def windows(args: argparse.Namespace, length: int) -> dict[str, torch.Tensor]:
@@ -49,7 +51,7 @@ def windows(args: argparse.Namespace, length: int) -> dict[str, torch.Tensor]:
 
 def designs(args: argparse.Namespace) -> list[tuple[str, float]]:
     """Every selector with every alpha."""
-    return [(selector, alpha) for selector in SELECTORS for alpha in args.alphas]
+    return [(selector, alpha) for selector in args.selectors for alpha in args.alphas]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -84,7 +86,7 @@ def loss(model: torch.nn.Module, ids: torch.Tensor, selector: str, alpha: float)
     targets = ids[1:][-TARGETS:]
     if selector == "dense":
         return float(token_nll(model, ids[:-1], targets).mean()), 1.0
-    with hf_sparse.patched(model, selector=selector, alpha=alpha):
+    with hf_sparse.patched(model, selector=parse_selector(selector), alpha=alpha):
         nll = float(token_nll(model, ids[:-1], targets).mean())
         return nll, hf_sparse.report(model).density
 
@@ -96,7 +98,8 @@ def time(args: argparse.Namespace, model: torch.nn.Module) -> None:
         layer, call = call_of_a_layer(model, next(iter(windows(args, length).values()))[:-1])
         samplers = {"sdpa": sampler(call, dense.sdpa)}
         for selector, alpha in designs(args):
-            state = LayerState(layer, hf_sparse.SparseAttentionConfig(selector=selector, alpha=alpha))
+            config = hf_sparse.SparseAttentionConfig(selector=parse_selector(selector), alpha=alpha)
+            state = LayerState(layer, config)
             samplers[f"{selector} {alpha:g}"] = sampler(call, partial(attended, state))
         for warm_up in samplers.values():
             warm_up()
@@ -161,7 +164,7 @@ def draw(folder: Path) -> None:
     lengths = sorted({point["length"] for point in points})
     figure, axes = plt.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False, sharey=True)
     for axis, length in zip(axes[0], lengths, strict=True):
-        for selector, marker in zip(SELECTORS, "os", strict=True):
+        for selector, marker in zip(sorted({point["selector"] for point in points}), MARKERS, strict=False):
             own = [p for p in points if (p["length"], p["selector"]) == (length, selector) and "time_ratio" in p]
             x, y = ([p[name] for p in own] for name in ("time_ratio", "perplexity_ratio"))
             axis.plot(x, y, marker=marker, label=selector)
@@ -199,6 +202,12 @@ def main() -> None:
     parser.add_argument("model", help="A model's id or folder; for draw, the folder of results.")
     parser.add_argument("--text", action="append", help="A text file; may be repeated.")
     parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], default=[4096])
+    parser.add_argument(
+        "--selectors",
+        type=lambda text: text.split(","),
+        default=["grouped"],
+        help="Names, or FILE.py:CLASS; default: grouped.",
+    )
     parser.add_argument(
         "--alphas", type=lambda text: [float(part) for part in text.split(",")], default=[8.0, 12.0, 16.0]
     )

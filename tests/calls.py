@@ -161,7 +161,20 @@ def select_window(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_k
     return out
 
 
-def select_grouped(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_keys: int, size: int) -> Tensor:
+def _highest(values: Tensor, positions: Tensor, number: int) -> Tensor:
+    """The `number` positions with the highest values; of equal ones the most recent."""
+    best = sorted(positions.tolist(), key=lambda j: (-values[j].item(), -j))
+    return torch.tensor(best[:number], dtype=torch.int64)
+
+
+def select_grouped(
+    call: AttentionCall,
+    budgets: Tensor,
+    sink_keys: int,
+    recent_keys: int,
+    size: int,
+    exp2: Callable[[Tensor], Tensor] = torch.exp2,
+) -> Tensor:
     """The specification of the grouped selector: bool `(batch, heads, q_len, kv_len)`.
 
     Args:
@@ -170,89 +183,6 @@ def select_grouped(call: AttentionCall, budgets: Tensor, sink_keys: int, recent_
         sink_keys: As in the configuration.
         recent_keys: The same.
         size: Queries in a group.
-    """
-    out = torch.zeros(*call.query.shape[:3], call.key.shape[2], dtype=torch.bool)
-    budgets = budgets.expand(call.query.shape[:3])
-    for b in range(len(out)):
-        for start in range(0, call.query.shape[2], size):
-            queries = [i for i in range(start, start + size) if call.visible[b, i] > 0]
-            for kv_head in range(call.key.shape[1] if queries else 0):
-                heads = range(kv_head * call.group_size, (kv_head + 1) * call.group_size)
-                _keep(call, budgets, sink_keys, recent_keys, b, queries, heads, out)
-    return out
-
-
-def _keep(
-    call: AttentionCall,
-    budgets: Tensor,
-    sink_keys: int,
-    recent_keys: int,
-    b: int,
-    queries: list[int],
-    heads: range,
-    out: Tensor,
-) -> None:
-    """What the pairs of one group keep."""
-    position = torch.arange(call.key.shape[2])
-    first, stop = call.intervals[b, 0].long().unbind(-1)
-    key = call.key[b, heads[0] // call.group_size]
-    oldest = int(first[queries].min())
-    low = max(int(stop[queries].min()) - max(1, recent_keys), oldest)
-    begin = min(oldest + sink_keys, low)
-    past = (position >= begin) & (position < low)
-    aggregated = torch.zeros(len(position), dtype=torch.float64)
-    wanted, own = 0, {}
-    for head in heads:
-        for i in queries:
-            budget = int(budgets[b, head, i])
-            recent = min(budget, recent_keys)
-            start = int(first[i]) + min(budget - recent, sink_keys)
-            visible = (position >= first[i]) & (position < stop[i])
-            keep = visible & ((position < start) | (position >= stop[i] - recent))
-            out[b, head, i] = keep
-            query = call.query[b, head, i] * call.scaling
-            exact = key @ query
-            scores = torch.where(past, quantised(key) @ quantised(query), exact)
-            if call.softcap is not None:
-                scores = call.softcap * (scores / call.softcap).tanh()
-            aggregated += scores.masked_fill(~visible, -torch.inf).double().softmax(-1)
-            rest = budget - int(keep.sum())
-            own[head, i] = exact, rest, position[visible & ~keep & (position >= low)], start
-            if rest > 0:
-                wanted = max(wanted, rest + max(0, start - begin))
-    candidates = _highest(aggregated, position[past], 2 * wanted)
-    for (head, i), (exact, rest, local, start) in own.items():
-        out[b, head, i, _highest(exact, torch.cat([local, candidates[candidates >= start]]), rest)] = True
-
-
-def _highest(values: Tensor, positions: Tensor, number: int) -> Tensor:
-    """The `number` positions with the highest values; of equal ones the most recent."""
-    best = sorted(positions.tolist(), key=lambda j: (-values[j].item(), -j))
-    return torch.tensor(best[:number], dtype=torch.int64)
-
-
-def quantised(states: Tensor) -> Tensor:
-    """Vectors as they are after quantisation to 8 bits with a scale of their own."""
-    scale = (states.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
-    return (states / scale).round() * scale
-
-
-def select_shared(
-    call: AttentionCall,
-    budgets: Tensor,
-    sink_keys: int,
-    recent_keys: int,
-    size: int,
-    exp2: Callable[[Tensor], Tensor] = torch.exp2,
-) -> Tensor:
-    """The specification of the shared selector: bool `(batch, heads, q_len, kv_len)`.
-
-    Args:
-        call: Queries that form blocks of `size`.
-        budgets: int64 `(batch, heads or 1, q_len)`.
-        sink_keys: As in the configuration.
-        recent_keys: The same.
-        size: Queries in a block.
         exp2: What weights are formed with: `torch.exp2`, or `rough_exp2`.
     """
     out = torch.zeros(*call.query.shape[:3], call.key.shape[2], dtype=torch.bool)
@@ -277,7 +207,7 @@ def _share(
     exp2: Callable[[Tensor], Tensor],
     out: Tensor,
 ) -> None:
-    """What the pairs of one block keep."""
+    """What the pairs of one group keep."""
     seen = {i: call.intervals[b, 0, i].tolist() for _, i in pairs}
     last = max(stop for _, stop in seen.values())
     past_start = min(max(first for first, _ in seen.values()) + sink_keys, last)

@@ -22,7 +22,7 @@ def logits(**fields: str) -> torch.Tensor:
         return tiny.logits(model, IDS)
 
 
-@pytest.mark.parametrize("selector", ["grouped", "shared", "topk", "window"])
+@pytest.mark.parametrize("selector", ["grouped", "topk", "window"])
 @pytest.mark.parametrize("engine", ["auto", "gather", "cpu"])
 def test_engines_agree(selector: str, engine: str) -> None:
     if reason := calls.unavailable(engine):
@@ -32,7 +32,7 @@ def test_engines_agree(selector: str, engine: str) -> None:
     )
 
 
-@pytest.mark.parametrize("selector", ["grouped", "shared", "topk", "window"])
+@pytest.mark.parametrize("selector", ["grouped", "topk", "window"])
 def test_models_write_and_learn(selector: str) -> None:
     model = hf_sparse.patch(tiny.model("llama"), replace(SPARSE, selector=selector))
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The cache that grows in place: what it holds, that models take it by themselves, and its keys in 8 bits."""
+"""The cache that grows in place: what it holds, that models take it by themselves, and its keys in few bits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from hf_sparse.cache import SparseCache, SparseLayer, set_cache_of_pass
 from hf_sparse.call import AttentionCall
 from hf_sparse.kernels.layout import Layout
 from hf_sparse.kernels.quantised import QuantisedKeys
-from hf_sparse.selectors import aggregation, compiled
+from hf_sparse.selectors import importance
+from hf_sparse.selectors.grouped import Grouped
 from tests import tiny
 from tests.sparse import SPARSE, generated, sparse_model
 
@@ -206,16 +207,16 @@ class CopiedKeys:
 
 @pytest.fixture
 def rounded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many keys were rounded to 8 bits, in each call that rounded some."""
+    """How many keys were rounded, in each call that rounded some."""
     counts: list[int] = []
 
     def counting(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
         counts.append(stop - start)
         layout.quantise(key, start, stop, out)
 
-    layout = aggregation.LAYOUT
-    monkeypatch.setattr(aggregation, "LAYOUT", replace(layout, quantise=counting))
-    monkeypatch.setattr(compiled, "unsupported_reason", lambda _: "a test wants none")
+    layout = importance.LAYOUT
+    monkeypatch.setattr(importance, "LAYOUT", replace(layout, quantise=counting))
+    monkeypatch.setattr(Grouped, "uncompiled_reason", lambda *_: "a test wants none")
     return counts
 
 
@@ -464,9 +465,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize(
-    ("name", "selector"), [("llama", "grouped"), ("llama", "shared"), ("llama", "topk"), ("gemma3", "shared")]
-)
+@pytest.mark.parametrize(("name", "selector"), [("llama", "grouped"), ("llama", "topk"), ("gemma3", "grouped")])
 def test_the_same_tokens_as_with_the_stock_cache(name: str, selector: str, generation: str) -> None:
     model = sparse_model(name, selector)
     expected = generated(model, cache_implementation="dynamic", **GENERATIONS[generation])
@@ -501,7 +500,7 @@ def test_training_is_as_with_the_stock_cache() -> None:
     assert {type(layer) for layer in out.past_key_values.layers} == {DynamicLayer}
 
 
-@pytest.mark.parametrize("selector", ["grouped", "shared"])
+@pytest.mark.parametrize("selector", ["grouped", "topk"])
 @pytest.mark.parametrize("left", [0, 37])
 def test_decoding_selects_alike_with_any_cache(left: int, selector: str) -> None:
     """One query with rounded keys that the cache keeps, and with such as are made anew: the same output."""

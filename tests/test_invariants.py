@@ -138,9 +138,7 @@ def test_invariant_03_padding_in_bfloat16(name: str, selector: str) -> None:
 
 
 @every_side
-@pytest.mark.parametrize(
-    ("name", "selector"), [("llama", "grouped"), ("gpt2", "grouped"), ("gemma3", "shared"), ("gpt2", "shared")]
-)
+@pytest.mark.parametrize(("name", "selector"), [("llama", "grouped"), ("gpt2", "grouped"), ("gemma3", "grouped")])
 def test_invariant_03_padding_of_long_texts(name: str, selector: str, side: str) -> None:
     """Long enough for queries that share keys to choose between many."""
     model = hf_sparse.patch(tiny.model(name, max_position_embeddings=1024), SPARSE, alpha=1.0, selector=selector)
@@ -186,7 +184,7 @@ def test_invariant_04_a_few_tokens_at_a_time(name: str, selector: str, cache: st
 
 
 @every_cache
-@pytest.mark.parametrize("selector", ["grouped", "shared"])
+@pytest.mark.parametrize("selector", ["grouped", "topk"])
 @every_architecture
 def test_invariant_04_neighbours_have_the_same_budgets(name: str, selector: str, cache: str) -> None:
     """Queries of a group choose together, alone they choose alone: how many keys they keep is the same."""
@@ -381,7 +379,7 @@ def real_model() -> tuple[PreTrainedModel, Tensor]:
 
 @pytest.mark.real
 @pytest.mark.skipif(importlib.util.find_spec(REAL) is None, reason=f"{REAL} is not installed")
-@pytest.mark.parametrize("selector", ["topk", "grouped", "shared"])
+@pytest.mark.parametrize("selector", ["topk", "grouped"])
 def test_invariant_08_on_a_real_model(real_model: tuple[PreTrainedModel, Tensor], selector: str) -> None:
     model, ids = real_model
     masses: dict[float, list[float]] = {0.2: [], 0.1: [], 0.05: []}

@@ -64,7 +64,7 @@ def assert_counts(model: PreTrainedModel, name: str, padding: Tensor, calls: int
     assert hf_sparse.report(model).density == pytest.approx(kept_in_all / visible_in_all)
 
 
-@pytest.mark.parametrize("selector", ["grouped", "shared", "topk", "window"])
+@pytest.mark.parametrize("selector", ["grouped", "topk", "window"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 def test_one_pass(name: str, side: str, selector: str) -> None:

@@ -14,9 +14,8 @@ from torch import Tensor
 from hf_sparse import SparseAttentionConfig
 from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.kernels.quantised import QuantisedKeys
-from hf_sparse.selectors import SELECTORS, aggregation
+from hf_sparse.selectors import SELECTORS
 from hf_sparse.selectors.grouped import GROUP_QUERIES, Grouped
-from hf_sparse.selectors.shared import Shared
 from tests import calls
 
 INTERVALS = {
@@ -30,28 +29,25 @@ INTERVALS = {
 }
 LENGTHS_OF = {
     "grouped": st.sampled_from([1, 2, 7, GROUP_QUERIES, 2 * GROUP_QUERIES]),
-    "shared": st.sampled_from([1, 2, 7, GROUP_QUERIES, 2 * GROUP_QUERIES]),
     "topk": st.integers(1, 20),
     "window": st.integers(1, 20),
 }
 
 
-WITHOUT_KERNELS = {"grouped without kernels": Grouped, "shared without kernels": Shared}
+WITHOUT_KERNELS = "grouped without kernels"
 
 
-@pytest.fixture(params=[*SELECTORS, *WITHOUT_KERNELS])
+@pytest.fixture(params=[*SELECTORS, WITHOUT_KERNELS])
 def selector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of each selector; of those with kernels twice, for PyTorch looks for keys where there are none."""
+    """The name of each selector; of the one with kernels twice, for PyTorch looks for keys where there are none."""
     name: str = request.param
-    if name not in WITHOUT_KERNELS:
+    if name != WITHOUT_KERNELS:
         return name
-    monkeypatch.setattr(WITHOUT_KERNELS[name], "uncompiled_reason", lambda *_: "a test wants none")
-    return WITHOUT_KERNELS[name].name
+    monkeypatch.setattr(Grouped, "uncompiled_reason", lambda *_: "a test wants none")
+    return "grouped"
 
 
-ways_of_grouped, ways_of_shared = ([name, f"{name} without kernels"] for name in ("grouped", "shared"))
-every_way_of_grouped = pytest.mark.parametrize("selector", ways_of_grouped, indirect=True)
-every_way_of_sharing = pytest.mark.parametrize("selector", [*ways_of_grouped, *ways_of_shared], indirect=True)
+every_way_of_grouped = pytest.mark.parametrize("selector", ["grouped", WITHOUT_KERNELS], indirect=True)
 # What the fixture `selector` changes stays the same for all examples.
 with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -159,7 +155,7 @@ def test_of_equal_scores_the_most_recent_key_wins(selector: str, dtype: torch.dt
     assert torch.equal(grouped, expected)
 
 
-@every_way_of_sharing
+@every_way_of_grouped
 @with_fixture
 @given(data=st.data())
 def test_neighbours_keep_the_recent_keys_of_every_row(selector: str, data: st.DataObject) -> None:
@@ -172,39 +168,7 @@ def test_neighbours_keep_the_recent_keys_of_every_row(selector: str, data: st.Da
     assert not (must & ~mask).any()
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("kind", INTERVALS)
-@pytest.mark.parametrize("q_len", [1, 7, 2 * GROUP_QUERIES])
-def test_grouped_is_its_specification(
-    kind: str, q_len: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By PyTorch, in float64, for all kinds of queries, key for key. `test_kernels.py` does so for the kernels."""
-    monkeypatch.setattr(aggregation, "_CHUNK_ELEMENTS", 10_000)
-    for seed, (extra, most, sink_keys, recent_keys) in enumerate(
-        [(60, 12, 2, 3), (60, 90, 0, 0), (200, 40, 4, 8), (0, 30, 1, 1), (200, 100, 0, 20)]
-    ):
-        kv_len = q_len + extra
-        call = calls.inputs(INTERVALS[kind](q_len, kv_len), kv_len, dtype=torch.float64, seed=seed, softcap=softcap)
-        config = SparseAttentionConfig(sink_keys=sink_keys, recent_keys=recent_keys)
-        for most_of_heads in (torch.tensor([most]), torch.tensor([most // 3, most, 2, most // 2])):
-            budgets = torch.minimum(call.visible[:, None], most_of_heads[:, None])
-            mask = calls.select("grouped", call, budgets, config).mask(4, kv_len)
-            expected = calls.select_grouped(call, budgets, sink_keys, recent_keys, min(GROUP_QUERIES, q_len))
-            assert torch.equal(mask, expected)
-
-
 @every_way_of_grouped
-@pytest.mark.parametrize("kind", ["causal", "sliding", "left", "static"])
-def test_grouped_is_topk_where_nothing_is_shared(selector: str, kind: str) -> None:
-    """One query, one head: a group's ranking is the query's own."""
-    call = calls.inputs(INTERVALS[kind](1, 50), 50, heads=2, kv_heads=2)
-    config = SparseAttentionConfig(sink_keys=2, recent_keys=4)
-    budgets = call.visible[:, None].clamp(max=11)
-    grouped, topk = (calls.select(name, call, budgets, config).mask(2, 50) for name in (selector, "topk"))
-    assert torch.equal(grouped, topk)
-
-
-@every_way_of_sharing
 def test_the_blocks_of_rows_of_a_call_share_its_quantised_keys(selector: str) -> None:
     """What earlier queries left behind, or a cache kept, changes nothing."""
     q_len, kv_len = 3 * GROUP_QUERIES, 1500
@@ -221,7 +185,7 @@ def test_the_blocks_of_rows_of_a_call_share_its_quantised_keys(selector: str) ->
         assert torch.equal(alone, shared)
 
 
-@every_way_of_sharing
+@every_way_of_grouped
 @pytest.mark.parametrize("pad", [0, 100])
 @pytest.mark.parametrize("wanted", [5, 1400, 2900])
 def test_the_one_key_is_found(selector: str, wanted: int, pad: int) -> None:
@@ -237,7 +201,7 @@ def test_the_one_key_is_found(selector: str, wanted: int, pad: int) -> None:
     assert mask[..., wanted].all()
 
 
-@every_way_of_sharing
+@every_way_of_grouped
 @pytest.mark.parametrize("kv_len", [400, 3000])
 def test_neighbours_keep_what_they_attend_to_together(selector: str, kv_len: int) -> None:
     """A key that every query of the group wants is kept by every query."""
@@ -264,7 +228,7 @@ def test_sinks_are_kept_by_every_selector(selector: str) -> None:
     assert mask[1, ..., 37:41].all()
 
 
-@every_way_of_sharing
+@every_way_of_grouped
 @pytest.mark.parametrize("kv_len", [400, 3000])
 def test_neighbours_keep_their_sinks(selector: str, kv_len: int) -> None:
     call = calls.inputs(calls.causal_intervals(GROUP_QUERIES, kv_len, left=(0, 37)), kv_len)

@@ -293,7 +293,7 @@ def root(n: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"selector": KEY_NORM}, "selector 'key-norm' is {}: publish one of grouped, shared, topk, window"),
+        ({"selector": KEY_NORM}, "selector 'key-norm' is {}: publish one of grouped, topk, window"),
         ({"engine": Mine()}, "engine 'mine' is {}: publish one of auto, reference, gather, cpu, triton"),
         ({"law": root}, "law 'root' is {}: publish one of power, fixed, fraction, log"),
     ],

@@ -63,7 +63,7 @@ def test_training_with_checkpoints(name: str, selector: str) -> None:
     assert any("attn" in parameter for parameter in again)
 
 
-@pytest.mark.parametrize("selector", ["grouped", "shared"])
+@pytest.mark.parametrize("selector", ["grouped", "topk"])
 def test_training_lowers_the_loss(selector: str) -> None:
     ids = tiny.tokens(2, 40)
     model = sparse_model("llama", selector).train()

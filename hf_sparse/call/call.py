@@ -46,7 +46,7 @@ class AttentionCall:
         dropout: Probability with which attention weights are dropped; 0 outside training.
         origin: If set, int64 `(batch,)` on the CPU: the key position where each sequence's text begins, as far as the
             whole call can see. A block of queries may see less of it.
-        quantised: If set, `key` in 8 or 4 bits, which the blocks of a call share.
+        quantised: If set, `key` in few bits, which the blocks of a call share.
         known_ranges: What `ranges` gives as long as they are those of `intervals`.
     """
 

@@ -26,17 +26,12 @@ class Selection:
         queries_per_group: Queries in one group. `pairs = queries_per_group * heads`, where heads is the GQA group
             size, or 1 if `per_head`.
         per_head: Whether each query head has groups of its own, ordered by (head in the GQA group, query).
-        scores: If the selector knows them, `(batch, kv_heads, groups, pairs, width)`: products of the pairs' queries
-            and the candidate keys, times the scaling. They carry no gradient.
-        number: If the selector knows it, int64 `(batch, kv_heads, groups, pairs)`: keys that a pair attends to.
     """
 
     positions: Tensor
     allowed: Tensor
     queries_per_group: int
     per_head: bool
-    scores: Tensor | None = None
-    number: Tensor | None = None
 
     @classmethod
     def from_mask(cls, mask: Tensor, kv_heads: int) -> Selection:
@@ -88,8 +83,6 @@ class Selection:
 
     def kept(self, heads: int) -> Tensor:
         """Kept keys of each query: int64 `(batch, heads, q_len)`."""
-        if self.number is not None:
-            return self.queries_of(self.number, heads)
         # Bytes are summed many times faster than truth values.
         return self.queries_of(self.allowed.view(torch.uint8).sum(-1, dtype=torch.int32).long(), heads)
 
@@ -105,16 +98,17 @@ class SharedSelection(Selection):
     runs: Tensor
 
     def __init__(self, positions: Tensor, runs: Tensor, queries_per_group: int) -> None:
-        number = (runs[..., 1] - runs[..., 0]).sum(-1)
         for name, value in (
             ("positions", positions),
             ("runs", runs),
             ("queries_per_group", queries_per_group),
             ("per_head", False),
-            ("scores", None),
-            ("number", number),
         ):
             object.__setattr__(self, name, value)
+
+    def kept(self, heads: int) -> Tensor:
+        """Kept keys of each query: int64 `(batch, heads, q_len)`."""
+        return self.queries_of((self.runs[..., 1] - self.runs[..., 0]).sum(-1), heads)
 
     @cached_property
     def allowed(self) -> Tensor:

@@ -37,9 +37,8 @@ class SparseAttentionConfig:
         sink_keys: First visible keys that are always kept, counted in the budget.
         recent_keys: Most recent visible keys that are always kept, counted in the budget. Where the budget is
             smaller than `sink_keys + recent_keys`, the recent keys go first.
-        selector: `"grouped"` (neighbouring queries share candidate keys), `"shared"` (they keep the same past keys:
-            faster, and for the same quality about twice as many), `"topk"` (exact, for each query), `"window"` (sinks
-            and the most recent keys), or a `Selector` of your own.
+        selector: `"grouped"` (neighbouring queries keep the same past keys), `"topk"` (exact, for each query, and
+            slow), `"window"` (sinks and the most recent keys), or a `Selector` of your own.
         engine: `"auto"` (the fastest that can take a call), `"cpu"` (compiled kernels; files of earlier releases say
             `"native"`), `"triton"` (kernels for GPUs), `"gather"` (any device), `"reference"` (dense, masked: the
             specification), or an `Engine` of your own.
@@ -56,7 +55,7 @@ class SparseAttentionConfig:
         ValueError: naming the field, its value and what is allowed.
     """
 
-    alpha: checks.PositiveNumber = 8.0
+    alpha: checks.PositiveNumber = 16.0
     exponent: checks.Share = 0.5
     law: Annotated[LawName | Law, _check_law] = "power"
     keys: checks.PositiveCount | None = None

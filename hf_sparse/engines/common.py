@@ -9,9 +9,7 @@ from torch.nn import functional as F
 from hf_sparse.call import AttentionCall, accurate
 
 
-def attention_weights(
-    scores: Tensor, allowed: Tensor, sinks: Tensor | None, call: AttentionCall, *, scaled: bool = False
-) -> Tensor:
+def attention_weights(scores: Tensor, allowed: Tensor, sinks: Tensor | None, call: AttentionCall) -> Tensor:
     """Softmax over the allowed keys, in float32 or better.
 
     Args:
@@ -19,14 +17,11 @@ def attention_weights(
         allowed: bool, broadcastable to `scores`.
         sinks: Extra logits `(..., 1)` broadcastable to `scores`, which take mass and give none; or `None`.
         call: For `scaling`, `softcap` and `dropout`.
-        scaled: Whether the scores were multiplied by `scaling` already.
 
     Returns:
         Weights `(..., keys)`; all zero for a query that is allowed nothing.
     """
-    scores = scores.to(accurate(scores.dtype))
-    if not scaled:
-        scores = scores * call.scaling
+    scores = scores.to(accurate(scores.dtype)) * call.scaling
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     # Masked by arithmetic, which is vectorised where masked_fill is not, and with a finite number: with -inf a query

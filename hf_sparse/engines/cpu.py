@@ -31,9 +31,9 @@ class Cpu(Engine):
         """Attention to the kept keys where they lie: see `Engine.attend`."""
         missing = -selection.positions.shape[-1] % cpu.TILE
         runs = selection.runs if isinstance(selection, SharedSelection) else None
-        positions, allowed, scores = (
+        positions, allowed = (
             None if x is None else (F.pad(x, (0, missing)) if missing else x.contiguous())
-            for x in (selection.positions, selection.allowed if runs is None else None, selection.scores)
+            for x in (selection.positions, selection.allowed if runs is None else None)
         )
         assert positions is not None
         out = cpu.attend(
@@ -45,7 +45,6 @@ class Cpu(Engine):
             runs=None if runs is None else runs.contiguous(),
             size=selection.queries_per_group,
             per_head=selection.per_head,
-            scores=None if scores is None else scores.float(),
             sinks=None if call.sinks is None else call.sinks.float().contiguous(),
             softcap=call.softcap,
         )

@@ -37,21 +37,16 @@ class Gather(Engine):
             queries = call.query.shape[2]
             sinks = selection.pairs_of(call.sinks.view(1, heads, 1, 1).expand(batch, -1, queries, -1), kv_heads)
 
-        learns = torch.is_grad_enabled() and (call.query.requires_grad or call.key.requires_grad)
-        known = None if learns else selection.scores
         per_group = batch * kv_heads * width * (4 * pairs + (dim + call.value.shape[-1]) * query.element_size())
         step = max(1, _CHUNK_BYTES // per_group)
         parts = []
         for start in range(0, groups, step):
             part = slice(start, start + step)
             positions = selection.positions[:, :, part]
-            if known is None:
-                scores = query[:, :, part] @ take_keys(call.key, positions).transpose(-1, -2)
-            else:
-                scores = known[:, :, part]
+            scores = query[:, :, part] @ take_keys(call.key, positions).transpose(-1, -2)
             part_sinks = None if sinks is None else sinks[:, :, part]
             allowed = selection.allowed[:, :, part]
-            weights = attention_weights(scores, allowed, part_sinks, call, scaled=known is not None)
+            weights = attention_weights(scores, allowed, part_sinks, call)
             parts.append(_weighted_values(weights.to(call.value.dtype), call.value, positions))
         return selection.queries_of(torch.cat(parts, dim=2), heads)
 

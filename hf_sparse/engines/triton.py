@@ -16,7 +16,7 @@ class Triton(Engine):
     """Attention inside tiles of (query, head) pairs x keys.
 
     Nothing is copied or formed in memory but the result, and a partial result for each part of the keys where few pairs
-    share many of them. `selection.scores` are not read: the tensor cores form them as fast.
+    share many of them.
     """
 
     name = "triton"

@@ -1,4 +1,4 @@
-"""Keys in 8 bits or 4, which kernels rank all past keys with; extended as tokens arrive.
+"""Keys in few bits, which all past keys are ranked by; extended as tokens arrive.
 
 Ranking tolerates low precision: SALE estimates attention weights from products of 4-bit numbers (arXiv 2505.24179).
 The keys that are kept are scored again in full precision.

@@ -44,7 +44,7 @@ class Budget:
     """
 
     law: LawName | Law = "power"
-    alpha: float | tuple[float, ...] = 8.0
+    alpha: float | tuple[float, ...] = 16.0
     exponent: float | tuple[float, ...] = 0.5
     keys: int = 512
     fraction: float = 0.2

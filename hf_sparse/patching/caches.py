@@ -86,7 +86,7 @@ class _BeforeForward:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _hand_over(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Runs before the forward pass of a decoder, so that attention finds the keys in 8 bits that its cache keeps."""
+    """Runs before the forward pass of a decoder, so that attention finds the keys in few bits that its cache keeps."""
     cache = _given_cache(decoder, args, kwargs)
     set_cache_of_pass(cache if isinstance(cache, Cache) else None)
 

@@ -10,16 +10,15 @@ from hf_sparse.schema import custom
 from hf_sparse.selectors.base import ScoreSelector, Selector
 from hf_sparse.selectors.checked import check_selection
 from hf_sparse.selectors.grouped import Grouped
-from hf_sparse.selectors.shared import Shared
 from hf_sparse.selectors.topk import TopK
 from hf_sparse.selectors.window import Window
 
 __all__ = ["SELECTORS", "ScoreSelector", "Selector", "find_selector", "parse_selector", "select", "selector_name"]
 
-SELECTORS: dict[str, Selector] = {selector.name: selector for selector in (Grouped(), Shared(), TopK(), Window())}
+SELECTORS: dict[str, Selector] = {selector.name: selector for selector in (Grouped(), TopK(), Window())}
 """The built-in selectors by name."""
 
-_OWN = {kind.select for kind in (Grouped, ScoreSelector, Shared, Window)}
+_OWN = {kind.select for kind in (Grouped, ScoreSelector, Window)}
 
 
 def find_selector(selector: str | Selector) -> Selector:

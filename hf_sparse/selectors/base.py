@@ -22,7 +22,7 @@ class Selector:
         group_queries: Neighbouring query positions that choose together; 1 if each chooses for itself. Blocks of
             queries begin at multiples of it, counted from the first token of each sequence's text, so that padding and
             the other sequences of a batch change nothing.
-        ranks_quantised: Whether it reads `call.own_quantised`, the keys in 8 or 4 bits that a cache keeps.
+        ranks_quantised: Whether it reads `call.own_quantised`, the keys in few bits that a cache keeps.
     """
 
     name: str = ""

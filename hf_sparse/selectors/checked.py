@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.call import AttentionCall, Selection, accurate
+from hf_sparse.call import AttentionCall, Selection
 from hf_sparse.errors import UserError
 
 
@@ -49,8 +49,6 @@ def check_selection(name: str, selection: Any, call: AttentionCall, budgets: Ten
             f"selector {name!r}: every query must keep its budget of keys; one keeps {kept[wrong][0].item()} with a "
             f"budget of {wanted[wrong][0].item()}"
         )
-    if selection.number is not None and not torch.equal(selection.number, number):
-        raise UserError(f"selector {name!r}: Selection.number must count what is allowed")
 
 
 def _check_shapes(name: str, selection: Selection, call: AttentionCall) -> None:
@@ -65,16 +63,9 @@ def _check_shapes(name: str, selection: Selection, call: AttentionCall) -> None:
     wanted: dict[str, tuple[tuple[int, ...], str]] = {
         "positions": ((batch, kv_heads, groups, max(1, width)), "int64"),
         "allowed": ((batch, kv_heads, groups, pairs, max(1, width)), "bool"),
-        "number": ((batch, kv_heads, groups, pairs), "int64"),
-        "scores": (
-            (batch, kv_heads, groups, pairs, max(1, width)),
-            str(accurate(call.query.dtype)).removeprefix("torch."),
-        ),
     }
     for field, (shape, dtype) in wanted.items():
         found = getattr(selection, field)
-        if found is None and field in ("number", "scores"):
-            continue
         if isinstance(found, Tensor):
             said = f"{str(found.dtype).removeprefix('torch.')} {tuple(found.shape)} on {found.device}"
         else:

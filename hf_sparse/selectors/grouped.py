@@ -1,15 +1,13 @@
-"""The grouped selector: the pairs of a group rank the past keys together, and each picks its own of the best.
+"""The grouped selector: neighbouring queries, and the heads that share keys, keep the same keys of the past.
 
-A group is 64 neighbouring queries, or the one query of a decoding step, over the heads of a GQA group. One set of keys
-for all its (query, head) pairs is a dense matrix product, which is what hardware is good at. Each pair keeps its own
-sinks and recent window. The past keys with the highest aggregated scores, `OVERSAMPLING` times as many as any pair has
-room for, are the group's candidates; with its remaining budget, a pair keeps the candidates, and the other local keys,
-that have its own highest exact scores. In one pass over a whole text, the keys of a query so depend a little on the
+A group is 64 neighbouring queries, or the one query of a decoding step, over the heads of a GQA group. Each of its
+(query, head) pairs keeps its own sinks and recent keys. The rest of its budget goes to the past keys that are most
+important to all pairs together (`hf_sparse.selectors.importance`): what one pair reads, all read, so that nothing is
+gathered, or scored exactly, for one of them alone. In one pass over a whole text, the keys of a query so depend on the
 other queries of its group.
 
-Compiled kernels do all of this on CPUs, and the ranking on GPUs; everything else runs on PyTorch, from the same 8-bit
-numbers, and is slower than dense attention. Sums are rounded in other places: of two keys whose aggregated scores agree
-to less than a percent, another may become a candidate.
+Compiled kernels do this on CPUs; elsewhere PyTorch does, with the same rounded numbers. Sums are rounded in other
+places: of two keys that are almost equally important, another may be kept.
 """
 
 from __future__ import annotations
@@ -20,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_sparse.call import AlwaysKept, AttentionCall, Selection, accurate, pairs_of, take_keys
-from hf_sparse.selectors import aggregation, compiled
+from hf_sparse.call import AlwaysKept, AttentionCall, Selection, SharedSelection, accurate, pairs_of
+from hf_sparse.kernels import cpu
 from hf_sparse.selectors.base import Selector, largest
-from hf_sparse.selectors.layout import OVERSAMPLING, GroupLayout
+from hf_sparse.selectors.importance import importance
+from hf_sparse.selectors.layout import GroupLayout
+from hf_sparse.visibility import VisibleRanges
 
 GROUP_QUERIES = 64
 """Queries in a group of a prefill."""
@@ -34,7 +34,7 @@ _TILE = 16
 
 @dataclass(frozen=True)
 class Grouped(Selector):
-    """Keep what the queries of a group and their heads attend to most: near top-k, at a fraction of its cost."""
+    """Keep the keys that the queries of a group, and their heads, attend to most together."""
 
     name: str = "grouped"
     group_queries: int = GROUP_QUERIES
@@ -42,109 +42,77 @@ class Grouped(Selector):
 
     def select(self, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Selection:
         """The keys of whole groups, or of fewer queries than one as a group: see `Selector.select`."""
-        if self.uncompiled_reason(call) is not None:
-            return select_by(aggregation.by_pytorch, call, budgets, always)
-        if call.key.is_cuda:
-            return select_by(aggregation.by_triton, call, budgets, always)
-        return compiled.select_compiled(call, budgets, always, min(GROUP_QUERIES, call.query.shape[2]))
+        choose = _by_pytorch if self.uncompiled_reason(call) is not None else _compiled
+        return choose(call, budgets, always, min(GROUP_QUERIES, call.query.shape[2]))
 
     def scored_keys(self, call: AttentionCall, most: int) -> int:
-        """Exact scores are those of candidates: see `Selector.scored_keys`. Aggregation bounds what it forms itself."""
-        return max(1024, min(call.key.shape[2], OVERSAMPLING * most))
+        """Scores are formed a group at a time: see `Selector.scored_keys`. What grows are lists of kept keys."""
+        return max(1024, min(call.key.shape[2], most))
 
     def uncompiled_reason(self, call: AttentionCall) -> str | None:
         """Why PyTorch looks for the keys of this call, and no compiled kernel; `None` if one does."""
-        return aggregation.triton_unsupported_reason(call) if call.key.is_cuda else compiled.unsupported_reason(call)
+        if call.key.shape[3] % 8:
+            return f"the compiled kernels take heads of a multiple of 8 components, not {call.key.shape[3]}"
+        return cpu.unsupported_reason(call.key)
+
+
+def _compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> SharedSelection:
+    batch, heads, queries, _ = call.query.shape
+    ranges = call.ranges
+    positions, runs = cpu.select(
+        call.scaled_query,
+        call.own_quantised.up_to(call.key, ranges.last_visible, cpu.LAYOUT),
+        (ranges.first, ranges.stop),
+        budgets.expand(batch, heads, queries),
+        size=size,
+        width=_width(ranges, int(budgets.max()), always, size),
+        sink_keys=always.sink_keys,
+        recent_keys=always.recent_keys,
+        softcap=call.softcap,
+    )
+    return SharedSelection(positions, runs, size)
+
+
+def _width(ranges: VisibleRanges, most: int, always: AlwaysKept, size: int) -> int:
+    """Keys that any group may come to: first and local keys, and those of the past. `most`: the largest budget."""
+    skew, ahead = ranges.spread(size)
+    near = min(skew + always.sink_keys + ahead + max(1, always.recent_keys), ranges.last_visible)
+    past = min(most, ranges.most_visible)
+    return sum(-(-x // _TILE) * _TILE for x in (near, past))
 
 
 @torch.no_grad()
-def select_by(aggregate: aggregation.Aggregate, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Selection:
-    """Give each query its recent window and its sinks, and each of its heads the best of its candidates.
+def _by_pytorch(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> SharedSelection:
+    layout = GroupLayout.of(call, budgets, always, size)
+    pairs = pairs_of(call.query, call.key.shape[1], size).to(accurate(call.query.dtype)) * call.scaling
+    near = layout.near_positions()
+    near = F.pad(near, (0, -near.shape[-1] % _TILE))
+    past = _most_important(pairs, call, layout)
+    past = F.pad(past, (0, -past.shape[-1] % _TILE))
+    positions = torch.cat([near.expand(-1, past.shape[1], -1, -1), past], dim=-1).clamp(max=call.key.shape[2] - 1)
+    first, last = (layout.place_of(x).clamp(min=0) for x in (layout.first, layout.last_start))
+    runs = (
+        (first, first + layout.first_stop - layout.first),
+        (last, last + layout.stop - layout.last_start),
+        (torch.full_like(first, near.shape[-1]), near.shape[-1] + layout.ranked),
+    )
+    return SharedSelection(positions, torch.stack([torch.stack(run, dim=-1) for run in runs], dim=-2), size)
 
-    Args:
-        aggregate: Ranks past keys.
-        call: A whole number of groups of `GROUP_QUERIES` queries, or fewer queries than that as one group.
-        budgets: int64 `(batch, heads or 1, q_len)`.
-        always: Sinks and recent window.
+
+def _most_important(pairs: Tensor, call: AttentionCall, layout: GroupLayout) -> Tensor:
+    """The past keys that pairs of each group keep, int64 `(batch, kv_heads, groups, layout.most_ranked)`.
+
+    The most important first, of equal ones the most recent. Where a group keeps fewer, any positions follow.
     """
-    layout = GroupLayout.of(call, budgets, always, min(GROUP_QUERIES, call.query.shape[2]))
-    kv_heads, last = call.key.shape[1], call.key.shape[2] - 1
-    pairs = pairs_of(call.query, kv_heads, layout.size).to(accurate(call.query.dtype)) * call.scaling
-    near = _Near.of(layout)
-    positions = near.positions.clamp(max=last).expand(-1, kv_heads, -1, -1)
-    if layout.ranked:
-        kept_lse = aggregation.capped(_scores(pairs, call.key, positions), call.softcap)
-        kept_lse = kept_lse.masked_fill(~near.counted, -torch.inf).logsumexp(-1)
-        kept_lse = kept_lse.masked_fill(layout.stop <= layout.first, torch.inf)
-        past, is_candidate = _best_past(aggregate(pairs, call, kept_lse, layout), layout)
-    else:
-        past, is_candidate = _all_past(layout)
-    width = past.shape[-1] + positions.shape[-1]
-    missing = -width % _TILE if width else _TILE
-    past, is_candidate = F.pad(past.clamp(max=last), (missing, 0)), F.pad(is_candidate, (missing, 0))
-
-    # From the oldest offered key to the most recent: of equal scores the last one wins.
-    positions = torch.cat([past, positions], dim=-1)
-    offered = is_candidate.unsqueeze(3) & (past.unsqueeze(3) >= layout.start.unsqueeze(-1))
-    offered = torch.cat([offered, near.offered], dim=-1)
-    scores = _scores(pairs, call.key, positions)
-    best, taken = largest(scores.masked_fill(~offered, -torch.inf), layout.free, layout.most_free)
-    allowed = torch.zeros_like(offered).scatter_(-1, best, taken)
-    allowed[..., past.shape[-1] :] |= near.kept
-    return Selection(positions, allowed, layout.size, per_head=False, scores=scores, number=layout.budget)
-
-
-@dataclass(frozen=True)
-class _Near:
-    """Sinks and local keys of each group.
-
-    Attributes:
-        positions: int64 `(batch, 1, groups, width)`, padded with positions that may not exist.
-        kept: bool `(batch, kv_heads, groups, pairs, width)`: what a pair keeps in any case.
-        offered: What it may keep, of the same shape.
-        counted: What it sees and is not ranked, of the same shape.
-    """
-
-    positions: Tensor
-    kept: Tensor
-    offered: Tensor
-    counted: Tensor
-
-    @classmethod
-    def of(cls, layout: GroupLayout) -> _Near:
-        positions = torch.cat([_from(layout.oldest, layout.sinks), _from(layout.low, layout.local)], dim=-1)
-        is_local = torch.arange(positions.shape[-1], device=positions.device) >= layout.sinks
-        begin, low, place = (x.unsqueeze(3) for x in (layout.begin, layout.low, positions))
-        first, stop, start, recent = (x.unsqueeze(-1) for x in (layout.first, layout.stop, layout.start, layout.recent))
-        seen = (place >= first) & (place < stop) & (is_local == (place >= low))
-        return cls(
-            positions,
-            seen & ((place < start) | (is_local & (place >= recent))),
-            seen & is_local & (place >= start) & (place < recent),
-            seen & (is_local | (place < begin)),
-        )
-
-
-def _all_past(layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """All past keys of each group, int64 `(batch, kv_heads, groups, width)`, and which of them there are."""
-    past = _from(layout.begin, layout.most_candidates).expand(-1, layout.candidates.shape[1], -1, -1)
-    return past, past - layout.begin < layout.candidates.unsqueeze(-1)
-
-
-def _best_past(scores: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """The candidates of each group by aggregated scores: as `_all_past`, rising."""
-    position = torch.arange(scores.shape[-1], device=scores.device)
-    scores = scores.masked_fill((position < layout.begin) | (position >= layout.low), -torch.inf)
-    past, taken = largest(scores, layout.candidates, layout.most_candidates)
-    past, order = past.sort(dim=-1)
-    return past, taken.gather(-1, order)
-
-
-def _from(start: Tensor, width: int) -> Tensor:
-    """`width` positions from `start` `(..., 1)` on."""
-    return start + torch.arange(width, device=start.device)
-
-
-def _scores(pairs: Tensor, key: Tensor, positions: Tensor) -> Tensor:
-    """Scores of the pairs of each group for the keys at `positions`, before any soft cap."""
-    return pairs @ take_keys(key, positions).to(pairs.dtype).transpose(-1, -2)
+    wanted = layout.ranked.amax(-1, keepdim=True)
+    if not bool(((layout.ranked > 0) & (layout.ranked < layout.past_size)).any()):
+        return layout.edge_stop + torch.arange(layout.most_ranked, device=wanted.device).expand(*wanted.shape[:3], -1)
+    values = importance(pairs, call, layout)
+    position = torch.arange(values.shape[-1], device=values.device)
+    is_past = (position >= layout.edge_stop) & (position < layout.local_start)
+    best, taken = largest(values.masked_fill(~is_past, -torch.inf), wanted.squeeze(-1), layout.most_ranked)
+    # From the most recent to the oldest, and those that are not taken at the end.
+    best = best.masked_fill(~taken, -1).sort(dim=-1, descending=True).values
+    ranks = values.gather(-1, best.clamp(min=0)).masked_fill(best < 0, -torch.inf)
+    best = best.gather(-1, ranks.sort(dim=-1, descending=True, stable=True).indices)
+    return best[..., : layout.most_ranked].clamp(min=0)

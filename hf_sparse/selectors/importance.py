@@ -1,4 +1,4 @@
-"""How important each key of the past is to the (query, head) pairs of a block.
+"""How important each key of the past is to the (query, head) pairs of a group.
 
 Attention weights of all pairs are summed, as SnapKV (arXiv 2404.14469) sums those of a window of queries. Products are
 those of 4-bit keys (as SALE estimates weights, arXiv 2505.24179) with queries of 7 bits, each with a scale of its own.
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from hf_sparse.call import AttentionCall
 from hf_sparse.kernels.layout import Layout
-from hf_sparse.selectors.aggregation import capped
-from hf_sparse.selectors.blocks import BlockLayout
+from hf_sparse.selectors.layout import GroupLayout
 
 WINDOW, PERIOD = 64, 1024
 """Neighbouring keys that are looked at for the estimate, in so many."""
@@ -29,28 +28,28 @@ _CHUNK_ELEMENTS = 1 << 20
 _LOG2_E = 1.4426950408889634
 
 
-def importance(pairs: Tensor, call: AttentionCall, layout: BlockLayout) -> Tensor:
-    """The importance of each key to the pairs of each block together, a chunk of the pairs at a time.
+def importance(pairs: Tensor, call: AttentionCall, layout: GroupLayout) -> Tensor:
+    """The importance of each key to the pairs of each group together, a chunk of the pairs at a time.
 
     Args:
-        pairs: Scaled queries `(batch, kv_heads, blocks, pairs, head_dim)`.
+        pairs: Scaled queries `(batch, kv_heads, groups, pairs, head_dim)`.
         call: For the keys and the soft cap.
-        layout: Of the blocks.
+        layout: Of the groups.
 
     Returns:
-        float32 `(batch, kv_heads, blocks, keys)` for the keys up to the last one that any query sees. For keys that are
-        not of the past of a block they mean nothing.
+        float32 `(batch, kv_heads, groups, keys)` for the keys up to the last one that any query sees. For keys that are
+        not of the past of a group they mean nothing.
     """
-    batch, kv_heads, blocks, size, _ = pairs.shape
+    batch, kv_heads, groups, size, _ = pairs.shape
     length = call.ranges.last_visible
     codes, scales = call.own_quantised.up_to(call.key, length, LAYOUT)
     pairs = rounded(pairs.float(), _QUERY_MOST)
-    out = pairs.new_zeros(batch, kv_heads, blocks, length)
+    out = pairs.new_zeros(batch, kv_heads, groups, length)
     position = torch.arange(length, device=pairs.device)
-    for block, (start, stop) in enumerate(layout.past):
+    for group, (start, stop) in enumerate(layout.past):
         if start >= stop:
             continue
-        edge_stop, local_start = layout.edge_stop[:, :, block], layout.local_start[:, :, block]
+        edge_stop, local_start = layout.edge_stop[:, :, group], layout.local_start[:, :, group]
         is_past = (position >= edge_stop) & (position < local_start)
         looked_at = (position - edge_stop) % PERIOD < WINDOW
         looked_at |= local_start - edge_stop <= PERIOD
@@ -62,17 +61,18 @@ def importance(pairs: Tensor, call: AttentionCall, layout: BlockLayout) -> Tenso
         step = max(1, _CHUNK_ELEMENTS // (batch * kv_heads * length))
         for at in range(0, size, step):
             part = slice(at, at + step)
-            first, end = (x[:, :, block, part, None] for x in (layout.first, layout.stop))
+            first, end = (x[:, :, group, part, None] for x in (layout.first, layout.stop))
             seen = (position >= first) & (position < end)
-            scores = pairs[:, :, block, part] @ keys.transpose(-1, -2)
+            scores = pairs[:, :, group, part] @ keys.transpose(-1, -2)
             if call.softcap is not None:
-                scores = capped(scores, call.softcap * _LOG2_E)
+                cap = call.softcap * _LOG2_E
+                scores = cap * torch.tanh(scores / cap)
             used = scores.masked_fill(~seen | (weight == 0), -torch.inf)
             most = used.amax(-1, keepdim=True)
             total = (_rough_exp2(used - most) * weight).sum(-1, keepdim=True).log2() + most
             weights = _rough_exp2((scores - total).clamp(max=0)).masked_fill_(end <= first, 0)
             # Turned, so that the weights of equal keys are added up alike, to the last bit.
-            out[:, :, block] += weights.transpose(-1, -2).contiguous().sum(-1)
+            out[:, :, group] += weights.transpose(-1, -2).contiguous().sum(-1)
     return out
 
 

@@ -13,9 +13,7 @@ BEGIN, END = "<!-- hf-sparse: begin -->", "<!-- hf-sparse: end -->"
 
 _SHOWN_LENGTHS = (1024, 4096, 16384)
 _SELECTORS = {
-    "grouped": "64 neighbouring queries and the heads of a GQA group share candidate keys, those of the highest "
-    "aggregated scores; each query and head keeps the best of twice as many candidates as its budget, by exact scores",
-    "shared": "64 neighbouring queries and the heads of a GQA group keep the same past keys, those with the largest "
+    "grouped": "64 neighbouring queries and the heads of a GQA group keep the same past keys, those with the largest "
     "attention weights summed over all of them",
     "topk": "the keys with the highest scores, exactly, for each query and head",
     "window": "the first and the most recent keys",

@@ -229,9 +229,7 @@ def test_methods_are_those_that_are_named(model: PreTrainedModel) -> None:
     assert methods["fixed"] == error_methods(None, CONFIG, LENGTHS, support)["fixed"]
     calibrated = replace(CONFIG, per_head={1: ((2.0, 0.5),) * 4})
     assert list(error_methods(["topk", "calibrated"], calibrated, LENGTHS, support)) == ["topk", "calibrated"]
-    with pytest.raises(
-        UserError, match=r"methods must be among dense, grouped, shared, topk, window, power, .*; got 'magic'"
-    ):
+    with pytest.raises(UserError, match=r"methods must be among dense, grouped, topk, window, power, .*; got 'magic'"):
         error_methods(["magic"], CONFIG, LENGTHS, support)
 
 

@@ -1,6 +1,6 @@
 // Attention of groups of (query, head) pairs to the keys they keep: an online softmax over tiles of gathered keys.
 
-#include "scores.hpp"
+#include "states.hpp"
 
 #include <algorithm>
 
@@ -16,7 +16,6 @@ struct Call {
     const int64_t *positions; // (batch, kv_heads, groups, width); if `per_head`, groups go by head, then query
     const uint8_t *allowed;   // (batch, kv_heads, groups, pairs, width), or null
     const int64_t *runs;      // else (batch, kv_heads, groups, pairs, RUNS, 2): first place and place after the last
-    const float *scores;      // like `allowed`, or null to compute them here
     const float *sinks;       // (heads) logits without a value, or null
     double softcap;           // 0 for none
     float *out;               // (batch, heads, q_len, value.dim), contiguous
@@ -25,7 +24,7 @@ struct Call {
 
 constexpr int64_t RUNS = 3;
 constexpr int64_t CHUNK = 256; // keys that are gathered at a time
-constexpr int64_t SET = 2 * LANES; // pairs whose scores are found together, one in each lane of two registers
+constexpr int64_t SCORED = 2 * LANES; // pairs whose scores are found together, one in each lane of two registers
 constexpr int64_t KEYS = LANES > 8 ? 12 : 6; // keys whose scores are found together, as many as registers hold
 constexpr int64_t SUMMED = LANES > 8 ? 8 : 6; // pairs that share loaded values
 constexpr int64_t FEW = 4;    // pairs that read keys and values where they lie
@@ -42,7 +41,6 @@ class Attention {
           positions(call.positions + index * call.width),
           allowed(call.allowed ? call.allowed + index * pairs * call.width : nullptr),
           runs(call.runs ? call.runs + index * pairs * RUNS * 2 : nullptr),
-          scores(call.scores ? call.scores + index * pairs * call.width : nullptr),
           padded(round_up(call.value.dim, LANES)) {}
 
     // Size of the running softmax: for each pair the highest score, and relative to it the sums of weights and of
@@ -60,7 +58,7 @@ class Attention {
     // Attend to the places in [from, to) of the list.
     void attend(int64_t from, int64_t to) {
         find_used(from, to);
-        if (pairs > FEW && !scores) turn();
+        if (pairs > FEW) turn();
         const int64_t step = CHUNK / LANES;
         for (int64_t at = 0; at < used_count; at += step) {
             const int64_t count = std::min(step, used_count - at);
@@ -96,7 +94,6 @@ class Attention {
     const int64_t *positions;
     const uint8_t *allowed;
     const int64_t *runs;
-    const float *scores;
     const int64_t padded; // components of a value, a multiple of LANES
     float *highest_of, *total_of, *sum_of;
     float *queries;
@@ -152,11 +149,9 @@ class Attention {
     void attend_in_place(int64_t from, int64_t count, const int64_t *own) {
         const int64_t width = count * LANES, dim = call.key.dim;
         float *weights = scratch<float, 19>(FEW * CHUNK);
-        if (!scores) {
-            const float *queries[FEW];
-            for (int64_t p = 0; p < pairs; p++) queries[p] = call.query + at(p) * dim;
-            few_scores(call.key, batch, kv_head, queries, pairs, own, 0, width, weights, CHUNK);
-        }
+        const float *queries[FEW];
+        for (int64_t p = 0; p < pairs; p++) queries[p] = call.query + at(p) * dim;
+        find_few_scores(queries, own, width, weights);
         for (int64_t p = 0; p < pairs; p++) weigh(p, used + from, count, weights + p * CHUNK);
         const bool direct = call.value.format == FLOAT32 && padded == call.value.dim;
         float *copies = scratch<float, 17>(direct ? 0 : CHUNK * padded), *buffer = scratch<float, 18>(call.value.dim);
@@ -170,6 +165,24 @@ class Attention {
             for (; padded - part >= 4 * LANES; part += 4 * LANES)
                 add_in_place<4>(p, weights + p * CHUNK, values, width, part);
             for (; part < padded; part += LANES) add_in_place<1>(p, weights + p * CHUNK, values, width, part);
+        }
+    }
+
+    // Scores (pairs, CHUNK) for the keys at `own`.
+    void find_few_scores(const float *const *queries, const int64_t *own, int64_t width, float *out) const {
+        const int64_t dim = call.key.dim;
+        float *buffer = scratch<float, 1>(dim);
+        for (int64_t i = 0; i < width; i++) {
+            if (i + VECTORS_AHEAD < width) call.key.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
+            const float *vector = call.key.vector(batch, kv_head, own[i], buffer);
+            for (int64_t p = 0; p < pairs; p++) {
+                Floats sums{};
+                int64_t j = 0;
+                for (; j + LANES <= dim; j += LANES) sums += load(vector + j) * load(queries[p] + j);
+                float score = sum(sums);
+                for (; j < dim; j++) score += vector[j] * queries[p][j];
+                out[p * CHUNK + i] = score;
+            }
         }
     }
 
@@ -193,14 +206,14 @@ class Attention {
         return to;
     }
 
-    // Queries, turned: (sets, dim, SET).
+    // Queries, turned: (sets, dim, SCORED).
     void turn() {
-        const int64_t dim = call.key.dim, sets = (pairs + SET - 1) / SET;
-        queries = scratch<float, 14>(sets * dim * SET);
-        std::fill(queries, queries + sets * dim * SET, 0.0f);
+        const int64_t dim = call.key.dim, sets = (pairs + SCORED - 1) / SCORED;
+        queries = scratch<float, 14>(sets * dim * SCORED);
+        std::fill(queries, queries + sets * dim * SCORED, 0.0f);
         for (int64_t p = 0; p < pairs; p++) {
             const float *query = call.query + at(p) * dim;
-            for (int64_t j = 0; j < dim; j++) queries[(p / SET * dim + j) * SET + p % SET] = query[j];
+            for (int64_t j = 0; j < dim; j++) queries[(p / SCORED * dim + j) * SCORED + p % SCORED] = query[j];
         }
     }
 
@@ -219,13 +232,11 @@ class Attention {
             std::copy(key, key + dim, keys + i * dim);
             copied(call.value.vector(batch, kv_head, own[i], buffer), values + i * padded);
         }
-        float *weights = scratch<float, 19>(room * SET);
-        for (int64_t set = 0; set < pairs; set += SET) {
-            const int64_t number = std::min(SET, pairs - set);
-            if (scores)
-                take_scores(set, number, used + from, width, weights);
-            else
-                for (int64_t i = 0; i < width; i += KEYS) find_scores(queries + set * dim, keys + i * dim, dim, weights + i * SET);
+        float *weights = scratch<float, 19>(room * SCORED);
+        for (int64_t set = 0; set < pairs; set += SCORED) {
+            const int64_t number = std::min(SCORED, pairs - set);
+            for (int64_t i = 0; i < width; i += KEYS)
+                find_scores(queries + set * dim, keys + i * dim, dim, weights + i * SCORED);
             weigh_set(set, number, used + from, width, weights);
             for (int64_t p = 0; p < number; p += SUMMED) {
                 const int64_t summed = std::min(SUMMED, number - p);
@@ -237,39 +248,32 @@ class Attention {
         }
     }
 
-    // Scores (KEYS, SET) of a set of pairs for as many keys.
+    // Scores (KEYS, SCORED) of a set of pairs for as many keys.
     static void find_scores(const float *queries, const float *keys, int64_t dim, float *out) {
         Floats sums[KEYS][2] = {};
         for (int64_t j = 0; j < dim; j++) {
-            const Floats low = load(queries + j * SET), high = load(queries + j * SET + LANES);
+            const Floats low = load(queries + j * SCORED), high = load(queries + j * SCORED + LANES);
             for (int64_t i = 0; i < KEYS; i++) {
                 const Floats key = all(keys[i * dim + j]);
                 sums[i][0] += low * key;
                 sums[i][1] += high * key;
             }
         }
-        for (int64_t i = 0; i < KEYS; i++) store(out + i * SET, sums[i][0]), store(out + i * SET + LANES, sums[i][1]);
+        for (int64_t i = 0; i < KEYS; i++) store(out + i * SCORED, sums[i][0]), store(out + i * SCORED + LANES, sums[i][1]);
     }
 
-    // The same from `scores`.
-    void take_scores(int64_t set, int64_t number, const int64_t *places, int64_t width, float *out) const {
-        for (int64_t p = 0; p < number; p++)
-            for (int64_t i = 0; i < width; i++)
-                out[i * SET + p] = scores[(set + p) * call.width + places[i / LANES] + i % LANES];
-    }
-
-    // Scores -> weights of the kept keys of a set of pairs, (width, SET), relative to the highest score so far.
+    // Scores -> weights of the kept keys of a set of pairs, (width, SCORED), relative to the highest score so far.
     void weigh_set(int64_t set, int64_t number, const int64_t *places, int64_t width, float *weights) {
         const float softcap = float(call.softcap);
-        float *kept_of = nullptr; // 1 and 0, (width, SET), unless all pairs keep all keys
+        float *kept_of = nullptr; // 1 and 0, (width, SCORED), unless all pairs keep all keys
         if (!all_keep(set, number, places, width)) kept_of = kept_by(set, number, places, width);
-        for (int64_t half = 0; half < SET; half += LANES) {
+        for (int64_t half = 0; half < SCORED; half += LANES) {
             Floats most = all(-INFINITY);
             for (int64_t i = 0; i < width; i++) {
-                Floats score = load(weights + i * SET + half);
+                Floats score = load(weights + i * SCORED + half);
                 if (softcap > 0) score = capped(score, softcap);
-                if (kept_of) score = load(kept_of + i * SET + half) > 0 ? score : all(-INFINITY);
-                store(weights + i * SET + half, score);
+                if (kept_of) score = load(kept_of + i * SCORED + half) > 0 ? score : all(-INFINITY);
+                store(weights + i * SCORED + half, score);
                 most = larger(most, score);
             }
             Floats base;
@@ -279,10 +283,10 @@ class Attention {
             }
             Floats total{};
             for (int64_t i = 0; i < width; i++) {
-                const Floats score = load(weights + i * SET + half);
+                const Floats score = load(weights + i * SCORED + half);
                 // Where no key was kept yet the difference is NaN, and the weight 0.
-                const Floats weight = score > all(LOWEST) ? exp2<false>(score * LOG2_E - base) : Floats{};
-                store(weights + i * SET + half, weight);
+                const Floats weight = score > all(LOWEST) ? exp2(score * LOG2_E - base) : Floats{};
+                store(weights + i * SCORED + half, weight);
                 total += weight;
             }
             for (int64_t p = 0; p < LANES && half + p < number; p++) total_of[set + half + p] += total[p];
@@ -290,7 +294,7 @@ class Attention {
     }
 
     bool all_keep(int64_t set, int64_t number, const int64_t *places, int64_t width) const {
-        if (!runs || number < SET) return false;
+        if (!runs || number < SCORED) return false;
         const int64_t first = places[0], stop = places[width / LANES - 1] + LANES;
         for (int64_t p = set; p < set + number; p++) {
             const int64_t *run = runs + p * RUNS * 2;
@@ -300,23 +304,22 @@ class Attention {
     }
 
     float *kept_by(int64_t set, int64_t number, const int64_t *places, int64_t width) const {
-        float *out = scratch<float, 24>(CHUNK * SET);
-        std::fill(out, out + width * SET, 0.0f);
+        float *out = scratch<float, 24>(CHUNK * SCORED);
+        std::fill(out, out + width * SCORED, 0.0f);
         for (int64_t p = 0; p < number; p++)
             for (int64_t i = 0; i < width; i += LANES) {
                 const Ints yes = kept(set + p, places[i / LANES]);
-                for (int64_t j = 0; j < LANES; j++) out[(i + j) * SET + p] = yes[j] ? 1.0f : 0.0f;
+                for (int64_t j = 0; j < LANES; j++) out[(i + j) * SCORED + p] = yes[j] ? 1.0f : 0.0f;
             }
         return out;
     }
 
     // Scores -> weights of the allowed keys, relative to the highest score so far.
     void weigh(int64_t p, const int64_t *places, int64_t count, float *weights) {
-        const float *known = scores ? scores + p * call.width : nullptr;
         const float softcap = float(call.softcap);
         Floats most = all(-INFINITY);
         for (int64_t i = 0; i < count; i++) {
-            Floats score = load(known ? known + places[i] : weights + i * LANES);
+            Floats score = load(weights + i * LANES);
             if (softcap > 0) score = capped(score, softcap);
             score = kept(p, places[i]) ? score : all(-INFINITY);
             store(weights + i * LANES, score);
@@ -328,7 +331,7 @@ class Attention {
         for (int64_t i = 0; i < count; i++) {
             const Floats score = load(weights + i * LANES);
             // Where no key was allowed yet the difference is NaN, and the weight 0.
-            const Floats weight = score > all(LOWEST) ? exp2<false>(score * LOG2_E - base) : Floats{};
+            const Floats weight = score > all(LOWEST) ? exp2(score * LOG2_E - base) : Floats{};
             store(weights + i * LANES, weight);
             total += weight;
         }
@@ -351,7 +354,7 @@ class Attention {
             Floats value[parts];
             for (int j = 0; j < parts; j++) value[j] = load(values + i * padded + part + j * LANES);
             for (int64_t p = 0; p < SUMMED; p++)
-                for (int j = 0; j < parts; j++) sums[p][j] += value[j] * weights[i * SET + p];
+                for (int j = 0; j < parts; j++) sums[p][j] += value[j] * weights[i * SCORED + p];
         }
         for (int64_t p = 0; p < number; p++)
             for (int j = 0; j < parts; j++) {

@@ -48,24 +48,6 @@ class _Quantised(ctypes.Structure):
 
 class _Selecting(ctypes.Structure):
     _fields_ = (
-        ("key", _States),
-        ("quantised", _Quantised),
-        ("query", c_void_p),
-        ("first", c_void_p),
-        ("stop", c_void_p),
-        ("budget", c_void_p),
-        *((name, c_int64) for name in ("budget_batch", "budget_head", "budget_query")),
-        *((name, c_int64) for name in ("batches", "heads", "kv_heads", "q_len", "size")),
-        *((name, c_int64) for name in ("sink_keys", "recent_keys", "oversampling")),
-        ("softcap", c_double),
-        ("width", c_int64),
-        *((name, c_void_p) for name in ("positions", "allowed", "kept", "scores")),
-        ("threads", c_int64),
-    )
-
-
-class _Sharing(ctypes.Structure):
-    _fields_ = (
         ("codes", _Quantised),
         ("dim", c_int64),
         ("query", c_void_p),
@@ -88,7 +70,7 @@ class _Attending(ctypes.Structure):
         ("value", _States),
         ("query", c_void_p),
         *((name, c_int64) for name in ("batches", "heads", "kv_heads", "q_len", "size", "width", "per_head")),
-        *((name, c_void_p) for name in ("positions", "allowed", "runs", "scores", "sinks")),
+        *((name, c_void_p) for name in ("positions", "allowed", "runs", "sinks")),
         ("softcap", c_double),
         ("out", c_void_p),
         ("threads", c_int64),
@@ -106,105 +88,12 @@ def unsupported_reason(*states: Tensor) -> str | None:
 
 
 def lanes() -> int:
-    """Keys in a tile of quantised keys: as many numbers as a register of this CPU holds, 4, 8 or 16."""
+    """Numbers that a register of this CPU holds: 4, 8 or 16."""
     return int(_library().hfs_lanes())
 
 
 def allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
     """Tiles of zeros for at least `room` keys: see `quantise`."""
-    batch, heads, _, dim = key.shape
-    keys = lanes()
-    tiles = -(-room // keys)
-    return (
-        key.new_zeros(batch, heads, tiles, dim // 4, keys, 4, dtype=torch.uint8),
-        key.new_zeros(batch, heads, tiles * keys, dtype=torch.float32),
-    )
-
-
-def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
-    """Write the keys at positions `start` to `stop` - 1 in 8 bits.
-
-    Args:
-        key: `(batch, kv_heads, kv_len, head_dim)`; `head_dim` a multiple of 4.
-        start: First position.
-        stop: Position after the last.
-        out: Codes, uint8 `(batch, kv_heads, tiles, head_dim / 4, lanes, 4)`: 128 + key / scale, rounded; and scales,
-            float32 `(batch, kv_heads, tiles * lanes)`: the largest component divided by 127.
-    """
-    key = adjacent(key)
-    _library().hfs_quantise(
-        ctypes.byref(_States(key)),
-        ctypes.byref(_Quantised(out)),
-        *map(c_int64, (*key.shape[:2], start, stop, torch.get_num_threads())),
-    )
-
-
-LAYOUT = Layout(allocate, quantise)
-"""Tiles of `lanes` keys, in which 4 components of each key lie together."""
-
-
-def select(
-    query: Tensor,
-    key: Tensor,
-    quantised: tuple[Tensor, Tensor],
-    visible: tuple[Tensor, Tensor],
-    budgets: Tensor,
-    *,
-    size: int,
-    width: int,
-    sink_keys: int,
-    recent_keys: int,
-    oversampling: int,
-    softcap: float | None,
-    want_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The keys that each (query, head) pair of each group keeps: see `group.hpp`.
-
-    Args:
-        query: Scaled, float32 `(batch, heads, q_len, head_dim)`, contiguous.
-        key: `(batch, kv_heads, kv_len, head_dim)`.
-        quantised: As `quantise` writes them.
-        visible: First visible position of each query, and the one after its last: int64 `(batch, q_len)`, contiguous.
-        budgets: int64 `(batch, heads, q_len)`; may be expanded.
-        size: Queries in a group.
-        width: Room for the positions of a group, a multiple of `TILE`.
-        sink_keys: Of each query, as in the configuration.
-        recent_keys: Of each query, as in the configuration.
-        oversampling: Candidate keys of a group for each that its pairs want at most.
-        softcap: Soft cap of the scores, or `None`.
-        want_scores: Whether to return scores.
-
-    Returns:
-        Positions, int64 `(batch, kv_heads, groups, width)`; which of them each pair keeps, bool `(batch, kv_heads,
-        groups, pairs, width)`; how many, int64 `(batch, kv_heads, groups, pairs)`; and their scores before any soft
-        cap, float32 `(batch, kv_heads, groups, pairs, width)`, or `None`.
-    """
-    key = adjacent(key)
-    batch, heads, q_len, _ = query.shape
-    kv_heads = key.shape[1]
-    groups = (batch, kv_heads, q_len // size)
-    pairs = heads // kv_heads * size
-    positions = key.new_empty(*groups, width, dtype=torch.int64)
-    allowed = key.new_empty(*groups, pairs, width, dtype=torch.bool)
-    kept = key.new_empty(*groups, pairs, dtype=torch.int64)
-    scores = key.new_empty(*groups, pairs, width, dtype=torch.float32) if want_scores else None
-    call = _Selecting(
-        _States(key),
-        _Quantised(quantised),
-        *(x.data_ptr() for x in (query, *visible, budgets)),
-        *budgets.stride(),
-        *(batch, heads, kv_heads, q_len, size),
-        *(sink_keys, recent_keys, oversampling, softcap or 0.0, width),
-        *(x.data_ptr() for x in (positions, allowed, kept)),
-        None if scores is None else scores.data_ptr(),
-        torch.get_num_threads(),
-    )
-    _library().hfs_select(ctypes.byref(call))
-    return positions, allowed, kept, scores
-
-
-def allocate_codes(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """Tiles of zeros for at least `room` keys: see `encode`."""
     batch, heads, _, dim = key.shape
     tiles = -(-room // TILE)
     return (
@@ -213,7 +102,7 @@ def allocate_codes(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def encode(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
+def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
     """Write the keys at positions `start` to `stop` - 1 in 4 bits.
 
     Args:
@@ -225,18 +114,18 @@ def encode(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> No
             the largest component divided by 7.
     """
     key = adjacent(key)
-    _library().hfs_encode(
+    _library().hfs_quantise(
         ctypes.byref(_States(key)),
         ctypes.byref(_Quantised(out)),
         *map(c_int64, (*key.shape[:2], start, stop, torch.get_num_threads())),
     )
 
 
-CODES = Layout(allocate_codes, encode)
+LAYOUT = Layout(allocate, quantise)
 """Tiles of `TILE` keys in 4 bits, in which 8 components of each key lie together."""
 
 
-def share(
+def select(
     query: Tensor,
     codes: tuple[Tensor, Tensor],
     visible: tuple[Tensor, Tensor],
@@ -248,29 +137,29 @@ def share(
     recent_keys: int,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The keys that the (query, head) pairs of each block keep together: see `block.hpp`.
+    """The keys that the (query, head) pairs of each group keep: see `group.hpp`.
 
     Args:
         query: Scaled, float32 `(batch, heads, q_len, head_dim)`, contiguous.
-        codes: As `encode` writes them.
+        codes: As `quantise` writes them.
         visible: First visible position of each query, and the one after its last: int64 `(batch, q_len)`, contiguous.
         budgets: int64 `(batch, heads, q_len)`; may be expanded.
-        size: Queries in a block.
-        width: Room for the positions of a block, a multiple of `TILE`.
+        size: Queries in a group.
+        width: Room for the positions of a group, a multiple of `TILE`.
         sink_keys: Of each query, as in the configuration.
         recent_keys: Of each query, as in the configuration.
         softcap: Soft cap of the scores, or `None`.
 
     Returns:
-        Positions, int64 `(batch, kv_heads, blocks, width)`, and the runs of them that each pair keeps, int64 `(batch,
-        kv_heads, blocks, pairs, 3, 2)`.
+        Positions, int64 `(batch, kv_heads, groups, width)`, and the runs of them that each pair keeps, int64 `(batch,
+        kv_heads, groups, pairs, 3, 2)`.
     """
     batch, heads, q_len, dim = query.shape
     kv_heads = codes[0].shape[1]
-    blocks = (batch, kv_heads, q_len // size)
-    positions = query.new_empty(*blocks, width, dtype=torch.int64)
-    runs = query.new_empty(*blocks, heads // kv_heads * size, 3, 2, dtype=torch.int64)
-    call = _Sharing(
+    groups = (batch, kv_heads, q_len // size)
+    positions = query.new_empty(*groups, width, dtype=torch.int64)
+    runs = query.new_empty(*groups, heads // kv_heads * size, 3, 2, dtype=torch.int64)
+    call = _Selecting(
         _Quantised(codes),
         dim,
         *(x.data_ptr() for x in (query, *visible, budgets)),
@@ -280,7 +169,7 @@ def share(
         *(x.data_ptr() for x in (positions, runs)),
         torch.get_num_threads(),
     )
-    _library().hfs_share(ctypes.byref(call))
+    _library().hfs_select(ctypes.byref(call))
     return positions, runs
 
 
@@ -294,7 +183,6 @@ def attend(
     runs: Tensor | None,
     size: int,
     per_head: bool,
-    scores: Tensor | None,
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
@@ -309,8 +197,6 @@ def attend(
         runs: Else int64 `(batch, kv_heads, groups, pairs, 3, 2)`, contiguous: runs of places that a pair attends to.
         size: Queries in a group.
         per_head: Whether each query head has groups of its own, ordered by (head in the GQA group, query).
-        scores: Of the keys at `positions`, float32 `(batch, kv_heads, groups, pairs, width)` and contiguous, if they
-            are known.
         sinks: Logits `(heads,)` that take part without a value, float32; or `None`.
         softcap: Soft cap of the scores, or `None`.
 
@@ -325,7 +211,7 @@ def attend(
         _States(value),
         query.data_ptr(),
         *(batch, heads, key.shape[1], q_len, size, positions.shape[-1], per_head),
-        *(None if x is None else x.data_ptr() for x in (positions, allowed, runs, scores, sinks)),
+        *(None if x is None else x.data_ptr() for x in (positions, allowed, runs, sinks)),
         softcap or 0.0,
         out.data_ptr(),
         torch.get_num_threads(),

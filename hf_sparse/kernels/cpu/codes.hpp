@@ -16,10 +16,16 @@ struct Codes {
     float *scales;
 };
 
-inline Codes codes_of(const QuantisedKeys &keys, int64_t batch, int64_t head) {
-    const Tiles tiles = keys.of(batch, head);
-    return {tiles.bytes, tiles.scales};
-}
+// The same for (batch, kv_heads): strides in bytes and in floats.
+struct QuantisedKeys {
+    uint8_t *bytes;
+    float *scales;
+    int64_t batch_bytes, head_bytes, batch_scales, head_scales;
+
+    Codes of(int64_t batch, int64_t head) const {
+        return {bytes + batch * batch_bytes + head * head_bytes, scales + batch * batch_scales + head * head_scales};
+    }
+};
 
 constexpr int32_t QUERY_MOST = 63; // largest component of a rounded query
 constexpr int64_t SEGMENT = 16;    // 2 * SEGMENT * 15 * QUERY_MOST < 2^15

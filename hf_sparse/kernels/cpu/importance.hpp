@@ -1,17 +1,17 @@
-// Importance of the past: the attention weights of a block's pairs for each key, summed, from rounded queries and keys.
+// Importance of the past: the attention weights of a group's pairs for each key, summed, from rounded queries and keys.
 //
 // A weight is relative to all that a pair sees. That total is estimated: from the keys that are not of the past, and of the
 // past from `WINDOW` neighbouring keys in every `PERIOD`.
 #pragma once
 
-#include "block.hpp"
+#include "group.hpp"
 
-namespace hfs::shared {
+namespace hfs {
 
 constexpr int64_t WINDOW = 64, PERIOD = 1024;
 constexpr float LOWEST_SCORE = -1e30f; // below every score, and no infinity: differences are numbers
 
-// The unpacked tiles of a block whose keys the totals are estimated from.
+// The unpacked tiles of a group whose keys the totals are estimated from.
 class Sample {
   public:
     // Positions in [low, high) of a tile; each counts for `weight` keys.
@@ -22,18 +22,18 @@ class Sample {
     std::vector<Part> parts;
     const uint8_t *keys; // (parts, dim / 4, TILE, 4)
 
-    Sample(const Block &block, int64_t dim) {
-        take(block.oldest, block.edge_stop);
-        take(block.local_start, block.last_stop);
-        const int64_t kept = parts.size(), size = block.past_size(), period = size > PERIOD ? PERIOD : WINDOW;
+    Sample(const Group &group, int64_t dim) {
+        take(group.oldest, group.edge_stop);
+        take(group.local_start, group.last_stop);
+        const int64_t kept = parts.size(), size = group.past_size(), period = size > PERIOD ? PERIOD : WINDOW;
         int64_t seen = 0;
-        for (int64_t at = block.past_start; at < block.past_stop; at += period)
-            seen += take(at, std::min(at + WINDOW, block.past_stop));
+        for (int64_t at = group.past_start; at < group.past_stop; at += period)
+            seen += take(at, std::min(at + WINDOW, group.past_stop));
         for (size_t i = kept; i < parts.size(); i++) parts[i].weight = float(size) / seen;
         uint8_t *to = scratch<uint8_t, 20>(parts.size() * TILE * dim);
         keys = to;
         for (const Part &part : parts) {
-            unpack(block.codes, dim, part.tile, part.tile + 1, to);
+            unpack(group.codes, dim, part.tile, part.tile + 1, to);
             to += TILE * dim;
         }
     }
@@ -45,12 +45,12 @@ class Sample {
     }
 };
 
-// `count` pairs of a block, from `set` on.
-template <int count> class Voters {
+// `count` pairs of a group, from `set` on.
+template <int count> class PairSet {
   public:
-    Voters(const Block &block, int64_t set, int64_t dim)
-        : block(block), set(set), softcap(block.softcap()),
-          queries(dim, [&](int p) { return alive(set + p) ? block.pairs[set + p].query : nullptr; }) {}
+    PairSet(const Group &group, int64_t set, int64_t dim)
+        : group(group), set(set), softcap(group.softcap()),
+          queries(dim, [&](int p) { return alive(set + p) ? group.pairs[set + p].query : nullptr; }) {}
 
     // Find what weights are relative to. Call this before `add`.
     void find_totals(const Sample &sample) {
@@ -82,18 +82,18 @@ template <int count> class Voters {
     }
 
   private:
-    const Block &block;
+    const Group &group;
     const int64_t set;
     const float softcap;
     RoundedQueries<count> queries;
     float base[count], factor[count], cap[count];
 
-    bool alive(int64_t p) const { return p < int64_t(block.pairs.size()) && block.pairs[p].alive(); }
+    bool alive(int64_t p) const { return p < int64_t(group.pairs.size()) && group.pairs[p].alive(); }
 
     template <int tiles> void add_tiles(const uint8_t *keys, int64_t from, int64_t tile, float *importance) const {
         Floats scores[tiles][count][PARTS];
         const int64_t at = (tile - from) * TILE;
-        queries.template unscaled<tiles>(keys + at * queries.dim, block.codes.scales + tile * TILE, scores);
+        queries.template unscaled<tiles>(keys + at * queries.dim, group.codes.scales + tile * TILE, scores);
         for (int t = 0; t < tiles; t++)
             for (int part = 0; part < PARTS; part++) {
                 float *to = importance + at + t * TILE + part * LANES;
@@ -113,11 +113,11 @@ template <int count> class Voters {
     void see(const Sample &sample, size_t index, float *out, Floats *most) const {
         const Sample::Part &part = sample.parts[index];
         Floats scores[1][count][PARTS];
-        queries.template unscaled<1>(sample.keys + index * TILE * queries.dim, block.codes.scales + part.tile * TILE, scores);
+        queries.template unscaled<1>(sample.keys + index * TILE * queries.dim, group.codes.scales + part.tile * TILE, scores);
         for (int p = 0; p < count; p++) {
             const bool any = alive(set + p);
-            const int32_t low = any ? int32_t(std::max(part.low, block.pairs[set + p].first)) : 0;
-            const int32_t high = any ? int32_t(std::min(part.high, block.pairs[set + p].stop)) : 0;
+            const int32_t low = any ? int32_t(std::max(part.low, group.pairs[set + p].first)) : 0;
+            const int32_t high = any ? int32_t(std::min(part.high, group.pairs[set + p].stop)) : 0;
             for (int half = 0; half < PARTS; half++) {
                 const Ints position = counting(part.tile * TILE + half * LANES);
                 Floats score = scores[0][p][half] * queries.scales[p];
@@ -130,4 +130,4 @@ template <int count> class Voters {
     }
 };
 
-} // namespace hfs::shared
+} // namespace hfs

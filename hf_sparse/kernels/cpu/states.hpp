@@ -43,24 +43,6 @@ struct States {
 
 constexpr int64_t VECTORS_AHEAD = 8; // vectors that are prefetched where positions are gathered
 
-// Keys of one sequence and head in 8 bits: 128 + key / scale. LANES neighbouring keys make a tile,
-// (dim / 4, LANES, 4): 4 components of every key lie together. Scales: (tiles, LANES).
-struct Tiles {
-    uint8_t *bytes;
-    float *scales;
-};
-
-// The same for (batch, kv_heads): strides in bytes and in floats.
-struct QuantisedKeys {
-    uint8_t *bytes;
-    float *scales;
-    int64_t batch_bytes, head_bytes, batch_scales, head_scales;
-
-    Tiles of(int64_t batch, int64_t head) const {
-        return {bytes + batch * batch_bytes + head * head_bytes, scales + batch * batch_scales + head * head_scales};
-    }
-};
-
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // Run task(i) for i in [0, count) on up to `threads` threads; a free thread takes the next task.

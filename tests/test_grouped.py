@@ -1,4 +1,4 @@
-"""The shared selector: compiled and by PyTorch, against plain loops; its keys in 4 bits; and what attends to it."""
+"""The grouped selector: compiled and by PyTorch, against plain loops; its keys in 4 bits; and what attends to it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from hf_sparse.call import AttentionCall, Selection, SharedSelection
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.selectors import importance
+from hf_sparse.selectors.grouped import GROUP_QUERIES, Grouped
 from hf_sparse.selectors.importance import PERIOD, WINDOW
-from hf_sparse.selectors.shared import BLOCK_QUERIES, Shared
 from tests import calls
-from tests.test_kernels import KINDS
 
 needs_kernels = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=str(cpu.unsupported_reason()))
 CONFIG = SparseAttentionConfig(sink_keys=3, recent_keys=10)
@@ -39,21 +38,28 @@ SHAPES = [
     (128, 1300, 1, 1),
     (192, 500, 2, 2),
 ]
+KINDS = {
+    "causal": lambda q_len, kv: calls.causal_intervals(q_len, kv),
+    "sliding": lambda q_len, kv: calls.causal_intervals(q_len, kv, window=kv // 2),
+    "left": lambda q_len, kv: calls.causal_intervals(q_len, kv, left=(0, kv // 3)),
+    "right": lambda q_len, kv: calls.causal_intervals(q_len, kv, right=(0, q_len // 2)),
+    "static": lambda q_len, kv: calls.causal_intervals(q_len, kv, left=(0, 2), spare=(kv - q_len) // 2),
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_shape = pytest.mark.parametrize(("q_len", "kv_len", "heads", "kv_heads"), SHAPES)
 
 
 def compiled(call: AttentionCall, budgets: Tensor, config: SparseAttentionConfig = CONFIG) -> Selection:
     """What the compiled kernels keep."""
-    assert Shared().uncompiled_reason(call) is None
-    return calls.select("shared", call, budgets, config)
+    assert Grouped().uncompiled_reason(call) is None
+    return calls.select("grouped", call, budgets, config)
 
 
 def by_pytorch(call: AttentionCall, budgets: Tensor, config: SparseAttentionConfig = CONFIG) -> Selection:
     """The same without kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shared, "uncompiled_reason", lambda *_: "a test wants none")
-        return calls.select("shared", call, budgets, config)
+        patch.setattr(Grouped, "uncompiled_reason", lambda *_: "a test wants none")
+        return calls.select("grouped", call, budgets, config)
 
 
 Select = Callable[..., Selection]
@@ -91,8 +97,8 @@ def test_what_is_kept(kind: str, q_len: int, kv_len: int, heads: int, kv_heads: 
     for call, budgets in problems(kind, q_len, kv_len, heads, kv_heads, softcap):
         mask = assert_sound(compiled(call, budgets), call, budgets)
         plain = assert_sound(by_pytorch(call, budgets), call, budgets)
-        size = min(BLOCK_QUERIES, q_len)
-        expected = calls.select_shared(call, budgets, CONFIG.sink_keys, CONFIG.recent_keys, size, calls.rough_exp2)
+        size = min(GROUP_QUERIES, q_len)
+        expected = calls.select_grouped(call, budgets, CONFIG.sink_keys, CONFIG.recent_keys, size, calls.rough_exp2)
         assert overlap(mask, plain) >= 0.998
         assert overlap(mask, expected) >= 0.998
 
@@ -107,21 +113,21 @@ def test_rough_exponentials_change_little(
     """They err by up to 6 %: that counts where a soft cap makes all keys much alike."""
     call, budgets = problems(kind, q_len, kv_len, heads, kv_heads, softcap)[0]
     mask = assert_sound(select(call, budgets), call, budgets)
-    expected = calls.select_shared(call, budgets, CONFIG.sink_keys, CONFIG.recent_keys, min(BLOCK_QUERIES, q_len))
+    expected = calls.select_grouped(call, budgets, CONFIG.sink_keys, CONFIG.recent_keys, min(GROUP_QUERIES, q_len))
     assert overlap(mask, expected) >= (0.98 if softcap is None else 0.96)
 
 
 @both_ways
 @pytest.mark.parametrize(("sink_keys", "recent_keys"), [(0, 0), (5, 0), (0, 1), (2, 70), (200, 3)])
 @pytest.mark.parametrize("kind", ["causal", "sliding"])
-@pytest.mark.parametrize("q_len", [1, 7, BLOCK_QUERIES])
+@pytest.mark.parametrize("q_len", [1, 7, GROUP_QUERIES])
 def test_sinks_and_recent_keys_of_any_number(
     select: Select, q_len: int, kind: str, sink_keys: int, recent_keys: int
 ) -> None:
     config = SparseAttentionConfig(sink_keys=sink_keys, recent_keys=recent_keys)
     for call, budgets in problems(kind, q_len, 250, 4, 2, None):
         mask = assert_sound(select(call, budgets, config), call, budgets)
-        expected = calls.select_shared(call, budgets, sink_keys, recent_keys, q_len, calls.rough_exp2)
+        expected = calls.select_grouped(call, budgets, sink_keys, recent_keys, q_len, calls.rough_exp2)
         assert overlap(mask, expected) >= 0.998
 
 
@@ -140,7 +146,7 @@ def test_a_head_that_keeps_everything_does_not_choose_for_the_others(select: Sel
 
 @both_ways
 @pytest.mark.parametrize("kind", ["causal", "sliding", "left", "static"])
-def test_shared_is_topk_where_nothing_is_shared_or_rounded(select: Select, kind: str) -> None:
+def test_grouped_is_topk_where_nothing_is_shared_or_rounded(select: Select, kind: str) -> None:
     """One query of one head, and numbers that 4 bits hold."""
     call = calls.inputs(KINDS[kind](1, 300), 300, heads=2, kv_heads=2, dim=16, whole_numbers=True)
     budgets = call.visible[:, None].clamp(max=60)
@@ -155,7 +161,7 @@ def test_shared_is_topk_where_nothing_is_shared_or_rounded(select: Select, kind:
 
 @both_ways
 @pytest.mark.parametrize("wanted", [WINDOW // 2, PERIOD + WINDOW // 2, PERIOD // 2, PERIOD + PERIOD // 2])
-@pytest.mark.parametrize("q_len", [1, BLOCK_QUERIES])
+@pytest.mark.parametrize("q_len", [1, GROUP_QUERIES])
 def test_a_key_that_outweighs_everything_is_found(select: Select, q_len: int, wanted: int) -> None:
     """Among the keys that are looked at for the estimate, and elsewhere; weights do not fit into a float."""
     kv_len = 3 * PERIOD
@@ -188,7 +194,7 @@ def test_the_best_of_very_many_are_found_wherever_they_lie(places: str) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 9000), (BLOCK_QUERIES, 2000)])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 9000), (GROUP_QUERIES, 2000)])
 def test_equal_keys_are_kept_from_the_most_recent_on(select: Select, q_len: int, kv_len: int) -> None:
     call = calls.inputs(calls.causal_intervals(q_len, kv_len), kv_len, dim=16)
     call = replace(call, key=call.key[:, :, :1].expand(-1, -1, kv_len, -1).contiguous())
@@ -200,7 +206,7 @@ def test_equal_keys_are_kept_from_the_most_recent_on(select: Select, q_len: int,
 
 
 def decoded(parts: tuple[Tensor, Tensor], length: int) -> Tensor:
-    """Keys `(batch, kv_heads, length, head_dim)` from codes in 4 bits and scales, as `cpu.CODES` has them."""
+    """Keys `(batch, kv_heads, length, head_dim)` from codes in 4 bits and scales, as `cpu.LAYOUT` has them."""
     codes, scales = parts
     batch, heads, tiles, eights, size, _ = codes.shape
     fours = torch.stack([codes & 15, codes >> 4], dim=4)
@@ -214,7 +220,7 @@ def test_keys_in_4_bits_are_off_by_half_a_step(dtype: torch.dtype) -> None:
     storage = torch.randn(2, 80, 3, 24).to(dtype).transpose(1, 2)
     key = storage[:, :, 5:78]
     key[0, 0, 7] = 0
-    found = decoded(QuantisedKeys().up_to(key, 70, cpu.CODES), 70)
+    found = decoded(QuantisedKeys().up_to(key, 70, cpu.LAYOUT), 70)
     step = key[:, :, :70].float().abs().amax(-1, keepdim=True) / 7
     assert ((found - key[:, :, :70].float()).abs() <= 0.5001 * step).all()
     codes, scales = (x[:, :, :70] for x in QuantisedKeys().up_to(key, 70, importance.LAYOUT))
@@ -224,23 +230,23 @@ def test_keys_in_4_bits_are_off_by_half_a_step(dtype: torch.dtype) -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_keys_in_4_bits_follow_the_cache(dtype: torch.dtype) -> None:
-    """Appended a few at a time, cropped, overwritten and rearranged: as if encoded at once."""
+    """Appended a few at a time, cropped, overwritten and rearranged: as if quantised at once."""
     key = torch.randn(3, 2, 700, 16).to(dtype)
     kept = QuantisedKeys()
     for stop in (1, 15, 16, 17, 64, 300, 600):
-        kept.up_to(key, stop, cpu.CODES)
+        kept.up_to(key, stop, cpu.LAYOUT)
     kept.crop(40)
     key = torch.cat([key[:, :, :40], torch.randn(3, 2, 660, 16).to(dtype)], dim=2)
-    kept.up_to(key, 570, cpu.CODES)
+    kept.up_to(key, 570, cpu.LAYOUT)
     order = torch.tensor([2, 0, 0, 1])
     kept.rearrange(lambda x: x.index_select(0, order))
     key = key[order]
-    followed, fresh = (decoded(x.up_to(key, 700, cpu.CODES), 700) for x in (kept, QuantisedKeys()))
+    followed, fresh = (decoded(x.up_to(key, 700, cpu.LAYOUT), 700) for x in (kept, QuantisedKeys()))
     assert torch.equal(followed, fresh)
 
 
 @needs_kernels
-@pytest.mark.parametrize("q_len", [1, 3 * BLOCK_QUERIES])
+@pytest.mark.parametrize("q_len", [1, 3 * GROUP_QUERIES])
 def test_threads_change_nothing(q_len: int) -> None:
     call = calls.inputs(calls.causal_intervals(q_len, 9000), 9000, dim=16)
     budgets = torch.full((2, 1, q_len), 700)
@@ -249,7 +255,7 @@ def test_threads_change_nothing(q_len: int) -> None:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             selection = compiled(call, budgets)
-            codes, scales = QuantisedKeys().up_to(call.key, 9000, cpu.CODES)
+            codes, scales = QuantisedKeys().up_to(call.key, 9000, cpu.LAYOUT)
             found.append((selection.mask(4, 9000), calls.run_engine("cpu", call, selection), codes, scales))
     finally:
         torch.set_num_threads(before)
@@ -258,7 +264,7 @@ def test_threads_change_nothing(q_len: int) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize("q_len", [1, BLOCK_QUERIES])
+@pytest.mark.parametrize("q_len", [1, GROUP_QUERIES])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_what_is_no_number_does_not_hold_a_call_up(
@@ -273,7 +279,7 @@ def test_what_is_no_number_does_not_hold_a_call_up(
 
 
 @both_ways
-@pytest.mark.parametrize("q_len", [1, BLOCK_QUERIES])
+@pytest.mark.parametrize("q_len", [1, GROUP_QUERIES])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_keys_that_nobody_sees_change_nothing(select: Select, q_len: int, number: float) -> None:
     """Of padding, and of a static cache that was never written to."""
@@ -285,7 +291,7 @@ def test_keys_that_nobody_sees_change_nothing(select: Select, q_len: int, number
 
 
 @needs_kernels
-@pytest.mark.parametrize("q_len", [1, BLOCK_QUERIES])
+@pytest.mark.parametrize("q_len", [1, GROUP_QUERIES])
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
 def test_defaults_of_pytorch_do_not_matter(default: torch.dtype | torch.device, q_len: int) -> None:
     """What the kernels write to has the type and the place that they know."""
@@ -309,7 +315,7 @@ def test_defaults_of_pytorch_do_not_matter(default: torch.dtype | torch.device, 
 
 
 @both_ways
-@pytest.mark.parametrize("q_len", [1, BLOCK_QUERIES])
+@pytest.mark.parametrize("q_len", [1, GROUP_QUERIES])
 @pytest.mark.parametrize("name", ["sink_keys", "recent_keys"])
 def test_lists_are_no_longer_than_the_text(select: Select, name: str, q_len: int) -> None:
     call = calls.inputs(calls.causal_intervals(q_len, 600), 600, dim=16)
@@ -322,9 +328,9 @@ def test_lists_are_no_longer_than_the_text(select: Select, name: str, q_len: int
 SMALLER = """
 import sys, torch
 from hf_sparse.kernels import cpu
-from tests import test_shared
+from tests import test_grouped
 assert cpu.unsupported_reason() is None, cpu.unsupported_reason()
-torch.save([cpu.lanes(), [test_shared.attended(*shape) for shape in test_shared.SHAPES]], sys.argv[1])
+torch.save([cpu.lanes(), [test_grouped.attended(*shape) for shape in test_grouped.SHAPES]], sys.argv[1])
 """
 
 
@@ -379,7 +385,7 @@ DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
     ("engine", "dtype"), [*(("cpu", dtype) for dtype in DTYPES), ("gather", torch.float32)], ids=str
 )
 @pytest.mark.parametrize(
-    ("q_len", "share"), [(1, 1), (1, 3), (1, 4), (1, 5), (1, 16), (1, 33), (7, 1), (7, 33), (2 * BLOCK_QUERIES, 3)]
+    ("q_len", "share"), [(1, 1), (1, 3), (1, 4), (1, 5), (1, 16), (1, 33), (7, 1), (7, 33), (2 * GROUP_QUERIES, 3)]
 )
 @pytest.mark.parametrize("extras", [{}, {"softcap": 1.5, "sinks": True}], ids=["plain", "softcap and sinks"])
 def test_engines_attend_to_runs_as_the_reference_does(
