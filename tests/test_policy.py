@@ -62,7 +62,7 @@ def test_a_policy_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == [NAME]
     text = (tmp_path / "new" / NAME).read_text()
     data = json.loads(text)
-    assert (data["alpha"], data["base_model"]) == (8.0, "someone/model")
+    assert (data["alpha"], data["base_model"]) == (16.0, "someone/model")
     assert data["calibration"]["documents"] == ["a [b].txt"]
     assert "[4.0, 0.5]" in text
     assert max(map(len, text.splitlines())) < 200
@@ -70,7 +70,7 @@ def test_a_policy_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [{}, {"alpha": 3}, {"schema_version": 1, "exponent": 0.5, "alpha": 3.0}])
 def test_a_configuration_alone_is_a_policy_and_fields_have_defaults(data: dict[str, Any], tmp_path: Path) -> None:
-    config = SparseAttentionConfig(alpha=data.get("alpha", 8.0))
+    config = SparseAttentionConfig(alpha=data.get("alpha", 16.0))
     for given in (data, config.to_dict()):
         assert read(_write(tmp_path, given)) == Policy(config)
 

@@ -62,7 +62,7 @@ def test_readme_quotes_tables_and_figures() -> None:
 
 def test_the_report_in_readme_is_that_of_such_a_model() -> None:
     """Budgets depend on the lengths alone, so small random layers report what those of the real model do."""
-    shape = {"hidden_size": 36, "intermediate_size": 8, "vocab_size": 32, "max_position_embeddings": 2048}
+    shape = {"hidden_size": 72, "intermediate_size": 8, "vocab_size": 32, "max_position_embeddings": 2048}
     heads = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
     model = hf_sparse.patch(LlamaForCausalLM(LlamaConfig(**shape, **heads)).eval())
     prompt = torch.zeros(1, 1024, dtype=torch.int64)

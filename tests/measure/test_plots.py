@@ -116,7 +116,7 @@ def test_errors_are_drawn_on_a_log_axis_that_shows_dense_at_zero(tmp_path: Path,
     plot_attention_error(summary, tmp_path / "error.png")
     keys, mass, output = figures[0].axes[:3]
     [row] = [row for row in summary["results"] if row["method"] == "topk" and row["length"] == LENGTHS[0]]
-    [label] = [label for label in lines(keys) if label.startswith("topk, 8 n")]
+    [label] = [label for label in lines(keys) if label.startswith("topk, 16 n")]
     assert "lost mass grows as n$^{+0.10}$" in label
     assert lines(keys)[label].get_ydata()[0] == row["kept"]
     assert lines(mass)[label].get_ydata()[0] == row["lost_mass"]["mean"]["value"]
