@@ -306,12 +306,29 @@ class Attention {
     float *kept_by(int64_t set, int64_t number, const int64_t *places, int64_t width) const {
         float *out = scratch<float, 24>(CHUNK * SCORED);
         std::fill(out, out + width * SCORED, 0.0f);
-        for (int64_t p = 0; p < number; p++)
-            for (int64_t i = 0; i < width; i += LANES) {
-                const Ints yes = kept(set + p, places[i / LANES]);
-                for (int64_t j = 0; j < LANES; j++) out[(i + j) * SCORED + p] = yes[j] ? 1.0f : 0.0f;
-            }
+        if (runs)
+            for (int64_t run = 0; run < RUNS; run++) add_run(set, number, run, places, width, out);
+        else
+            for (int64_t p = 0; p < number; p++)
+                for (int64_t i = 0; i < width; i++)
+                    out[i * SCORED + p] = allowed[(set + p) * call.width + places[i / LANES] + i % LANES];
         return out;
+    }
+
+    // Add 1 for the places that lie in that run of a pair. Runs do not overlap.
+    void add_run(int64_t set, int64_t number, int64_t run, const int64_t *places, int64_t width, float *out) const {
+        for (int64_t half = 0; half < number; half += LANES) {
+            Ints first{}, stop{};
+            for (int64_t p = 0; p < std::min<int64_t>(LANES, number - half); p++) {
+                const int64_t *bounds = runs + ((set + half + p) * RUNS + run) * 2;
+                first[p] = int32_t(bounds[0]), stop[p] = int32_t(bounds[1]);
+            }
+            for (int64_t i = 0; i < width; i++) {
+                const Ints place = Ints{} + int32_t(places[i / LANES] + i % LANES);
+                const Floats one = (place >= first) & (place < stop) ? all(1.0f) : Floats{};
+                store(out + i * SCORED + half, load(out + i * SCORED + half) + one);
+            }
+        }
     }
 
     // Scores -> weights of the allowed keys, relative to the highest score so far.
