@@ -363,7 +363,7 @@ def test_equal_keys_are_kept_from_the_most_recent_on(q_len: int, kv_len: int) ->
 
 
 @pytest.mark.parametrize(("q_len", "number"), [(1, torch.nan), (7, torch.inf)])
-@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:All-NaN slice")
 def test_what_is_no_number_does_not_hold_a_call_up(q_len: int, number: float) -> None:
     """Nor do keys that nobody sees change anything."""
     call = calls.inputs(calls.causal_intervals(q_len, 120, left=(50,), right=(0,), spare=20), 120, heads=2, kv_heads=1)
@@ -407,19 +407,19 @@ def test_engine_attends_to_runs(
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_engine_attends_to_any_runs(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of shuffled positions, some of them empty, those of a whole group among them; more pairs than a tile has."""
+    """Of shuffled positions, some of them empty, those of a whole group among them."""
     if cut:
         monkeypatch.setattr(common, "_multiprocessors", lambda _: 1 << 20)
-    call = calls.inputs(calls.causal_intervals(80, 150), 150)
+    call = calls.inputs(calls.causal_intervals(24, 150), 150)
     positions = torch.rand(2, 2, 2, 150).argsort(-1)
-    bounds = torch.randint(150, (2, 2, 2, 80, 4)).sort(-1).values
+    bounds = torch.randint(150, (2, 2, 2, 24, 4)).sort(-1).values
     bounds[0, 0, 0, 0, 1] = bounds[0, 0, 0, 0, 0]
     bounds[1, 1, 1] = 0
-    selection = SharedSelection(positions.to(DEVICE), bounds.unflatten(-1, (2, 2)).to(DEVICE), 40)
+    selection = SharedSelection(positions.to(DEVICE), bounds.unflatten(-1, (2, 2)).to(DEVICE), 12)
     call = moved(call)
     out = ENGINE.attend(call, selection)
     assert_close(out, calls.run_engine("reference", call, selection), atol=1e-5, rtol=1e-5)
-    assert (out[1, 2:, 40:] == 0).all()
+    assert (out[1, 2:, 12:] == 0).all()
 
 
 @torch.no_grad()
@@ -430,7 +430,7 @@ def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     All but the few queries for which two scores are so close that rounding decides.
     """
     model = tiny.model(name).to(DEVICE)
-    ids, mask, _ = (x if isinstance(x, list) else x.to(DEVICE) for x in tiny.padded([68], "left"))
+    ids, mask, _ = (x if isinstance(x, list) else x.to(DEVICE) for x in tiny.padded([65], "left"))
     selections: list[Selection] = []
 
     def select(self: Shared, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Selection:
@@ -441,7 +441,7 @@ def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         hf_sparse.patch(model, replace(SPARSE, selector="shared"), engine=name)
         cache = SparseCache(model.config)
         out, place = [], tiny.positions(mask)
-        for start, stop in ((0, 67), (67, 68)):
+        for start, stop in ((0, 64), (64, 65)):
             part = slice(start, stop)
             step = model(
                 ids[:, part], attention_mask=mask[:, :stop], position_ids=place[:, part], past_key_values=cache

@@ -54,22 +54,25 @@ def by_triton(
         near=near,
     )
     values, counts = importance(call.query, blocks, WINDOW, PERIOD)
-    differ = size > 1 or bool((budgets != budgets[:, :1]).any())
-    positions, runs = best(values, counts, blocks, _moved(call, budgets), past, differ=differ)
+    moved, differ = _moved(call, budgets)
+    positions, runs = best(values, counts, blocks, moved, past, differ=size > 1 or differ)
     return SharedSelection(positions, runs, size, budgets.expand(call.query.shape[:3]))
 
 
-def _moved(call: AttentionCall, budgets: Tensor) -> Tensor:
-    """Budgets as int32 `(batch, heads, q_len)` on the device of a call; once for all layers that have the same ones."""
+def _moved(call: AttentionCall, budgets: Tensor) -> tuple[Tensor, bool]:
+    """Budgets as int32 `(batch, heads, q_len)` on the device of a call, and whether those of a query's heads differ.
+
+    They are moved once for all layers that share a law, and with it the memory of the budgets.
+    """
     batch, heads, queries, _ = call.query.shape
     device = call.query.device
-    # Layers that share a law share the memory of the budgets, which is held here so that no others come to lie there.
-    key = ("budgets", budgets.data_ptr(), budgets.shape, budgets.stride(), device)
+    key = ("budgets", budgets.data_ptr(), budgets.shape, budgets.stride(), heads, device)
     known = call.ranges.plans.get(key)
     if known is None:
-        numbers = budgets.to(torch.int32)
+        moved = budgets.to(torch.int32)
         if device.type == "cuda":
-            numbers = numbers.pin_memory().to(device, non_blocking=True)
-        known = call.ranges.plans[key] = (budgets, numbers)
-    moved: Tensor = known[1]
-    return moved.expand(batch, heads, queries)
+            moved = moved.pin_memory().to(device, non_blocking=True)
+        differ = bool((budgets != budgets[:, :1]).any())
+        # The budgets are held, too, so that no others come to lie where they do.
+        known = call.ranges.plans[key] = (moved.expand(batch, heads, queries), differ, budgets)
+    return known[0], known[1]

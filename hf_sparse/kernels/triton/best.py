@@ -24,7 +24,7 @@ RUNS = 3
 """Runs of a list that a pair keeps: from its first key, up to its last, and of the past."""
 
 # Keys that a program looks at together; the same where keys are put into order, and how many programs share those.
-_TILE, _ORDER_TILE, _ORDER_PROGRAMS = 4096, 128, 16
+_TILE, _ORDER_TILE, _ORDER_PROGRAMS = 4096, 64, 32
 
 _MANY = tl.constexpr(1 << 30)
 

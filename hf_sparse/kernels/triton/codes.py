@@ -43,8 +43,11 @@ def padded_half(dim: int) -> int:
 
 
 def allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """uint8 `(batch, kv_heads, room, half)` and float32 `(batch, kv_heads, room)`, not written yet."""
-    shape = (*key.shape[:2], room)
+    """uint8 `(batch, kv_heads, room, half)` and float32 `(batch, kv_heads, room)`, not written yet.
+
+    There is room for a multiple of 16 keys: kernels are compiled for strides that are multiples of 16 and for others.
+    """
+    shape = (*key.shape[:2], -(-room // 16) * 16)
     return (
         key.new_empty(*shape, half_of(key.shape[3]), dtype=torch.uint8),
         key.new_empty(*shape, dtype=torch.float32),
@@ -110,7 +113,7 @@ def correction(low, high):
     return -_OFFSET * (tl.sum(low.to(tl.int32), 1) + tl.sum(high.to(tl.int32), 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "stop"])
 def _write(
     key,
     codes,

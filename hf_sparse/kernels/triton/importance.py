@@ -101,7 +101,7 @@ def importance(query: Tensor, blocks: Blocks, window: int, period: int) -> tuple
     dim = query.shape[3]
     query, device = adjacent(query), query.device
     half, rows = half_of(dim), (batch, kv_heads, number)
-    tile_pairs = max(16, min(64, triton.next_power_of_2(pairs)))
+    tile_pairs = max(16, min(64 if half <= 64 else 32, triton.next_power_of_2(pairs)))
     tiles = triton.cdiv(pairs, tile_pairs)
     steps = triton.cdiv(blocks.near, window) + triton.cdiv(blocks.stop - blocks.base, period)
     programs = tiles * number * batch * kv_heads
@@ -274,7 +274,7 @@ def _totals(
     tl.store(totals + step + place, mass, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base", "stop", "blocks_each"])
 def _sum_weights(
     values,
     width,
