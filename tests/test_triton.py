@@ -25,8 +25,8 @@ from hf_sparse.errors import UserError
 from hf_sparse.kernels import gpu
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.selectors import importance, on_gpus
-from hf_sparse.selectors.importance import PERIOD
 from hf_sparse.selectors.grouped import GROUP_QUERIES, Grouped, by_triton
+from hf_sparse.selectors.importance import PERIOD
 from tests import calls, tiny
 from tests.sparse import SPARSE
 from tests.test_engines import CALLS, layout
