@@ -1,0 +1,187 @@
+"""Time of one layer's attention in the shape of Llama-8B: kernels and the whole, beside dense attention.
+
+Each time stands beside a prediction: the longer of the bytes that it must move and the operations that it must do, at
+the ceilings that this process measured. Inputs alternate between sets that do not fit into the L2 cache together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu import kernels, references, selection, settings
+from gpu.cases import Case, SkippedError
+from gpu.machine import Ceilings, Machine, microseconds
+from gpu.references import Shape
+from hf_sparse import AttentionCall
+from hf_sparse.attention import LayerState, attend
+from hf_sparse.bench import dense
+from hf_sparse.bench.layer import SparseStep
+from hf_sparse.kernels.quantised import QuantisedKeys
+from hf_sparse.selectors import find_selector
+
+_SETS_BYTES = 200e6
+"""Four times an L2 cache."""
+
+_MOST_SECONDS = 60.0
+"""A longer prefill is not begun."""
+
+_BLOCK = 1024
+"""Queries at the end of a text that kernels of a prefill are timed with: a layer takes its queries in such blocks."""
+
+
+class Layer:
+    """Inputs of one layer, and how long everything takes on them.
+
+    Args:
+        shape: Of the call.
+        machine: Where it runs.
+    """
+
+    def __init__(self, shape: Shape, machine: Machine) -> None:
+        self.shape, self.machine, self.ceilings = shape, machine, Ceilings.of(machine)
+        size = shape.dtype.itemsize * shape.dim * shape.kv_heads * (2 * shape.length + 2 * shape.share * shape.queries)
+        number = min(8, max(2, math.ceil(machine.pick(_SETS_BYTES, 1.0) / size)))
+        self.calls = [settings.with_known_ranges(references.call_of(shape, machine, seed)) for seed in range(number)]
+
+    def each(self, items: list[Any], run: Callable[[Any], object]) -> dict[str, Any]:
+        """Time of `run` on the items in turn."""
+
+        def timed(number: int) -> object:
+            with torch.no_grad():
+                return run(items[number % len(items)])
+
+        return microseconds(timed, self.machine) | {"sets": len(items)}
+
+    def record(self, found: dict[str, Any], *, bytes: float, flop: float) -> dict[str, Any]:
+        """Times with what was predicted, and dense attention's time over them."""
+        predicted = self.ceilings.predicted(bytes=bytes, flop=flop)
+        times = predicted | {"measured_over_predicted": found["measured_us"] / max(predicted["predicted_us"], 0.1)}
+        return found | times | {"ratio_to_dense": self.dense_us / found["measured_us"]}
+
+    @cache  # noqa: B019 - one layer a process
+    def dense(self, backend: str | None) -> dict[str, Any]:
+        """Time of dense attention by a back end of SDPA, or the one of its own choice."""
+        return self.each(self.calls, lambda call: dense.sdpa(call, backend))
+
+    @property
+    def dense_us(self) -> float:
+        """Of the fastest back end that works here."""
+        times = []
+        for backend in (None, *dense.backends(self.machine.device)):
+            try:
+                times.append(self.dense(backend)["measured_us"])
+            except RuntimeError:
+                continue
+        return min(times)
+
+    def dense_cases(self) -> Iterator[Case]:
+        """The back ends of SDPA."""
+        shape = self.shape
+        pairs = sum(int(call.visible.sum()) for call in self.calls[:1]) * shape.kv_heads * shape.share
+        kv = 2 * shape.kv_heads * shape.length * shape.dim * shape.dtype.itemsize
+
+        def run(backend: str | None) -> dict[str, Any]:
+            try:
+                found = self.dense(backend)
+            except RuntimeError as error:
+                raise SkippedError(f"SDPA by {backend}: {error}"[:500]) from None
+            return self.record(found, bytes=kv, flop=4.0 * pairs * shape.dim)
+
+        for backend in (None, *dense.backends(self.machine.device)):
+            yield Case(f"dense, {backend or 'default'}", lambda backend=backend: run(backend), shape.facts)
+
+
+def keys_in_4_bits(shape: Shape) -> int:
+    """Bytes of all keys as a selector reads them, with their scales."""
+    return shape.kv_heads * shape.length * (shape.dim // 2 + 4)
+
+
+def _block_cases(layer: Layer) -> Iterator[Case]:
+    """The selector, and the attention kernel on what it keeps, for the last block of queries."""
+    shape = replace(layer.shape, queries=min(layer.shape.queries, layer.machine.pick(_BLOCK, 64)))
+    calls = [call.queries(layer.shape.queries - shape.queries, layer.shape.queries) for call in layer.calls]
+    heads = shape.kv_heads * shape.share
+
+    @cache
+    def given() -> list[tuple[AttentionCall, Tensor]]:
+        aligned = [selection.problem(replace(call, quantised=QuantisedKeys())) for call in calls]
+        return [(each.call, each.budgets) for each in aligned]
+
+    def choose(problem: tuple[AttentionCall, Tensor]) -> Any:
+        return find_selector(settings.SELECTOR).select(*problem, settings.config().always)
+
+    def select() -> dict[str, Any]:
+        scores = 2.0 * heads * shape.dim * shape.queries * shape.length
+        return layer.record(layer.each(given(), choose), bytes=keys_in_4_bits(shape), flop=scores)
+
+    def attention() -> dict[str, Any]:
+        kept = [(call, choose((call, budgets))) for call, budgets in given()]
+        [_, _, groups, pairs, width] = kept[0][1].allowed.shape
+        number = shape.kv_heads * groups * width
+        found = layer.each(kept, lambda item: kernels.attend(*item))
+        moved = number * (2 * shape.dim * shape.dtype.itemsize + 8 + pairs)
+        return {"width": width} | layer.record(found, bytes=moved, flop=4.0 * number * pairs * shape.dim)
+
+    yield Case(f"select, {shape.queries} queries", select, shape.facts)
+    yield Case(f"attend, {shape.queries} queries", attention, shape.facts)
+
+
+def _sparse(layer: Layer, items: list[Any], run: Callable[[LayerState, Any], object]) -> Case:
+    """The whole attention of a sparse layer."""
+    shape, state = layer.shape, settings.layer()
+
+    def timed() -> dict[str, Any]:
+        plan = state.plan(layer.calls[0].ranges)
+        assert plan is not None
+        kept = float(plan.budgets.sum()) * (shape.kv_heads * shape.share / plan.budgets.shape[1])
+        seen = float(layer.calls[0].visible.sum()) * shape.kv_heads * shape.share
+        # Keys and values are read once for each group of queries.
+        blocks = max(1, shape.queries // find_selector(settings.SELECTOR).group_queries)
+        lists = 2 * shape.kv_heads * blocks * plan.most * shape.dim * shape.dtype.itemsize
+        found = layer.each(items, lambda item: run(state, item))
+        slow = {"slow": dict(state.counters.slow)}
+        return slow | layer.record(found, bytes=keys_in_4_bits(shape) + lists, flop=(2 * seen + 4 * kept) * shape.dim)
+
+    return Case("layer", timed, shape.facts)
+
+
+def decode(machine: Machine, length: int) -> Iterator[Case]:
+    """One query. The layer appends its key to a cache first, and takes it out again after that."""
+    shape = Shape(machine.pick(length, 500), kv_heads=machine.pick(8, 2), dtype=machine.half)
+    layer = Layer(shape, machine)
+    yield from layer.dense_cases()
+    steps = [SparseStep(call, settings.layer()) for call in layer.calls]
+    yield _sparse(layer, steps, lambda _, step: step.undo().attend())
+    yield from _block_cases(layer)
+
+
+def prefill(machine: Machine, length: int) -> Iterator[Case]:
+    """As many queries as keys."""
+    length = machine.pick(length, 150)
+    shape = Shape(length, queries=length, kv_heads=machine.pick(8, 2), dtype=machine.half)
+    if not machine.interprets and length > 1 << 16:
+        quarter = replace(shape, length=length // 4, queries=length // 4)
+        call = settings.with_known_ranges(references.call_of(quarter, machine))
+        with torch.no_grad():
+            found = microseconds(lambda _: attend(settings.layer(), call), machine, seconds=0)
+        promised = 16 * found["measured_us"] / 1e6
+        if promised > _MOST_SECONDS:
+            yield Case("promised", lambda: _too_long(promised), shape.facts)
+            return
+        yield Case("promised", lambda: {"promised_seconds": promised}, shape.facts)
+        del call
+    layer = Layer(shape, machine)
+    yield from layer.dense_cases()
+    yield _sparse(layer, layer.calls, attend)
+    yield from _block_cases(layer)
+
+
+def _too_long(promised: float) -> dict[str, Any]:
+    raise SkippedError(f"a quarter of the length promises {promised:.0f} seconds")
