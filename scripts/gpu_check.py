@@ -8,8 +8,8 @@ check, and the rest goes on in a new process. The most important checks come fir
 they come: a record for each case, and one for each check as a whole, without `case`. Run again with the same file, a
 check that was ok with the same sources is not repeated.
 
-The status of a case is `ok`, `wrong`, `crash`, `timeout` or `skipped`; a check has the worst of its cases. The exit
-status is 1 unless all checks are ok or skipped.
+The status of a case is `ok`, `wrong`, `crash`, `timeout` or `skipped`; a check has the worst of its cases, and is skipped
+if they all are. The exit status is 1 unless all checks are ok or skipped.
 
 `--device interpret` runs the same in Triton's interpreter on a CPU, with tiny shapes. `--phase faults` are checks that
 fail on purpose. This file needs the standard library alone, the checks need PyTorch, transformers and Triton.
@@ -38,7 +38,7 @@ from typing import IO, Any
 from gpu.table import BROKEN, CHECKS, PHASES, Check
 
 ROOT = Path(__file__).resolve().parents[1]
-WORST_LAST = ("ok", "skipped", "timeout", "crash", "wrong")
+WORST_LAST = ("skipped", "ok", "timeout", "crash", "wrong")
 RESTARTS = 3
 """Processes that a check may lose before the rest of its cases is given up."""
 
@@ -104,7 +104,7 @@ class Runner:
         begun = 0
         for _ in range(1 + RESTARTS):
             if self._left() < 1:
-                self._append(outcome, {"case": "all others", "status": "skipped", "reason": "no time left"})
+                self._append(outcome, {"case": "all others", "status": "timeout" if begun else "skipped", "reason": "no time left"})
                 break
             before, begun, finished = begun, *self._run_cases(outcome, begun)
             if finished or begun == before:

@@ -1,9 +1,10 @@
-"""A layer's whole attention: selector and engine, Triton against plain PyTorch, with and without a cache."""
+"""A layer's whole attention: the engine `triton` against float64 with the same selector, with and without a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,13 +14,24 @@ from gpu import references, settings
 from gpu.cases import LIMITS, Case, twice
 from gpu.machine import Machine
 from gpu.references import Shape
-from hf_sparse import AttentionCall
+from hf_sparse import AttentionCall, Engine, Selection
 from hf_sparse.attention import attend
 from hf_sparse.cache import SparseLayer
 from hf_sparse.monitor import make_report
 
 
-def attended(call: AttentionCall, engine: str, **fields: Any) -> tuple[Tensor, float]:
+@dataclass(frozen=True)
+class Float64(Engine):
+    """The attention that is right."""
+
+    name: str = "float64"
+
+    def attend(self, call: AttentionCall, selection: Selection) -> Tensor:
+        """In float64, rounded once: see `Engine.attend`."""
+        return references.attend(call, selection).to(call.value.dtype)
+
+
+def attended(call: AttentionCall, engine: str | Engine, **fields: Any) -> tuple[Tensor, float]:
     """What a sparse layer gives, and kept keys over visible ones."""
     state = settings.layer(engine=engine, **fields)
     with torch.no_grad():
@@ -28,11 +40,11 @@ def attended(call: AttentionCall, engine: str, **fields: Any) -> tuple[Tensor, f
 
 
 def case(shape: Shape, machine: Machine, name: str, **options: Any) -> Case:
-    """Engine `triton` against engine `gather`, with the same selector."""
+    """Engine `triton` against float64, with the same selector."""
 
     def run() -> dict[str, Any]:
         call = references.call_of(shape, machine, **options)
-        want, density = attended(call, "gather")
+        want, density = attended(call, Float64())
         densities: list[float] = []
 
         def ours() -> Tensor:
@@ -43,7 +55,7 @@ def case(shape: Shape, machine: Machine, name: str, **options: Any) -> Case:
         found = twice(ours, want, LIMITS[shape.dtype])
         if set(densities) != {density}:
             found["status"] = "wrong"
-        return found | {"density": densities[0], "density_of_gather": density}
+        return found | {"density": densities[0], "density_of_float64": density}
 
     return Case(name, run, shape.facts)
 
@@ -56,7 +68,7 @@ def cached(shape: Shape, machine: Machine, name: str) -> Case:
         want, _ = attended(call, "triton")
         layer = SparseLayer()
         cuts = [0, shape.length // 2, shape.length // 2 + 1, shape.length - 3, shape.length - 1, shape.length]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             key, value = layer.update(call.key[:, :, start:stop], call.value[:, :, start:stop])
             seen = torch.tensor([0, stop], dtype=torch.int32, device=machine.device).view(1, 1, 1, 2)
             step = replace(

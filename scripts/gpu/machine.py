@@ -171,9 +171,9 @@ def device(machine: Machine) -> dict[str, Any]:
     names = ("name", "total_memory", "multi_processor_count", "L2_cache_size", "regs_per_multiprocessor", "warp_size")
     shared = ("shared_memory_per_block", "shared_memory_per_block_optin", "shared_memory_per_multiprocessor")
     facts = {name: getattr(card, name, None) for name in (*names, *shared)}
-    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,mig.mode.current"
+    wanted = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,mig.mode.current"
     try:
-        command = ["nvidia-smi", query, "--format=csv"]
+        command = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv"]
         facts["nvidia_smi"] = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         facts["nvidia_smi"] = str(error)

@@ -15,7 +15,8 @@ from gpu import references, settings
 from gpu.cases import Case, poisoned_memory
 from gpu.machine import Machine
 from gpu.references import Shape
-from hf_sparse.call import Aligned, AttentionCall, align
+from hf_sparse.call import AttentionCall, align
+from hf_sparse.call.groups import Aligned
 from hf_sparse.selectors import find_selector
 from hf_sparse.visibility import VisibleRanges, interval_to_mask
 
