@@ -8,8 +8,8 @@ check, and the rest goes on in a new process. The most important checks come fir
 they come: a record for each case, and one for each check as a whole, without `case`. Run again with the same file, a
 check that was ok with the same sources is not repeated.
 
-The status of a case is `ok`, `wrong`, `crash`, `timeout` or `skipped`; a check has the worst of its cases, and is skipped
-if they all are. The exit status is 1 unless all checks are ok or skipped.
+The status of a case is `ok`, `wrong`, `crash`, `timeout` or `skipped`; a check has the worst of its cases, and is
+skipped if they all are. The exit status is 1 unless all checks are ok or skipped.
 
 `--device interpret` runs the same in Triton's interpreter on a CPU, with tiny shapes. `--phase faults` are checks that
 fail on purpose. This file needs the standard library alone, the checks need PyTorch, transformers and Triton.
@@ -104,7 +104,10 @@ class Runner:
         begun = 0
         for _ in range(1 + RESTARTS):
             if self._left() < 1:
-                self._append(outcome, {"case": "all others", "status": "timeout" if begun else "skipped", "reason": "no time left"})
+                self._append(
+                    outcome,
+                    {"case": "all others", "status": "timeout" if begun else "skipped", "reason": "no time left"},
+                )
                 break
             before, begun, finished = begun, *self._run_cases(outcome, begun)
             if finished or begun == before:
@@ -133,7 +136,7 @@ class Runner:
             begun, case, lines = skip, {"case": "start"}, lines_of(process)
             since = time.monotonic()
             while True:
-                limit = min(check.each or self._args.each, self._left())
+                limit = min(self._args.each or check.each, self._left())
                 try:
                     message = lines.get(timeout=max(0.0, since + limit - time.monotonic()))
                 except queue.Empty:
@@ -163,7 +166,7 @@ class Runner:
 def started(check: Check, device: str, skip: int, stderr: IO[bytes]) -> subprocess.Popen[str]:
     """The process of a check, in a process group of its own, without its cases before number `skip`."""
     path = os.pathsep.join(filter(None, (str(ROOT / "scripts"), str(ROOT), os.environ.get("PYTHONPATH"))))
-    own = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": str(int(device == "interpret"))}
+    own = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"} | ({"TRITON_INTERPRET": "1"} if device == "interpret" else {})
     command = [sys.executable, "-m", "gpu.child", check.name, device, str(skip)]
     return subprocess.Popen(
         command,
@@ -240,7 +243,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "interpret"), default="cuda")
     parser.add_argument("--only", metavar="GLOB", default="*", help="checks of such a name, as attend/*")
     parser.add_argument("--seconds", type=float, default=300, help="time for all checks (%(default)s)")
-    parser.add_argument("--each", type=float, default=60, help="time for a case; a start counts as one (%(default)s)")
+    parser.add_argument("--each", type=float, help="time for a case, a start counts as one: 60, and more for some")
     parser.add_argument("--jobs", type=int, help="checks at a time: 4 for --phase correct on a GPU, else 1")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--list", action="store_true", help="print the checks, in their order, and run none")

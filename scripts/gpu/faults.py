@@ -12,6 +12,12 @@ from gpu.cases import Case, compared
 from gpu.machine import Machine
 
 
+def none(machine: Machine) -> Iterator[Case]:
+    """A right result."""
+    want = torch.arange(3.0, device=machine.device)
+    yield Case("right", lambda: compared(want, want, 1e-5))
+
+
 def wrong(machine: Machine) -> Iterator[Case]:
     """A result with an error, and one without."""
     want = torch.arange(1.0, 7.0, device=machine.device).view(2, 3)

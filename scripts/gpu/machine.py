@@ -19,6 +19,9 @@ from gpu.cases import Case
 
 Value = TypeVar("Value")
 
+_SLOW = 2.0
+"""Seconds after which calls are not repeated to warm up, or for a third sample."""
+
 
 class Machine:
     """A GPU, or Triton's interpreter on a CPU.
@@ -74,17 +77,24 @@ class Machine:
 
 
 def microseconds(run: Callable[[int], object], machine: Machine, *, seconds: float = 1.0) -> dict[str, Any]:
-    """Time of `run(number)`, called with 0, 1, 2 ...: medians, after two calls that do not count.
+    """Time of `run(number)`, called with 0, 1, 2 ...: medians, after one call or two that do not count.
 
     `measured_us` is the time between two events in the stream, `host_us` that by the clock until all is done, and
     `enqueue_us` that until the call returns.
     """
-    for number in range(2):
-        run(number)
-    machine.synchronize()
-    device, host, enqueue = [], [], []
     begin = time.perf_counter()
-    while len(host) < 3 or (len(host) < 50 and time.perf_counter() - begin < seconds):
+    for number in range(2):
+        if time.perf_counter() - begin < _SLOW:
+            run(number)
+            machine.synchronize()
+    device: list[float] = []
+    host: list[float] = []
+    enqueue: list[float] = []
+    begin = time.perf_counter()
+    while len(host) < 50:
+        spent = time.perf_counter() - begin
+        if host and spent > (seconds if len(host) >= 3 else _SLOW):
+            break
         start, stop = None, None
         if not machine.interprets:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -87,7 +87,7 @@ def decode(machine: Machine, length: int) -> Iterator[Case]:
 
 def prefill(machine: Machine, length: int) -> Iterator[Case]:
     """A prompt."""
-    length = machine.pick(length, 150)
+    length = machine.pick(length, 400)
     shape = Shape(length, queries=length, kv_heads=machine.pick(8, 2), dtype=machine.half)
     call = settings.with_known_ranges(references.call_of(shape, machine))
     yield from _cases(lambda: attend(settings.layer(), call), shape, machine)

@@ -58,8 +58,8 @@ def call_of(shape: Shape, machine: Machine, seed: int = 0, **options: Any) -> At
     generator = machine.generator(seed)
 
     def states(heads: int, length: int, dim: int) -> Tensor:
-        x = torch.randn(shape.batch, heads, length, dim, generator=generator, device=machine.device)
-        return x.to(shape.dtype)
+        size = (shape.batch, heads, length, dim)
+        return torch.randn(size, generator=generator, device=machine.device, dtype=shape.dtype)
 
     stop = torch.arange(shape.length - shape.queries + 1, shape.length + 1, dtype=torch.int32, device=machine.device)
     intervals = torch.stack([torch.zeros_like(stop), stop], dim=-1).expand(shape.batch, 1, -1, -1)

@@ -21,7 +21,7 @@ class Check:
         phase: One of `PHASES`.
         source: `module.function` of this package. The function takes a `Machine` and the arguments, and gives cases.
         arguments: Further arguments.
-        each: Seconds that a case may take, if it needs more than others.
+        each: Seconds that a case may take.
     """
 
     name: str
@@ -29,14 +29,14 @@ class Check:
     phase: str
     source: str
     arguments: dict[str, Any] = field(default_factory=dict)
-    each: float | None = None
+    each: float = 60
 
 
-def _correct(name: str, source: str, purpose: str, each: float | None = None, **arguments: Any) -> Check:
+def _correct(name: str, source: str, purpose: str, each: float = 60, **arguments: Any) -> Check:
     return Check(name, purpose, "correct", source, arguments, each)
 
 
-def _time(name: str, source: str, purpose: str, each: float | None = None, **arguments: Any) -> Check:
+def _time(name: str, source: str, purpose: str, each: float = 60, **arguments: Any) -> Check:
     return Check(name, purpose, "time", source, arguments, each)
 
 
@@ -76,9 +76,10 @@ CHECKS = (
     _time("model/decode", "models.time_decode", "four layers of Llama-8B after 131,072 tokens", 120, length=131072),
     _time("model/prefill", "models.time_prefill", "four layers of Llama-8B, 32,768 tokens", 120, length=32768),
     _time("prefill/131k", "timing.prefill", "131,072 queries, if those of 32,768 promise it soon", 150, length=131072),
+    Check("faults/none", "gives a right number", "faults", "faults.none"),
     Check("faults/wrong", "gives a wrong number, then a right one", "faults", "faults.wrong"),
     Check("faults/abort", "aborts in its second case of three", "faults", "faults.abort"),
-    Check("faults/hang", "hangs in its first case of two", "faults", "faults.hang", each=6),
+    Check("faults/hang", "hangs in its first case of two", "faults", "faults.hang"),
     Check("faults/start", "cannot even start", "faults", "faults.missing"),
     Check("small", "what compute-sanitizer runs", "inner", "tools.small"),
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from gpu import kernels, references, selection, settings
 from gpu.cases import Case, SkippedError
@@ -65,37 +66,54 @@ class Layer:
         times = predicted | {"measured_over_predicted": found["measured_us"] / max(predicted["predicted_us"], 0.1)}
         return found | times | {"ratio_to_dense": self.dense_us / found["measured_us"]}
 
+    @property
+    def dense_ways(self) -> list[str]:
+        """Ways to attend to all keys: SDPA's own choice, its back ends, and, for one query, its heads as queries."""
+        return [
+            "default",
+            *dense.backends(self.machine.device),
+            *(["heads as queries"] if self.shape.queries == 1 else []),
+        ]
+
     @cache  # noqa: B019 - one layer a process
-    def dense(self, backend: str | None) -> dict[str, Any]:
-        """Time of dense attention by a back end of SDPA, or the one of its own choice."""
-        return self.each(self.calls, lambda call: dense.sdpa(call, backend))
+    def dense(self, way: str) -> dict[str, Any]:
+        """Time of dense attention."""
+        if way == "heads as queries":
+            return self.each(self.calls, _heads_as_queries)
+        return self.each(self.calls, lambda call: dense.sdpa(call, None if way == "default" else way))
 
     @property
     def dense_us(self) -> float:
-        """Of the fastest back end that works here."""
+        """Of the fastest way that works here."""
         times = []
-        for backend in (None, *dense.backends(self.machine.device)):
+        for way in self.dense_ways:
             try:
-                times.append(self.dense(backend)["measured_us"])
+                times.append(self.dense(way)["measured_us"])
             except RuntimeError:
                 continue
         return min(times)
 
     def dense_cases(self) -> Iterator[Case]:
-        """The back ends of SDPA."""
+        """Each of `dense_ways`."""
         shape = self.shape
         pairs = sum(int(call.visible.sum()) for call in self.calls[:1]) * shape.kv_heads * shape.share
         kv = 2 * shape.kv_heads * shape.length * shape.dim * shape.dtype.itemsize
 
-        def run(backend: str | None) -> dict[str, Any]:
+        def run(way: str) -> dict[str, Any]:
             try:
-                found = self.dense(backend)
+                found = self.dense(way)
             except RuntimeError as error:
-                raise SkippedError(f"SDPA by {backend}: {error}"[:500]) from None
+                raise SkippedError(f"SDPA, {way}: {error}"[:500]) from None
             return self.record(found, bytes=kv, flop=4.0 * pairs * shape.dim)
 
-        for backend in (None, *dense.backends(self.machine.device)):
-            yield Case(f"dense, {backend or 'default'}", lambda backend=backend: run(backend), shape.facts)
+        for way in self.dense_ways:
+            yield Case(f"dense, {way}", lambda way=way: run(way), shape.facts)
+
+
+def _heads_as_queries(call: AttentionCall) -> Tensor:
+    """The query heads that share a key head as queries of one head: keys and values are read once for all of them."""
+    query = call.query.view(call.query.shape[0], call.key.shape[1], call.group_size, call.query.shape[3])
+    return scaled_dot_product_attention(query, call.key, call.value, scale=call.scaling)
 
 
 def keys_in_4_bits(shape: Shape) -> int:
@@ -164,7 +182,7 @@ def decode(machine: Machine, length: int) -> Iterator[Case]:
 
 def prefill(machine: Machine, length: int) -> Iterator[Case]:
     """As many queries as keys."""
-    length = machine.pick(length, 150)
+    length = machine.pick(length, 400)
     shape = Shape(length, queries=length, kv_heads=machine.pick(8, 2), dtype=machine.half)
     if not machine.interprets and length > 1 << 16:
         quarter = replace(shape, length=length // 4, queries=length // 4)
