@@ -59,7 +59,7 @@ class Results:
                 record = json.loads(line)
             except ValueError:
                 continue  # half a line: that run was killed
-            if "case" not in record and (record["status"], record["sources"]) == ("ok", sources):
+            if "case" not in record and (record.get("status"), record.get("sources")) == ("ok", sources):
                 self.done.add(record["check"])
         self._file = path.open("a", encoding="utf-8")
         if text and not text.endswith("\n"):
@@ -123,7 +123,7 @@ class Runner:
         return outcome
 
     def _left(self) -> float:
-        return self._deadline - time.monotonic()
+        return float(self._deadline - time.monotonic())
 
     def _append(self, outcome: Outcome, record: dict[str, Any]) -> None:
         outcome.statuses.append(record["status"])
@@ -250,8 +250,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not any(chosen(args)):
         parser.error(f"--only: no check of phase {args.phase} is called {args.only!r}; --list shows them")
-    if args.output is None and not args.list:
-        parser.error("--output FILE.jsonl is needed")
+    if not args.list and (args.output is None or args.output.suffix != ".jsonl"):
+        parser.error(f"--output must be a file whose name ends in .jsonl; got {args.output}")
     if args.jobs is None:
         args.jobs = 4 if (args.phase, args.device) == ("correct", "cuda") else 1
     if args.jobs < 1:
@@ -262,6 +262,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the checks, or list them; 1 if any is neither ok nor skipped."""
     args = parse(argv)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once: results are written, and the checks end by themselves
     if args.list:
         for check in chosen(args):
             print(f"{check.name:28} {check.purpose}")

@@ -17,23 +17,12 @@ from gpu.cases import LIMITS, Case, twice
 from gpu.machine import Machine
 from gpu.references import Shape
 from hf_sparse.call import AttentionCall, Selection
+from hf_sparse.engines import ENGINES
 
 
 def attend(call: AttentionCall, selection: Selection) -> Tensor:
-    """`hf_sparse.kernels.triton.attend`."""
-    from hf_sparse.kernels.triton.attend import attend
-
-    return attend(
-        call.query,
-        call.key,
-        call.value,
-        selection.positions,
-        selection.allowed,
-        selection.queries_per_group,
-        scaling=call.scaling,
-        softcap=call.softcap,
-        sinks=call.sinks,
-    )
+    """`hf_sparse.kernels.triton.attend`, which the engine calls and nothing else."""
+    return ENGINES["triton"].attend(call, selection)
 
 
 def attend_case(
@@ -42,13 +31,16 @@ def attend_case(
     name: str = "",
     change: Callable[[AttentionCall], AttentionCall] = lambda call: call,
     per_head: bool = False,
+    runs: bool = False,
     **options: Any,
 ) -> Case:
-    """Attention to random keys, against float64."""
+    """Attention to random keys, against float64; with `runs`, to runs of a list, as the grouped selector gives them."""
 
     def run() -> dict[str, Any]:
         call = change(references.call_of(shape, machine, **options))
         selection = references.selection_of(shape, machine, per_head=per_head)
+        if runs:
+            selection = references.runs_of(selection, shape, machine)
         want = references.attend(call, selection)
         return twice(lambda: attend(call, selection), want, LIMITS[shape.dtype])
 
@@ -103,6 +95,8 @@ def options(machine: Machine) -> Iterator[Case]:
         yield attend_case(shape, machine, f"{kind}, sinks", sinks=sinks)
         yield attend_case(shape, machine, f"{kind}, softcap and sinks", softcap=1.5, sinks=sinks)
         yield attend_case(shape, machine, f"{kind}, a head a group", per_head=True)
+        yield attend_case(shape, machine, f"{kind}, runs", runs=True)
+        yield attend_case(shape, machine, f"{kind}, runs, softcap and sinks", runs=True, softcap=1.5, sinks=sinks)
         yield attend_case(replace(shape, dim=64, value_dim=128), machine, f"{kind}, wider values")
         yield attend_case(shape, machine, f"{kind}, as projected", change=_as_projected)
         yield attend_case(replace(shape, width=0), machine, f"{kind}, no candidates but padding")

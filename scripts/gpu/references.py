@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpu.cases import poisoned_beyond
 from gpu.machine import Machine
-from hf_sparse.call import AttentionCall, Selection
+from hf_sparse.call import AttentionCall, Selection, SharedSelection
 
 SCORE_STD = 2.0
 """Standard deviation of scores: attention is neither uniform nor to one key alone."""
@@ -100,6 +100,22 @@ def selection_of(shape: Shape, machine: Machine, *, per_head: bool = False, seed
         allowed[:, :, :, -1] = False
     positions, allowed = poisoned_beyond(positions, 3, 13, _FAR), poisoned_beyond(allowed, 4, 13, True)
     return Selection(positions, allowed, shape.group, per_head)
+
+
+def runs_of(selection: Selection, shape: Shape, machine: Machine, seed: int = 0) -> SharedSelection:
+    """The same lists, of which each pair keeps three runs: from the start, from a half on, and up to the last quarter.
+
+    The last pair of a group keeps nothing.
+    """
+    kept = min(shape.width, shape.length)
+    generator = torch.Generator().manual_seed(seed)
+    pairs = selection.allowed.shape[:4]
+    starts = torch.tensor([0, kept // 2, kept - kept // 4]).expand(*pairs, 3)
+    room = torch.tensor([kept // 2, kept - kept // 4 - kept // 2, kept // 4])
+    lengths = (torch.rand(*pairs, 3, generator=generator) * (room + 1)).long()
+    lengths[:, :, :, -1] *= shape.group == shape.share == 1
+    runs = torch.stack([starts, starts + lengths], dim=-1)
+    return SharedSelection(selection.positions, runs.to(machine.device), selection.queries_per_group)
 
 
 def attend(call: AttentionCall, selection: Selection) -> Tensor:
