@@ -50,7 +50,7 @@ def statuses(output: Path) -> dict[str, str]:
 
 def test_a_failure_costs_one_case(tmp_path: Path) -> None:
     output = tmp_path / "new" / "faults.jsonl"
-    done = run(output, "--phase", "faults", "--each", "6", "--jobs", "3")
+    done = run(output, "--phase", "faults", "--each", "5", "--jobs", "3")
     assert done.returncode == 1
     assert statuses(output) == {
         "faults/none": "ok",
@@ -74,7 +74,7 @@ def test_a_failure_costs_one_case(tmp_path: Path) -> None:
     abort = by_case["faults/abort", "abort"]
     assert (abort["exit"], abort["dtype"]) == ("SIGABRT", "float32")
     assert abort["stderr"].endswith("case abort\n")
-    assert 6 <= by_case["faults/hang", "hang"]["seconds"] < 8
+    assert 5 <= by_case["faults/hang", "hang"]["seconds"] < 7
     assert "AttributeError" in by_case["faults/start", "start"]["stderr"]
     last = done.stderr.splitlines()[-5:]
     assert [line.split()[:2] for line in last] == [
@@ -87,7 +87,7 @@ def test_a_failure_costs_one_case(tmp_path: Path) -> None:
 
 
 def state_of(process: int) -> tuple[str, int]:
-    """The state of a process, `"Z"` if it has ended and nobody has waited for it or is there no more, and its parent."""
+    """The state of a process, `"Z"` if it has ended or is there no more, and its parent."""
     try:
         text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
