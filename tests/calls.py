@@ -309,7 +309,7 @@ def _weights(scores: Tensor, seen: list[int], past: range, exp2: Callable[[Tenso
     """
     looked_at = [j for j in past if len(past) <= PERIOD or (j - past.start) % PERIOD < WINDOW]
     near = [*range(seen[0], past.start), *range(past.stop, seen[1])]
-    most = scores[near + looked_at].max()
+    most = scores[near + looked_at].max().ceil()
     total = exp2(scores[near] - most).sum() + exp2(scores[looked_at] - most).sum() * len(past) / len(looked_at)
     return exp2((scores[past] - most - total.log2()).clamp(max=0))
 

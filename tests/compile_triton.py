@@ -1,35 +1,48 @@
-"""Compiles Triton's kernels for an NVIDIA GPU where there is none, as a process of its own.
+"""Compiles Triton's kernels for a GPU where there is none, as a process of its own.
 
     python -m tests.compile_triton 90
+    python -m tests.compile_triton gfx942
 
-Each kernel is launched as usual, but a launch only compiles. The argument is the compute capability, here of Hopper;
-a line is printed for what was compiled, with its shared memory in bytes and some instructions that it has.
+Each kernel is launched as usual, but a launch only compiles. The argument is the compute capability of an NVIDIA GPU,
+here of Hopper, or the architecture of one of AMD. A line is printed for what was compiled, with its shared memory in
+bytes and some instructions that it has. More shared memory than a program may use ends the process, and so does a
+register that is spilled to memory.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hf_sparse.kernels.triton import aggregate, attend, common
+from hf_sparse.kernels.triton import attend, codes, common
+from hf_sparse.kernels.triton.best import best
+from hf_sparse.kernels.triton.importance import Blocks, importance
+from hf_sparse.selectors.importance import PERIOD, WINDOW
 
-# What a program may use: on Ada (L4, RTX 4090), as on most cards that are no servers', and on Hopper.
-SHARED_BYTES = {89: 99 * 1024, 90: 227 * 1024}
+# KiB that a program may use.
+SHARED = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99, "gfx942": 64}
+
+INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "cp.async", "v_mfma")
 
 
 class NoDevice:
     """What the compiler asks a driver."""
 
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
+    def __init__(self, name: str) -> None:
+        self.target = GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name), 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -46,42 +59,73 @@ def compile_only(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, 
     if compiled in known:
         return
     known.append(compiled)
-    found = [name for name in ("wgmma", "mma.sync", "cp.async") if name in compiled.asm["ptx"]]
-    print(kernel.__name__, compiled.metadata.shared, *found)
-    assert compiled.metadata.shared <= SHARED_BYTES[capability]
-    assert compiled.asm["cubin"]
+    text = compiled.asm["ptx"] if "ptx" in compiled.asm else compiled.asm["amdgcn"]
+    found = [name for name in INSTRUCTIONS if name in text]
+    print(kernel.__name__, compiled.metadata.shared, *found, flush=True)
+    assert compiled.metadata.shared <= SHARED[name] << 10
+    assert spilled(compiled) == 0, f"{kernel.__name__} spills {spilled(compiled)}"
+
+
+def spilled(compiled: Any) -> int:
+    """Bytes of a thread's stack on a GPU of NVIDIA, registers on one of AMD."""
+    if "cubin" not in compiled.asm:
+        return sum(int(count) for count in re.findall(r"gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        dump = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return max(int(stack) for stack in re.findall(r"STACK:(\d+)", dump.stdout))
 
 
 def compile_attend(rows: int, share: int, dim: int, width: int, dtype: torch.dtype, **options: Any) -> None:
+    """With a mask and with runs."""
     query = torch.empty(1, share, rows, dim, dtype=dtype)
     key = torch.empty(1, 1, width, dim, dtype=dtype)
-    columns = torch.empty(1, 1, 1, width, dtype=torch.int64)
-    allowed = torch.empty(1, 1, 1, rows * share, width, dtype=torch.bool)
-    attend.attend(query, key, key, columns, allowed, rows, scaling=0.1, **options)
+    positions = torch.empty(1, 1, 1, width, dtype=torch.int64)
+    for keep in (
+        torch.empty(1, 1, 1, rows * share, width, dtype=torch.bool),
+        torch.empty(1, 1, 1, rows * share, 3, 2, dtype=torch.int64),
+    ):
+        attend.attend(query, key, key, positions, keep, rows, scaling=0.1, **options)
 
 
-def compile_votes(size: int, dim: int, length: int, dtype: torch.dtype, *, windows: bool) -> None:
-    keys = torch.empty(1, 1, length, dim, dtype=torch.int8)
-    kept_lse = torch.empty(1, 1, 1, size)
-    bounds = torch.empty(1, 1, dtype=torch.int64)
-    first = torch.empty(1, 1, 1, size, dtype=torch.int64) if windows else None
-    members = torch.empty(1, 1, 1, size, dim, dtype=dtype)
-    aggregate.aggregated_scores(members, keys, torch.empty(1, 1, length), kept_lse, bounds, bounds, first)
+def compile_select(queries: int, size: int, share: int, dim: int, dtype: torch.dtype, *, past: int = 5_664) -> None:
+    """What the shared selector launches, for a text that grows by some tokens, in which heads keep what they want."""
+    for length in (131_072, 131_073, 131_088):
+        key = torch.empty(1, 1, length, dim, dtype=dtype)
+        parts = codes.allocate(key, length)
+        codes.write(key, length - queries, length, parts)
+        query = torch.empty(1, share, queries, dim, dtype=dtype)
+        blocks = Blocks(
+            query, dim**-0.5, None, torch.empty(1, 1, queries, 2, dtype=torch.int32), *parts, size, 4, 64, 0, length, 144
+        )
+        budgets = torch.empty(1, share, queries, dtype=torch.int32)
+        values, counts = importance(query, blocks, WINDOW, PERIOD)
+        best(values, counts, blocks, budgets, past, differ=True)
+        if size == 1:
+            best(values, counts, blocks, budgets, past, differ=False)
 
 
 if __name__ == "__main__":
     known: list[object] = []
-    capability = int(sys.argv[1])
-    driver.set_active(NoDevice(capability))
+    name = sys.argv[1]
+    driver.set_active(NoDevice(name))
     launch = JITFunction.run
     JITFunction.run = compile_only
+    # What the wrappers ask of the GPU.
+    common._multiprocessors = lambda _: 132
+    attend.shared_memory = lambda _: SHARED[name] << 10
     compile_attend(64, 4, 128, 256, torch.bfloat16)
     compile_attend(64, 1, 256, 250, torch.float16, softcap=30.0, sinks=torch.empty(1))
-    for dim in (128, 256):
-        compile_votes(256, dim, 512, torch.float32, windows=True)
-    compile_votes(4, 256, 512, torch.bfloat16, windows=False)
+    compile_attend(64, 4, 64, 256, torch.float32)
+    compile_select(1024, 64, 4, 128, torch.bfloat16)
+    compile_select(64, 64, 1, 256, torch.float16)
     # As in decoding, for texts that grow: multiples of 16, and other lengths.
-    common._multiprocessors = lambda _: 132
+    compile_select(1, 1, 4, 128, torch.bfloat16)
     for length in (1008, 1009, 1015, 992, 978):
         compile_attend(1, 4, 64, length, torch.bfloat16)
-        compile_votes(4, 64, length, torch.bfloat16, windows=False)

@@ -104,8 +104,9 @@ class SharedSelection(Selection):
 
     runs: Tensor
 
-    def __init__(self, positions: Tensor, runs: Tensor, queries_per_group: int) -> None:
-        number = (runs[..., 1] - runs[..., 0]).sum(-1)
+    def __init__(self, positions: Tensor, runs: Tensor, queries_per_group: int, number: Tensor | None = None) -> None:
+        if number is None:
+            number = (runs[..., 1] - runs[..., 0]).sum(-1)
         for name, value in (
             ("positions", positions),
             ("runs", runs),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_sparse.call import AttentionCall, Selection
+from hf_sparse.call import AttentionCall, Selection, SharedSelection
 from hf_sparse.engines.base import Engine
 from hf_sparse.kernels import gpu
 
@@ -50,7 +50,7 @@ class Triton(Engine):
             call.key,
             call.value,
             selection.positions,
-            selection.allowed,
+            selection.runs if isinstance(selection, SharedSelection) else selection.allowed,
             selection.queries_per_group,
             scaling=call.scaling,
             softcap=call.softcap,

@@ -2,7 +2,7 @@
 
 A pair's weight for a key is relative to all that it sees; weights of all pairs are summed, as SnapKV (arXiv 2404.14469)
 sums those of a window of queries. Queries and keys are rounded to 8 bits first (as in SageAttention, arXiv 2410.02367),
-whoever computes: PyTorch here, Triton's kernels, or the compiled kernels for CPUs. All rank by the same numbers.
+whoever computes: PyTorch here, or the compiled kernels for CPUs. All rank by the same numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hf_sparse.call import AttentionCall, accurate
-from hf_sparse.kernels import gpu
 from hf_sparse.kernels.layout import Layout
 from hf_sparse.selectors.layout import GroupLayout
 
@@ -21,16 +20,7 @@ from hf_sparse.selectors.layout import GroupLayout
 _CHUNK_ELEMENTS = 1 << 20
 
 Aggregate = Callable[[Tensor, AttentionCall, Tensor, GroupLayout], Tensor]
-"""`by_pytorch` or `by_triton`."""
-
-
-def triton_unsupported_reason(call: AttentionCall) -> str | None:
-    """Why Triton's kernels cannot aggregate the scores of this call; `None` if they can."""
-    if call.softcap is not None:
-        return "soft-capped scores are not supported by the Triton kernels"
-    if call.key.shape[3] > gpu.WIDEST:
-        return f"a head_dim of {call.key.shape[3]} is more than {gpu.WIDEST}"
-    return gpu.unsupported_reason(call.key.device)
+"""`by_pytorch`, or another way to the same."""
 
 
 def by_pytorch(pairs: Tensor, call: AttentionCall, kept_lse: Tensor, layout: GroupLayout) -> Tensor:
@@ -69,24 +59,6 @@ def by_pytorch(pairs: Tensor, call: AttentionCall, kept_lse: Tensor, layout: Gro
             # Turned, so that the weights of equal keys are added up alike, to the last bit.
             out[:, :, group, start:stop] += weights.transpose(-1, -2).contiguous().sum(-1)
     return out
-
-
-def by_triton(pairs: Tensor, call: AttentionCall, kept_lse: Tensor, layout: GroupLayout) -> Tensor:
-    """Aggregated scores by Triton's kernels: as `by_pytorch`."""
-    from hf_sparse.kernels.triton.aggregate import aggregated_scores
-    from hf_sparse.kernels.triton.keys import LAYOUT
-
-    length = call.ranges.last_visible
-    codes, scales = call.own_quantised.up_to(call.key, length, LAYOUT)
-    return aggregated_scores(
-        pairs,
-        codes[:, :, :length],
-        scales[:, :, :length],
-        kept_lse,
-        layout.begin[:, 0, :, 0],
-        layout.low[:, 0, :, 0],
-        first=None if layout.all_see_past else layout.first,
-    )
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:

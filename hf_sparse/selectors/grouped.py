@@ -7,7 +7,7 @@ room for, are the group's candidates; with its remaining budget, a pair keeps th
 that have its own highest exact scores. In one pass over a whole text, the keys of a query so depend a little on the
 other queries of its group.
 
-Compiled kernels do all of this on CPUs, and the ranking on GPUs; everything else runs on PyTorch, from the same 8-bit
+Compiled kernels do all of this on CPUs; everything else runs on PyTorch, from the same 8-bit
 numbers, and is slower than dense attention. Sums are rounded in other places: of two keys whose aggregated scores agree
 to less than a percent, another may become a candidate.
 """
@@ -44,8 +44,6 @@ class Grouped(Selector):
         """The keys of whole groups, or of fewer queries than one as a group: see `Selector.select`."""
         if self.uncompiled_reason(call) is not None:
             return select_by(aggregation.by_pytorch, call, budgets, always)
-        if call.key.is_cuda:
-            return select_by(aggregation.by_triton, call, budgets, always)
         return compiled.select_compiled(call, budgets, always, min(GROUP_QUERIES, call.query.shape[2]))
 
     def scored_keys(self, call: AttentionCall, most: int) -> int:
@@ -54,7 +52,7 @@ class Grouped(Selector):
 
     def uncompiled_reason(self, call: AttentionCall) -> str | None:
         """Why PyTorch looks for the keys of this call, and no compiled kernel; `None` if one does."""
-        return aggregation.triton_unsupported_reason(call) if call.key.is_cuda else compiled.unsupported_reason(call)
+        return compiled.unsupported_reason(call)
 
 
 @torch.no_grad()

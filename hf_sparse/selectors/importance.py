@@ -68,7 +68,8 @@ def importance(pairs: Tensor, call: AttentionCall, layout: BlockLayout) -> Tenso
             if call.softcap is not None:
                 scores = capped(scores, call.softcap * _LOG2_E)
             used = scores.masked_fill(~seen | (weight == 0), -torch.inf)
-            most = used.amax(-1, keepdim=True)
+            # A power of two: a sum of rough exponentials relative to another is the same but for the factor.
+            most = used.amax(-1, keepdim=True).ceil()
             total = (_rough_exp2(used - most) * weight).sum(-1, keepdim=True).log2() + most
             weights = _rough_exp2((scores - total).clamp(max=0)).masked_fill_(end <= first, 0)
             # Turned, so that the weights of equal keys are added up alike, to the last bit.

@@ -6,8 +6,8 @@ important to all pairs together (`hf_sparse.selectors.importance`): what one pai
 gathered, or scored exactly, for one of them alone. In one pass over a whole text, the keys of a query so depend on the
 other queries of its block.
 
-Compiled kernels do this on CPUs; elsewhere PyTorch does, with the same rounded numbers. Sums are rounded in other
-places: of two keys that are almost equally important, another may be kept.
+Compiled kernels do this on CPUs, and Triton's on GPUs; elsewhere PyTorch does, with the same rounded numbers. Sums are
+rounded in other places: of two keys that are almost equally important, another may be kept.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from hf_sparse.call import AlwaysKept, AttentionCall, Selection, SharedSelection, accurate, pairs_of
 from hf_sparse.kernels import cpu
+from hf_sparse.selectors import on_gpus
 from hf_sparse.selectors.base import Selector, largest
 from hf_sparse.selectors.blocks import BlockLayout
 from hf_sparse.selectors.importance import importance
@@ -42,15 +43,27 @@ class Shared(Selector):
 
     def select(self, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Selection:
         """The keys of whole blocks, or of fewer queries than one as a block: see `Selector.select`."""
-        choose = _by_pytorch if self.uncompiled_reason(call) is not None else _compiled
-        return choose(call, budgets, always, min(BLOCK_QUERIES, call.query.shape[2]))
+        size = min(BLOCK_QUERIES, call.query.shape[2])
+        if self.uncompiled_reason(call) is not None:
+            return _by_pytorch(call, budgets, always, size)
+        if call.key.is_cuda:
+            return by_triton(call, budgets, always, size)
+        return _compiled(call, budgets, always, size)
 
     def scored_keys(self, call: AttentionCall, most: int) -> int:
-        """Scores are formed a block at a time: see `Selector.scored_keys`. What grows are lists of kept keys."""
-        return max(1024, min(call.key.shape[2], most))
+        """Scores are formed a block at a time: see `Selector.scored_keys`. What grows are lists of kept keys.
+
+        On a GPU, the importance of all keys is held for each block beside the list.
+        """
+        kept = min(call.key.shape[2], most)
+        if call.key.is_cuda and self.uncompiled_reason(call) is None:
+            return -(-2 * (call.key.shape[2] + kept) // (BLOCK_QUERIES * call.group_size))
+        return max(1024, kept)
 
     def uncompiled_reason(self, call: AttentionCall) -> str | None:
         """Why PyTorch looks for the keys of this call, and no compiled kernel; `None` if one does."""
+        if call.key.is_cuda:
+            return on_gpus.unsupported_reason(call)
         if call.key.shape[3] % 8:
             return f"the compiled kernels take heads of a multiple of 8 components, not {call.key.shape[3]}"
         return cpu.unsupported_reason(call.key)
@@ -65,7 +78,7 @@ def _compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: in
         (ranges.first, ranges.stop),
         budgets.expand(batch, heads, queries),
         size=size,
-        width=_width(ranges, int(budgets.max()), always, size),
+        width=sum(_widths(ranges, int(budgets.max()), always, size)),
         sink_keys=always.sink_keys,
         recent_keys=always.recent_keys,
         softcap=call.softcap,
@@ -73,12 +86,19 @@ def _compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: in
     return SharedSelection(positions, runs, size)
 
 
-def _width(ranges: VisibleRanges, most: int, always: AlwaysKept, size: int) -> int:
+def by_triton(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> SharedSelection:
+    """What Triton's kernels keep of a whole number of blocks of `size` queries."""
+    widths = _widths(call.ranges, int(budgets.max()), always, size)
+    return on_gpus.by_triton(call, budgets, always, size, widths)
+
+
+def _widths(ranges: VisibleRanges, most: int, always: AlwaysKept, size: int) -> tuple[int, int]:
     """Keys that any block may come to: first and local keys, and those of the past. `most`: the largest budget."""
     skew, ahead = ranges.spread(size)
     near = min(skew + always.sink_keys + ahead + max(1, always.recent_keys), ranges.last_visible)
     past = min(most, ranges.most_visible)
-    return sum(-(-x // _TILE) * _TILE for x in (near, past))
+    near, past = (-(-x // _TILE) * _TILE for x in (near, past))
+    return near, past
 
 
 @torch.no_grad()

@@ -67,6 +67,14 @@ class VisibleRanges:
         return self.stop - self.first
 
     @cached_property
+    def first_visible(self) -> int:
+        """No query sees keys before this position."""
+        if self._spans is not None:
+            return min((first for first, stop in self._spans if stop > first), default=0)
+        alive = self.stop > self.first
+        return int(self.first[alive].min()) if self.queries else 0
+
+    @cached_property
     def visible(self) -> Tensor:
         """The same on the device of the call."""
         return self.seen.to(self.intervals.device)

@@ -58,7 +58,7 @@ template <int count> class Voters {
         Floats most[count], total[count] = {};
         for (int p = 0; p < count; p++) most[p] = all(LOWEST_SCORE);
         for (size_t i = 0; i < sample.parts.size(); i++) see(sample, i, scores + i * TILE * count, most);
-        for (int p = 0; p < count; p++) most[p] = all(highest(most[p]));
+        for (int p = 0; p < count; p++) most[p] = all(std::ceil(highest(most[p])));
         for (size_t i = 0; i < sample.parts.size(); i++)
             for (int p = 0; p < count; p++)
                 for (int part = 0; part < PARTS; part++) {

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.kernels.layout import adjacent
-from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, fold, on_its_device, parts_for
+from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, capped, fold, on_its_device, parts_for, shared_memory
 
 # Most parts of the keys of a group: the second kernel holds all parts of a pair at once.
 _MOST_PARTS = 64
@@ -29,25 +29,27 @@ def attend(
     key: Tensor,
     value: Tensor,
     positions: Tensor,
-    allowed: Tensor,
+    keep: Tensor,
     queries_per_group: int,
     *,
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attend to the keys that are allowed: `(batch, heads, q_len, value_dim)` in the dtype of the values.
+    """Attend to the keys that are kept: `(batch, heads, q_len, value_dim)` in the dtype of the values.
 
     Scores, softmax and sums are float32; the weights are rounded to the dtype of the values before they meet them.
-    A pair that is allowed nothing gets zeros. A kernel is compiled once for widths that are multiples of 16, for
-    which it reads 8 entries of `allowed` at a time, and once for all others.
+    A pair that keeps nothing gets zeros. In memory the heads of a query lie side by side, as models want them. A kernel
+    is compiled once for widths that are multiples of 16, for which it reads 8 entries of a mask at a time, and once for
+    all others.
 
     Args:
         query: `(batch, heads, q_len, dim)`, in float32, float16 or bfloat16, like the keys and values.
         key: `(batch, kv_heads, kv_len, dim)`.
         value: `(batch, kv_heads, kv_len, value_dim)`.
         positions: `(batch, kv_heads, groups, width)`: positions of the candidate keys of each group, as in `Selection`.
-        allowed: bool `(batch, kv_heads, groups, pairs, width)`: which of them a pair attends to.
+        keep: Which of them a pair attends to: a mask, bool `(batch, kv_heads, groups, pairs, width)`, or runs of them,
+            int64 `(batch, kv_heads, groups, pairs, runs, 2)`, as in `SharedSelection`.
         queries_per_group: Queries in one group.
         scaling: Factor of the scores.
         softcap: Soft cap of the scores, or `None`.
@@ -55,11 +57,14 @@ def attend(
     """
     batch, heads, q_len, dim = query.shape
     kv_heads, value_dim = value.shape[1], value.shape[3]
-    groups, pairs, width = allowed.shape[2:]
+    groups, width = positions.shape[2:]
+    pairs = keep.shape[3]
     query, key, value, positions = (adjacent(x) for x in (query, key, value, positions))
-    allowed = adjacent(allowed.view(torch.uint8))
+    is_mask = keep.dtype == torch.bool
+    keep = adjacent(keep.view(torch.uint8)) if is_mask else keep.contiguous()
     padded_dim, padded_value_dim = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
     tile_pairs, tile_keys, warps = _tiles(pairs, max(padded_dim, padded_value_dim), key.dtype)
+    step_bytes = tile_keys * (padded_dim + padded_value_dim) * key.element_size()
 
     tiles = triton.cdiv(pairs, tile_pairs)
     steps = triton.cdiv(width, tile_keys)
@@ -67,7 +72,7 @@ def attend(
         query.device, tiles * groups * batch * kv_heads, steps, most=_MOST_PARTS, programs_each=2
     )
 
-    out = value.new_empty(batch, heads, q_len, value_dim)
+    out = value.new_empty(batch, q_len, heads, value_dim)
     part_shape = (batch, kv_heads, groups, pairs, parts)
     sums = out if parts == 1 else value.new_empty(*part_shape, value_dim, dtype=torch.float32)
     highest, mass = (None, None) if parts == 1 else sums.new_empty(2, *part_shape)
@@ -76,7 +81,7 @@ def attend(
         key,
         value,
         positions,
-        allowed,
+        keep,
         sinks,
         sums,
         highest,
@@ -85,7 +90,7 @@ def attend(
         key.stride()[:3],
         value.stride()[:3],
         positions.stride()[:3],
-        allowed.stride()[:4],
+        keep.stride()[:4],
         kv_heads,
         heads // kv_heads,
         q_len,
@@ -102,8 +107,9 @@ def attend(
         PADDED_VALUE_DIM=padded_value_dim,
         PAIRS=tile_pairs,
         KEYS=tile_keys,
+        RUNS=0 if is_mask else keep.shape[4],
         num_warps=warps,
-        num_stages=3,
+        num_stages=_stages(step_bytes, shared_memory(query.device)),
     )
     if parts > 1:
         _join_parts[pairs, groups, batch * kv_heads](
@@ -111,6 +117,7 @@ def attend(
             highest,
             mass,
             out,
+            kv_heads,
             heads // kv_heads,
             q_len,
             queries_per_group,
@@ -119,7 +126,7 @@ def attend(
             PADDED_VALUE_DIM=padded_value_dim,
             PARTS=triton.next_power_of_2(parts),
         )
-    return out
+    return out.transpose(1, 2)
 
 
 def _tiles(pairs: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -142,6 +149,15 @@ def _tiles(pairs: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return (128, keys, 8) if -(-pairs // 128) * 128 <= -(-pairs // 64) * 64 else (64, keys, 4)
 
 
+def _stages(step_bytes: int, room: int) -> int:
+    """Stages of the loop over the keys: 5 keep two steps of `step_bytes` on their way while one is used, 3 keep one.
+
+    Positions are read before the keys that they say, so that other numbers compile to no more than these. `room`: bytes
+    of shared memory that a program has.
+    """
+    return 5 if 4 * step_bytes + (16 << 10) <= room else 3
+
+
 @triton.jit
 def _place(group, pair, share, q_len, queries_per_group):
     """Head within the GQA group, and index of the query, of a pair. Groups of one head go by head, then query."""
@@ -156,7 +172,7 @@ def _attend_tile(
     key,
     value,
     positions,
-    allowed,
+    keep,
     sinks,
     out,
     highest_out,
@@ -165,7 +181,7 @@ def _attend_tile(
     key_strides,
     value_strides,
     position_strides,
-    allowed_strides,
+    keep_strides,
     kv_heads,
     share,
     q_len,
@@ -182,8 +198,9 @@ def _attend_tile(
     PADDED_VALUE_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     KEYS: tl.constexpr,
+    RUNS: tl.constexpr,
 ):
-    """Grid: (tiles of pairs x parts of the keys, groups, batch x kv_heads)."""
+    """Grid: (tiles of pairs x parts of the keys, groups, batch x kv_heads). `RUNS`: 0 where `keep` is a mask."""
     group = tl.program_id(1)
     batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
     part = tl.program_id(0) % parts
@@ -202,8 +219,14 @@ def _attend_tile(
     key += batch * key_strides[0] + kv_head * key_strides[1]
     value += batch * value_strides[0] + kv_head * value_strides[1]
     positions += batch * position_strides[0] + kv_head * position_strides[1] + group * position_strides[2]
-    allowed += batch * allowed_strides[0] + kv_head * allowed_strides[1] + group.to(tl.int64) * allowed_strides[2]
-    allowed_start = allowed + pair.to(tl.int64)[:, None] * allowed_strides[3]
+    keep += batch * keep_strides[0] + kv_head * keep_strides[1] + group.to(tl.int64) * keep_strides[2]
+    keep += pair.to(tl.int64) * keep_strides[3]
+    if RUNS > 0:
+        # What no pair of the tile keeps at the end of the list is not read.
+        last = tl.zeros([PAIRS], tl.int64)
+        for run in tl.static_range(RUNS):
+            last = tl.maximum(last, tl.load(keep + 2 * run + 1, mask=real, other=0))
+        width = tl.minimum(width, tl.max(last, 0).to(tl.int32))
     highest = tl.full([PAIRS], LOWEST, tl.float32)
     mass = tl.zeros([PAIRS], tl.float32)
     if sinks is not None and part == 0:
@@ -215,20 +238,26 @@ def _attend_tile(
         inside = place < width
         # Beyond the width, position 0 is read, and gets no weight.
         position = tl.load(positions + place, mask=inside, other=0)
-        keep = tl.load(allowed_start + place[None, :], mask=real[:, None] & inside[None, :], other=0)
+        if RUNS > 0:
+            kept = tl.zeros([PAIRS, KEYS], tl.int1)
+            for run in tl.static_range(RUNS):
+                begin = tl.load(keep + 2 * run, mask=real, other=0).to(tl.int32)
+                end = tl.load(keep + 2 * run + 1, mask=real, other=0).to(tl.int32)
+                kept |= (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
+        else:
+            kept = tl.load(keep[:, None] + place[None, :], mask=real[:, None] & inside[None, :], other=0) != 0
         k = tl.load(key + position[:, None] * key_strides[2] + d[None, :], mask=d_real, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
         if softcap is not None:
-            # tanh(x) = 1 - 2 / (1 + exp(2x))
-            scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores / softcap * (2.0 * LOG2_E))))
-        scores = tl.where(keep != 0, scores * LOG2_E, -float("inf"))
+            scores = capped(scores, softcap)
+        scores = tl.where(kept, scores * LOG2_E, -float("inf"))
         weights, fade, highest, mass = fold(scores, highest, mass)
         v = tl.load(value + position[:, None] * value_strides[2] + dv[None, :], mask=dv_real, other=0.0)
         sums = tl.dot(weights.to(v.dtype), v, sums * fade[:, None], input_precision="ieee")
 
     if highest_out is None:
         sums = sums / tl.where(mass > 0, mass, 1.0)[:, None]
-        place = (tl.program_id(2) * share + own_head).to(tl.int64) * q_len + query_index
+        place = (batch * q_len + query_index) * (kv_heads * share) + head
     else:
         place = ((tl.program_id(2) * tl.num_programs(1) + group).to(tl.int64) * pairs + pair) * parts + part
         tl.store(highest_out + place, highest, mask=real)
@@ -244,6 +273,7 @@ def _join_parts(
     highest,
     mass,
     out,
+    kv_heads,
     share,
     q_len,
     queries_per_group,
@@ -267,5 +297,6 @@ def _join_parts(
     )
     joined = tl.sum(own * fade[:, None], 0) / tl.where(total > 0, total, 1.0)
     own_head, query_index = _place(group, pair, share, q_len, queries_per_group)
-    place = (tl.program_id(2) * share + own_head).to(tl.int64) * q_len + query_index
+    batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), tl.program_id(2) % kv_heads
+    place = (batch * q_len + query_index) * (kv_heads * share) + kv_head * share + own_head
     tl.store(out + place * VALUE_DIM + dv, joined.to(out.dtype.element_ty), mask=dv < VALUE_DIM)

@@ -1,4 +1,4 @@
-"""Helpers of all kernels: the device they run on, work cut into parts, and exponentials to the base 2."""
+"""Helpers of all kernels: what the device offers, work cut into parts, exponentials to the base 2, and soft caps."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -58,6 +58,15 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use; the least of all GPUs that are supported where that is unknown."""
+    if device.type != "cuda":
+        return 64 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block)
+
+
 @triton.jit
 def fold(scores, highest, mass):
     """Fold a tile of scores `(pairs, keys)`, to the base 2, into the running maximum and sum of each pair.
@@ -72,19 +81,7 @@ def fold(scores, highest, mass):
 
 
 @triton.jit
-def log_of(highest, mass):
-    """Log to the base 2 of a folded sum; `LOWEST` if nothing was folded."""
-    return highest + tl.log2(tl.where(mass > 0, mass, 1.0))
-
-
-@triton.jit
-def total_of(logs, kept_lse):
-    """Log to the base 2 of the sum of parts `(pairs, parts)` and of `kept_lse`, a log to the base e.
-
-    Inf for a pair that is not counted: where `kept_lse` is inf, or nothing is seen.
-    """
-    counted = kept_lse < float("inf")
-    own = tl.where(counted, tl.maximum(kept_lse * LOG2_E, LOWEST), LOWEST)
-    highest = tl.maximum(tl.max(logs, 1), own)
-    mass = tl.sum(tl.exp2(logs - highest[:, None]), 1) + tl.exp2(own - highest)
-    return tl.where(counted & (highest > LOWEST), highest + tl.log2(mass), float("inf"))
+def capped(scores, softcap):
+    """Soft-capped scores: `softcap * tanh(scores / softcap)`."""
+    # tanh(x) = 1 - 2 / (1 + exp(2x))
+    return softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores / softcap * (2.0 * LOG2_E))))

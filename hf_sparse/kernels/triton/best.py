@@ -1,0 +1,296 @@
+"""The most important past keys of each block: their list, and the runs of it that each pair keeps.
+
+A program finds the keys of a block. Counts of keys by the first 11 bits of their importance, which come with it, say
+which keys may be among the best; these are listed in one walk over all keys. Further counts, of the few that are listed
+by the next 10 and the last 10 bits, give the least importance that is kept. Of equal keys, the most recent are kept.
+Where some pairs of a block keep more than others, a second kernel puts the keys into order that not all of them keep.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_sparse.kernels.triton.common import on_its_device
+from hf_sparse.kernels.triton.importance import BINS, SHIFT, Blocks
+from hf_sparse.kernels.triton.spans import ranges_of, seen_by, spend
+
+RUNS = 3
+"""Runs of a list that a pair keeps: from its first key, up to its last, and of the past."""
+
+# Keys that a program looks at together; the same where keys are put into order, and how many programs share those.
+_TILE, _ORDER_TILE, _ORDER_PROGRAMS = 4096, 128, 16
+
+_MANY = tl.constexpr(1 << 30)
+
+
+@on_its_device
+def best(
+    values: Tensor, counts: Tensor, blocks: Blocks, budgets: Tensor, past: int, *, differ: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists of keys, and what the pairs keep of them.
+
+    Args:
+        values: From `hf_sparse.kernels.triton.importance`.
+        counts: From the same.
+        blocks: The blocks.
+        budgets: int32 `(batch, heads, q_len)`.
+        past: At least as many keys of the past as any pair keeps.
+        differ: Whether pairs of a block may keep different numbers of them.
+
+    Returns:
+        Positions, int64 `(batch, kv_heads, blocks, blocks.near + past)`, of the first and local keys of each block and,
+        from `blocks.near` on, its most important keys of the past, the most important first so far as it matters;
+        positions that may be read, but that no pair keeps, follow on both. Runs, int64 `(batch, kv_heads, blocks,
+        pairs, RUNS, 2)`, and the keys in them, int64 `(batch, kv_heads, blocks, pairs)`.
+    """
+    batch, kv_heads, number, pairs = blocks.shape
+    device, rows = values.device, (batch, kv_heads, number)
+    positions = torch.empty(*rows, blocks.near + past, dtype=torch.int64, device=device)
+    runs = torch.empty(*rows, pairs, RUNS, 2, dtype=torch.int64, device=device)
+    kept = torch.empty(*rows, pairs, dtype=torch.int64, device=device)
+    listed = torch.empty_like(values)
+    unordered = torch.empty(*rows, past, dtype=torch.int32, device=device) if differ else None
+    bounds = torch.empty(*rows, 2, dtype=torch.int32, device=device) if differ else None
+    width = values.shape[3]
+    _best[number, batch * kv_heads](
+        values,
+        counts,
+        positions,
+        runs,
+        kept,
+        listed,
+        unordered,
+        bounds,
+        blocks.intervals,
+        budgets,
+        blocks.intervals.stride()[:3],
+        budgets.stride(),
+        kv_heads,
+        pairs,
+        blocks.size,
+        blocks.sink_keys,
+        blocks.recent_keys,
+        blocks.base,
+        width,
+        blocks.near,
+        past,
+        SIZE=blocks.padded_size,
+        TILE=_TILE,
+        BINS=BINS,
+        SHIFT=SHIFT,
+        num_warps=16,
+    )
+    if unordered is not None:
+        programs = min(_ORDER_PROGRAMS, triton.cdiv(past, _ORDER_TILE))
+        _order[programs, number, batch * kv_heads](
+            values,
+            positions,
+            unordered,
+            bounds,
+            blocks.base,
+            width,
+            blocks.near,
+            past,
+            TILE=_ORDER_TILE,
+            num_warps=8,
+        )
+    return positions, runs, kept
+
+
+@triton.jit
+def _bin_of(counts, wanted, BINS: tl.constexpr):
+    """The bin of the `wanted`-th key from the top, and how many keys are in higher ones."""
+    own = tl.sum((tl.cumsum(counts, 0, reverse=True) >= wanted).to(tl.int32), 0) - 1
+    return own, tl.sum(tl.where(tl.arange(0, BINS) > own, counts, 0), 0)
+
+
+@triton.jit
+def _load_listed(values, listed, at, number, TILE: tl.constexpr):
+    """Some of the listed keys: their places among all, the bits of their importance, and whether they exist."""
+    i = at + tl.arange(0, TILE)
+    inside = i < number
+    place = tl.load(listed + i, mask=inside, other=0)
+    return place, tl.load(values + place, mask=inside, other=-1), inside
+
+
+@triton.jit
+def _count(values, listed, number, prefix, TILE: tl.constexpr, SHIFT: tl.constexpr):
+    """Of the listed keys whose bits before the last `SHIFT` + 10 are `prefix`, how many have which 10 bits next."""
+    counts = tl.zeros([1024], tl.int32)
+    for at in range(0, number, TILE):
+        _, bits, inside = _load_listed(values, listed, at, number, TILE)
+        own = inside & ((bits >> (SHIFT + 10)) == prefix)
+        counts += tl.histogram((bits >> SHIFT) & 1023, 1024, mask=own)
+    return counts
+
+
+@triton.jit
+def _least(values, listed, number, prefix, wanted, TILE: tl.constexpr):
+    """The bits of the `wanted`-th key of those with the first bits `prefix`, and how many such keys come too late."""
+    counts = _count(values, listed, number, prefix, TILE, 10)
+    own, above = _bin_of(counts, wanted, 1024)
+    wanted -= above
+    prefix = prefix * 1024 + own
+    counts = _count(values, listed, number, prefix, TILE, 0)
+    own, above = _bin_of(counts, wanted, 1024)
+    equal = tl.sum(tl.where(tl.arange(0, 1024) == own, counts, 0), 0)
+    return prefix * 1024 + own, equal - (wanted - above)
+
+
+@triton.jit
+def _among_best(bits, inside, least, late, seen):
+    """Whether keys are among the best, and how many that are just good enough were seen so far."""
+    equal = inside & (bits == least)
+    before = seen + tl.cumsum(equal.to(tl.int32), 0)
+    return inside & ((bits > least) | (equal & (before > late))), seen + tl.sum(equal.to(tl.int32), 0)
+
+
+@triton.jit
+def _append(to, x, taken, number):
+    """Write what is taken behind the first `number` entries, and how many there are then."""
+    place = number + tl.cumsum(taken.to(tl.int32), 0) - 1
+    tl.store(to + place, x, mask=taken)
+    return number + tl.sum(taken.to(tl.int32), 0)
+
+
+@triton.jit
+def _best(
+    values,
+    counts,
+    positions,
+    runs,
+    kept,
+    listed,
+    unordered,
+    bounds,
+    intervals,
+    budgets,
+    interval_strides,
+    budget_strides,
+    kv_heads,
+    pairs,
+    size,
+    sink_keys,
+    recent_keys,
+    base,
+    width,
+    near_width,
+    past_width,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    BINS: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """Grid: (blocks, batch x kv_heads)."""
+    block = tl.program_id(0)
+    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
+    row = (tl.program_id(1) * tl.num_programs(0) + block).to(tl.int64)
+    values += row * width
+    listed += row * width
+    positions += row * (near_width + past_width)
+    oldest, past_start, past_stop, last_stop = ranges_of(
+        intervals, interval_strides, batch, block, size, sink_keys, recent_keys, SIZE
+    )
+    past = past_stop - past_start
+
+    query = tl.arange(0, SIZE)
+    real = query < size
+    first, stop = seen_by(intervals, interval_strides, batch, block * size + query, real)
+    alive = stop > first
+    share = pairs // size
+    most, least = 0, _MANY
+    for own_head in range(share):
+        at = batch * budget_strides[0] + (kv_head * share + own_head) * budget_strides[1]
+        budget = tl.load(budgets + at + (block * size + query) * budget_strides[2], mask=real, other=0)
+        first_stop, last_start, ranked = spend(first, stop, budget, past_start, past_stop, sink_keys, recent_keys)
+        pair = row * pairs + own_head * size + query
+        begin = first - oldest
+        end = last_start - oldest - tl.where(last_start >= past_stop, past, 0)
+        run = runs + pair * 6
+        tl.store(run, tl.where(alive, begin, 0), mask=real)
+        tl.store(run + 1, tl.where(alive, begin + first_stop - first, 0), mask=real)
+        tl.store(run + 2, tl.where(alive, end, 0), mask=real)
+        tl.store(run + 3, tl.where(alive, end + stop - last_start, 0), mask=real)
+        tl.store(run + 4, tl.where(alive, near_width, 0), mask=real)
+        tl.store(run + 5, tl.where(alive, near_width + ranked, 0), mask=real)
+        tl.store(kept + pair, tl.where(alive, budget, 0), mask=real)
+        most = tl.maximum(most, tl.max(ranked, 0))
+        least = tl.minimum(least, tl.min(tl.where(ranked > 0, ranked, _MANY), 0))
+
+    for at in range(0, near_width, TILE):
+        place = at + tl.arange(0, TILE)
+        position = oldest + place
+        position += tl.where(position >= past_start, past, 0)
+        tl.store(positions + place, tl.where(position < last_stop, position, 0), mask=place < near_width)
+    positions += near_width
+    for at in range(most // TILE * TILE, past_width, TILE):
+        place = at + tl.arange(0, TILE)
+        tl.store(positions + place, tl.zeros([TILE], tl.int64), mask=(place >= most) & (place < past_width))
+    if unordered is not None:
+        unordered += row * past_width
+        tl.store(bounds + row * 2, tl.minimum(least, most))
+        tl.store(bounds + row * 2 + 1, most)
+
+    if most > 0:
+        own_counts = tl.load(counts + row * BINS + tl.arange(0, BINS))
+        lowest, above = _bin_of(own_counts, most, BINS)
+        number = 0
+        for at in range(past_start - base, past_stop - base, TILE):
+            place = at + tl.arange(0, TILE)
+            bits = tl.load(values + place, mask=place < past_stop - base, other=-1)
+            number = _append(listed, place, (bits >> SHIFT) >= lowest, number)
+        # What other threads of the program wrote is read from here on.
+        tl.debug_barrier()
+        last, late = _least(values, listed, number, lowest, most - above, TILE)
+        taken, seen = 0, 0
+        if unordered is None:
+            for at in range(0, number, TILE):
+                place, bits, inside = _load_listed(values, listed, at, number, TILE)
+                good, seen = _among_best(bits, inside, last, late, seen)
+                taken = _append(positions, (base + place).to(tl.int64), good, taken)
+        else:
+            highest, above = _bin_of(own_counts, least, BINS)
+            sure, sure_late = _least(values, listed, number, highest, least - above, TILE)
+            sure_seen, others = 0, 0
+            for at in range(0, number, TILE):
+                place, bits, inside = _load_listed(values, listed, at, number, TILE)
+                good, seen = _among_best(bits, inside, last, late, seen)
+                best_of_all, sure_seen = _among_best(bits, inside, sure, sure_late, sure_seen)
+                taken = _append(positions, (base + place).to(tl.int64), best_of_all, taken)
+                others = _append(unordered, place, good & (best_of_all == 0), others)
+
+
+@triton.jit
+def _load_ranks(values, unordered, at, number, TILE: tl.constexpr):
+    """Numbers in the order in which keys are kept: by their importance, and where it is equal by their place."""
+    i = at + tl.arange(0, TILE)
+    place = tl.load(unordered + i, mask=i < number, other=0)
+    bits = tl.load(values + place, mask=i < number, other=-1)
+    return place, (bits.to(tl.int64) << 32) | place.to(tl.int64)
+
+
+@triton.jit
+def _order(values, positions, unordered, bounds, base, width, near_width, past_width, TILE: tl.constexpr):
+    """Keys that not all pairs keep, each in the place that is the number of better ones.
+
+    Grid: (programs that share them, blocks, batch x kv_heads).
+    """
+    row = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    least, most = tl.load(bounds + row * 2), tl.load(bounds + row * 2 + 1)
+    values += row * width
+    unordered += row * past_width
+    positions += row * (near_width + past_width) + near_width + least
+    number = most - least
+    for at in range(tl.program_id(0) * TILE, number, tl.num_programs(0) * TILE):
+        place, own = _load_ranks(values, unordered, at, number, TILE)
+        better = tl.zeros([TILE], tl.int32)
+        for start in range(0, number, TILE):
+            _, others = _load_ranks(values, unordered, start, number, TILE)
+            better += tl.sum((others[None, :] > own[:, None]).to(tl.int32), 1)
+        tl.store(positions + better, (base + place).to(tl.int64), mask=at + tl.arange(0, TILE) < number)

@@ -1,0 +1,75 @@
+"""The shared selector by Triton's kernels: nothing is read from the GPU, so that nothing waits for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_sparse.call import AlwaysKept, AttentionCall, SharedSelection
+from hf_sparse.kernels import gpu
+from hf_sparse.kernels.layout import adjacent
+from hf_sparse.selectors.importance import PERIOD, WINDOW
+
+
+def unsupported_reason(call: AttentionCall) -> str | None:
+    """Why the kernels cannot select for this call; `None` if they can."""
+    if call.key.shape[3] > gpu.WIDEST:
+        return f"a head_dim of {call.key.shape[3]} is more than {gpu.WIDEST}"
+    return gpu.unsupported_reason(call.key.device)
+
+
+@torch.no_grad()
+def by_triton(
+    call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int, widths: tuple[int, int]
+) -> SharedSelection:
+    """What `hf_sparse.selectors.shared` keeps.
+
+    Args:
+        call: A whole number of blocks of queries.
+        budgets: int64 `(batch, heads or 1, q_len)`, on the CPU.
+        always: Sinks and recent keys.
+        size: Queries in a block.
+        widths: At least as many first and local keys as any block has, and keys of the past as any keeps.
+    """
+    from hf_sparse.kernels.triton.best import best
+    from hf_sparse.kernels.triton.codes import LAYOUT
+    from hf_sparse.kernels.triton.importance import Blocks, importance
+
+    ranges = call.ranges
+    stop = ranges.last_visible
+    codes, scales = call.own_quantised.up_to(call.key, stop, LAYOUT)
+    near, past = widths
+    blocks = Blocks(
+        query=call.query,
+        scaling=call.scaling,
+        softcap=call.softcap,
+        intervals=adjacent(call.intervals),
+        codes=codes,
+        scales=scales,
+        size=size,
+        sink_keys=min(always.sink_keys, stop),
+        recent_keys=min(always.recent_keys, stop),
+        base=ranges.first_visible,
+        stop=stop,
+        near=near,
+    )
+    values, counts = importance(call.query, blocks, WINDOW, PERIOD)
+    differ = size > 1 or bool((budgets != budgets[:, :1]).any())
+    positions, runs, kept = best(values, counts, blocks, _moved(call, budgets), past, differ=differ)
+    return SharedSelection(positions, runs, size, kept)
+
+
+def _moved(call: AttentionCall, budgets: Tensor) -> Tensor:
+    """Budgets as int32 `(batch, heads, q_len)` on the device of a call; once for all layers that have the same ones."""
+    batch, heads, queries, _ = call.query.shape
+    device = call.query.device
+    # Layers that share a law share the memory of the budgets, which is held here so that no others come to lie there.
+    key = ("budgets", budgets.data_ptr(), budgets.shape, budgets.stride(), device)
+    known = call.ranges.plans.get(key)
+    if known is None:
+        numbers = budgets.to(torch.int32)
+        if device.type == "cuda":
+            numbers = numbers.pin_memory().to(device, non_blocking=True)
+        known = call.ranges.plans[key] = (budgets, numbers)
+    moved: Tensor = known[1]
+    return moved.expand(batch, heads, queries)
