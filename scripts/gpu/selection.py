@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from gpu import references, settings
 from gpu.cases import Case, poisoned_memory
 from gpu.machine import Machine
 from gpu.references import Shape
-from hf_sparse.call import AttentionCall, align
+from hf_sparse.call import AlwaysKept, AttentionCall, Selection, align
 from hf_sparse.call.groups import Aligned
 from hf_sparse.selectors import find_selector
 from hf_sparse.visibility import VisibleRanges, interval_to_mask
@@ -60,9 +61,23 @@ def problem(call: AttentionCall, *, uneven: bool = False, **law: Any) -> Aligned
     return align(call, budgets, find_selector(settings.SELECTOR).group_queries)
 
 
-def kept(call: AttentionCall, budgets: Tensor) -> Tensor:
-    """What the selector keeps: bool `(batch, heads, q_len, kv_len)`."""
-    selection = find_selector(settings.SELECTOR).select(call, budgets, settings.config().always)
+def always() -> AlwaysKept:
+    """The sinks and recent keys of all checks."""
+    return settings.config().always
+
+
+def chosen(call: AttentionCall, budgets: Tensor, machine: Machine) -> Selection:
+    """What the selector keeps on a machine: on a GPU or in the interpreter, by Triton's kernels."""
+    selector = find_selector(settings.SELECTOR)
+    if machine.interprets:
+        by_triton = import_module(type(selector).__module__).by_triton
+        selection: Selection = by_triton(call, budgets, always(), min(selector.group_queries, call.query.shape[2]))
+        return selection
+    return selector.select(call, budgets, always())
+
+
+def mask_of(selection: Selection, call: AttentionCall) -> Tensor:
+    """Kept keys, bool `(batch, heads, q_len, kv_len)`."""
     return selection.mask(call.query.shape[1], call.key.shape[2])
 
 
@@ -117,10 +132,11 @@ def case(
         plain = on_cpu(given.call)
         plain = replace(plain, known_ranges=VisibleRanges(plain.intervals))
         with _without_compiled_kernels():
-            want = kept(plain, given.budgets).to(machine.device)
+            selected = find_selector(settings.SELECTOR).select(plain, given.budgets, always())
+        want = mask_of(selected, plain).to(machine.device)
         with poisoned_memory():
-            mask = kept(given.call, given.budgets)
-        again = kept(given.call, given.budgets)
+            mask = mask_of(chosen(given.call, given.budgets, machine), given.call)
+        again = mask_of(chosen(given.call, given.budgets, machine), given.call)
         return verdict(mask, again, want, given.call, given.budgets)
 
     return Case(name or shape.name or "defaults", run, shape.facts)
@@ -128,8 +144,8 @@ def case(
 
 def basic(machine: Machine) -> Iterator[Case]:
     """Decoding, prefills, several sequences that are padded, soft caps, budgets by head."""
-    length, more, queries = machine.pick((8192, 8191, 1024), (700, 701, 128))
-    kv_heads, dtype = machine.pick(8, 2), machine.half
+    length, more, queries = machine.pick((8192, 8191, 1024), (300, 401, 64))
+    kv_heads, dtype = machine.pick(8, 1), machine.half
     decode = Shape(length, kv_heads=kv_heads, dtype=dtype)
     prefill = replace(decode, queries=queries)
     yield case(decode, machine)
@@ -161,6 +177,6 @@ def dims(machine: Machine) -> Iterator[Case]:
 
 def long(machine: Machine) -> Iterator[Case]:
     """131,072 keys, and 1,048,576 once."""
-    yield case(Shape(machine.pick(131072, 1500), kv_heads=machine.pick(8, 2), dtype=machine.half), machine)
-    yield case(Shape(machine.pick(131072, 1500), queries=64, kv_heads=1, dtype=machine.half), machine)
-    yield case(Shape(machine.pick(1 << 20, 3000), kv_heads=1, dtype=machine.half), machine)
+    yield case(Shape(machine.pick(131072, 1200), kv_heads=machine.pick(8, 1), dtype=machine.half), machine)
+    yield case(Shape(machine.pick(131072, 300), queries=64, kv_heads=1, dtype=machine.half), machine)
+    yield case(Shape(machine.pick(1 << 20, 2100), kv_heads=1, dtype=machine.half), machine)

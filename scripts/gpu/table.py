@@ -50,6 +50,10 @@ CHECKS = (
     _correct("select/basic", "selection.basic", "the selector against PyTorch on the CPU: decode, prefill, padding"),
     _correct("layer/basic", "layers.basic", "selector and engine of a layer, Triton against plain PyTorch"),
     _correct("model/generate", "models.generate", "a random Llama: generate by Triton, gather, padded, static cache"),
+    _correct("find/codes", "finding.codes", "keys in 4 bits: every number, and the memory around them"),
+    _correct(
+        "find/blocks", "finding.blocks", "importance of keys, its counts, and lists of the most important, exactly"
+    ),
     _correct("attend/dims", "kernels.dims", "head_dim 64 to 256, three dtypes, decode and prefill"),
     _correct("attend/shapes", "kernels.shapes", "GQA of 1 to 16 heads, batches, lengths 1 to 1,000"),
     _correct(

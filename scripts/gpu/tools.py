@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gpu import kernels, layers, selection
+from gpu import finding, kernels, layers, selection
 from gpu.cases import Case, SkippedError
 from gpu.machine import Machine
 from gpu.references import Shape
@@ -82,6 +82,7 @@ def sanitizer(machine: Machine, tool: str) -> Iterator[Case]:
 def small(machine: Machine) -> Iterator[Case]:
     """Every kernel once or twice, on shapes that are no multiples of a tile."""
     shape = Shape(length=200, width=70, kv_heads=2, dim=80, dtype=machine.half)
+    yield from list(finding.codes(machine))[:2]
     yield kernels.attend_case(shape, machine, "attend, decode")
     prefill = Shape(length=200, width=70, queries=20, group=20, kv_heads=2, dim=80, dtype=machine.half)
     yield kernels.attend_case(prefill, machine, "attend, prefill")
