@@ -6,8 +6,10 @@ other's results, these leave none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -76,6 +78,40 @@ def _outside(written: slice) -> tuple[slice, slice]:
 
 
 @dataclass
+class Launch:
+    """One call of a function that launches kernels: its inputs as they were before it, and its result."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    result: Any = None
+
+    def again(self) -> Any:
+        """The same call."""
+        return self.function(*self.args, **self.options)
+
+
+def launches(call: AttentionCall, budgets: Tensor, machine: Machine) -> dict[str, Launch]:
+    """How the selector calls `importance` and `best`, of modules of these names, for a call."""
+    modules = {name: import_module(f"hf_sparse.kernels.triton.{name}") for name in ("importance", "best")}
+    found: dict[str, Launch] = {}
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call_and_keep(*args: Any, **options: Any) -> Any:
+            before = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
+            found[name] = Launch(function, before, options, function(*args, **options))
+            return found[name].result
+
+        return call_and_keep
+
+    with ExitStack() as patches:
+        for name, module in modules.items():
+            patches.enter_context(mock.patch.object(module, name, recorded(name, getattr(module, name))))
+        selection.chosen(call, budgets, machine)
+    return found
+
+
+@dataclass
 class Found:
     """What went into and came out of `hf_sparse.kernels.triton.best.best` while keys were selected.
 
@@ -100,21 +136,12 @@ class Found:
     @classmethod
     def of(cls, call: AttentionCall, budgets: Tensor, machine: Machine) -> Found:
         """Select keys for a call."""
-        from hf_sparse.kernels.triton import best
+        from hf_sparse.kernels.triton.importance import SHIFT
 
-        kept: list[Found] = []
-        own = best.best
-
-        def recorded(values: Tensor, counts: Tensor, blocks: Any, *rest: Any, **more: Any) -> Any:
-            values, counts = values.clone(), counts.clone()
-            out = own(values, counts, blocks, *rest, **more)
-            kept.append(cls(values, counts, blocks.base, blocks.near, best.SHIFT, *out[:2]))
-            return out
-
-        with mock.patch.object(best, "best", recorded), poisoned_memory():
-            selection.chosen(call, budgets, machine)
-        [found] = kept
-        return found
+        with poisoned_memory():
+            best = launches(call, budgets, machine)["best"]
+        values, counts, blocks = best.args[:3]
+        return cls(values, counts, blocks.base, blocks.near, SHIFT, *best.result[:2])
 
 
 def blocks(machine: Machine) -> Iterator[Case]:

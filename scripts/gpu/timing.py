@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu import kernels, references, selection, settings
+from gpu import finding, kernels, references, selection, settings
 from gpu.cases import Case, SkippedError
 from gpu.machine import Ceilings, Machine, microseconds
 from gpu.references import Shape
@@ -60,11 +60,11 @@ class Layer:
 
         return microseconds(timed, self.machine) | {"sets": len(items)}
 
-    def record(self, found: dict[str, Any], *, bytes: float, flop: float) -> dict[str, Any]:
-        """Times with what was predicted, and dense attention's time over them."""
+    def record(self, found: dict[str, Any], *, bytes: float, flop: float, part: bool = False) -> dict[str, Any]:
+        """Times with what was predicted, and, unless only a part was done, dense attention's time over them."""
         predicted = self.ceilings.predicted(bytes=bytes, flop=flop)
         times = predicted | {"measured_over_predicted": found["measured_us"] / max(predicted["predicted_us"], 0.1)}
-        return found | times | {"ratio_to_dense": self.dense_us / found["measured_us"]}
+        return found | times | ({} if part else {"ratio_to_dense": self.dense_us / found["measured_us"]})
 
     @property
     def dense_ways(self) -> list[str]:
@@ -125,7 +125,10 @@ def _block_cases(layer: Layer) -> Iterator[Case]:
     """The selector, and the attention kernel on what it keeps, for the last block of queries."""
     shape = replace(layer.shape, queries=min(layer.shape.queries, layer.machine.pick(_BLOCK, 64)))
     calls = [call.queries(layer.shape.queries - shape.queries, layer.shape.queries) for call in layer.calls]
-    heads = shape.kv_heads * shape.share
+    heads, part = shape.kv_heads * shape.share, shape.queries < layer.shape.queries
+    groups = max(1, shape.queries // find_selector(settings.SELECTOR).group_queries)
+    # One number a key and group goes out. Products of 8-bit numbers are twice as fast as the ceiling, in 16 bits.
+    lists, scores = 4.0 * shape.kv_heads * groups * shape.length, 1.0 * heads * shape.dim * shape.queries * shape.length
 
     @cache
     def given() -> list[tuple[AttentionCall, Tensor]]:
@@ -133,20 +136,42 @@ def _block_cases(layer: Layer) -> Iterator[Case]:
         return [(each.call, each.budgets) for each in aligned]
 
     def choose(problem: tuple[AttentionCall, Tensor]) -> Any:
-        return find_selector(settings.SELECTOR).select(*problem, settings.config().always)
+        return selection.chosen(*problem, layer.machine)
 
     def select() -> dict[str, Any]:
-        scores = 2.0 * heads * shape.dim * shape.queries * shape.length
-        return layer.record(layer.each(given(), choose), bytes=keys_in_4_bits(shape), flop=scores)
+        found = layer.each(given(), choose)
+        return layer.record(found, bytes=keys_in_4_bits(shape) + 2 * lists, flop=scores, part=part)
 
     def attention() -> dict[str, Any]:
         kept = [(call, choose((call, budgets))) for call, budgets in given()]
-        [_, _, groups, pairs, width] = kept[0][1].allowed.shape
-        number = shape.kv_heads * groups * width
+        width = kept[0][1].positions.shape[3]
+        number, pairs = shape.kv_heads * groups * width, shape.share * shape.queries // groups
         found = layer.each(kept, lambda item: kernels.attend(*item))
-        moved = number * (2 * shape.dim * shape.dtype.itemsize + 8 + pairs)
-        return {"width": width} | layer.record(found, bytes=moved, flop=4.0 * number * pairs * shape.dim)
+        moved = number * (2 * shape.dim * shape.dtype.itemsize + 8)
+        return {"width": width} | layer.record(found, bytes=moved, flop=4.0 * number * pairs * shape.dim, part=part)
 
+    @cache
+    def launched() -> list[dict[str, finding.Launch]]:
+        return [finding.launches(*problem, layer.machine) for problem in given()]
+
+    def kernel(name: str, bytes: float, flop: float) -> dict[str, Any]:
+        found = layer.each([each[name] for each in launched()], finding.Launch.again)
+        return layer.record(found, bytes=bytes, flop=flop, part=part)
+
+    def importance() -> dict[str, Any]:
+        return kernel("importance", keys_in_4_bits(shape) + lists, scores)
+
+    def codes() -> dict[str, Any]:
+        from hf_sparse.kernels.triton.codes import LAYOUT
+
+        out = LAYOUT.allocate(calls[0].key, shape.length)
+        found = layer.each(calls, lambda call: LAYOUT.quantise(call.key, 0, shape.length, out))
+        keys = shape.kv_heads * shape.length * shape.dim * shape.dtype.itemsize
+        return layer.record(found, bytes=keys + keys_in_4_bits(shape), flop=0, part=True)
+
+    yield Case("codes of all keys", codes, shape.facts)
+    yield Case(f"importance, {shape.queries} queries", importance, shape.facts)
+    yield Case(f"best, {shape.queries} queries", lambda: kernel("best", lists, 0), shape.facts)
     yield Case(f"select, {shape.queries} queries", select, shape.facts)
     yield Case(f"attend, {shape.queries} queries", attention, shape.facts)
 
@@ -165,7 +190,7 @@ def _sparse(layer: Layer, items: list[Any], run: Callable[[LayerState, Any], obj
         lists = 2 * shape.kv_heads * blocks * plan.most * shape.dim * shape.dtype.itemsize
         found = layer.each(items, lambda item: run(state, item))
         slow = {"slow": dict(state.counters.slow)}
-        return slow | layer.record(found, bytes=keys_in_4_bits(shape) + lists, flop=(2 * seen + 4 * kept) * shape.dim)
+        return slow | layer.record(found, bytes=keys_in_4_bits(shape) + lists, flop=(seen + 4 * kept) * shape.dim)
 
     return Case("layer", timed, shape.facts)
 
