@@ -42,6 +42,9 @@ WORST_LAST = ("skipped", "ok", "timeout", "crash", "wrong")
 RESTARTS = 3
 """Processes that a check may lose before the rest of its cases is given up."""
 
+START = 60
+"""Seconds that a process may take before its first case, at least: PyTorch may be read from a slow disk."""
+
 TAIL = 3000
 """Characters of a process's stderr that are kept where it fails."""
 
@@ -133,10 +136,11 @@ class Runner:
         """Cases begun so far, after a process for those from number `skip` on, and whether it came to its end."""
         check = outcome.check
         with tempfile.TemporaryFile() as stderr, started(check, self._args.device, skip, stderr) as process:
-            begun, case, lines = skip, {"case": "start"}, lines_of(process)
-            since = time.monotonic()
+            first: dict[str, Any] = {"case": "start"}
+            begun, case, lines, since = skip, first, lines_of(process), time.monotonic()
             while True:
-                limit = min(self._args.each or check.each, self._left())
+                own = self._args.each or check.each
+                limit = min(max(own, START) if case == first else own, self._left())
                 try:
                     message = lines.get(timeout=max(0.0, since + limit - time.monotonic()))
                 except queue.Empty:
@@ -243,7 +247,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "interpret"), default="cuda")
     parser.add_argument("--only", metavar="GLOB", default="*", help="checks of such a name, as attend/*")
     parser.add_argument("--seconds", type=float, default=300, help="time for all checks (%(default)s)")
-    parser.add_argument("--each", type=float, help="time for a case, a start counts as one: 60, and more for some")
+    parser.add_argument("--each", type=float, help="time for a case; 60 seconds, and more for some")
     parser.add_argument("--jobs", type=int, help="checks at a time: 4 for --phase correct on a GPU, else 1")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--list", action="store_true", help="print the checks, in their order, and run none")

@@ -50,11 +50,9 @@ def statuses(output: Path) -> dict[str, str]:
 
 def test_a_failure_costs_one_case(tmp_path: Path) -> None:
     output = tmp_path / "new" / "faults.jsonl"
-    done = run(output, "--phase", "faults", "--each", "5", "--jobs", "3")
+    done = run(output, "--phase", "faults", "--only", "faults/[!n]*", "--each", "2", "--jobs", "2")
     assert done.returncode == 1
     assert statuses(output) == {
-        "faults/none": "ok",
-        "faults/none right": "ok",
         "faults/wrong": "wrong",
         "faults/wrong wrong": "wrong",
         "faults/wrong right": "ok",
@@ -74,11 +72,10 @@ def test_a_failure_costs_one_case(tmp_path: Path) -> None:
     abort = by_case["faults/abort", "abort"]
     assert (abort["exit"], abort["dtype"]) == ("SIGABRT", "float32")
     assert abort["stderr"].endswith("case abort\n")
-    assert 5 <= by_case["faults/hang", "hang"]["seconds"] < 7
+    assert 2 <= by_case["faults/hang", "hang"]["seconds"] < 4
     assert "AttributeError" in by_case["faults/start", "start"]["stderr"]
-    last = done.stderr.splitlines()[-5:]
+    last = done.stderr.splitlines()[-4:]
     assert [line.split()[:2] for line in last] == [
-        ["faults/none", "ok"],
         ["faults/wrong", "wrong"],
         ["faults/abort", "crash"],
         ["faults/hang", "timeout"],
@@ -156,9 +153,7 @@ def test_mistakes_are_named(arguments: list[str], said: str) -> None:
     assert said in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("phase", "only"), [("correct", "attend/basic"), ("correct", "find/blocks"), ("time", "profile/131k")]
-)
+@pytest.mark.parametrize(("phase", "only"), [("correct", "find/blocks"), ("time", "profile/131k")])
 def test_dry_run(phase: str, only: str, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     output = tmp_path / "found.jsonl"
@@ -227,6 +222,7 @@ def test_a_wrong_kernel_is_found(
 ) -> None:
     shape = part("references").Shape(50, 20, queries=6, group=3, kv_heads=2, dim=16, dtype=torch.float32)
     machine = part("machine").Machine("interpret")
+    assert part("kernels").attend_case(shape, machine).run()["status"] == "ok"
     monkeypatch.setattr(part("kernels"), "attend", exact)
     assert part("kernels").attend_case(shape, machine).run()["status"] == "ok"
     monkeypatch.setattr(part("kernels"), "attend", mistake)
