@@ -67,9 +67,9 @@ def compile_only(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, 
 
 
 def spilled(compiled: Any) -> int:
-    """Bytes of a thread's stack on a GPU of NVIDIA, registers on one of AMD."""
+    """Bytes of a thread's stack on a GPU of NVIDIA, vector registers on one of AMD: others go to those."""
     if "cubin" not in compiled.asm:
-        return sum(int(count) for count in re.findall(r"gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+        return sum(int(count) for count in re.findall(r"vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -102,7 +102,17 @@ def compile_select(queries: int, size: int, share: int, dim: int, dtype: torch.d
         codes.write(key, length - queries, length, parts)
         query = torch.empty(1, share, queries, dim, dtype=dtype)
         blocks = Blocks(
-            query, dim**-0.5, None, torch.empty(1, 1, queries, 2, dtype=torch.int32), *parts, size, 4, 64, 0, length, 144
+            query,
+            dim**-0.5,
+            None,
+            torch.empty(1, 1, queries, 2, dtype=torch.int32),
+            *parts,
+            size,
+            4,
+            64,
+            0,
+            length,
+            144,
         )
         budgets = torch.empty(1, share, queries, dtype=torch.int32)
         values, counts = importance(query, blocks, WINDOW, PERIOD)

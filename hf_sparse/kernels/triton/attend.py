@@ -22,6 +22,9 @@ from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, capped, fold, on_its
 # Most parts of the keys of a group: the second kernel holds all parts of a pair at once.
 _MOST_PARTS = 64
 
+# Shared memory of GPUs whose programs take 128 pairs: all of NVIDIA. On those of AMD, they would spill registers.
+_ROOM_FOR_MANY = 99 << 10
+
 
 @on_its_device
 def attend(
@@ -63,7 +66,8 @@ def attend(
     is_mask = keep.dtype == torch.bool
     keep = adjacent(keep.view(torch.uint8)) if is_mask else keep.contiguous()
     padded_dim, padded_value_dim = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
-    tile_pairs, tile_keys, warps = _tiles(pairs, max(padded_dim, padded_value_dim), key.dtype)
+    room = shared_memory(query.device)
+    tile_pairs, tile_keys, warps = _tiles(pairs, max(padded_dim, padded_value_dim), key.dtype, room)
     step_bytes = tile_keys * (padded_dim + padded_value_dim) * key.element_size()
 
     tiles = triton.cdiv(pairs, tile_pairs)
@@ -109,7 +113,7 @@ def attend(
         KEYS=tile_keys,
         RUNS=0 if is_mask else keep.shape[4],
         num_warps=warps,
-        num_stages=_stages(step_bytes, shared_memory(query.device)),
+        num_stages=_stages(step_bytes, room),
     )
     if parts > 1:
         _join_parts[pairs, groups, batch * kv_heads](
@@ -129,14 +133,14 @@ def attend(
     return out.transpose(1, 2)
 
 
-def _tiles(pairs: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def _tiles(pairs: int, dim: int, dtype: torch.dtype, room: int) -> tuple[int, int, int]:
     """Pairs and keys of a tile, and warps: counted for Hopper, not measured yet.
 
     For head_dim 128 in 16 bits, 128 pairs take 64 keys a step: two steps of keys and values are 64 KB of shared
     memory, the sums are 64 registers of a thread, and each gathered key meets as many pairs as fit without spills.
     Of 128 and 64 pairs, the number that leaves less of the last tile empty: 64 queries of 3 heads are 3 tiles of 64.
-    Exact float32 products run outside the tensor cores, from more registers. All of it was compiled for compute
-    capability 9.0: nothing but head_dim 256 in float32 takes more than 110 KB of shared memory.
+    Exact float32 products run outside the tensor cores, from more registers. `room`: bytes of shared memory that a
+    program has.
     """
     keys = 64 if dim <= 128 else 32
     few = max(16, min(32, triton.next_power_of_2(pairs)))
@@ -146,6 +150,8 @@ def _tiles(pairs: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
         return few, keys, 4
     if dim > 128:
         return 64, keys, 8
+    if room < _ROOM_FOR_MANY:
+        return 64, keys, 4
     return (128, keys, 8) if -(-pairs // 128) * 128 <= -(-pairs // 64) * 64 else (64, keys, 4)
 
 
@@ -242,8 +248,9 @@ def _attend_tile(
             kept = tl.zeros([PAIRS, KEYS], tl.int1)
             for run in tl.static_range(RUNS):
                 begin = tl.load(keep + 2 * run, mask=real, other=0).to(tl.int32)
-                end = tl.load(keep + 2 * run + 1, mask=real, other=0).to(tl.int32)
-                kept |= (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
+                number = tl.load(keep + 2 * run + 1, mask=real, other=0).to(tl.int32) - begin
+                # Without its sign, what lies before the run is a large number: one comparison says both.
+                kept |= (place[None, :] - begin[:, None]).to(tl.uint32) < number.to(tl.uint32)[:, None]
         else:
             kept = tl.load(keep[:, None] + place[None, :], mask=real[:, None] & inside[None, :], other=0) != 0
         k = tl.load(key + position[:, None] * key_strides[2] + d[None, :], mask=d_real, other=0.0)

@@ -60,9 +60,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 @lru_cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may use; the least of all GPUs that are supported where that is unknown."""
+    """Bytes of shared memory that a program may use; those of Hopper where kernels are interpreted."""
     if device.type != "cuda":
-        return 64 << 10
+        return 227 << 10
     properties = torch.cuda.get_device_properties(device)
     return int(getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block)
 

