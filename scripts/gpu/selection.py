@@ -137,7 +137,9 @@ def case(
         with poisoned_memory():
             mask = mask_of(chosen(given.call, given.budgets, machine), given.call)
         again = mask_of(chosen(given.call, given.budgets, machine), given.call)
-        return verdict(mask, again, want, given.call, given.budgets)
+        found = verdict(mask, again, want, given.call, given.budgets)
+        reason = find_selector(settings.SELECTOR).uncompiled_reason(given.call)
+        return found if machine.interprets or reason is None else found | {"status": "wrong", "uncompiled": reason}
 
     return Case(name or shape.name or "defaults", run, shape.facts)
 

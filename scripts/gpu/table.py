@@ -62,9 +62,10 @@ CHECKS = (
     _correct("select/dims", "selection.dims", "the selector with head_dim 64 to 256, GQA and batches"),
     _correct("attend/long", "kernels.long", "131,072 and 1,048,576 keys"),
     _correct("select/long", "selection.long", "131,072 and 1,048,576 keys", 120),
-    _correct("memcheck", "tools.sanitizer", "compute-sanitizer: addresses, on small shapes", 150, tool="memcheck"),
-    _correct("racecheck", "tools.sanitizer", "compute-sanitizer: races in shared memory", 150, tool="racecheck"),
+    _correct("memcheck", "tools.sanitizer", "compute-sanitizer: addresses, on small shapes", 200, tool="memcheck"),
+    _correct("racecheck", "tools.sanitizer", "compute-sanitizer: races in shared memory", 200, tool="racecheck"),
     _correct("pytest", "tools.tests", "tests/test_triton.py, without the interpreter", 240),
+    _time("machine", "machine.environment", "the card and its ceilings, with nothing beside it"),
     *(
         _time(f"decode/{name}", "timing.decode", "one layer: one query, kernels and dense back ends", length=length)
         for name, length in _LENGTHS.items()
