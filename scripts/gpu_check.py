@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -44,6 +45,9 @@ RESTARTS = 3
 
 START = 60
 """Seconds that a process may take before its first case, at least: PyTorch may be read from a slow disk."""
+
+LAST_WORDS = 10
+"""Seconds that a process may take to end."""
 
 TAIL = 3000
 """Characters of a process's stderr that are kept where it fails."""
@@ -107,10 +111,8 @@ class Runner:
         begun = 0
         for _ in range(1 + RESTARTS):
             if self._left() < 1:
-                self._append(
-                    outcome,
-                    {"case": "all others", "status": "timeout" if begun else "skipped", "reason": "no time left"},
-                )
+                status = "timeout" if begun else "skipped"
+                self._append(outcome, {"case": "all others", "status": status, "reason": "no time left"})
                 break
             before, begun, finished = begun, *self._run_cases(outcome, begun)
             if finished or begun == before:
@@ -135,7 +137,8 @@ class Runner:
     def _run_cases(self, outcome: Outcome, skip: int) -> tuple[int, bool]:
         """Cases begun so far, after a process for those from number `skip` on, and whether it came to its end."""
         check = outcome.check
-        with tempfile.TemporaryFile() as stderr, started(check, self._args.device, skip, stderr) as process:
+        with tempfile.TemporaryFile() as stderr:
+            process = started(check, self._args.device, skip, stderr)
             first: dict[str, Any] = {"case": "start"}
             begun, case, lines, since = skip, first, lines_of(process), time.monotonic()
             while True:
@@ -144,12 +147,12 @@ class Runner:
                 try:
                     message = lines.get(timeout=max(0.0, since + limit - time.monotonic()))
                 except queue.Empty:
-                    kill(process)
+                    ended(process, at_once=True)
                     fault = {"status": "timeout", "limit": round(limit, 1)}
                     break
                 since, before = time.monotonic(), since
                 if message is None:
-                    code = process.wait()
+                    code = ended(process)
                     if code in (0, BROKEN):
                         return begun, code == 0
                     name = signal.Signals(-code).name if code < 0 else str(code)
@@ -201,10 +204,18 @@ def lines_of(process: subprocess.Popen[str]) -> queue.Queue[dict[str, Any] | Non
     return found
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    """End a process and those that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def ended(process: subprocess.Popen[str], *, at_once: bool = False) -> int:
+    """The exit status of a process, which is killed, with those that it started, at once or if it does not end.
+
+    A process that waits for a driver may not even end then: it is left behind.
+    """
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(timeout=0 if at_once else LAST_WORDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=LAST_WORDS)
+    return -signal.SIGKILL
 
 
 def tail_of(stderr: IO[bytes]) -> dict[str, str]:
