@@ -1,4 +1,4 @@
-"""Triton's kernels: the engine against the reference, the selector against PyTorch. Interpreted where there is no GPU."""
+"""Triton's kernels: the engine against the reference, the selector against PyTorch; interpreted without a GPU."""
 
 from __future__ import annotations
 
@@ -303,28 +303,28 @@ def some_budgets(call: AttentionCall, most: int, *, per_head: bool) -> Tensor:
     return torch.minimum(call.visible[:, None], torch.randint(5, most, shape))
 
 
-@pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("q_len", "kv_len", "kv_heads"), [(1, 300, 2), (7, 200, 2), (BLOCK_QUERIES, 250, 1)])
-def test_kernels_keep_what_pytorch_keeps(kind: str, q_len: int, kv_len: int, kv_heads: int, per_head: bool) -> None:
-    call = calls.inputs(KINDS[kind](q_len, kv_len), kv_len, kv_heads=kv_heads, dim=16)
-    assert_same_keys(call, some_budgets(call, 150, per_head=per_head))
+@pytest.mark.parametrize(("q_len", "kv_len", "kv_heads"), [(1, 200, 2), (7, 200, 1), (BLOCK_QUERIES, 230, 1)])
+def test_kernels_keep_what_pytorch_keeps(kind: str, q_len: int, kv_len: int, kv_heads: int) -> None:
+    call = calls.inputs(KINDS[kind](q_len, kv_len), kv_len, heads=2, kv_heads=kv_heads, dim=16)
+    assert_same_keys(call, some_budgets(call, 150, per_head=q_len == 7))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("dim", "share"), [(16, 7), (80, 3), (128, 4), (256, 1)])
+@pytest.mark.parametrize(
+    ("dim", "share", "dtype"),
+    [(16, 7, torch.float16), (80, 3, torch.bfloat16), (128, 4, torch.bfloat16), (256, 1, torch.float32)],
+)
 @pytest.mark.parametrize("q_len", [1, 9])
 def test_heads_of_any_size_and_number(q_len: int, dim: int, share: int, dtype: torch.dtype) -> None:
     """Of three sequences, with padding of both sides."""
-    intervals = calls.causal_intervals(q_len, 200, left=(0, 70, 3), right=(0, q_len // 3, 0))
+    intervals = calls.causal_intervals(q_len, 120, left=(0, 50, 3), right=(0, q_len // 3, 0))
     call = calls.inputs(
-        intervals, 200, heads=share, kv_heads=1, dim=dim, dtype=dtype, softcap=1.5 if dim == 80 else None
+        intervals, 120, heads=share, kv_heads=1, dim=dim, dtype=dtype, softcap=1.5 if dim == 80 else None
     )
     assert_same_keys(call, some_budgets(call, 90, per_head=dim == 16))
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("q_len", [1, 2 * BLOCK_QUERIES])
+@pytest.mark.parametrize(("q_len", "softcap"), [(1, None), (1, 1.5), (2 * BLOCK_QUERIES, None)])
 @pytest.mark.usefixtures("many_processors")
 def test_totals_from_some_of_the_keys(q_len: int, softcap: float | None) -> None:
     """More keys than a period has; programs share those that are looked at, or not the blocks."""
@@ -346,8 +346,8 @@ def test_heads_that_keep_very_different_numbers(q_len: int) -> None:
 @pytest.mark.parametrize("always", [AlwaysKept(), AlwaysKept(5, 0), AlwaysKept(0, 70), AlwaysKept(10**9, 3)], ids=str)
 @pytest.mark.parametrize("q_len", [1, 7])
 def test_sinks_and_recent_keys_of_any_number(q_len: int, always: AlwaysKept) -> None:
-    call = calls.inputs(calls.causal_intervals(q_len, 150, window=120), 150)
-    assert_same_keys(call, some_budgets(call, 110, per_head=False), always)
+    call = calls.inputs(calls.causal_intervals(q_len, 120, 100, (0,), (0,)), 120, heads=2, kv_heads=1)
+    assert_same_keys(call, some_budgets(call, 90, per_head=False), always)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 4700), (5, 600)])
@@ -362,33 +362,32 @@ def test_equal_keys_are_kept_from_the_most_recent_on(q_len: int, kv_len: int) ->
     assert torch.equal(mask, ((position < 4) | recent).expand_as(mask))
 
 
-@pytest.mark.parametrize("number", [torch.nan, torch.inf])
-@pytest.mark.parametrize("q_len", [1, 7])
+@pytest.mark.parametrize(("q_len", "number"), [(1, torch.nan), (7, torch.inf)])
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_is_no_number_does_not_hold_a_call_up(q_len: int, number: float) -> None:
     """Nor do keys that nobody sees change anything."""
-    call = calls.inputs(calls.causal_intervals(q_len, 200, left=(0, 50), spare=20), 200)
-    budgets = torch.full((2, 1, q_len), 60)
+    call = calls.inputs(calls.causal_intervals(q_len, 120, left=(50,), right=(0,), spare=20), 120, heads=2, kv_heads=1)
+    budgets = torch.full((1, 1, q_len), 30)
     key, query = call.key.clone(), call.query.clone()
-    key[:, :, 100:103] = query[:, 0, -1] = number
+    key[:, :, 70:73] = query[:, 0, -1] = number
     for changed in (replace(call, key=key), replace(call, query=query)):
         by_kernels(changed, budgets)
     seen = calls.visible_mask(call)[:, :1].any(2)[..., None]
     hidden = replace(call, key=call.key.masked_fill(~seen, number))
-    assert torch.equal(*(by_kernels(x, budgets).mask(4, 200) for x in (call, hidden)))
+    assert torch.equal(*(by_kernels(x, budgets).mask(2, 120) for x in (call, hidden)))
 
 
 def test_a_key_that_outweighs_everything_is_found() -> None:
     """Weights do not fit into a float."""
-    call = calls.inputs(calls.causal_intervals(1, 300), 300)
+    call = calls.inputs(calls.causal_intervals(1, 300, left=(0,), right=(0,)), 300, heads=2, kv_heads=1)
     key = call.key - 2
     key[:, :, 120] = 8
     call = replace(call, query=call.query.abs() * 30, key=key)
-    assert by_kernels(call, torch.full((2, 1, 1), 30)).mask(4, 300)[..., 120].all()
+    assert by_kernels(call, torch.full((1, 1, 1), 30)).mask(2, 300)[..., 120].all()
 
 
 @pytest.mark.parametrize(("dim", "value_dim", "dtype"), [(16, 21, torch.float32), (80, 80, torch.bfloat16)])
-@pytest.mark.parametrize(("q_len", "share"), [(1, 4), (1, 17), (7, 3), (BLOCK_QUERIES, 3)])
+@pytest.mark.parametrize(("q_len", "share"), [(1, 17), (7, 3)])
 @pytest.mark.parametrize("extras", [{}, {"softcap": 1.5, "sinks": True}], ids=["plain", "softcap and sinks"])
 def test_engine_attends_to_runs(
     q_len: int, share: int, dim: int, value_dim: int, dtype: torch.dtype, extras: dict[str, Any]
@@ -408,30 +407,30 @@ def test_engine_attends_to_runs(
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_engine_attends_to_any_runs(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of shuffled positions, some of them empty, those of a whole group among them."""
+    """Of shuffled positions, some of them empty, those of a whole group among them; more pairs than a tile has."""
     if cut:
         monkeypatch.setattr(common, "_multiprocessors", lambda _: 1 << 20)
-    call = calls.inputs(calls.causal_intervals(6, 150), 150)
+    call = calls.inputs(calls.causal_intervals(80, 150), 150)
     positions = torch.rand(2, 2, 2, 150).argsort(-1)
-    bounds = torch.randint(150, (2, 2, 2, 6, 4)).sort(-1).values
+    bounds = torch.randint(150, (2, 2, 2, 80, 4)).sort(-1).values
     bounds[0, 0, 0, 0, 1] = bounds[0, 0, 0, 0, 0]
     bounds[1, 1, 1] = 0
-    selection = SharedSelection(positions.to(DEVICE), bounds.unflatten(-1, (2, 2)).to(DEVICE), 3)
+    selection = SharedSelection(positions.to(DEVICE), bounds.unflatten(-1, (2, 2)).to(DEVICE), 40)
     call = moved(call)
     out = ENGINE.attend(call, selection)
     assert_close(out, calls.run_engine("reference", call, selection), atol=1e-5, rtol=1e-5)
-    assert (out[1, 2:, 3:] == 0).all()
+    assert (out[1, 2:, 40:] == 0).all()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
 def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill of a padded batch, then tokens one at a time: what other kernels make of it.
+    """Prefill, then tokens one at a time: what other kernels make of it.
 
     All but the few queries for which two scores are so close that rounding decides.
     """
     model = tiny.model(name).to(DEVICE)
-    ids, mask, _ = (x if isinstance(x, list) else x.to(DEVICE) for x in tiny.padded([78, 64], "left"))
+    ids, mask, _ = (x if isinstance(x, list) else x.to(DEVICE) for x in tiny.padded([68], "left"))
     selections: list[Selection] = []
 
     def select(self: Shared, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Selection:
@@ -442,7 +441,7 @@ def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         hf_sparse.patch(model, replace(SPARSE, selector="shared"), engine=name)
         cache = SparseCache(model.config)
         out, place = [], tiny.positions(mask)
-        for start, stop in ((0, 76), *((i, i + 1) for i in range(76, 78))):
+        for start, stop in ((0, 67), (67, 68)):
             part = slice(start, stop)
             step = model(
                 ids[:, part], attention_mask=mask[:, :stop], position_ids=place[:, part], past_key_values=cache
@@ -462,16 +461,17 @@ def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(ours, others, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("gpu", ["80", "86", "89", "90", "100", "120", "gfx942"])
-def test_compiles_for_gpus(gpu: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", ["80 86", "89", "90", "100 120 gfx942"])
+def test_compiles_for_gpus(gpus: str, tmp_path: Path) -> None:
     """The interpreter takes more than the compiler does. Needs no GPU: nothing is launched."""
     run = subprocess.run(
-        [sys.executable, "-m", "tests.compile_triton", gpu],
+        [sys.executable, "-m", "tests.compile_triton", *gpus.split()],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
     )
     assert run.returncode == 0, run.stderr
-    compiled = {line.split()[0] for line in run.stdout.splitlines()}
-    assert compiled == {"_attend_tile", "_join_parts", "_write", "_totals", "_sum_weights", "_best", "_order"}
+    compiled = {tuple(line.split()[:2]) for line in run.stdout.splitlines()}
+    names = {"_attend_tile", "_join_parts", "_write", "_totals", "_sum_weights", "_best", "_order"}
+    assert compiled == {(gpu, name) for gpu in gpus.split() for name in names}

@@ -100,22 +100,31 @@ class SharedSelection(Selection):
     Attributes:
         runs: int64 `(batch, kv_heads, groups, pairs, runs, 2)`: place in the list of the first key of each run, and the
             place after its last. Runs do not overlap; an empty one has no keys.
+        budgets: If known, int64 `(batch, heads, q_len)` on any device: the keys in the runs of each query.
     """
 
     runs: Tensor
+    budgets: Tensor | None
 
-    def __init__(self, positions: Tensor, runs: Tensor, queries_per_group: int, number: Tensor | None = None) -> None:
-        if number is None:
-            number = (runs[..., 1] - runs[..., 0]).sum(-1)
+    def __init__(self, positions: Tensor, runs: Tensor, queries_per_group: int, budgets: Tensor | None = None) -> None:
         for name, value in (
             ("positions", positions),
             ("runs", runs),
             ("queries_per_group", queries_per_group),
             ("per_head", False),
             ("scores", None),
-            ("number", number),
+            ("budgets", budgets),
         ):
             object.__setattr__(self, name, value)
+
+    @cached_property
+    def number(self) -> Tensor:
+        """Keys that a pair attends to, int64 `(batch, kv_heads, groups, pairs)`."""
+        return (self.runs[..., 1] - self.runs[..., 0]).sum(-1)
+
+    def kept(self, heads: int) -> Tensor:
+        """Kept keys of each query: see `Selection.kept`."""
+        return super().kept(heads) if self.budgets is None else self.budgets
 
     @cached_property
     def allowed(self) -> Tensor:

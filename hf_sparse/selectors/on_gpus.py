@@ -55,8 +55,8 @@ def by_triton(
     )
     values, counts = importance(call.query, blocks, WINDOW, PERIOD)
     differ = size > 1 or bool((budgets != budgets[:, :1]).any())
-    positions, runs, kept = best(values, counts, blocks, _moved(call, budgets), past, differ=differ)
-    return SharedSelection(positions, runs, size, kept)
+    positions, runs = best(values, counts, blocks, _moved(call, budgets), past, differ=differ)
+    return SharedSelection(positions, runs, size, budgets.expand(call.query.shape[:3]))
 
 
 def _moved(call: AttentionCall, budgets: Tensor) -> Tensor:

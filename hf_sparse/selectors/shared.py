@@ -57,7 +57,7 @@ class Shared(Selector):
         """
         kept = min(call.key.shape[2], most)
         if call.key.is_cuda and self.uncompiled_reason(call) is None:
-            return -(-2 * (call.key.shape[2] + kept) // (BLOCK_QUERIES * call.group_size))
+            return -(-(call.key.shape[2] + kept) // (BLOCK_QUERIES * call.group_size))
         return max(1024, kept)
 
     def uncompiled_reason(self, call: AttentionCall) -> str | None:

@@ -32,7 +32,7 @@ _MANY = tl.constexpr(1 << 30)
 @on_its_device
 def best(
     values: Tensor, counts: Tensor, blocks: Blocks, budgets: Tensor, past: int, *, differ: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Lists of keys, and what the pairs keep of them.
 
     Args:
@@ -47,13 +47,12 @@ def best(
         Positions, int64 `(batch, kv_heads, blocks, blocks.near + past)`, of the first and local keys of each block and,
         from `blocks.near` on, its most important keys of the past, the most important first so far as it matters;
         positions that may be read, but that no pair keeps, follow on both. Runs, int64 `(batch, kv_heads, blocks,
-        pairs, RUNS, 2)`, and the keys in them, int64 `(batch, kv_heads, blocks, pairs)`.
+        pairs, RUNS, 2)`.
     """
     batch, kv_heads, number, pairs = blocks.shape
     device, rows = values.device, (batch, kv_heads, number)
     positions = torch.empty(*rows, blocks.near + past, dtype=torch.int64, device=device)
     runs = torch.empty(*rows, pairs, RUNS, 2, dtype=torch.int64, device=device)
-    kept = torch.empty(*rows, pairs, dtype=torch.int64, device=device)
     listed = torch.empty_like(values)
     unordered = torch.empty(*rows, past, dtype=torch.int32, device=device) if differ else None
     bounds = torch.empty(*rows, 2, dtype=torch.int32, device=device) if differ else None
@@ -63,7 +62,6 @@ def best(
         counts,
         positions,
         runs,
-        kept,
         listed,
         unordered,
         bounds,
@@ -100,7 +98,7 @@ def best(
             TILE=_ORDER_TILE,
             num_warps=8,
         )
-    return positions, runs, kept
+    return positions, runs
 
 
 @triton.jit
@@ -165,7 +163,6 @@ def _best(
     counts,
     positions,
     runs,
-    kept,
     listed,
     unordered,
     bounds,
@@ -219,7 +216,6 @@ def _best(
         tl.store(run + 3, tl.where(alive, end + stop - last_start, 0), mask=real)
         tl.store(run + 4, tl.where(alive, near_width, 0), mask=real)
         tl.store(run + 5, tl.where(alive, near_width + ranked, 0), mask=real)
-        tl.store(kept + pair, tl.where(alive, budget, 0), mask=real)
         most = tl.maximum(most, tl.max(ranked, 0))
         least = tl.minimum(least, tl.min(tl.where(ranked > 0, ranked, _MANY), 0))
 
