@@ -171,6 +171,9 @@ def test_every_check_can_be_found_and_needs_little(part: Callable[[str], Any]) -
         f"for place in {places}:\n"
         "    module, _, function = place.partition('.')\n"
         "    assert callable(getattr(importlib.import_module('gpu.' + module), function)), place\n"
+        # The tests of the kernels need a little more.
+        "del sys.modules['rich'], sys.modules['typer']\n"
+        "import tests.conftest, tests.test_triton\n"
     )
     path = os.pathsep.join((str(ROOT / "scripts"), str(ROOT)))
     command = [sys.executable, "-c", program]
