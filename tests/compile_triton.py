@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from hf_sparse.kernels.triton import attend, codes, common
 from hf_sparse.kernels.triton.best import best
-from hf_sparse.kernels.triton.importance import Blocks, importance
+from hf_sparse.kernels.triton.importance import Groups, importance
 from hf_sparse.selectors.importance import PERIOD, WINDOW
 
 # KiB that a program may use.
@@ -106,7 +106,7 @@ def compile_select(
         parts = codes.allocate(key, length)
         codes.write(key, length - queries, length, parts)
         query = torch.empty(1, share, queries, dim, dtype=dtype)
-        blocks = Blocks(
+        groups = Groups(
             query,
             dim**-0.5,
             None,
@@ -120,8 +120,8 @@ def compile_select(
             144,
         )
         budgets = torch.empty(1, share, queries, dtype=torch.int32)
-        values, counts = importance(query, blocks, WINDOW, PERIOD)
-        best(values, counts, blocks, budgets, 5_664, differ=size > 1)
+        values, counts = importance(query, groups, WINDOW, PERIOD)
+        best(values, counts, groups, budgets, 5_664, differ=size > 1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import numpy as np
 
 from hf_sparse.measure.grid import Grid
 from hf_sparse.measure.methods import FIXED_OF
-from hf_sparse.measure.metric import TokenPerplexity
 from hf_sparse.measure.perplexity import COMMAND
 from hf_sparse.measure.statistics import SAMPLES, FloatArray, bootstrap_means, percentile_interval
 from hf_sparse.results import DENSE, Record, Summary
@@ -74,6 +73,9 @@ def _result(series: _Series, method: str, length: int) -> dict[str, Any]:
     nll, tokens = ([record[name] for record in records] for name in ("nll", "tokens"))
     value, draws = series.excess(method)
     i = series.grid.lengths.index(length)
+    # Imported where it is used: the command line and the tests start without datasets and evaluate, too.
+    from hf_sparse.measure.metric import TokenPerplexity
+
     return {
         "method": method,
         "length": length,

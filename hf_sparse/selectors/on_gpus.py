@@ -25,21 +25,21 @@ def by_triton(
     """What `hf_sparse.selectors.grouped` keeps.
 
     Args:
-        call: A whole number of blocks of queries.
+        call: A whole number of groups of queries.
         budgets: int64 `(batch, heads or 1, q_len)`, on the CPU.
         always: Sinks and recent keys.
-        size: Queries in a block.
-        widths: At least as many first and local keys as any block has, and keys of the past as any keeps.
+        size: Queries in a group.
+        widths: At least as many first and local keys as any group has, and keys of the past as any keeps.
     """
     from hf_sparse.kernels.triton.best import best
     from hf_sparse.kernels.triton.codes import LAYOUT
-    from hf_sparse.kernels.triton.importance import Blocks, importance
+    from hf_sparse.kernels.triton.importance import Groups, importance
 
     ranges = call.ranges
     stop = ranges.last_visible
     codes, scales = call.own_quantised.up_to(call.key, stop, LAYOUT)
     near, past = widths
-    blocks = Blocks(
+    groups = Groups(
         query=call.query,
         scaling=call.scaling,
         softcap=call.softcap,
@@ -53,9 +53,9 @@ def by_triton(
         stop=stop,
         near=near,
     )
-    values, counts = importance(call.query, blocks, WINDOW, PERIOD)
+    values, counts = importance(call.query, groups, WINDOW, PERIOD)
     moved, differ = _moved(call, budgets)
-    positions, runs = best(values, counts, blocks, moved, past, differ=size > 1 or differ)
+    positions, runs = best(values, counts, groups, moved, past, differ=size > 1 or differ)
     return SharedSelection(positions, runs, size, budgets.expand(call.query.shape[:3]))
 
 

@@ -1,9 +1,9 @@
-"""The most important past keys of each block: their list, and the runs of it that each pair keeps.
+"""The most important past keys of each group: their list, and the runs of it that each pair keeps.
 
-A program finds the keys of a block. Counts of keys by the first 11 bits of their importance, which come with it, say
+A program finds the keys of a group. Counts of keys by the first 11 bits of their importance, which come with it, say
 which keys may be among the best; these are listed in one walk over all keys. Further counts, of the few that are listed
 by the next 10 and the last 10 bits, give the least importance that is kept. Of equal keys, the most recent are kept.
-Where some pairs of a block keep more than others, a second kernel puts the keys into order that not all of them keep.
+Where some pairs of a group keep more than others, a second kernel puts the keys into order that not all of them keep.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.kernels.triton.common import on_its_device
-from hf_sparse.kernels.triton.importance import BINS, SHIFT, Blocks
+from hf_sparse.kernels.triton.importance import BINS, SHIFT, Groups
 from hf_sparse.kernels.triton.spans import ranges_of, seen_by, spend
 
 RUNS = 3
@@ -31,27 +31,27 @@ _MANY = tl.constexpr(1 << 30)
 
 @on_its_device
 def best(
-    values: Tensor, counts: Tensor, blocks: Blocks, budgets: Tensor, past: int, *, differ: bool
+    values: Tensor, counts: Tensor, groups: Groups, budgets: Tensor, past: int, *, differ: bool
 ) -> tuple[Tensor, Tensor]:
     """Lists of keys, and what the pairs keep of them.
 
     Args:
         values: From `hf_sparse.kernels.triton.importance`.
         counts: From the same.
-        blocks: The blocks.
+        groups: The groups.
         budgets: int32 `(batch, heads, q_len)`.
         past: At least as many keys of the past as any pair keeps.
-        differ: Whether pairs of a block may keep different numbers of them.
+        differ: Whether pairs of a group may keep different numbers of them.
 
     Returns:
-        Positions, int64 `(batch, kv_heads, blocks, blocks.near + past)`, of the first and local keys of each block and,
-        from `blocks.near` on, its most important keys of the past, the most important first so far as it matters;
-        positions that may be read, but that no pair keeps, follow on both. Runs, int64 `(batch, kv_heads, blocks,
+        Positions, int64 `(batch, kv_heads, groups, groups.near + past)`, of the first and local keys of each group and,
+        from `groups.near` on, its most important keys of the past, the most important first so far as it matters;
+        positions that may be read, but that no pair keeps, follow on both. Runs, int64 `(batch, kv_heads, groups,
         pairs, RUNS, 2)`.
     """
-    batch, kv_heads, number, pairs = blocks.shape
+    batch, kv_heads, number, pairs = groups.shape
     device, rows = values.device, (batch, kv_heads, number)
-    positions = torch.empty(*rows, blocks.near + past, dtype=torch.int64, device=device)
+    positions = torch.empty(*rows, groups.near + past, dtype=torch.int64, device=device)
     runs = torch.empty(*rows, pairs, RUNS, 2, dtype=torch.int64, device=device)
     listed = torch.empty_like(values)
     unordered = torch.empty(*rows, past, dtype=torch.int32, device=device) if differ else None
@@ -65,20 +65,20 @@ def best(
         listed,
         unordered,
         bounds,
-        blocks.intervals,
+        groups.intervals,
         budgets,
-        blocks.intervals.stride()[:3],
+        groups.intervals.stride()[:3],
         budgets.stride(),
         kv_heads,
         pairs,
-        blocks.size,
-        blocks.sink_keys,
-        blocks.recent_keys,
-        blocks.base,
+        groups.size,
+        groups.sink_keys,
+        groups.recent_keys,
+        groups.base,
         width,
-        blocks.near,
+        groups.near,
         past,
-        SIZE=blocks.padded_size,
+        SIZE=groups.padded_size,
         TILE=_TILE,
         BINS=BINS,
         SHIFT=SHIFT,
@@ -91,9 +91,9 @@ def best(
             positions,
             unordered,
             bounds,
-            blocks.base,
+            groups.base,
             width,
-            blocks.near,
+            groups.near,
             past,
             TILE=_ORDER_TILE,
             num_warps=8,
@@ -184,27 +184,27 @@ def _best(
     BINS: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Grid: (blocks, batch x kv_heads)."""
-    block = tl.program_id(0)
+    """Grid: (groups, batch x kv_heads)."""
+    group = tl.program_id(0)
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
-    row = (tl.program_id(1) * tl.num_programs(0) + block).to(tl.int64)
+    row = (tl.program_id(1) * tl.num_programs(0) + group).to(tl.int64)
     values += row * width
     listed += row * width
     positions += row * (near_width + past_width)
     oldest, past_start, past_stop, last_stop = ranges_of(
-        intervals, interval_strides, batch, block, size, sink_keys, recent_keys, SIZE
+        intervals, interval_strides, batch, group, size, sink_keys, recent_keys, SIZE
     )
     past = past_stop - past_start
 
     query = tl.arange(0, SIZE)
     real = query < size
-    first, stop = seen_by(intervals, interval_strides, batch, block * size + query, real)
+    first, stop = seen_by(intervals, interval_strides, batch, group * size + query, real)
     alive = stop > first
     share = pairs // size
     most, least = 0, _MANY
     for own_head in range(share):
         at = batch * budget_strides[0] + (kv_head * share + own_head) * budget_strides[1]
-        budget = tl.load(budgets + at + (block * size + query) * budget_strides[2], mask=real, other=0)
+        budget = tl.load(budgets + at + (group * size + query) * budget_strides[2], mask=real, other=0)
         first_stop, last_start, ranked = spend(first, stop, budget, past_start, past_stop, sink_keys, recent_keys)
         pair = row * pairs + own_head * size + query
         begin = first - oldest
@@ -275,7 +275,7 @@ def _load_ranks(values, unordered, at, number, TILE: tl.constexpr):
 def _order(values, positions, unordered, bounds, base, width, near_width, past_width, TILE: tl.constexpr):
     """Keys that not all pairs keep, each in the place that is the number of better ones.
 
-    Grid: (programs that share them, blocks, batch x kv_heads).
+    Grid: (programs that share them, groups, batch x kv_heads).
     """
     row = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     least, most = tl.load(bounds + row * 2), tl.load(bounds + row * 2 + 1)

@@ -1,8 +1,8 @@
-"""The importance of the past keys of each block, as `hf_sparse.selectors.importance` has it, with the same numbers.
+"""The importance of the past keys of each group, as `hf_sparse.selectors.importance` has it, with the same numbers.
 
 One kernel rounds the queries, and finds what the weights of each (query, head) pair are relative to, from the keys that
 are looked at for the estimate: where there are few pairs, as in decoding, several programs share those keys. Another
-holds a tile of keys, walks over the pairs of the blocks, and sums their weights. Each of its scores is computed once,
+holds a tile of keys, walks over the pairs of the groups, and sums their weights. Each of its scores is computed once,
 and nothing of size q_len x kv_len is stored.
 
 Importance is never negative: as integers, its bits have the same order. While a tile is at hand, its keys are counted
@@ -38,8 +38,8 @@ _UNIT, _BIAS = tl.constexpr(2.0**23), tl.constexpr(127.0)
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Blocks of queries, and the keys that they see.
+class Groups:
+    """Groups of queries, and the keys that they see.
 
     Attributes:
         query: `(batch, heads, q_len, head_dim)`, floating point.
@@ -48,12 +48,12 @@ class Blocks:
         intervals: int32 `(batch, 1, q_len, 2)`: the first key that a query sees, and the key after its last one.
         codes: uint8 `(batch, kv_heads, room, half)`, keys in 4 bits.
         scales: float32 `(batch, kv_heads, room)`.
-        size: Queries of a block; divides `q_len`.
+        size: Queries of a group; divides `q_len`.
         sink_keys: First keys that every pair keeps.
         recent_keys: Most recent keys that every pair keeps.
         base: No query sees a key before this position.
         stop: No query sees a key from this position on.
-        near: At least as many first and local keys as any block has.
+        near: At least as many first and local keys as any group has.
     """
 
     query: Tensor
@@ -71,7 +71,7 @@ class Blocks:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Sequences, key heads, blocks, and pairs of a block."""
+        """Sequences, key heads, groups, and pairs of a group."""
         batch, heads, queries, _ = self.query.shape
         kv_heads = self.codes.shape[1]
         return batch, kv_heads, queries // self.size, heads // kv_heads * self.size
@@ -83,27 +83,27 @@ class Blocks:
 
 
 @on_its_device
-def importance(query: Tensor, blocks: Blocks, window: int, period: int) -> tuple[Tensor, Tensor]:
+def importance(query: Tensor, groups: Groups, window: int, period: int) -> tuple[Tensor, Tensor]:
     """The importance of the keys of the past.
 
     Args:
-        query: `blocks.query`.
-        blocks: The blocks.
+        query: `groups.query`.
+        groups: The groups.
         window: Neighbouring keys that are looked at for the estimate, a power of two.
         period: In so many keys.
 
     Returns:
-        The bits of float32 numbers, int32 `(batch, kv_heads, blocks, keys)`, for the keys from `blocks.base` on: not
-        written for keys that are not of the past of a block. And of the keys that are, how many have those first bits:
-        int32 `(batch, kv_heads, blocks, BINS)`.
+        The bits of float32 numbers, int32 `(batch, kv_heads, groups, keys)`, for the keys from `groups.base` on: not
+        written for keys that are not of the past of a group. And of the keys that are, how many have those first bits:
+        int32 `(batch, kv_heads, groups, BINS)`.
     """
-    batch, kv_heads, number, pairs = blocks.shape
+    batch, kv_heads, number, pairs = groups.shape
     dim = query.shape[3]
     query, device = adjacent(query), query.device
     half, rows = half_of(dim), (batch, kv_heads, number)
     tile_pairs = max(16, min(64 if half <= 64 else 32, triton.next_power_of_2(pairs)))
     tiles = triton.cdiv(pairs, tile_pairs)
-    steps = triton.cdiv(blocks.near, window) + triton.cdiv(blocks.stop - blocks.base, period)
+    steps = triton.cdiv(groups.near, window) + triton.cdiv(groups.stop - groups.base, period)
     programs = tiles * number * batch * kv_heads
     parts, _ = parts_for(device, programs, steps, most=_MOST_PARTS, programs_each=2)
     codes = torch.empty(*rows, pairs, 2, half, dtype=torch.int8, device=device)
@@ -111,36 +111,36 @@ def importance(query: Tensor, blocks: Blocks, window: int, period: int) -> tuple
     totals = torch.empty(2, *rows, pairs, parts, dtype=torch.float32, device=device)
     counts = torch.empty(*rows, BINS, dtype=torch.int32, device=device)
     layout = (
-        blocks.intervals,
-        blocks.codes,
-        blocks.scales,
+        groups.intervals,
+        groups.codes,
+        groups.scales,
         codes,
         query_scales,
         totals,
         counts,
-        blocks.intervals.stride()[:3],
-        blocks.codes.stride()[:3],
-        blocks.scales.stride()[:2],
+        groups.intervals.stride()[:3],
+        groups.codes.stride()[:3],
+        groups.scales.stride()[:2],
         kv_heads,
         number,
-        blocks.size,
+        groups.size,
         pairs,
         parts,
-        blocks.sink_keys,
-        blocks.recent_keys,
-        None if blocks.softcap is None else blocks.softcap * LOG2_E.value,
+        groups.sink_keys,
+        groups.recent_keys,
+        None if groups.softcap is None else groups.softcap * LOG2_E.value,
     )
     sizes = {
         "HALF": half,
         "PADDED_HALF": padded_half(dim),
-        "SIZE": blocks.padded_size,
+        "SIZE": groups.padded_size,
         "PAIRS": tile_pairs,
         "BINS": BINS,
     }
     _totals[tiles * parts, number, batch * kv_heads](
-        query, query.stride()[:3], blocks.scaling, *layout, DIM=dim, WINDOW=window, PERIOD=period, **sizes, num_warps=4
+        query, query.stride()[:3], groups.scaling, *layout, DIM=dim, WINDOW=window, PERIOD=period, **sizes, num_warps=4
     )
-    width = -(-(blocks.stop - blocks.base) // 16) * 16
+    width = -(-(groups.stop - groups.base) // 16) * 16
     values = torch.empty(*rows, width, dtype=torch.int32, device=device)
     tile = 128 if tile_pairs == 16 or padded_half(dim) > 64 else 256
     programs = triton.cdiv(width, tile) * batch * kv_heads
@@ -148,8 +148,8 @@ def importance(query: Tensor, blocks: Blocks, window: int, period: int) -> tuple
     _sum_weights[chunks, triton.cdiv(width, tile), batch * kv_heads](
         values,
         width,
-        blocks.base,
-        blocks.stop,
+        groups.base,
+        groups.stop,
         each,
         *layout,
         KEYS=tile,
@@ -183,7 +183,7 @@ def _totals(
     code_strides,
     scale_strides,
     kv_heads,
-    blocks,
+    groups,
     size,
     pairs,
     parts,
@@ -203,15 +203,15 @@ def _totals(
 
     A sum is relative to a power of two, so that rough exponentials change nothing but by that factor with it.
 
-    Grid: (tiles of pairs x parts, blocks, batch x kv_heads).
+    Grid: (tiles of pairs x parts, groups, batch x kv_heads).
     """
     batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
-    block = tl.program_id(1)
-    row = (tl.program_id(2) * blocks + block).to(tl.int64)
+    group = tl.program_id(1)
+    row = (tl.program_id(2) * groups + group).to(tl.int64)
     part = tl.program_id(0) % parts
     pair = tl.program_id(0) // parts * PAIRS + tl.arange(0, PAIRS)
     real = pair < pairs
-    index = block * size + pair % size
+    index = group * size + pair % size
     head = kv_head * (pairs // size) + pair // size
 
     d = tl.arange(0, PADDED_HALF)
@@ -222,7 +222,7 @@ def _totals(
     low, high, scale = rounded(low, high, QUERY_MOST)
     low, high, scale = low.to(tl.int8), high.to(tl.int8), scale * LOG2_E
     place = row * pairs + pair
-    step = tl.num_programs(2).to(tl.int64) * blocks * pairs * parts
+    step = tl.num_programs(2).to(tl.int64) * groups * pairs * parts
     if part == 0:
         mask = real[:, None] & (d < HALF)[None, :]
         tl.store(query_codes + place[:, None] * (2 * HALF) + d[None, :], low, mask=mask)
@@ -233,7 +233,7 @@ def _totals(
 
     first, stop = seen_by(intervals, interval_strides, batch, index, real)
     oldest, past_start, past_stop, last_stop = ranges_of(
-        intervals, interval_strides, batch, block, size, sink_keys, recent_keys, SIZE
+        intervals, interval_strides, batch, group, size, sink_keys, recent_keys, SIZE
     )
     past = past_stop - past_start
     near = past_start - oldest + last_stop - past_stop
@@ -274,13 +274,13 @@ def _totals(
     tl.store(totals + step + place, mass, mask=real)
 
 
-@triton.jit(do_not_specialize=["base", "stop", "blocks_each"])
+@triton.jit(do_not_specialize=["base", "stop", "groups_each"])
 def _sum_weights(
     values,
     width,
     base,
     stop,
-    blocks_each,
+    groups_each,
     intervals,
     codes,
     scales,
@@ -292,7 +292,7 @@ def _sum_weights(
     code_strides,
     scale_strides,
     kv_heads,
-    blocks,
+    groups,
     size,
     pairs,
     parts,
@@ -308,7 +308,7 @@ def _sum_weights(
     BINS: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Grid: (chunks of blocks, tiles of keys, batch x kv_heads)."""
+    """Grid: (chunks of groups, tiles of keys, batch x kv_heads)."""
     batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
     start = base + tl.program_id(1) * KEYS
     position = start + tl.arange(0, KEYS)
@@ -318,14 +318,14 @@ def _sum_weights(
     scales += batch * scale_strides[0] + kv_head * scale_strides[1]
     key_scale = tl.load(scales + position, mask=written, other=0.0)
     d, part = tl.arange(0, PADDED_HALF), tl.arange(0, PARTS)
-    step = tl.num_programs(2).to(tl.int64) * blocks * pairs * parts
-    from_block = tl.program_id(0) * blocks_each
-    for block in range(from_block, tl.minimum(blocks, from_block + blocks_each)):
+    step = tl.num_programs(2).to(tl.int64) * groups * pairs * parts
+    from_group = tl.program_id(0) * groups_each
+    for group in range(from_group, tl.minimum(groups, from_group + groups_each)):
         _, past_start, past_stop, _ = ranges_of(
-            intervals, interval_strides, batch, block, size, sink_keys, recent_keys, SIZE
+            intervals, interval_strides, batch, group, size, sink_keys, recent_keys, SIZE
         )
         if (start < past_stop) & (start + KEYS > past_start):
-            row = (tl.program_id(2) * blocks + block).to(tl.int64)
+            row = (tl.program_id(2) * groups + group).to(tl.int64)
             sums = tl.zeros([KEYS], tl.float32)
             for at in range(0, pairs, PAIRS):
                 pair = at + tl.arange(0, PAIRS)

@@ -1,6 +1,6 @@
-"""What the (query, head) pairs of a block keep but for which keys of the past, worked out where it is needed.
+"""What the (query, head) pairs of a group keep but for which keys of the past, worked out where it is needed.
 
-The rules are those of `hf_sparse.selectors.blocks`. None of these numbers comes from the host, or is read by it.
+The rules are those of `hf_sparse.selectors.layout`. None of these numbers comes from the host, or is read by it.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -20,13 +20,13 @@ def seen_by(intervals, strides, batch, query, real):
 
 
 @triton.jit
-def ranges_of(intervals, strides, batch, block, size, sink_keys, recent_keys, SIZE: tl.constexpr):
-    """Where the first keys of a block begin, the past, the local keys, and where those end; 0 if it sees none.
+def ranges_of(intervals, strides, batch, group, size, sink_keys, recent_keys, SIZE: tl.constexpr):
+    """Where the first keys of a group begin, the past, the local keys, and where those end; 0 if it sees none.
 
-    `SIZE`: `size`, the queries of a block, or the next power of two.
+    `SIZE`: `size`, the queries of a group, or the next power of two.
     """
     query = tl.arange(0, SIZE)
-    first, stop = seen_by(intervals, strides, batch, block * size + query, query < size)
+    first, stop = seen_by(intervals, strides, batch, group * size + query, query < size)
     alive = stop > first
     last_stop = tl.max(tl.where(alive, stop, 0), 0)
     oldest = tl.min(tl.where(alive, first, last_stop), 0)
