@@ -153,7 +153,7 @@ def test_mistakes_are_named(arguments: list[str], said: str) -> None:
     assert said in done.stderr
 
 
-@pytest.mark.parametrize(("phase", "only"), [("correct", "find/blocks"), ("time", "profile/131k")])
+@pytest.mark.parametrize(("phase", "only"), [("correct", "find/groups"), ("time", "profile/131k")])
 def test_dry_run(phase: str, only: str, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     output = tmp_path / "found.jsonl"
