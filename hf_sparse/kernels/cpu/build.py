@@ -21,8 +21,8 @@ SWITCH = "HF_SPARSE_KERNELS"
 
 # No -ffast-math: loading a library that is linked with it flushes denormal numbers to zero in the whole process.
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# What asks for all instructions of this CPU: the first of these that the compiler knows. Some versions of Clang know the
-# second only, for ARM; for x86 it would mean less.
+# What asks for all instructions of this CPU: the first of these that the compiler knows. Some versions of Clang know
+# only the second for ARM; for x86 it would mean less.
 _NATIVE = (("-march=native",), ("-mcpu=native",), ())
 _COMPILERS = ("c++", "g++", "clang++")
 # Seconds for one run of the compiler.
