@@ -96,3 +96,17 @@ def test_processors_with_other_instructions_have_other_kernels() -> None:
     compiler = build._compiler()
     assert build._native(compiler) == build._native(compiler)
     assert build._native(compiler) != build._native((*compiler, "-mno-sse4.2"))
+
+
+@pytest.mark.parametrize(
+    ("unknown", "native"), [("-none", ("-march=native",)), ("-march=native", ("-mcpu=native",)), ("-m*=native", ())]
+)
+def test_kernels_are_compiled_with_flags_that_the_compiler_knows(
+    unknown: str, native: tuple[str, ...], tmp_path: Path
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\ncase " $* " in *" "{unknown}" "*) exit 1;; esac\necho "#define WITH $*"\n')
+    compiler.chmod(0o755)
+    flags, defined = build._native((str(compiler),))
+    assert flags == (*build._FLAGS, *native)
+    assert " ".join(flags) in defined

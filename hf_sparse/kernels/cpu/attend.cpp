@@ -25,8 +25,12 @@ struct Call {
 constexpr int64_t RUNS = 3;
 constexpr int64_t CHUNK = 256; // keys that are gathered at a time
 constexpr int64_t SCORED = 2 * LANES; // pairs whose scores are found together, one in each lane of two registers
-constexpr int64_t KEYS = LANES > 8 ? 12 : 6; // keys whose scores are found together, as many as registers hold
-constexpr int64_t SUMMED = LANES > 8 ? 8 : 6; // pairs that share loaded values
+// Keys whose scores are found together, and pairs that share loaded values: as many as registers hold.
+#if defined(__aarch64__)
+constexpr int64_t KEYS = 8, SUMMED = 8;
+#else
+constexpr int64_t KEYS = LANES > 8 ? 12 : 6, SUMMED = LANES > 8 ? 8 : 6;
+#endif
 constexpr int64_t FEW = 4;    // pairs that read keys and values where they lie
 constexpr int64_t PART = 512; // places of the list that a thread takes where all threads share one group
 constexpr float LOWEST = -1e38f; // below every score

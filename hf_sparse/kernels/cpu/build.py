@@ -20,7 +20,10 @@ SWITCH = "HF_SPARSE_KERNELS"
 """The environment variable that turns compiled kernels off when set to `0`: PyTorch does everything then."""
 
 # No -ffast-math: loading a library that is linked with it flushes denormal numbers to zero in the whole process.
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# What asks for all instructions of this CPU: the first of these that the compiler knows. Some versions of Clang know
+# only the second for ARM; for x86 it would mean less.
+_NATIVE = (("-march=native",), ("-mcpu=native",), ())
 _COMPILERS = ("c++", "g++", "clang++")
 # Seconds for one run of the compiler.
 _LONGEST = 300.0
@@ -57,11 +60,12 @@ def _compiled() -> Path:
     with as_file(files(__package__)) as folder:
         sources = sorted(folder.glob("*.cpp"))
         content = b"".join(path.read_bytes() for path in sorted((*sources, *folder.glob("*.hpp"))))
-        machine = (platform.machine(), platform.platform(), _native(compiler))
-        digest = hashlib.sha256(content + repr((compiler, _FLAGS, machine)).encode()).hexdigest()
+        flags, instructions = _native(compiler)
+        machine = (platform.machine(), platform.platform(), instructions)
+        digest = hashlib.sha256(content + repr((compiler, flags, machine)).encode()).hexdigest()
         target = Path(constants.HF_ASSETS_CACHE) / "hf_sparse" / "kernels" / f"{digest[:16]}.so"
         if not target.is_file():
-            _compile(compiler, sources, target)
+            _compile(compiler, flags, sources, target)
     return target
 
 
@@ -76,31 +80,39 @@ def _compiler() -> tuple[str, ...]:
     )
 
 
-def _native(compiler: tuple[str, ...]) -> str:
-    """What the compiler predefines here: its version, and the instructions of this CPU.
+def _native(compiler: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    """The flags to compile with here, and what the compiler predefines then: its version, and this CPU's instructions.
 
     CPUs with different instructions may share a name, and a home directory.
     """
-    command = [*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} does not run ({error})") from None
+    for native in _NATIVE:
+        flags = (*_FLAGS, *native)
+        command = [*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} does not run ({error})") from None
+        if done.returncode == 0:
+            return flags, done.stdout
+    raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} does not run ({_complaint(done)})")
 
 
-def _compile(compiler: tuple[str, ...], sources: list[Path], target: Path) -> None:
+def _complaint(done: subprocess.CompletedProcess[str]) -> str:
+    return next(iter(done.stderr.strip().splitlines()), f"no message, exit status {done.returncode}")
+
+
+def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             # Apple's compiler knows no OpenMP: the kernels then run on one thread.
             for threads in (["-fopenmp"], []):
-                command = [*compiler, *_FLAGS, *threads, *map(str, sources), "-o", str(made)]
+                command = [*compiler, *flags, *threads, *map(str, sources), "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST, check=False)
                 if done.returncode == 0:
                     made.replace(target)
                     return
     except (OSError, subprocess.SubprocessError) as error:
         raise _UnavailableError(f"the kernels could not be compiled ({error})") from None
-    first = next(iter(done.stderr.strip().splitlines()), "no message")
-    raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} failed: {first}")
+    raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} failed: {_complaint(done)}")

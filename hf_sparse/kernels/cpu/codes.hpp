@@ -6,7 +6,17 @@
 
 #include <algorithm>
 
+#if defined(__aarch64__)
+#include "neon.hpp"
+#endif
+
 namespace hfs {
+
+#if defined(__aarch64__)
+using neon::JOINED, neon::SHARING, neon::add_products;
+#else
+constexpr int JOINED = 4, SHARING = 1; // components of a key that lie together, unpacked; queries that share a register
+#endif
 
 // Keys of one sequence and head. A tile holds TILE neighbouring keys, as (dim / 8, TILE, 4) bytes: four components of
 // every key lie together in the low halves of the bytes, and the next four in the high ones. A half is 8 + component /
@@ -30,12 +40,16 @@ struct QuantisedKeys {
 constexpr int32_t QUERY_MOST = 63; // largest component of a rounded query
 constexpr int64_t SEGMENT = 16;    // 2 * SEGMENT * 15 * QUERY_MOST < 2^15
 
-// Keys of the tiles in [from, to), a byte for each component: (to - from, dim / 4, TILE, 4).
+// Keys of the tiles in [from, to), a byte for each component: (to - from, dim / JOINED, TILE, JOINED).
 inline void unpack(const Codes &codes, int64_t dim, int64_t from, int64_t to, uint8_t *out) {
     const uint8_t *bytes = codes.bytes + from * TILE * dim / 2;
     const int64_t count = (to - from) * dim / 8;
     for (int64_t i = 0; i < count; i++, bytes += TILE * 4, out += 2 * TILE * 4)
+#if defined(__aarch64__)
+        neon::unpack(bytes, out);
+#else
         for (int j = 0; j < TILE * 4; j++) out[j] = bytes[j] & 15, out[TILE * 4 + j] = bytes[j] >> 4;
+#endif
 }
 
 // Tiles whose products are found side by side: with few queries, one tile's would wait for each other.
@@ -44,6 +58,7 @@ template <int count> constexpr int tiles_together() {
     return count * PARTS * 4 <= room ? 4 : count * PARTS * 2 <= room ? 2 : 1;
 }
 
+#if !defined(__aarch64__)
 // Add the products of `tiles` tiles, each (fours, TILE, 4), with `count` queries, (fours, count, 4), to `sums`.
 template <int count, int tiles>
 inline void add_products(const uint8_t *keys, const int8_t *queries, int64_t fours, Ints (*sums)[count][PARTS]) {
@@ -111,16 +126,18 @@ inline void add_products(const uint8_t *keys, const int8_t *queries, int64_t fou
             }
 #endif
 }
+#endif
 
 // `count` queries, rounded. Scores are to the base 2: exp(score) = 2^(what `scores` gives).
 template <int count> struct RoundedQueries {
     int64_t dim;
-    std::vector<int8_t> parts; // (dim / 4, count, 4)
+    static constexpr int rows = (count + SHARING - 1) / SHARING * SHARING;
+    std::vector<int8_t> parts; // (dim / JOINED, rows, JOINED)
     float scales[count];
     int32_t offsets[count]; // cancels the 8 that is added to each component of a key
 
     // `query_of(i)`: query i, scaled, or nullptr for none.
-    template <typename QueryOf> RoundedQueries(int64_t dim, QueryOf query_of) : dim(dim), parts(dim * count) {
+    template <typename QueryOf> RoundedQueries(int64_t dim, QueryOf query_of) : dim(dim), parts(dim * rows) {
         for (int p = 0; p < count; p++) {
             const float *query = query_of(p);
             float most = 0;
@@ -132,7 +149,7 @@ template <int count> struct RoundedQueries {
                 const float exact = query ? std::nearbyint(query[i] * inverse) : 0.0f;
                 const int32_t part = std::fabs(exact) <= QUERY_MOST ? int32_t(exact) : 0; // 0 for NaN
                 total += part;
-                parts[(i / 4 * count + p) * 4 + i % 4] = int8_t(part);
+                parts[(i / JOINED * rows + p) * JOINED + i % JOINED] = int8_t(part);
             }
             offsets[p] = -8 * total;
         }
@@ -144,7 +161,7 @@ template <int count> struct RoundedQueries {
         for (int t = 0; t < tiles; t++)
             for (int p = 0; p < count; p++)
                 for (int part = 0; part < PARTS; part++) sums[t][p][part] = Ints{} + offsets[p];
-        add_products<count, tiles>(keys, parts.data(), dim / 4, sums);
+        add_products<count, tiles>(keys, parts.data(), dim / JOINED, sums);
         for (int t = 0; t < tiles; t++)
             for (int part = 0; part < PARTS; part++) {
                 const Floats scale = load(key_scales + t * TILE + part * LANES);

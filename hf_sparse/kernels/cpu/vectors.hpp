@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace hfs {
@@ -48,7 +50,15 @@ inline Bytes load_bytes(const uint8_t *from) {
     return bytes;
 }
 
-inline Ints from_bytes(const uint8_t *from) { return __builtin_convertvector(load_bytes(from), Ints) != 0; }
+inline Ints from_bytes(const uint8_t *from) {
+#if defined(__aarch64__)
+    uint32_t four;
+    std::memcpy(&four, from, sizeof four);
+    return (Ints)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))) != 0;
+#else
+    return __builtin_convertvector(load_bytes(from), Ints) != 0;
+#endif
+}
 
 inline Floats all(float x) { return x - Floats{}; } // adding 0 would take an instruction, for the sake of -0
 
@@ -57,6 +67,11 @@ inline Floats all(float x) { return x - Floats{}; } // adding 0 would take an in
 inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 
 inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__aarch64__)
+// One instruction each, too. Of a NaN and a number, the number is larger and the NaN smaller.
+inline Floats larger(Floats a, Floats b) { return (Floats)vmaxnmq_f32((float32x4_t)a, (float32x4_t)b); }
+
+inline Floats smaller(Floats a, Floats b) { return (Floats)vminq_f32((float32x4_t)a, (float32x4_t)b); }
 #else
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
@@ -66,6 +81,8 @@ inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 inline float sum(Floats x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__aarch64__)
+    return vaddvq_f32((float32x4_t)x);
 #else
     float out = 0;
     for (int i = 0; i < LANES; i++) out += x[i];
@@ -74,14 +91,20 @@ inline float sum(Floats x) {
 }
 
 inline float highest(Floats x) {
+#if defined(__aarch64__)
+    return vmaxnmvq_f32((float32x4_t)x);
+#else
     float out = x[0];
     for (int i = 1; i < LANES; i++) out = x[i] > out ? x[i] : out;
     return out;
+#endif
 }
 
 inline int sum(Ints x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_epi32((__m512i)x);
+#elif defined(__aarch64__)
+    return vaddvq_s32((int32x4_t)x);
 #else
     int out = 0;
     for (int i = 0; i < LANES; i++) out += x[i];
@@ -93,6 +116,8 @@ inline int sum(Ints x) {
 inline uint32_t bits(Ints yes) {
 #if defined(__AVX512F__)
     return _mm512_test_epi32_mask((__m512i)yes, (__m512i)yes);
+#elif defined(__aarch64__)
+    return vaddvq_u32((uint32x4_t)((yes != 0) & Ints{1, 2, 4, 8}));
 #else
     uint32_t out = 0;
     for (int i = 0; i < LANES; i++) out |= uint32_t(yes[i] & 1) << i;
@@ -116,9 +141,15 @@ inline float from_word(uint32_t word) {
 
 // A float16 has 5 bits of exponent where a float has 8: its bits in a float's place lack a factor of 2^112.
 inline float from_float16(uint16_t half) {
+#if defined(__aarch64__)
+    __fp16 out;
+    std::memcpy(&out, &half, sizeof out);
+    return out;
+#else
     const float size = from_word(uint32_t(half & 0x7fff) << 13) * 0x1p112f;
     const float out = (half & 0x7c00) == 0x7c00 ? from_word(0x7f800000u | uint32_t(half & 0x3ff) << 13) : size;
     return half & 0x8000 ? -out : out;
+#endif
 }
 
 // 2^x for x in [-126, 127]: below, 2^-126. The power of two goes into the exponent's bits; the polynomial (least maximal
