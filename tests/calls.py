@@ -215,9 +215,9 @@ def _share(
     past = range(past_start, past_stop)
     importance = torch.zeros(call.key.shape[2], dtype=torch.float64)
     if past:
-        key = rounded(call.key[b, pairs[0][0] // call.group_size], 7)
+        key = rounded(mixed(call.key[b, pairs[0][0] // call.group_size]), 7)
         for head, i in pairs:
-            scores = key @ rounded(call.query[b, head, i] * call.scaling, 63)
+            scores = key @ rounded(mixed(call.query[b, head, i] * call.scaling), 63)
             if call.softcap is not None:
                 scores = call.softcap * (scores / call.softcap).tanh()
             importance[past] += _weights(scores / math.log(2), seen[i], past, exp2)
@@ -247,6 +247,18 @@ def _weights(scores: Tensor, seen: list[int], past: range, exp2: Callable[[Tenso
 def rough_exp2(x: Tensor) -> Tensor:
     """2^x, on a straight line between any two powers of two (Schraudolph, 1999)."""
     return x.floor().exp2() * (1 + x - x.floor())
+
+
+def mixed(states: Tensor) -> Tensor:
+    """Vectors times an orthogonal matrix of two equal rows of Hadamard matrices, one of them with its signs changed."""
+    half = states.shape[-1] // 2
+    size = half & -half
+    index = torch.arange(half)
+    shared = (index[:, None] & index) % size
+    signs = torch.tensor([(-1.0) ** bin(i).count("1") for i in range(size)], dtype=torch.float64)[shared]
+    blocks = signs * (index[:, None] // size == index // size)
+    matrix = torch.cat([torch.cat([blocks, blocks], 1), torch.cat([blocks, -blocks], 1)]) / (2 * size) ** 0.5
+    return states.double() @ matrix.T
 
 
 def rounded(states: Tensor, most: int) -> Tensor:

@@ -221,8 +221,9 @@ def test_keys_in_4_bits_are_off_by_half_a_step(dtype: torch.dtype) -> None:
     key = storage[:, :, 5:78]
     key[0, 0, 7] = 0
     found = decoded(QuantisedKeys().up_to(key, 70, cpu.LAYOUT), 70)
-    step = key[:, :, :70].float().abs().amax(-1, keepdim=True) / 7
-    assert ((found - key[:, :, :70].float()).abs() <= 0.5001 * step).all()
+    mixed = importance.mixed(key[:, :, :70].float())
+    step = mixed.abs().amax(-1, keepdim=True) / 7
+    assert ((found - mixed).abs() <= 0.5001 * step).all()
     codes, scales = (x[:, :, :70] for x in QuantisedKeys().up_to(key, 70, importance.LAYOUT))
     assert torch.equal(found, codes * scales[..., None])
 
@@ -431,3 +432,17 @@ def test_runs_say_the_same_as_a_mask(queries_per_group: int, share: int) -> None
     assert torch.equal(selection.kept(2 * share), expected.sum(-1))
     same = Selection(positions, selection.allowed, queries_per_group, per_head=False)
     assert torch.equal(same.mask(2 * share, 50), expected)
+
+
+@pytest.mark.parametrize("dim", [8, 16, 24, 64, 80, 96, 256, 7])
+def test_transforms_leave_products_as_they_are(dim: int) -> None:
+    """But for the factor by which all of them grow; one large component is spread over a block."""
+    key, query = torch.randn(20, dim, dtype=torch.float64), torch.randn(30, dim, dtype=torch.float64)
+    half = -(-dim // 2)
+    block = 2 * (half & -half)
+    assert_close(importance.mixed(key) @ importance.mixed(query).T, block * key @ query.T)
+    if dim % 2 == 0:
+        assert_close(importance.mixed(key), calls.mixed(key) * block**0.5)
+    one = torch.zeros(dim)
+    one[0] = 1.0
+    assert (importance.mixed(one).abs() == 1).sum() == block

@@ -2,6 +2,8 @@
 
 Attention weights of all pairs are summed, as SnapKV (arXiv 2404.14469) sums those of a window of queries. Products are
 those of 4-bit keys (as SALE estimates weights, arXiv 2505.24179) with queries of 7 bits, each with a scale of its own.
+Before they are rounded, both go through a Hadamard transform, which leaves products as they are and spreads components
+that are much larger than others (as in QuaRot, arXiv 2404.00456).
 What a pair's weights are relative to, the sum over all keys that it sees, is estimated: of the past, from `WINDOW`
 neighbouring keys in every `PERIOD`. No weight counts for more than 1.
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_sparse.call import AttentionCall
 from hf_sparse.kernels.layout import Layout
@@ -43,7 +46,7 @@ def importance(pairs: Tensor, call: AttentionCall, layout: GroupLayout) -> Tenso
     batch, kv_heads, groups, size, _ = pairs.shape
     length = call.ranges.last_visible
     codes, scales = call.own_quantised.up_to(call.key, length, LAYOUT)
-    pairs = rounded(pairs.float(), _QUERY_MOST)
+    pairs = rounded(mixed(pairs.float()), _QUERY_MOST) / _gain(pairs.shape[-1])
     out = pairs.new_zeros(batch, kv_heads, groups, length)
     position = torch.arange(length, device=pairs.device)
     for group, (start, stop) in enumerate(layout.past):
@@ -82,6 +85,29 @@ def _rough_exp2(x: Tensor) -> Tensor:
     return ((x + 127) * 2.0**23).nan_to_num(0, neginf=0).clamp(min=0).to(torch.int32).view(torch.float32)
 
 
+def mixed(states: Tensor) -> Tensor:
+    """Hadamard transforms of vectors `(..., dim)`, `(..., dim)`, or one more if `dim` is odd.
+
+    The halves of a vector are added and subtracted, and blocks of each transformed whose size is the largest power of
+    two that divides a half. Products of such vectors are `_gain(dim)` times as large.
+    """
+    dim = states.shape[-1]
+    half = -(-dim // 2)
+    low, high = states[..., :half], F.pad(states[..., half:], (0, 2 * half - dim))
+    out = torch.stack([low + high, low - high], dim=-2)
+    step = 1
+    while half % (2 * step) == 0:
+        low, high = out.unflatten(-1, (-1, 2, step)).unbind(-2)
+        out = torch.stack([low + high, low - high], dim=-2).flatten(-3)
+        step *= 2
+    return out.flatten(-2)
+
+
+def _gain(dim: int) -> int:
+    half = -(-dim // 2)
+    return 2 * (half & -half)
+
+
 def rounded(states: Tensor, most: int) -> Tensor:
     """Vectors `(..., dim)` as they are after rounding to whole numbers up to `most`, with a scale of their own."""
     codes, scales = _codes(states, most)
@@ -98,14 +124,14 @@ def _allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
     """int8 `(batch, kv_heads, room, head_dim)`, and scales float32 `(batch, kv_heads, room)`."""
     shape = (*key.shape[:2], room)
     scales = key.new_empty(*shape, dtype=torch.float32)
-    return key.new_empty(*shape, key.shape[3], dtype=torch.int8), scales
+    return key.new_empty(*shape, -(-key.shape[3] // 2) * 2, dtype=torch.int8), scales
 
 
 def _write(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
     codes, scales = out
-    new, scales[:, :, start:stop] = _codes(key[:, :, start:stop].to(scales.dtype), _KEY_MOST)
+    new, scales[:, :, start:stop] = _codes(mixed(key[:, :, start:stop].to(scales.dtype)), _KEY_MOST)
     codes[:, :, start:stop] = new.nan_to_num(0).to(torch.int8)
 
 
 LAYOUT = Layout(_allocate, _write)
-"""Keys one after the other, a byte for each component."""
+"""Keys one after the other, a byte for each component of their transforms."""

@@ -109,9 +109,9 @@ def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> 
         key: `(batch, kv_heads, kv_len, head_dim)`; `head_dim` a multiple of 8.
         start: First position.
         stop: Position after the last.
-        out: Codes, uint8 `(batch, kv_heads, tiles, head_dim / 8, TILE, 4)`, whose low and high halves are 8 + key /
-            scale, rounded, of four neighbouring components each; and scales, float32 `(batch, kv_heads, tiles * TILE)`:
-            the largest component divided by 7.
+        out: Codes, uint8 `(batch, kv_heads, tiles, head_dim / 8, TILE, 4)`, whose low and high halves are 8 + component
+            / scale, rounded, of four neighbouring components of a key's Hadamard transform each; and scales, float32
+            `(batch, kv_heads, tiles * TILE)`: the largest component divided by 7.
     """
     key = adjacent(key)
     _library().hfs_quantise(

@@ -128,6 +128,26 @@ inline void add_products(const uint8_t *keys, const int8_t *queries, int64_t fou
 }
 #endif
 
+// The Hadamard transform of a vector of `dim` components, a multiple of 8, before it is rounded: it leaves products of
+// keys and queries as they are, but for a factor, and spreads components that are much larger than others. The halves
+// are added and subtracted, and blocks of each transformed whose size is the largest power of two that divides a half.
+// Gives that factor.
+inline float mix(const float *from, int64_t dim, float *out) {
+    const int64_t half = dim / 2, size = half & -half;
+    for (int64_t i = 0; i < half; i++) {
+        out[i] = from[i] + from[half + i];
+        out[half + i] = from[i] - from[half + i];
+    }
+    for (int64_t step = 1; step < size; step *= 2)
+        for (int64_t block = 0; block < dim; block += 2 * step)
+            for (int64_t i = block; i < block + step; i++) {
+                const float low = out[i], high = out[i + step];
+                out[i] = low + high;
+                out[i + step] = low - high;
+            }
+    return float(2 * size);
+}
+
 // `count` queries, rounded. Scores are to the base 2: exp(score) = 2^(what `scores` gives).
 template <int count> struct RoundedQueries {
     int64_t dim;
@@ -138,15 +158,17 @@ template <int count> struct RoundedQueries {
 
     // `query_of(i)`: query i, scaled, or nullptr for none.
     template <typename QueryOf> RoundedQueries(int64_t dim, QueryOf query_of) : dim(dim), parts(dim * rows) {
+        float *query = scratch<float, 25>(dim);
         for (int p = 0; p < count; p++) {
-            const float *query = query_of(p);
+            const float *given = query_of(p);
+            const float gain = given ? mix(given, dim, query) : 1;
             float most = 0;
-            for (int64_t i = 0; query && i < dim; i++) most = std::max(most, std::fabs(query[i]));
+            for (int64_t i = 0; given && i < dim; i++) most = std::max(most, std::fabs(query[i]));
             const float inverse = most > 0 ? QUERY_MOST / most : 0.0f;
-            scales[p] = most / QUERY_MOST * LOG2_E;
+            scales[p] = most / QUERY_MOST * LOG2_E / gain;
             int32_t total = 0;
             for (int64_t i = 0; i < dim; i++) {
-                const float exact = query ? std::nearbyint(query[i] * inverse) : 0.0f;
+                const float exact = given ? std::nearbyint(query[i] * inverse) : 0.0f;
                 const int32_t part = std::fabs(exact) <= QUERY_MOST ? int32_t(exact) : 0; // 0 for NaN
                 total += part;
                 parts[(i / JOINED * rows + p) * JOINED + i % JOINED] = int8_t(part);

@@ -21,10 +21,10 @@ extern "C" void hfs_quantise(const States *key, const QuantisedKeys *out, int64_
     in_parallel(batches * heads * parts, threads, [&](int64_t task) {
         const int64_t part = task % parts, head = task / parts % heads, batch = task / parts / heads;
         const Codes codes = out->of(batch, head);
-        float *buffer = scratch<float, 0>(dim);
+        float *buffer = scratch<float, 0>(dim), *vector = scratch<float, 1>(dim);
         const int64_t end = std::min(stop, origin + (part + 1) * step);
         for (int64_t position = std::max(start, origin + part * step); position < end; position++) {
-            const float *vector = key->vector(batch, head, position, buffer);
+            mix(key->vector(batch, head, position, buffer), dim, vector);
             float most = 0;
             for (int64_t i = 0; i < dim; i++) most = std::max(most, std::fabs(vector[i]));
             codes.scales[position] = most / HIGHEST;

@@ -73,12 +73,36 @@ def write(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> Non
         DIM=dim,
         HALF=half_of(dim),
         PADDED_HALF=triton.next_power_of_2(half_of(dim)),
+        BLOCK=block_of(dim),
         VECTORS=_VECTORS,
     )
 
 
 LAYOUT = Layout(allocate, write)
 """Keys one after the other, two components a byte."""
+
+
+def block_of(dim: int) -> int:
+    """Components that a Hadamard transform takes together: the largest power of two that divides half of them."""
+    return half_of(dim) & -half_of(dim)
+
+
+@triton.jit
+def mixed(low, high, VECTORS: tl.constexpr, PADDED_HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Hadamard transforms of vectors, from their halves `(VECTORS, PADDED_HALF)`: see `selectors.importance.mixed`."""
+    low, high = low + high, low - high
+    return _transformed(low, VECTORS, PADDED_HALF, BLOCK), _transformed(high, VECTORS, PADDED_HALF, BLOCK)
+
+
+@triton.jit
+def _transformed(x, VECTORS: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    STEP: tl.constexpr = BLOCK // 2
+    if BLOCK > 1:
+        x = _transformed(x, VECTORS, LENGTH, STEP)
+        x = tl.permute(tl.reshape(x, (VECTORS, LENGTH // BLOCK, 2, STEP)), (0, 1, 3, 2))
+        a, b = tl.split(x)
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (VECTORS, LENGTH))
+    return x
 
 
 @triton.jit
@@ -127,6 +151,7 @@ def _write(
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
     """Grid: (tiles of keys, batch x kv_heads)."""
@@ -137,6 +162,7 @@ def _write(
     own = key + batch * key_strides[0] + kv_head * key_strides[1] + position[:, None] * key_strides[2] + d[None, :]
     low = tl.load(own, mask=inside[:, None] & (d < HALF)[None, :], other=0.0).to(tl.float32)
     high = tl.load(own + HALF, mask=inside[:, None] & (HALF + d < DIM)[None, :], other=0.0).to(tl.float32)
+    low, high = mixed(low, high, VECTORS, PADDED_HALF, BLOCK)
     low, high, scale = rounded(low, high, KEY_MOST)
     both = (low.to(tl.int32) + _OFFSET) | ((high.to(tl.int32) + _OFFSET) << 4)
     codes += batch * code_strides[0] + kv_head * code_strides[1]

@@ -24,7 +24,16 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.kernels.layout import adjacent
-from hf_sparse.kernels.triton.codes import QUERY_MOST, correction, half_of, load_codes, padded_half, rounded
+from hf_sparse.kernels.triton.codes import (
+    QUERY_MOST,
+    block_of,
+    correction,
+    half_of,
+    load_codes,
+    mixed,
+    padded_half,
+    rounded,
+)
 from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, capped, on_its_device, parts_for
 from hf_sparse.kernels.triton.spans import ranges_of, seen_by
 
@@ -138,7 +147,16 @@ def importance(query: Tensor, groups: Groups, window: int, period: int) -> tuple
         "BINS": BINS,
     }
     _totals[tiles * parts, number, batch * kv_heads](
-        query, query.stride()[:3], groups.scaling, *layout, DIM=dim, WINDOW=window, PERIOD=period, **sizes, num_warps=4
+        query,
+        query.stride()[:3],
+        groups.scaling,
+        *layout,
+        DIM=dim,
+        BLOCK=block_of(dim),
+        WINDOW=window,
+        PERIOD=period,
+        **sizes,
+        num_warps=4,
     )
     width = -(-(groups.stop - groups.base) // 16) * 16
     values = torch.empty(*rows, width, dtype=torch.int32, device=device)
@@ -191,6 +209,7 @@ def _totals(
     recent_keys,
     softcap,
     DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     SIZE: tl.constexpr,
@@ -219,8 +238,10 @@ def _totals(
     at = at[:, None] + d[None, :]
     low = tl.load(at, mask=real[:, None] & (d < HALF)[None, :], other=0.0).to(tl.float32) * scaling
     high = tl.load(at + HALF, mask=real[:, None] & (HALF + d < DIM)[None, :], other=0.0).to(tl.float32) * scaling
+    low, high = mixed(low, high, PAIRS, PADDED_HALF, BLOCK)
     low, high, scale = rounded(low, high, QUERY_MOST)
-    low, high, scale = low.to(tl.int8), high.to(tl.int8), scale * LOG2_E
+    # Products of transforms are that much larger.
+    low, high, scale = low.to(tl.int8), high.to(tl.int8), scale * (LOG2_E / (2 * BLOCK))
     place = row * pairs + pair
     step = tl.num_programs(2).to(tl.int64) * groups * pairs * parts
     if part == 0:
