@@ -96,10 +96,9 @@ def mixed(low, high, VECTORS: tl.constexpr, PADDED_HALF: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def _transformed(x, VECTORS: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    STEP: tl.constexpr = BLOCK // 2
     if BLOCK > 1:
-        x = _transformed(x, VECTORS, LENGTH, STEP)
-        x = tl.permute(tl.reshape(x, (VECTORS, LENGTH // BLOCK, 2, STEP)), (0, 1, 3, 2))
+        x = _transformed(x, VECTORS, LENGTH, BLOCK // 2)
+        x = tl.permute(tl.reshape(x, (VECTORS, LENGTH // BLOCK, 2, BLOCK // 2)), (0, 1, 3, 2))
         a, b = tl.split(x)
         x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (VECTORS, LENGTH))
     return x
