@@ -53,6 +53,10 @@ REFUSED = frozenset({"position_bias", "indices", "block_indices", "sinks", "alib
 _BLOCK_ELEMENTS = 1 << 23
 _LEAST_QUERIES, _MOST_QUERIES = 64, 1024
 
+# The same on a GPU, which is idle between blocks: one for so many bytes of its memory, a few numbers each.
+_BYTES_PER_ELEMENT = 128
+_MOST_QUERIES_ON_GPUS = 16_384
+
 _COPIED = "left out keys that padding hides inside a text, and keep a copy of all others"
 _ROUNDED_ANEW = "rounded all cached keys to few bits anew: what the model attends to is not what its cache holds"
 _UNCOMPILED = "looked for keys without compiled kernels, which is slower than dense attention"
@@ -326,8 +330,12 @@ def _block_queries(call: AttentionCall, selector: Selector, most: int) -> int:
     """Queries of a block, whole groups, if no query keeps more than `most` keys."""
     batch, heads = call.query.shape[:2]
     whole = selector.group_queries * -(-_LEAST_QUERIES // selector.group_queries)
-    fit = _BLOCK_ELEMENTS // (batch * heads * max(1, selector.scored_keys(call, most)))
-    return min(max(1, _MOST_QUERIES // whole), max(1, fit // whole)) * whole
+    elements, queries = _BLOCK_ELEMENTS, _MOST_QUERIES
+    if call.key.is_cuda:
+        memory = torch.cuda.get_device_properties(call.key.device).total_memory
+        elements, queries = memory // _BYTES_PER_ELEMENT, _MOST_QUERIES_ON_GPUS
+    fit = elements // (batch * heads * max(1, selector.scored_keys(call, most)))
+    return min(max(1, queries // whole), max(1, fit // whole)) * whole
 
 
 def register() -> None:

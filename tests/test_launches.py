@@ -76,7 +76,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     common = importlib.import_module("hf_sparse.kernels.triton.common")
     interpreted = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
     compiled = importlib.import_module("triton.runtime.jit").JITFunction
-    hopper = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
+    hopper = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10, total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: hopper)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
