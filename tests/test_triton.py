@@ -243,7 +243,7 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
 
 
 def encoded(key: Tensor, stops: tuple[int, ...]) -> Tensor:
-    """Transforms of keys `(batch, kv_heads, stops[-1], dim)` as codes say, which are written up to each stop in turn."""
+    """Transforms of keys `(batch, kv_heads, stops[-1], dim)` by their codes, written up to each stop in turn."""
     kept, dim = QuantisedKeys(), key.shape[3]
     for stop in stops:
         both, scales = kept.up_to(key, stop, codes.LAYOUT)

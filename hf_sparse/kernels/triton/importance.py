@@ -156,7 +156,7 @@ def importance(query: Tensor, groups: Groups, window: int, period: int) -> tuple
         WINDOW=window,
         PERIOD=period,
         **sizes,
-        num_warps=4,
+        num_warps=4 if tile_pairs == 16 else 8,
     )
     width = -(-(groups.stop - groups.base) // 16) * 16
     values = torch.empty(*rows, width, dtype=torch.int32, device=device)
