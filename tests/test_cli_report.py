@@ -15,12 +15,12 @@ CARDS = Path(__file__).parents[1] / "model_cards"
 # A folder of each command, one of its plots, and what its tables say.
 FOLDERS = {
     "gemma-3-270m/perplexity": ("perplexity.png", "ratio to dense"),
-    "SmolLM2-135M-Instruct-calibrated/attention-error": ("attention_error.png", "retained mass"),
-    "bench/smollm2": ("bench.png", "dynamic-cache / hf_sparse"),
+    "SmolLM2-135M-Instruct/attention-error": ("attention_error.png", "retained mass"),
+    "bench/two-layers": ("bench.png", "dynamic-cache / hf_sparse"),
     "memory": ("memory.png", "grows as n to the"),
     "theory/synthetic": ("windows.png", "HOLDS IN PART"),
     "SmolLM2-135M-Instruct-calibrated/calibration": (None, "law of a head"),
-    "decode/SmolLM2-135M-Instruct-density-135": ("perplexity.png", "worst ratio"),
+    "gemma-3-270m-calibrated/perplexity": ("perplexity.png", "worst ratio"),
 }
 
 
@@ -54,7 +54,7 @@ def test_a_committed_folder_is_made_anew(name: str, tmp_path: Path, capsys: pyte
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Results of perplexity."""
-    shutil.copytree(CARDS / "decode/SmolLM2-135M-Instruct-density-135", tmp_path / "run")
+    shutil.copytree(CARDS / "gemma-3-270m-calibrated/perplexity", tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -112,7 +112,7 @@ def test_what_is_no_result_is_refused_in_one_line(
 def test_an_unfinished_run_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = (run / "rows.jsonl").read_text().splitlines(keepends=True)
     (run / "rows.jsonl").write_text("".join(lines[:-1]))
-    assert "at 4096 tokens of one text, and one is needed: run the command" in refusal(capsys, "report", str(run))
+    assert "at 8192 tokens of one text, and one is needed: run the command" in refusal(capsys, "report", str(run))
 
 
 def test_times_of_other_settings_are_left_out_and_one_is_needed(
