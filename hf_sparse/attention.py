@@ -323,7 +323,8 @@ def _without_autocast(call: AttentionCall) -> AbstractContextManager[Any]:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    """Blocks of queries `(batch, heads, q_len, ...)`, in memory with queries before heads, as models want them."""
+    return parts[0] if len(parts) == 1 else torch.cat([x.transpose(1, 2) for x in parts], dim=1).transpose(1, 2)
 
 
 def _block_queries(call: AttentionCall, selector: Selector, most: int) -> int:
