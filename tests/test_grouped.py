@@ -147,8 +147,12 @@ def test_a_head_that_keeps_everything_does_not_choose_for_the_others(select: Sel
 @both_ways
 @pytest.mark.parametrize("kind", ["causal", "sliding", "left", "static"])
 def test_grouped_is_topk_where_nothing_is_shared_or_rounded(select: Select, kind: str) -> None:
-    """One query of one head, and numbers that 4 bits hold."""
-    call = calls.inputs(KINDS[kind](1, 300), 300, heads=2, kv_heads=2, dim=16, whole_numbers=True)
+    """One query of one head, and keys of one component each, whose transforms 4 bits hold."""
+    call = calls.inputs(KINDS[kind](1, 300), 300, heads=2, kv_heads=2, dim=16)
+    query, key = torch.zeros_like(call.query), torch.zeros_like(call.key)
+    query[..., 0] = 2.0
+    key.scatter_(-1, torch.randint(2, (*key.shape[:3], 1)), torch.randint(-7, 8, (*key.shape[:3], 1)).float())
+    call = replace(call, query=query, key=key)
     budgets = call.visible[:, None].clamp(max=60)
     mask = assert_sound(select(call, budgets), call, budgets)
     # Many scores are equal: which of their keys are kept may differ.

@@ -80,7 +80,7 @@ def test_the_command_publishes_the_same_files(more: list[str], world: World, tmp
     card = files["README.md"].decode().replace("function", "command")
     assert world.files(by_command) == files | {"README.md": card.encode()}
     assert {"perplexity/summary.json", "perplexity/perplexity.png"} <= set(files)
-    assert len(json.loads(files[POLICY])["quality"]) == 15
+    assert len(json.loads(files[POLICY])["quality"]) == 20
 
 
 def test_the_base_model_stays_the_one_it_was(world: World, logits: tuple[Tensor, Tensor], tmp_path: Path) -> None:

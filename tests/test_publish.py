@@ -55,7 +55,7 @@ def test_a_card_from_a_model_and_its_results(tmp_path: Path, capsys: pytest.Capt
     policy = read(out / NAME)
     assert policy.config == small.CONFIG
     assert (policy.base_model, policy.revision, policy.weights) == ("someone/tiny", "a" * 40, False)
-    assert len(policy.quality) == 15
+    assert len(policy.quality) == 20
     card = ModelCard((out / "README.md").read_text())
     assert card.data.license == "mit"
     assert "perplexity/perplexity.png" in card.text

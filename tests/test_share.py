@@ -323,7 +323,7 @@ def test_code_is_not_published(
     results, plain = small.save_results(tmp_path / "results", config), hf_sparse.patch(_load(base), small.CONFIG)
     if "engine" in fields:
         hf_sparse.save_pretrained(plain, tmp_path / "new", results=[results])
-        assert len(read(tmp_path / "new" / NAME).quality) == 15
+        assert len(read(tmp_path / "new" / NAME).quality) == 20
     else:
         with pytest.raises(UserError, match="holds no measurement of this configuration"):
             hf_sparse.save_pretrained(plain, tmp_path / "new", results=[results])
