@@ -97,7 +97,7 @@ def mixed(states: Tensor) -> Tensor:
     out = torch.stack([low + high, low - high], dim=-2)
     step = 1
     while half % (2 * step) == 0:
-        low, high = out.reshape(*out.shape[:-1], -1, 2, step).unbind(-2)
+        low, high = out.reshape(*out.shape[:-1], half // (2 * step), 2, step).unbind(-2)
         out = torch.stack([low + high, low - high], dim=-2).flatten(-3)
         step *= 2
     return out.flatten(-2)
