@@ -7,7 +7,7 @@ that are much larger than others (as in QuaRot, arXiv 2404.00456).
 What a pair's weights are relative to, the sum over all keys that it sees, is estimated: of the past, from `WINDOW`
 neighbouring keys in every `PERIOD`. No weight counts for more than 1.
 
-PyTorch does this here, and the compiled kernels for CPUs the same with the same numbers.
+PyTorch does this here; the compiled kernels for CPUs and Triton's for GPUs do the same with the same numbers.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _rough_exp2(x: Tensor) -> Tensor:
 
 
 def mixed(states: Tensor) -> Tensor:
-    """Hadamard transforms of vectors `(..., dim)`, `(..., dim)`, or one more if `dim` is odd.
+    """Hadamard transforms of vectors `(..., dim)`: of the same shape, with one component more if `dim` is odd.
 
     The halves of a vector are added and subtracted, and blocks of each transformed whose size is the largest power of
     two that divides a half. Products of such vectors are `_gain(dim)` times as large.
@@ -121,7 +121,7 @@ def _codes(states: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """int8 `(batch, kv_heads, room, head_dim)`, and scales float32 `(batch, kv_heads, room)`."""
+    """int8 `(batch, kv_heads, room, head_dim)`, one more if that is odd; scales float32 `(batch, kv_heads, room)`."""
     shape = (*key.shape[:2], room)
     scales = key.new_empty(*shape, dtype=torch.float32)
     return key.new_empty(*shape, -(-key.shape[3] // 2) * 2, dtype=torch.int8), scales
