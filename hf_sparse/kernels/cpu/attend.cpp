@@ -1,5 +1,6 @@
 // Attention of groups of (query, head) pairs to the keys they keep: an online softmax over tiles of gathered keys.
 
+#include "amx.hpp"
 #include "states.hpp"
 
 #include <algorithm>
@@ -48,8 +49,8 @@ class Attention {
           padded(round_up(call.value.dim, LANES)) {}
 
     // Size of the running softmax: for each pair the highest score, and relative to it the sums of weights and of
-    // weighted values.
-    int64_t room() const { return pairs * (2 + padded); }
+    // weighted values, with room for as many pairs as a matrix unit takes.
+    int64_t room() const { return 2 * pairs + round_up(pairs, 16) * padded; }
 
     void start(float *state) {
         highest_of = state;
@@ -62,6 +63,9 @@ class Attention {
     // Attend to the places in [from, to) of the list.
     void attend(int64_t from, int64_t to) {
         find_used(from, to);
+#if defined(HFS_AMX)
+        if (by_matrix_unit()) return attend_by_matrix_unit();
+#endif
         if (pairs > FEW) turn();
         const int64_t step = CHUNK / LANES;
         for (int64_t at = 0; at < used_count; at += step) {
@@ -251,6 +255,62 @@ class Attention {
             }
         }
     }
+
+#if defined(HFS_AMX)
+    bool by_matrix_unit() const {
+        return pairs >= amx::ROWS && call.key.format == BFLOAT16 && call.value.format == BFLOAT16 && amx::available();
+    }
+
+    void attend_by_matrix_unit() {
+        const amx::Registers registers;
+        const int64_t dim = call.key.dim, inner = round_up(dim, amx::INNER), sets = round_up(pairs, amx::ROWS);
+        uint16_t *high = scratch<uint16_t, 30>(sets * inner), *low = scratch<uint16_t, 31>(sets * inner);
+        float *query = scratch<float, 32>(inner);
+        std::fill(query, query + inner, 0.0f);
+        for (int64_t p = 0; p < sets; p++) {
+            if (p < pairs) std::copy(call.query + at(p) * dim, call.query + at(p) * dim + dim, query);
+            for (int64_t j = 0; j < inner; j += LANES) amx::split(load(query + j), high + p * inner + j, low + p * inner + j);
+        }
+        const int64_t step = CHUNK / LANES;
+        for (int64_t from = 0; from < used_count; from += step)
+            attend_by_matrix_unit({high, low, inner}, from, std::min(step, used_count - from));
+    }
+
+    // The keys and values of `count` used tiles from `from` on.
+    void attend_by_matrix_unit(const amx::Terms &queries, int64_t from, int64_t count) {
+        const int64_t width = count * LANES, weighed = round_up(width, amx::INNER);
+        uint16_t *keys = scratch<uint16_t, 33>(CHUNK * queries.inner), *values = scratch<uint16_t, 34>(CHUNK * padded);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t *own = positions + used[from + i];
+            for (int64_t key = 0; i + 1 < count && key < LANES; key++) {
+                const int64_t next = positions[used[from + i + 1] + key];
+                call.key.prefetch(batch, kv_head, next);
+                call.value.prefetch(batch, kv_head, next);
+            }
+            const auto key_of = [&](int64_t key) { return call.key.words(batch, kv_head, own[key]); };
+            amx::turn(key_of, call.key.dim, queries.inner, keys + i * LANES * 2, CHUNK);
+            for (int64_t key = 0; key < LANES; key += 2)
+                amx::interleave(call.value.words(batch, kv_head, own[key]), call.value.words(batch, kv_head, own[key + 1]),
+                                call.value.dim, padded, values + (i * LANES + key) * padded);
+        }
+        std::fill(values + width * padded, values + weighed * padded, 0);
+        float *scores = scratch<float, 35>(amx::ROWS * CHUNK);
+        uint16_t *high = scratch<uint16_t, 36>(amx::ROWS * CHUNK), *low = scratch<uint16_t, 37>(amx::ROWS * CHUNK);
+        for (int64_t set = 0; set < pairs; set += amx::ROWS) {
+            const int64_t before = set * queries.inner, number = std::min(amx::ROWS, pairs - set);
+            const amx::Terms own{queries.high + before, queries.low + before, queries.inner};
+            amx::multiply(own, keys, CHUNK, width, false, scores, CHUNK);
+            for (int64_t p = 0; p < amx::ROWS; p++) {
+                if (p < number) weigh(set + p, used + from, count, scores + p * CHUNK);
+                for (int64_t i = 0; i < weighed; i += LANES) {
+                    const Floats weights = p < number && i < width ? load(scores + p * CHUNK + i) : Floats{};
+                    amx::split(weights, high + p * weighed + i, low + p * weighed + i);
+                }
+            }
+            amx::multiply({high, low, weighed}, values, padded, padded, true, sum_of + set * padded, padded);
+        }
+    }
+#endif
 
     // Scores (KEYS, SCORED) of a set of pairs for as many keys.
     static void find_scores(const float *queries, const float *keys, int64_t dim, float *out) {

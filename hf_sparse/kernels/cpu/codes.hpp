@@ -2,6 +2,7 @@
 // `SEGMENT` fours of components, which lets CPUs without 8-bit dot products add them up in half the space.
 #pragma once
 
+#include "amx.hpp"
 #include "states.hpp"
 
 #include <algorithm>
@@ -155,6 +156,7 @@ template <int count> struct RoundedQueries {
     std::vector<int8_t> parts; // (dim / JOINED, rows, JOINED)
     float scales[count];
     int32_t offsets[count]; // cancels the 8 that is added to each component of a key
+    std::vector<int8_t> turned; // (count, dim), where a matrix unit multiplies
 
     // `query_of(i)`: query i, scaled, or nullptr for none.
     template <typename QueryOf> RoundedQueries(int64_t dim, QueryOf query_of) : dim(dim), parts(dim * rows) {
@@ -175,6 +177,18 @@ template <int count> struct RoundedQueries {
             }
             offsets[p] = -8 * total;
         }
+        if (!by_matrix_unit(dim)) return;
+        turned.resize(count * dim);
+        for (int64_t i = 0; i < dim; i++)
+            for (int p = 0; p < count; p++) turned[p * dim + i] = parts[(i / JOINED * rows + p) * JOINED + i % JOINED];
+    }
+
+    static bool by_matrix_unit([[maybe_unused]] int64_t dim) {
+#if defined(HFS_AMX)
+        return count == amx::ROWS && dim % amx::BYTES == 0 && amx::available();
+#else
+        return false;
+#endif
     }
 
     // Scores for the keys of unpacked tiles, still to be multiplied by `scales[p]`.

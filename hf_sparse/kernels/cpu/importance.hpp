@@ -77,6 +77,10 @@ template <int count> class PairSet {
     void add(const uint8_t *keys, int64_t from, int64_t to, float *importance) const {
         constexpr int together = tiles_together<count>();
         int64_t tile = from;
+#if defined(HFS_AMX)
+        if constexpr (count == amx::ROWS)
+            if (queries.by_matrix_unit(queries.dim)) tile = add_by_matrix_unit(keys, from, to, importance);
+#endif
         for (; tile + together <= to; tile += together) add_tiles<together>(keys, from, tile, importance);
         for (; tile < to; tile++) add_tiles<1>(keys, from, tile, importance);
     }
@@ -98,15 +102,44 @@ template <int count> class PairSet {
             for (int part = 0; part < PARTS; part++) {
                 float *to = importance + at + t * TILE + part * LANES;
                 Floats sum = load(to);
-                for (int p = 0; p < count; p++) {
-                    const Floats score = scores[t][p][part];
-                    const Floats y = softcap > 0 ? capped(score * queries.scales[p], softcap) * UNIT + base[p]
-                                                 : score * factor[p] + base[p];
-                    sum += rough_exp2(smaller(all(cap[p]), y)); // NaN comes second: no weight of more than 1
-                }
+                for (int p = 0; p < count; p++) sum += weights(p, scores[t][p][part]);
                 store(to, sum);
             }
     }
+
+    // Weights of pair `set` + p for scores that are still to be multiplied by its scale.
+    Floats weights(int p, Floats score) const {
+        const Floats y = softcap > 0 ? capped(score * queries.scales[p], softcap) * UNIT + base[p]
+                                     : score * factor[p] + base[p];
+        return rough_exp2(smaller(all(cap[p]), y)); // NaN comes second: no weight of more than 1
+    }
+
+#if defined(HFS_AMX)
+    // Add the weights for whole numbers of tiles that are multiplied together; gives the first tile that is left. While
+    // the matrix unit multiplies, the weights that follow from the products before are found.
+    int64_t add_by_matrix_unit(const uint8_t *keys, int64_t from, int64_t to, float *importance) const {
+        constexpr int together = amx::TOGETHER;
+        alignas(64) int32_t start[count][TILE], sums[2][together][count][TILE];
+        for (int p = 0; p < count; p++) std::fill(start[p], start[p] + TILE, queries.offsets[p]);
+        const int64_t steps = (to - from) / together;
+        for (int64_t step = 0; step <= steps; step++) {
+            if (step < steps)
+                amx::add_products(queries.turned.data(), keys + step * together * TILE * queries.dim, queries.dim, start[0],
+                                  sums[step % 2][0][0]);
+            if (step == 0) continue;
+            const int64_t at = (step - 1) * together;
+            for (int t = 0; t < together; t++) {
+                const Floats scale = load(group.codes.scales + (from + at + t) * TILE);
+                float *out = importance + (at + t) * TILE;
+                Floats sum = load(out);
+                for (int p = 0; p < count; p++)
+                    sum += weights(p, __builtin_convertvector(load(sums[(step - 1) % 2][t][p]), Floats) * scale);
+                store(out, sum);
+            }
+        }
+        return from + steps * together;
+    }
+#endif
 
     // Write the scores of a part of a sample, (count, TILE), and raise `most` to the highest; `LOWEST_SCORE` for what a
     // pair does not see.

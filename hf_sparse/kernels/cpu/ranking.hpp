@@ -15,12 +15,6 @@ inline Ints in_order(Floats x) {
 
 constexpr int32_t NEVER = INT32_MIN; // below every number: left out
 
-inline Ints load(const int32_t *from) {
-    Ints out;
-    std::memcpy(&out, from, sizeof out);
-    return out;
-}
-
 inline int64_t count_from(const int32_t *values, int64_t tiles, int32_t least) {
     Ints counts[4] = {};
     int64_t i = 0;

@@ -3,6 +3,7 @@
 #include "importance.hpp"
 
 #include <memory>
+#include <optional>
 
 using namespace hfs;
 
@@ -28,6 +29,10 @@ template <int count> Sets<count> sets_of(const Group &group, int64_t dim) {
 template <int count>
 void find_importance(const Group &group, const Sets<count> &sets, int64_t dim, int64_t from, int64_t to, float *out) {
     std::fill(out, out + (to - from) * TILE, 0.0f);
+#if defined(HFS_AMX)
+    std::optional<amx::Registers> registers;
+    if (RoundedQueries<count>::by_matrix_unit(dim)) registers.emplace();
+#endif
     uint8_t *keys = scratch<uint8_t, 22>(CHUNK_TILES * TILE * dim);
     for (int64_t at = from; at < to; at += CHUNK_TILES) {
         const int64_t end = std::min(to, at + CHUNK_TILES);

@@ -32,6 +32,11 @@ struct States {
         return buffer;
     }
 
+    // The same of 16 bits a number, where it lies.
+    const uint16_t *words(int64_t batch, int64_t head, int64_t position) const {
+        return static_cast<const uint16_t *>(data) + batch * batch_stride + head * head_stride + position * position_stride;
+    }
+
     // Prefetch the key or value at `position`.
     void prefetch(int64_t batch, int64_t head, int64_t position) const {
         const int64_t item = format == FLOAT32 ? 4 : 2;

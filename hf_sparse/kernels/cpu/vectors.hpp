@@ -39,6 +39,12 @@ inline Floats load(const float *from) {
     return out;
 }
 
+inline Ints load(const int32_t *from) {
+    Ints out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+
 inline void store(float *to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
 inline void store(int32_t *to, Ints x) { std::memcpy(to, &x, sizeof x); }
