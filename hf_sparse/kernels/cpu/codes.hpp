@@ -10,7 +10,7 @@
 #include "neon.hpp"
 #endif
 
-namespace hfs {
+namespace HFS {
 
 #if defined(__aarch64__)
 using neon::JOINED, neon::SHARING, neon::add_products;
@@ -193,4 +193,4 @@ template <int count> struct RoundedQueries {
     }
 };
 
-} // namespace hfs
+} // namespace HFS
