@@ -23,7 +23,8 @@ class Wheel(bdist_wheel):
             old.unlink()
         try:
             command = compiler["find_compiler"]()
-            known = {name: flags for name, flags in compiler["targets"]().items() if compiler["knows"](command, name)}
+            every = compiler["targets"]().items()
+            known = {name: flags for name, flags in every if compiler["knows"](command, flags)}
             compiler["compile_library"](command, folder, known, folder / compiler["library_name"](folder))
             self.announce(f"compiled kernels for {', '.join(known)}", level=2)
             self.root_is_pure = False

@@ -29,6 +29,9 @@ SWITCH = "HF_SPARSE_KERNELS"
 TARGET = "HF_SPARSE_CPU"
 """The environment variable that names the target to use, such as `avx2`, instead of the best that the CPU supports."""
 
+# Instructions in the order that suits this CPU; others can run them, too.
+_TUNING = ("-mtune=native",)
+
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; `None` where `unsupported_reason` says why."""
@@ -94,7 +97,7 @@ def _compiled(sources: Path) -> Path:
     compiler = find_compiler()
     usable = _usable(_load(_made(compiler, sources)))
     for name in reversed(usable):
-        if _place(compiler, sources, name).is_file() or knows(compiler, name):
+        if _place(compiler, sources, name).is_file() or knows(compiler, targets()[name]):
             return _made(compiler, sources, name)
     raise UserError(f"{TARGET}={usable[0]}: the C++ compiler {shlex.join(compiler)} cannot compile for it")
 
@@ -103,7 +106,8 @@ def _made(compiler: tuple[str, ...], sources: Path, *names: str) -> Path:
     """The library with these targets, compiled now or before."""
     path = _place(compiler, sources, *names)
     if not path.is_file():
-        compile_library(compiler, sources, {name: targets()[name] for name in names}, path)
+        tuned = (*compiler, *_TUNING) if knows(compiler, _TUNING) else compiler
+        compile_library(tuned, sources, {name: targets()[name] for name in names}, path)
     return path
 
 
