@@ -81,7 +81,7 @@ def knows(compiler: tuple[str, ...], flags: Iterable[str]) -> bool:
 
 def library_name(sources: Path, *settings: object) -> str:
     """The file name of a library: another one for other sources, flags or `settings`."""
-    paths = sorted((*sources.glob("*.cpp"), *sources.glob("*.hpp"), Path(__file__)))
+    paths = sorted((*sources.glob("*.cpp"), *sources.glob("*.hpp"), sources / Path(__file__).name))
     content = b"".join(path.read_bytes() for path in paths) + repr(settings).encode()
     return f"kernels-{hashlib.sha256(content).hexdigest()[:16]}.so"
 
