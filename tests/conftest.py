@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 
 # Without a GPU, Triton interprets its kernels. It reads this when it is imported, which hf_sparse's imports do.
 if not torch.cuda.is_available():
@@ -26,6 +28,7 @@ torch.set_num_threads(1)
 from tests import small  # noqa: E402 - imports Triton
 from tests.hub_client import BASE, World  # noqa: E402
 from tests.hub_server import Hub  # noqa: E402
+from tests.installed import MadeOnce  # noqa: E402
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
@@ -42,6 +45,27 @@ def pytest_configure(config: pytest.Config) -> None:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder `tiny-llama` of a small model with its tokenizer; not to be changed."""
     return small.save_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """A folder that a function fills, for all processes that run tests: what takes long is made once."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(root / f"{name}.lock"):
+            folder = root / name
+            if not folder.exists():
+                part = root / f"{name}.part"
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                make(part)
+                part.rename(folder)
+        return folder
+
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from hf_sparse.bench.tasks import TASKS, BenchSettings
 from hf_sparse.bench.timing import Rounds, with_peak
 from hf_sparse.call import AttentionCall
 from hf_sparse.errors import UserError
+from hf_sparse.kernels.cpu import build
 from hf_sparse.results import ResultFile, device_name, markdown_table
 from hf_sparse.selectors.grouped import Grouped
 from hf_sparse.visibility import interval_to_mask
@@ -312,6 +313,7 @@ def test_the_command_measures_everything_writes_it_and_resumes(
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert f"hf_sparse.patch(model, dense_below={summary['dense_below']})" in printed
     assert summary["about"]["cpu_capability"]["torch"] == torch.backends.cpu.get_cpu_capability()
+    assert summary["about"]["cpu_capability"]["kernels"] == build.description()
 
     assert _run(*options, "--json") == 0
     assert json.loads(capsys.readouterr().out) == summary

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -328,58 +323,6 @@ def test_lists_are_no_longer_than_the_text(select: Select, name: str, q_len: int
     selection = select(call, budgets, SparseAttentionConfig(**{name: 1_000_000}))
     assert selection.positions.shape[-1] <= 608 + 96
     assert_sound(selection, call, budgets)
-
-
-SMALLER = """
-import sys, torch
-from hf_sparse.kernels import cpu
-from tests import test_grouped
-assert cpu.unsupported_reason() is None, cpu.unsupported_reason()
-torch.save([cpu.lanes(), [test_grouped.attended(*shape) for shape in test_grouped.SHAPES]], sys.argv[1])
-"""
-
-
-def attended(q_len: int, kv_len: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """What is kept by, and comes out of, a call of that shape."""
-    call = calls.inputs(
-        calls.causal_intervals(q_len, kv_len, left=(0, 5)), kv_len, heads=heads, kv_heads=kv_heads, dim=24
-    )
-    selection = compiled(call, torch.full((2, 1, q_len), 90))
-    return selection.mask(heads, kv_len), calls.run_engine("cpu", call, selection)
-
-
-@needs_kernels
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86")
-@pytest.mark.parametrize(
-    ("flags", "lanes"),
-    [
-        ("-mno-avx512vnni", {4, 8, 16}),
-        ("-mno-avx512f", {4, 8}),
-        ("-mno-avx512f -mno-avxvnni", {4, 8}),
-        ("-mno-avx512f -mno-avx2", {4}),
-    ],
-)
-def test_cpus_with_smaller_registers_do_the_same(
-    flags: str, lanes: set[int], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    compiler = f"{os.environ.get('CXX') or 'c++'} {flags}"
-    known = subprocess.run([*compiler.split(), "-E", "-x", "c++", os.devnull], capture_output=True, check=False)
-    if known.returncode:
-        pytest.skip(f"the compiler does not know {flags}")
-    out = tmp_path_factory.mktemp("smaller") / "found"
-    # Compiled once for all tests that take these flags.
-    compiled_at = str(tmp_path_factory.getbasetemp() / "kernels")
-    environment = {**os.environ, "HF_ASSETS_CACHE": compiled_at, "CXX": compiler}
-    subprocess.run([sys.executable, "-c", SMALLER, out], env=environment, check=True, cwd=Path.cwd())
-    side_by_side, found = torch.load(out)
-    assert side_by_side in lanes
-    for shape, (mask, out) in zip(SHAPES, found, strict=True):
-        expected, expected_out = attended(*shape)
-        assert torch.equal(mask.sum(-1), expected.sum(-1))
-        assert overlap(mask, expected) > 0.999
-        same = (mask == expected).all(-1)
-        assert same.float().mean() > 0.95
-        assert_close(out[same], expected_out[same])
 
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +18,10 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse.cache import SparseCache
+from hf_sparse.errors import UserError
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.cpu import build
+from hf_sparse.kernels.cpu.compiler import find_compiler, library_name
 from tests import tiny
 
 needs_kernels = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=str(cpu.unsupported_reason()))
@@ -79,34 +84,61 @@ def test_without_kernels_a_model_runs_and_says_so(variables: dict[str, str], rea
     assert any("attention calls looked for keys without compiled kernels" in line and reason in line for line in report)
 
 
-@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
-def test_a_compiler_that_does_not_run_is_named(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(build.constants, "HF_ASSETS_CACHE", str(tmp_path))
+@pytest.fixture
+def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels are looked for again, where none were compiled before."""
+    monkeypatch.setattr(build.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     build._found.cache_clear()
-    try:
-        assert f"the C++ compiler {compiler} does not run" in (build.unsupported_reason() or "")
-    finally:
-        build._found.cache_clear()
+    yield
+    build._found.cache_clear()
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="leaves out an instruction of x86-64")
+@pytest.mark.parametrize(("compiler", "reason"), [("/nowhere/c++", "does not run"), ("false", "failed: no message")])
+@pytest.mark.usefixtures("anew")
+def test_a_compiler_that_does_not_run_is_named(compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert f"the C++ compiler {compiler} {reason}" in (build.unsupported_reason() or "")
+    assert build.description() is None
+
+
 @needs_kernels
-def test_processors_with_other_instructions_have_other_kernels() -> None:
-    compiler = build._compiler()
-    assert build._native(compiler) == build._native(compiler)
-    assert build._native(compiler) != build._native((*compiler, "-mno-sse4.2"))
+@pytest.mark.usefixtures("anew")
+def test_a_target_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_SPARSE_CPU", "mmx")
+    with pytest.raises(UserError, match=r"^HF_SPARSE_CPU=mmx is no target of this CPU: it supports generic"):
+        cpu.unsupported_reason()
 
 
-@pytest.mark.parametrize(
-    ("unknown", "native"), [("-none", ("-march=native",)), ("-march=native", ("-mcpu=native",)), ("-m*=native", ())]
-)
-def test_kernels_are_compiled_with_flags_that_the_compiler_knows(
-    unknown: str, native: tuple[str, ...], tmp_path: Path
-) -> None:
-    compiler = tmp_path / "c++"
-    compiler.write_text(f'#!/bin/sh\ncase " $* " in *" "{unknown}" "*) exit 1;; esac\necho "#define WITH $*"\n')
-    compiler.chmod(0o755)
-    flags, defined = build._native((str(compiler),))
-    assert flags == (*build._FLAGS, *native)
-    assert " ".join(flags) in defined
+@needs_kernels
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
+@pytest.mark.usefixtures("anew")
+def test_targets_that_the_compiler_does_not_know_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a compiler that makes empty objects of the kernels."""
+    script = tmp_path / "c++"
+    script.write_text(
+        """#!/bin/sh
+case " $* " in
+*" -mavx2 "*) exit 1 ;;
+*" -DHFS=hfs_generic "*) shift $(($# - 1)); exec REAL -x c++ -c /dev/null -o "$1" ;;
+esac
+exec REAL "$@"
+""".replace("REAL", shlex.join(find_compiler()))
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    folder = Path(build.__file__).parent
+    assert build._compiled(folder) == build._place((str(script),), folder, "generic")
+    if "avx2" in build._usable(build._load(build._place((str(script),), folder))):
+        monkeypatch.setenv("HF_SPARSE_CPU", "avx2")
+        with pytest.raises(UserError, match=r"^HF_SPARSE_CPU=avx2: the C\+\+ compiler .* cannot compile for it$"):
+            build._compiled(folder)
+
+
+def test_other_sources_and_settings_have_other_libraries(tmp_path: Path) -> None:
+    sources = Path(shutil.copytree(Path(build.__file__).parent, tmp_path / "cpu"))
+    before = library_name(sources)
+    assert library_name(sources) == before == library_name(Path(build.__file__).parent)
+    assert library_name(sources, ("c++",), ("generic",)) != library_name(sources, ("c++",), ("avx2",)) != before
+    header = sources / "vectors.hpp"
+    header.write_text(header.read_text() + "\n")
+    assert library_name(sources) != before

@@ -147,13 +147,18 @@ def cpu_capability(device: torch.device) -> dict[str, str | int | None] | None:
     """The vector instructions in use on a CPU; `None` on other devices.
 
     Returns:
-        `torch`: what PyTorch uses, such as `AVX2` or `AVX512`. `kernel_vector_bits`: the width of the vectors in the
-        compiled kernels of this package; `None` where there are none.
+        `torch`: what PyTorch uses, such as `AVX2` or `AVX512`. `kernels`: the same of this package's compiled kernels,
+        and when they were compiled, such as `avx2, compiled on first use`. `kernel_vector_bits`: the width of their
+        vectors. Both are `None` where there are none.
     """
     if device.type != "cpu":
         return None
-    bits = 32 * cpu.lanes() if build.unsupported_reason() is None else None
-    return {"torch": torch.backends.cpu.get_cpu_capability(), "kernel_vector_bits": bits}
+    about = build.description()
+    return {
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "kernels": about,
+        "kernel_vector_bits": None if about is None else 32 * cpu.lanes(),
+    }
 
 
 def _about(model: Record, weights: PreTrainedModel | Tensor, seed: int) -> Record:

@@ -1,4 +1,4 @@
-"""Kernels for CPUs, in C++: compiled on first use where there is a compiler, called through `ctypes`."""
+"""Kernels for CPUs, in C++: compiled at installation or on first use, called through `ctypes`."""
 
 from hf_sparse.kernels.cpu.build import SWITCH
 from hf_sparse.kernels.cpu.calls import LAYOUT, TILE, attend, lanes, select, unsupported_reason

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-using namespace hfs;
+using namespace HFS;
 
 namespace {
 
@@ -477,7 +477,7 @@ void attend_to_few(const Call &call, int64_t groups) {
 
 } // namespace
 
-extern "C" void hfs_attend(const Call *call) {
+extern "C" void HFS_NAME(attend)(const Call *call) {
     const int64_t groups = call->batches * (call->per_head ? call->heads : call->kv_heads) * (call->q_len / call->size);
     if (call->q_len == 1 && groups > 0) return attend_to_few(*call, groups);
     in_parallel(groups, call->threads, [&](int64_t index) {

@@ -1,36 +1,36 @@
-"""Compilation of the kernels for the CPU at hand, once; later processes load the compiled library."""
+"""The compiled kernels that a process uses: those in the package, or those compiled for this CPU on first use."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
 import shlex
-import shutil
-import subprocess
-import tempfile
+from contextlib import suppress
 from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 
 from huggingface_hub import constants
 
+from hf_sparse.errors import UserError
+from hf_sparse.kernels.cpu.compiler import (
+    UnavailableError,
+    compile_library,
+    find_compiler,
+    knows,
+    library_name,
+    targets,
+)
+
 SWITCH = "HF_SPARSE_KERNELS"
 """The environment variable that turns compiled kernels off when set to `0`: PyTorch does everything then."""
 
-# No -ffast-math: loading a library that is linked with it flushes denormal numbers to zero in the whole process.
-_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# What asks for all instructions of this CPU: the first of these that the compiler knows. Some versions of Clang know
-# only the second for ARM; for x86 it would mean less.
-_NATIVE = (("-march=native",), ("-mcpu=native",), ())
-_COMPILERS = ("c++", "g++", "clang++")
-# Seconds for one run of the compiler.
-_LONGEST = 300.0
+TARGET = "HF_SPARSE_CPU"
+"""The environment variable that names the target to use, such as `avx2`, instead of the best that the CPU supports."""
 
-
-class _UnavailableError(Exception):
-    """Why there are no kernels here, in a sentence."""
+# Instructions in the order that suits this CPU; others can run them, too.
+_TUNING = ("-mtune=native",)
 
 
 def library() -> ctypes.CDLL | None:
@@ -39,80 +39,78 @@ def library() -> ctypes.CDLL | None:
 
 
 def unsupported_reason() -> str | None:
-    """Why there are no compiled kernels on this machine; `None` if there are. Compiles them the first time."""
-    return _found()[1]
+    """Why there are no compiled kernels on this machine; `None` if there are. Compiles them the first time.
+
+    Raises:
+        UserError: If `HF_SPARSE_CPU` names a target that cannot be used here.
+    """
+    found, about = _found()
+    return about if found is None else None
+
+
+def description() -> str | None:
+    """The target in use, and when it was compiled: `avx2, compiled on first use`; `None` without compiled kernels."""
+    found, about = _found()
+    return None if found is None else f"{found.hfs_target().decode()}, {about}"
 
 
 @cache
-def _found() -> tuple[ctypes.CDLL | None, str | None]:
+def _found() -> tuple[ctypes.CDLL | None, str]:
     try:
-        return ctypes.CDLL(str(_compiled())), None
-    except _UnavailableError as error:
+        return _chosen()
+    except UnavailableError as error:
         return None, str(error)
     except OSError as error:
         return None, f"the compiled kernels cannot be loaded ({error})"
 
 
-def _compiled() -> Path:
+def _chosen() -> tuple[ctypes.CDLL, str]:
+    """The library, and when it was compiled."""
     if os.environ.get(SWITCH) == "0":
-        raise _UnavailableError(f"{SWITCH}=0 is set")
-    compiler = _compiler()
-    with as_file(files(__package__)) as folder:
-        sources = sorted(folder.glob("*.cpp"))
-        content = b"".join(path.read_bytes() for path in sorted((*sources, *folder.glob("*.hpp"))))
-        flags, instructions = _native(compiler)
-        machine = (platform.machine(), platform.platform(), instructions)
-        digest = hashlib.sha256(content + repr((compiler, flags, machine)).encode()).hexdigest()
-        target = Path(constants.HF_ASSETS_CACHE) / "hf_sparse" / "kernels" / f"{digest[:16]}.so"
-        if not target.is_file():
-            _compile(compiler, flags, sources, target)
-    return target
+        raise UnavailableError(f"{SWITCH}=0 is set")
+    with as_file(files(__package__)) as sources:
+        with suppress(OSError):
+            installed = _load(sources / library_name(sources))
+            if any(installed.hfs_use(name.encode()) for name in reversed(_usable(installed))):
+                return installed, "compiled at installation"
+        return _load(_compiled(sources)), "compiled on first use"
 
 
-def _compiler() -> tuple[str, ...]:
-    if chosen := os.environ.get("CXX"):
-        return tuple(shlex.split(chosen))
-    for name in _COMPILERS:
-        if found := shutil.which(name):
-            return (found,)
-    raise _UnavailableError(
-        f"there is no C++ compiler: none of {', '.join(_COMPILERS)} is on the path, and CXX is not set"
-    )
+def _load(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    found.hfs_target.restype = ctypes.c_char_p
+    return found
 
 
-def _native(compiler: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
-    """The flags to compile with here, and what the compiler predefines then: its version, and this CPU's instructions.
-
-    CPUs with different instructions may share a name, and a home directory.
-    """
-    for native in _NATIVE:
-        flags = (*_FLAGS, *native)
-        command = [*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        except (OSError, subprocess.SubprocessError) as error:
-            raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} does not run ({error})") from None
-        if done.returncode == 0:
-            return flags, done.stdout
-    raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} does not run ({_complaint(done)})")
+def _usable(dispatcher: ctypes.CDLL) -> list[str]:
+    """The targets that this CPU supports, the fastest last; of them, the one that is asked for."""
+    supported = [name for name in targets() if dispatcher.hfs_supports(name.encode())]
+    if not (wanted := os.environ.get(TARGET)):
+        return supported
+    if wanted not in supported:
+        raise UserError(f"{TARGET}={wanted} is no target of this CPU: it supports {', '.join(supported)}")
+    return [wanted]
 
 
-def _complaint(done: subprocess.CompletedProcess[str]) -> str:
-    return next(iter(done.stderr.strip().splitlines()), f"no message, exit status {done.returncode}")
+def _compiled(sources: Path) -> Path:
+    """A library with the best target for this CPU alone: others would take time, and not be used."""
+    compiler = find_compiler()
+    usable = _usable(_load(_made(compiler, sources)))
+    for name in reversed(usable):
+        if _place(compiler, sources, name).is_file() or knows(compiler, targets()[name]):
+            return _made(compiler, sources, name)
+    raise UserError(f"{TARGET}={usable[0]}: the C++ compiler {shlex.join(compiler)} cannot compile for it")
 
 
-def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            # Apple's compiler knows no OpenMP: the kernels then run on one thread.
-            for threads in (["-fopenmp"], []):
-                command = [*compiler, *flags, *threads, *map(str, sources), "-o", str(made)]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST, check=False)
-                if done.returncode == 0:
-                    made.replace(target)
-                    return
-    except (OSError, subprocess.SubprocessError) as error:
-        raise _UnavailableError(f"the kernels could not be compiled ({error})") from None
-    raise _UnavailableError(f"the C++ compiler {shlex.join(compiler)} failed: {_complaint(done)}")
+def _made(compiler: tuple[str, ...], sources: Path, *names: str) -> Path:
+    """The library with these targets, compiled now or before."""
+    path = _place(compiler, sources, *names)
+    if not path.is_file():
+        tuned = (*compiler, *_TUNING) if knows(compiler, _TUNING) else compiler
+        compile_library(tuned, sources, {name: targets()[name] for name in names}, path)
+    return path
+
+
+def _place(compiler: tuple[str, ...], sources: Path, *names: str) -> Path:
+    machine = (platform.system(), platform.machine(), *platform.libc_ver())
+    return Path(constants.HF_ASSETS_CACHE) / "hf_sparse" / "kernels" / library_name(sources, compiler, names, machine)

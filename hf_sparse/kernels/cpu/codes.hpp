@@ -11,7 +11,7 @@
 #include "neon.hpp"
 #endif
 
-namespace hfs {
+namespace HFS {
 
 #if defined(__aarch64__)
 using neon::JOINED, neon::SHARING, neon::add_products;
@@ -207,4 +207,4 @@ template <int count> struct RoundedQueries {
     }
 };
 
-} // namespace hfs
+} // namespace HFS

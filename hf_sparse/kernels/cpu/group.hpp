@@ -9,7 +9,7 @@
 #include "codes.hpp"
 #include "ranking.hpp"
 
-namespace hfs {
+namespace HFS {
 
 constexpr int64_t RUNS = 3; // runs of places that a pair keeps: from its first key, up to its last, and of the past
 
@@ -173,4 +173,4 @@ class Group {
     }
 };
 
-} // namespace hfs
+} // namespace HFS

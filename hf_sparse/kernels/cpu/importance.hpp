@@ -6,7 +6,7 @@
 
 #include "group.hpp"
 
-namespace hfs {
+namespace HFS {
 
 constexpr int64_t WINDOW = 64, PERIOD = 1024;
 constexpr float LOWEST_SCORE = -1e30f; // below every score, and no infinity: differences are numbers
@@ -163,4 +163,4 @@ template <int count> class PairSet {
     }
 };
 
-} // namespace hfs
+} // namespace HFS

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-namespace hfs::neon {
+namespace HFS::neon {
 
 inline int8x16_t load(const void *from) { return vld1q_s8(static_cast<const int8_t *>(from)); }
 
@@ -139,4 +139,4 @@ template <int count, int tiles>
 
 #endif
 
-} // namespace hfs::neon
+} // namespace HFS::neon

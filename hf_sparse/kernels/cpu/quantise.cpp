@@ -3,7 +3,7 @@
 
 #include "codes.hpp"
 
-using namespace hfs;
+using namespace HFS;
 
 namespace {
 
@@ -11,11 +11,11 @@ constexpr int32_t HIGHEST = 7, ZERO = 8; // codes are 1 to 15
 
 } // namespace
 
-extern "C" int64_t hfs_lanes() { return LANES; }
+extern "C" int64_t HFS_NAME(lanes)() { return LANES; }
 
 // Quantise the keys at positions `start` to `stop` - 1.
-extern "C" void hfs_quantise(const States *key, const QuantisedKeys *out, int64_t batches, int64_t heads,
-                             int64_t start, int64_t stop, int64_t threads) {
+extern "C" void HFS_NAME(quantise)(const States *key, const QuantisedKeys *out, int64_t batches, int64_t heads,
+                                   int64_t start, int64_t stop, int64_t threads) {
     const int64_t dim = key->dim, step = 16 * TILE; // threads write whole tiles
     const int64_t origin = start / step * step, parts = (stop - origin + step - 1) / step;
     in_parallel(batches * heads * parts, threads, [&](int64_t task) {

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-namespace hfs {
+namespace HFS {
 
 // Integers in the order of the floats that they come from, for bisection to halve their range.
 inline Ints in_order(Floats x) {
@@ -96,4 +96,4 @@ inline Ints among_best(Ints values, Bound &bound) {
     return yes;
 }
 
-} // namespace hfs
+} // namespace HFS

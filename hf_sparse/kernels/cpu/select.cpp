@@ -5,7 +5,7 @@
 #include <memory>
 #include <optional>
 
-using namespace hfs;
+using namespace HFS;
 
 namespace {
 
@@ -91,7 +91,7 @@ template <int count> void select_few(const Call &call) {
 } // namespace
 
 // Fills `positions` and `runs`.
-extern "C" void hfs_select(const Call *call) {
+extern "C" void HFS_NAME(select)(const Call *call) {
     if (call->q_len > 1) return select_many(*call);
     switch (call->share()) {
     case 1: return select_few<1>(*call);

@@ -9,7 +9,7 @@
 #include <omp.h>
 #endif
 
-namespace hfs {
+namespace HFS {
 
 enum Format : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -69,4 +69,4 @@ template <typename T, int purpose> T *scratch(size_t count) {
     return room.data();
 }
 
-} // namespace hfs
+} // namespace HFS

@@ -12,7 +12,13 @@
 #include <arm_neon.h>
 #endif
 
-namespace hfs {
+// Everything is compiled once for each target, see `dispatch.cpp`, in a namespace of its own, `HFS`, by which exported
+// functions are named, too: the linker would take one target's function for all others of the same name.
+#define HFS_JOINED(target, name) target##_##name
+#define HFS_NAMED(target, name) HFS_JOINED(target, name)
+#define HFS_NAME(name) HFS_NAMED(HFS, name)
+
+namespace HFS {
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -186,4 +192,4 @@ inline Floats capped(Floats x, float cap) {
     return cap - 2 * cap / (power + 1.0f);
 }
 
-} // namespace hfs
+} // namespace HFS

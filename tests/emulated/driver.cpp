@@ -1,6 +1,8 @@
-// The kernels on calls from a file, for a CPU that is emulated: `driver CALLS RESULTS`. See `tests/test_arm.py`, which
-// writes the one and reads the other. A call is its `Header`, then the arrays that are read below, in that order.
+// The kernels on calls from a file, for a CPU that is emulated: `driver CALLS RESULTS`. See `tests/test_emulated.py`, which
+// writes the one and reads the other. A call is its `Header`, then the arrays that are read below, in that order. Prints
+// the target in use.
 
+#define HFS hfs
 #include "group.hpp"
 
 #include <cstdio>
@@ -22,6 +24,7 @@ struct Attending {
     int64_t threads;
 };
 
+extern "C" const char *hfs_target();
 extern "C" void hfs_quantise(const States *, const QuantisedKeys *, int64_t, int64_t, int64_t, int64_t, int64_t);
 extern "C" void hfs_select(const Call *);
 extern "C" void hfs_attend(const Attending *);
@@ -83,6 +86,7 @@ static void run(const Header &h) {
 
 int main(int count, char **names) {
     if (count != 3 || !(calls = fopen(names[1], "rb")) || !(results = fopen(names[2], "wb"))) return 2;
+    puts(hfs_target());
     for (Header header; fread(&header, sizeof header, 1, calls) == 1;) run(header);
     return fclose(results) == 0 ? 0 : 4;
 }

@@ -1,7 +1,8 @@
-"""The kernels compiled for ARM's CPUs of several generations, and emulated, do what those of this machine do."""
+"""The kernels on emulated CPUs use the best target for each, and do what those of this machine do."""
 
 from __future__ import annotations
 
+import platform
 import shutil
 import struct
 import subprocess
@@ -18,17 +19,22 @@ from torch.testing import assert_close
 from hf_sparse import SparseAttentionConfig
 from hf_sparse.call import Selection, SharedSelection
 from hf_sparse.kernels import cpu
-from hf_sparse.kernels.cpu import build
+from hf_sparse.kernels.cpu import build, compiler
 from hf_sparse.selectors.grouped import GROUP_QUERIES
 from tests import calls
+from tests.installed import MadeOnce, installed_library
 
-COMPILER = shutil.which("aarch64-linux-gnu-g++")
-EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
 WANTED = "on Debian, apt-get install g++-aarch64-linux-gnu qemu-user"
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason=f"there is no aarch64-linux-gnu-g++: {WANTED}"),
-    pytest.mark.skipif(EMULATOR is None, reason=f"there is no qemu-aarch64 or qemu-aarch64-static: {WANTED}"),
-    pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=str(cpu.unsupported_reason())),
+pytestmark = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=str(cpu.unsupported_reason()))
+SOURCES = Path(build.__file__).parent
+# Architecture, model, and target of the emulated CPUs. The emulator knows no AVX-512.
+CPUS = [
+    ("x86_64", "Nehalem", "generic"),
+    ("x86_64", "Haswell", "avx2"),
+    ("aarch64", "cortex-a53", "generic"),
+    ("aarch64", "neoverse-n1", "dotprod"),
+    ("aarch64", "max", "i8mm"),
 ]
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -118,18 +124,42 @@ def cases() -> dict[str, Case]:
     return {name: Case(name) for name in CALLS}
 
 
-@pytest.fixture(scope="module", params=["armv8-a", "armv8.2-a+dotprod", "armv8.2-a+dotprod+i8mm"])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]]:
-    """What the kernels for an ARM CPU give for all calls: see `Case.parts`."""
-    folder, here = tmp_path_factory.mktemp("arm"), Path(__file__).parent
-    kernels = Path(build.__file__).parent
-    flags = [flag for flag in build._FLAGS if flag not in ("-shared", "-fPIC")]
-    sources = [here / "arm" / "driver.cpp", *sorted(kernels.glob("*.cpp"))]
-    program, wanted, results = (folder / name for name in ("driver", "calls", "results"))
-    command = [COMPILER, *flags, f"-march={request.param}", "-static", f"-I{kernels}", *sources, "-o", program]
+def arm_program(folder: Path) -> None:
+    """Write a program with the kernels for all ARM CPUs."""
+    objects = compiler.compile_objects((str(ARM_COMPILER),), SOURCES, compiler.targets("aarch64"), folder)
+    compile_driver(str(ARM_COMPILER), folder, "-static", *objects)
+
+
+def compile_driver(compiler: str, folder: Path, *linked: str | Path) -> None:
+    driver = Path(__file__).parent / "emulated" / "driver.cpp"
+    command = [compiler, "-std=c++17", "-O1", f"-I{SOURCES}", driver, *linked, "-o", folder / "driver"]
     subprocess.run(list(map(str, command)), check=True)
+
+
+@pytest.fixture(scope="module", params=CPUS, ids=lambda x: f"{x[0]}-{x[1]}")
+def found(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, made_once: MadeOnce
+) -> dict[str, list[Tensor]]:
+    """What the kernels give for all calls on an emulated CPU: see `Case.parts`."""
+    machine, model, target = request.param
+    emulator = shutil.which(f"qemu-{machine}") or shutil.which(f"qemu-{machine}-static")
+    if emulator is None or (machine == "aarch64" and ARM_COMPILER is None):
+        pytest.skip(f"there is no qemu-{machine}, or no compiler for it: {WANTED}")
+    if machine == "aarch64":
+        program = made_once("arm", arm_program) / "driver"
+    elif platform.machine() != machine:
+        pytest.skip(f"the kernels for {machine} are compiled on {machine}")
+    else:
+        library = installed_library(made_once)
+        folder = tmp_path_factory.mktemp("driver")
+        compile_driver(compiler.find_compiler()[0], folder, library, f"-Wl,-rpath,{library.parent}")
+        program = folder / "driver"
+    folder = tmp_path_factory.mktemp("emulated")
+    wanted, results = (folder / name for name in ("calls", "results"))
     wanted.write_bytes(b"".join(case.written for case in cases().values()))
-    subprocess.run([str(EMULATOR), "-cpu", "max", str(program), str(wanted), str(results)], check=True)
+    command = [emulator, "-cpu", model, str(program), str(wanted), str(results)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == [target]
     given, at, out = bytearray(results.read_bytes()), 0, {}
     for name, case in cases().items():
         out[name] = []
@@ -142,7 +172,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_arm_does_the_same(name: str, found: dict[str, list[Tensor]]) -> None:
+def test_emulated_cpus_do_the_same(name: str, found: dict[str, list[Tensor]]) -> None:
     """Sums of numbers are rounded in another order: of keys that are almost equally important, another may be kept."""
     case = cases()[name]
     codes, scales, positions, runs, out = found[name]

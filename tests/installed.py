@@ -1,0 +1,47 @@
+"""The package as a wheel installs it, with kernels that were compiled for every CPU of this architecture."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+"""Makes a folder once: see the fixture `made_once`."""
+
+
+def build_wheel(folder: Path, **variables: str) -> Path:
+    """Build a wheel of a copy of the sources into a folder, with environment variables."""
+    copy = folder / "copy"
+    shutil.copytree(ROOT / "hf_sparse", copy / "hf_sparse", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "-c", "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])", str(folder)]
+    subprocess.run(command, env={**os.environ, **variables}, cwd=copy, check=True, capture_output=True)
+    shutil.rmtree(copy)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def installed(made_once: MadeOnce) -> Path:
+    """A folder with a wheel and, beside it, what is in it."""
+    return made_once("wheel", lambda folder: zipfile.ZipFile(build_wheel(folder)).extractall(folder))
+
+
+def installed_library(made_once: MadeOnce) -> Path:
+    """The library of the kernels in that folder."""
+    (library,) = (installed(made_once) / "hf_sparse" / "kernels" / "cpu").glob("*.so")
+    return library
+
+
+def run_installed(made_once: MadeOnce, code: str, *arguments: str, **variables: str) -> str:
+    """What code prints that imports the installed package, and tests from here, where there is no compiler."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (installed(made_once), ROOT)))}
+    environment.update({"CXX": "/nowhere/c++", **variables})
+    command = [sys.executable, "-P", "-c", code, *arguments]  # -P: does not import from the working directory
+    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
