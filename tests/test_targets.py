@@ -22,22 +22,25 @@ from tests.test_grouped import SHAPES, compiled, overlap
 
 pytestmark = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=str(cpu.unsupported_reason()))
 X86 = platform.machine() in ("x86_64", "AMD64")
-LANES = {"generic": 4, "avx2": 8, "avxvnni": 8, "avx512": 16, "avx512vnni": 16, "dotprod": 4, "i8mm": 4}
+LANES = {"generic": 4, "avx2": 8, "avxvnni": 8, "avx512": 16, "avx512vnni": 16, "amx": 16, "dotprod": 4, "i8mm": 4}
+# Matrix units take heads of a multiple of 64 components, and keys and values in bfloat16.
+CASES = [(*shape, dim, dtype) for dim, dtype in ((24, torch.float32), (64, torch.bfloat16)) for shape in SHAPES]
 COMPUTE = """
 import sys, torch
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.cpu import build
 from tests import test_targets
 print(build.description(), cpu.lanes(), build.__file__, sep="\\n")
-torch.save([test_targets.attended(*shape) for shape in test_targets.SHAPES], sys.argv[1])
+torch.save([test_targets.attended(*case) for case in test_targets.CASES], sys.argv[1])
 """
 
 
-def attended(q_len: int, kv_len: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+def attended(
+    q_len: int, kv_len: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """What is kept by, and comes out of, a call of that shape."""
-    call = calls.inputs(
-        calls.causal_intervals(q_len, kv_len, left=(0, 5)), kv_len, heads=heads, kv_heads=kv_heads, dim=24
-    )
+    intervals = calls.causal_intervals(q_len, kv_len, left=(0, 5))
+    call = calls.inputs(intervals, kv_len, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype)
     selection = compiled(call, torch.full((2, 1, q_len), 90))
     return selection.mask(heads, kv_len), calls.run_engine("cpu", call, selection)
 
@@ -57,8 +60,8 @@ def test_every_target_does_the_same(target: str, tmp_path: Path, made_once: Made
     assert about == f"{target}, compiled at installation"
     assert int(lanes) == LANES[target]
     assert Path(file).is_relative_to(installed(made_once))
-    for shape, (mask, out) in zip(SHAPES, torch.load(found), strict=True):
-        expected, expected_out = attended(*shape)
+    for case, (mask, out) in zip(CASES, torch.load(found), strict=True):
+        expected, expected_out = attended(*case)
         assert torch.equal(mask.sum(-1), expected.sum(-1))
         assert overlap(mask, expected) > 0.999
         same = (mask == expected).all(-1)

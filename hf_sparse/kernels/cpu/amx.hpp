@@ -7,29 +7,16 @@
 
 #include <algorithm>
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && \
-     defined(__AVX512BF16__) && defined(__linux__)
-#define HFS_AMX 1
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__)
+#define HFS_AMX
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
-namespace hfs {
+namespace HFS {
 namespace amx {
 
 constexpr int64_t ROWS = 16;  // of a register: numbers of a column of products, too
 constexpr int64_t INNER = 32; // bfloat16 numbers in a row, which one instruction multiplies and adds
 constexpr int64_t BYTES = 64; // the same of bytes
 constexpr int TOGETHER = 4;   // products that are found side by side
-
-// Whether the system lets this process use the unit; asked once.
-inline bool available() {
-    static const bool yes = [] {
-        constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-        return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-    }();
-    return yes;
-}
 
 // All eight registers of a thread are 16 rows of 64 bytes while this lives.
 class Registers {
@@ -62,8 +49,8 @@ inline void split(Floats x, uint16_t *high, uint16_t *low) {
     std::memcpy(low, &second, sizeof second);
 }
 
-// What 16 neighbouring rows of words have in common: `row_of(i)` is row i, of `size` words. Writes pairs of words of all
-// rows side by side, (inner / 2, 16, 2), zeros beyond `size`; rows of the result are `row` pairs apart.
+// Turn 16 rows of `size` words, of which `row_of(i)` is one: (inner / 2, 16, 2) with zeros beyond `size`, in rows that are
+// `row` pairs apart.
 template <typename RowOf> void turn(RowOf row_of, int64_t size, int64_t inner, uint16_t *out, int64_t row) {
     for (int64_t from = 0; from < inner; from += INNER) {
         const int64_t words = std::clamp<int64_t>(size - from, 0, INNER);
@@ -80,7 +67,8 @@ template <typename RowOf> void turn(RowOf row_of, int64_t size, int64_t inner, u
         }
         // x[4 a + b] holds, in its quarter c, pair 4 c + b of the rows 4 a to 4 a + 3.
         for (int b = 0; b < 4; b++) {
-            const __m512i low = _mm512_shuffle_i32x4(x[b], x[4 + b], 0x88), high = _mm512_shuffle_i32x4(x[8 + b], x[12 + b], 0x88);
+            const __m512i low = _mm512_shuffle_i32x4(x[b], x[4 + b], 0x88);
+            const __m512i high = _mm512_shuffle_i32x4(x[8 + b], x[12 + b], 0x88);
             const __m512i odd_low = _mm512_shuffle_i32x4(x[b], x[4 + b], 0xdd);
             const __m512i odd_high = _mm512_shuffle_i32x4(x[8 + b], x[12 + b], 0xdd);
             y[b] = _mm512_shuffle_i32x4(low, high, 0x88), y[8 + b] = _mm512_shuffle_i32x4(low, high, 0xdd);
@@ -173,5 +161,5 @@ inline void add_products(const int8_t *queries, const uint8_t *keys, int64_t dim
 }
 
 } // namespace amx
-} // namespace hfs
+} // namespace HFS
 #endif

@@ -258,7 +258,7 @@ class Attention {
 
 #if defined(HFS_AMX)
     bool by_matrix_unit() const {
-        return pairs >= amx::ROWS && call.key.format == BFLOAT16 && call.value.format == BFLOAT16 && amx::available();
+        return pairs >= amx::ROWS && call.key.format == BFLOAT16 && call.value.format == BFLOAT16;
     }
 
     void attend_by_matrix_unit() {

@@ -185,7 +185,7 @@ template <int count> struct RoundedQueries {
 
     static bool by_matrix_unit([[maybe_unused]] int64_t dim) {
 #if defined(HFS_AMX)
-        return count == amx::ROWS && dim % amx::BYTES == 0 && amx::available();
+        return count == amx::ROWS && dim % amx::BYTES == 0;
 #else
         return false;
 #endif

@@ -19,12 +19,14 @@ from pathlib import Path
 _AVX2 = ("-mavx2", "-mfma")
 # Loops that the compiler turns into vectors by itself are shorter than 512 bits pay for.
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=256")
+_AVX512_VNNI = (*_AVX512, "-mavx512vnni")
 _X86 = {
     "generic": (),
     "avx2": _AVX2,
     "avxvnni": (*_AVX2, "-mavxvnni"),
     "avx512": _AVX512,
-    "avx512vnni": (*_AVX512, "-mavx512vnni"),
+    "avx512vnni": _AVX512_VNNI,
+    "amx": (*_AVX512_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 _ARM = {
     "generic": (),

@@ -8,6 +8,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -46,6 +50,18 @@ bool is_avx512() { return is_avx2() && saved(AVX512_TOO) && all_of(Leaf(7, 0).b,
 
 bool is_avx512vnni() { return is_avx512() && Leaf(7, 0).c & bit_AVX512VNNI; }
 
+// The matrix unit. Linux saves its registers for a process that asked for it.
+bool is_amx() {
+#if defined(__linux__)
+    constexpr unsigned TILE_STATE = 0x60000, BF16_TILE_INT8 = 1u << 22 | 1u << 24 | 1u << 25, AVX512_BF16 = 1u << 5;
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return is_avx512vnni() && saved(TILE_STATE) && all_of(Leaf(7, 0).d, BF16_TILE_INT8) && Leaf(7, 0).a >= 1 &&
+           Leaf(7, 1).a & AVX512_BF16 && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
 #elif defined(__aarch64__)
 
 #if defined(__linux__)
@@ -76,6 +92,7 @@ bool supports(const char *target) {
     if (!std::strcmp(target, "avxvnni")) return is_avxvnni();
     if (!std::strcmp(target, "avx512")) return is_avx512();
     if (!std::strcmp(target, "avx512vnni")) return is_avx512vnni();
+    if (!std::strcmp(target, "amx")) return is_amx();
 #elif defined(__aarch64__)
     if (!std::strcmp(target, "dotprod")) return is_dotprod();
     if (!std::strcmp(target, "i8mm")) return is_i8mm();
