@@ -88,6 +88,7 @@ def test_without_kernels_a_model_runs_and_says_so(variables: dict[str, str], rea
 def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernels are looked for again, where none were compiled before."""
     monkeypatch.setattr(build.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.delenv("HF_SPARSE_CPU", raising=False)
     build._found.cache_clear()
     yield
     build._found.cache_clear()
