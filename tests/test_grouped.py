@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from hf_sparse.selectors import importance
 from hf_sparse.selectors.grouped import GROUP_QUERIES, Grouped
 from hf_sparse.selectors.importance import PERIOD, WINDOW
 from tests import calls
+from tests.builds import built_anew
 
 needs_kernels = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=str(cpu.unsupported_reason()))
 CONFIG = SparseAttentionConfig(sink_keys=3, recent_keys=10)
@@ -330,15 +329,6 @@ def test_lists_are_no_longer_than_the_text(select: Select, name: str, q_len: int
     assert_sound(selection, call, budgets)
 
 
-SMALLER = """
-import sys, torch
-from hf_sparse.kernels import cpu
-from tests import test_grouped
-assert cpu.unsupported_reason() is None, cpu.unsupported_reason()
-torch.save([cpu.lanes(), [test_grouped.attended(*shape) for shape in test_grouped.SHAPES]], sys.argv[1])
-"""
-
-
 def attended(q_len: int, kv_len: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     """What is kept by, and comes out of, a call of that shape."""
     call = calls.inputs(
@@ -366,13 +356,11 @@ def test_cpus_with_smaller_registers_do_the_same(
     known = subprocess.run([*compiler.split(), "-E", "-x", "c++", os.devnull], capture_output=True, check=False)
     if known.returncode:
         pytest.skip(f"the compiler does not know {flags}")
-    out = tmp_path_factory.mktemp("smaller") / "found"
     # Compiled once for all tests that take these flags.
-    compiled_at = str(tmp_path_factory.getbasetemp() / "kernels")
-    environment = {**os.environ, "HF_ASSETS_CACHE": compiled_at, "CXX": compiler}
-    subprocess.run([sys.executable, "-c", SMALLER, out], env=environment, check=True, cwd=Path.cwd())
-    side_by_side, found = torch.load(out)
-    assert side_by_side in lanes
+    with built_anew(tmp_path_factory.getbasetemp() / "kernels", CXX=compiler):
+        assert cpu.unsupported_reason() is None
+        assert cpu.lanes() in lanes
+        found = [attended(*shape) for shape in SHAPES]
     for shape, (mask, out) in zip(SHAPES, found, strict=True):
         expected, expected_out = attended(*shape)
         assert torch.equal(mask.sum(-1), expected.sum(-1))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from hf_sparse.cache import SparseCache
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.cpu import build
 from tests import tiny
+from tests.builds import built_anew
 
 needs_kernels = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=str(cpu.unsupported_reason()))
 
@@ -43,24 +42,6 @@ def test_decoding_quantises_each_key_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert spans == [span for span in ((0, 30), (30, 31), (31, 32), (32, 40)) for _ in range(layers)]
 
 
-WITHOUT = """
-import torch, hf_sparse
-from hf_sparse.kernels import cpu
-from hf_sparse.kernels.cpu import build
-from tests import tiny
-model = tiny.model("llama")
-print(cpu.unsupported_reason())
-try:
-    hf_sparse.patch(model, engine="cpu")
-except ValueError as error:
-    print(error, hf_sparse.is_patched(model))
-hf_sparse.patch(model, alpha=2.0, min_keys=8, recent_keys=4, dense_below=0)
-with torch.no_grad():
-    model(torch.arange(60)[None])
-print(hf_sparse.report(model))
-"""
-
-
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
@@ -69,25 +50,25 @@ print(hf_sparse.report(model))
     ],
 )
 def test_without_kernels_a_model_runs_and_says_so(variables: dict[str, str], reason: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path), **variables}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT], env=environment, capture_output=True, text=True, check=True, cwd=Path.cwd()
-    )
-    why, refused, *report = done.stdout.splitlines()
-    assert reason in why
-    assert refused == f"engine 'cpu' cannot run here: {why}; engine 'auto' does without False"
-    assert any("attention calls looked for keys without compiled kernels" in line and reason in line for line in report)
+    model = tiny.model("llama")
+    with built_anew(tmp_path, **variables):
+        why = cpu.unsupported_reason() or ""
+        assert reason in why
+        with pytest.raises(ValueError, match="engine 'cpu' cannot run here") as caught:
+            hf_sparse.patch(model, engine="cpu")
+        assert str(caught.value) == f"engine 'cpu' cannot run here: {why}; engine 'auto' does without"
+        assert not hf_sparse.is_patched(model)
+        hf_sparse.patch(model, alpha=2.0, min_keys=8, recent_keys=4, dense_below=0)
+        tiny.logits(model, tiny.tokens(1, 60))
+        [note] = [note for note in hf_sparse.report(model).notes if "without compiled kernels" in note]
+    assert "attention calls looked for keys" in note
+    assert reason in note
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
-def test_a_compiler_that_does_not_run_is_named(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(build.constants, "HF_ASSETS_CACHE", str(tmp_path))
-    build._found.cache_clear()
-    try:
-        assert f"the C++ compiler {compiler} does not run" in (build.unsupported_reason() or "")
-    finally:
-        build._found.cache_clear()
+def test_a_compiler_that_does_not_run_is_named(compiler: str, tmp_path: Path) -> None:
+    with built_anew(tmp_path, CXX=compiler):
+        assert f"the C++ compiler {compiler} does not run" in (cpu.unsupported_reason() or "")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="leaves out an instruction of x86-64")
