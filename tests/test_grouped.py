@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -349,15 +350,12 @@ def attended(q_len: int, kv_len: int, heads: int, kv_heads: int) -> tuple[Tensor
         ("-mno-avx512f -mno-avx2", {4}),
     ],
 )
-def test_cpus_with_smaller_registers_do_the_same(
-    flags: str, lanes: set[int], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_cpus_with_smaller_registers_do_the_same(flags: str, lanes: set[int], compiled_at: Path) -> None:
     compiler = f"{os.environ.get('CXX') or 'c++'} {flags}"
     known = subprocess.run([*compiler.split(), "-E", "-x", "c++", os.devnull], capture_output=True, check=False)
     if known.returncode:
         pytest.skip(f"the compiler does not know {flags}")
-    # Compiled once for all tests that take these flags.
-    with built_anew(tmp_path_factory.getbasetemp() / "kernels", CXX=compiler):
+    with built_anew(compiled_at, CXX=compiler):
         assert cpu.unsupported_reason() is None
         assert cpu.lanes() in lanes
         found = [attended(*shape) for shape in SHAPES]
