@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that CI runs: formatting, lint, types and tests, in its own virtual environment.
 #
-#   bash scripts/test.sh                # all of it
+#   bash scripts/test.sh                # all of it but slow tests
 #   bash scripts/test.sh -k padding     # arguments go to pytest
+#   bash scripts/test.sh -m slow        # what is left out above: Triton's kernels compiled for more GPUs
 #
 # HF_SPARSE_TEST_ENV: folder of the virtual environment, .venv-test in the repository by default.
 set -euo pipefail

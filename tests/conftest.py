@@ -37,10 +37,6 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 transformers.logging.set_verbosity_error()
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "real: needs pretrained weights that are installed as a package")
-
-
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder `tiny-llama` of a small model with its tokenizer; not to be changed."""
@@ -66,6 +62,13 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
         return folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def compiled_at(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for kernels that tests compile, which says by itself what is up to date; kept for the next run."""
+    kept = getattr(request.config, "cache", None)  # not there with -p no:cacheprovider
+    return tmp_path_factory.getbasetemp() / "compiled" if kept is None else kept.mkdir("compiled")
 
 
 @pytest.fixture(autouse=True)

@@ -35,9 +35,7 @@ print(build.description())
 """
 
 
-def attended(
-    q_len: int, kv_len: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def attended(q_len: int, kv_len: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What is kept by, and comes out of, a call of that shape."""
     intervals = calls.causal_intervals(q_len, kv_len, left=(0, 5))
     call = calls.inputs(intervals, kv_len, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype)

@@ -424,7 +424,7 @@ def test_engine_attends_to_any_runs(cut: bool, monkeypatch: pytest.MonkeyPatch) 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
 def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill, then tokens one at a time: what other kernels make of it.
 
@@ -462,15 +462,17 @@ def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(ours, others, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("gpus", ["80 86", "89", "90", "100 120 gfx942"])
-def test_compiles_for_gpus(gpus: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "gpus", ["90", "gfx942", *(pytest.param(gpus, marks=pytest.mark.slow) for gpus in ("80 86", "89", "100 120"))]
+)
+def test_compiles_for_gpus(gpus: str, compiled_at: Path) -> None:
     """The interpreter takes more than the compiler does. Needs no GPU: nothing is launched."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.compile_triton", *gpus.split()],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
+        env=os.environ | {"TRITON_CACHE_DIR": str(compiled_at / "triton")},
     )
     assert run.returncode == 0, run.stderr
     compiled = {tuple(line.split()[:2]) for line in run.stdout.splitlines()}
