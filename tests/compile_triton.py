@@ -120,8 +120,8 @@ def compile_select(
             144,
         )
         budgets = torch.empty(1, share, queries, dtype=torch.int32)
-        values, counts = importance(query, groups, WINDOW, PERIOD)
-        best(values, counts, groups, budgets, 5_664, differ=size > 1)
+        values, counts, arrived = importance(query, groups, WINDOW, PERIOD)
+        best(values, counts, arrived, groups, budgets, 5_664, differ=size > 1)
 
 
 if __name__ == "__main__":

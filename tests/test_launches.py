@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_sparse import SparseAttentionConfig
+from hf_sparse import SparseAttentionConfig, engines
 from hf_sparse.attention import LayerState, attend
-from hf_sparse.call import AttentionCall
+from hf_sparse.call import AlwaysKept, AttentionCall
 from hf_sparse.kernels.quantised import QuantisedKeys
+from hf_sparse.selectors.on_gpus import by_triton
 from hf_sparse.visibility import VisibleRanges
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -111,7 +112,7 @@ def layer(**fields: Any) -> LayerState:
     return LayerState(1, SparseAttentionConfig(selector="grouped", **fields))
 
 
-SELECTED = ["_write", "_totals", "_sum_weights", "_best"]
+SELECTED = ["_totals", "_sum_weights", "_best"]
 ATTENDED = ["_attend_tile", "_join_parts"]
 COPIED = ["aten._to_copy.default"]
 
@@ -127,7 +128,7 @@ def test_a_decoded_token(gpu: Gpu) -> None:
         gpu.given.clear()
         attend(state, llama(1, LENGTH, ranges, quantised))
         found.append(list(gpu.given))
-    assert found == [[*SELECTED[:3], *COPIED, SELECTED[3], *ATTENDED], SELECTED + ATTENDED]
+    assert found == [[*SELECTED[:2], *COPIED, SELECTED[2], *ATTENDED], SELECTED + ATTENDED]
     assert gpu.waits == []
     assert state.counters.slow == {}
 
@@ -135,7 +136,20 @@ def test_a_decoded_token(gpu: Gpu) -> None:
 def test_a_decoded_token_of_heads_that_keep_different_numbers(gpu: Gpu) -> None:
     state = layer(per_head={1: [(alpha, 0.5) for alpha in (12.0, 16.0, 20.0, 16.0) * 8]})
     attend(state, llama(1, LENGTH))
-    assert gpu.given == [*SELECTED[:3], *COPIED, SELECTED[3], "_order", *ATTENDED]
+    assert gpu.given == ["_write", *SELECTED[:2], *COPIED, SELECTED[2], "_order", *ATTENDED]
+    assert gpu.waits == []
+
+
+def test_a_token_in_a_cache_of_fixed_room(gpu: Gpu) -> None:
+    """Where the host knows no more than a cache's room: kernels alone, none of which it waits for."""
+    intervals = torch.empty(1, 1, 1, 2, dtype=torch.int32, device="cuda")
+    ranges = VisibleRanges(intervals, torch.zeros(1, 1).long(), torch.full((1, 1), LENGTH))
+    call, budgets = llama(1, LENGTH, ranges, QuantisedKeys()), torch.empty(1, 1, 1, dtype=torch.int32, device="cuda")
+    for _ in range(2):
+        gpu.given.clear()
+        selection = by_triton(call, budgets, AlwaysKept(4, 64), 1, (80, 5808))
+        engines.ENGINES["triton"].attend(call, selection)
+    assert gpu.given == SELECTED + ATTENDED
     assert gpu.waits == []
 
 
@@ -143,7 +157,7 @@ def test_a_block_of_a_prefill(gpu: Gpu) -> None:
     """Keys are put into order, too, as pairs want different numbers of them."""
     state = layer()
     attend(state, llama(128, LENGTH))
-    assert gpu.given == [*SELECTED[:3], *COPIED, SELECTED[3], "_order", *ATTENDED]
+    assert gpu.given == ["_write", *SELECTED[:2], *COPIED, SELECTED[2], "_order", *ATTENDED]
     assert gpu.waits == []
     assert state.counters.slow == {}
 
