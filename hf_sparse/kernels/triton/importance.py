@@ -2,8 +2,8 @@
 
 One kernel rounds the queries and, in decoding, the new key, and finds what the weights of each (query, head) pair are
 relative to, from the keys that are looked at for the estimate: where there are few pairs, as in decoding, several
-programs share those keys. Another holds a tile of keys, walks over the pairs of the groups, and sums their weights. Each
-of its scores is computed once, and nothing of size q_len x kv_len is stored.
+programs share those keys. Another holds a tile of keys, walks over the pairs of the groups, and sums their weights.
+Each of its scores is computed once, and nothing of size q_len x kv_len is stored.
 
 Importance is never negative: as integers, its bits have the same order. While a tile is at hand, its keys are counted
 by the first bits of their importance, for `hf_sparse.kernels.triton.best`.
