@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,12 +24,16 @@ from torch.utils._pytree import tree_leaves
 from hf_sparse import SparseAttentionConfig, engines
 from hf_sparse.attention import LayerState, attend
 from hf_sparse.call import AlwaysKept, AttentionCall
+from hf_sparse.kernels import gpu as kernels
 from hf_sparse.kernels.quantised import QuantisedKeys
+from hf_sparse.selectors import on_gpus
 from hf_sparse.selectors.on_gpus import by_triton
 from hf_sparse.visibility import VisibleRanges
 
 pytest.importorskip("triton", reason="triton is not installed")
 aten = torch.ops.aten
+
+ENGINE = engines.ENGINES["triton"]
 
 ALLOCATES = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 READS = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.is_nonzero, aten.masked_select, aten.unique_dim}
@@ -84,12 +89,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     for kernel in (interpreted, compiled):
         monkeypatch.setattr(kernel, "run", lambda self, *_, **__: gpu.given.append(self.fn.__name__))
-    for known in (common._multiprocessors, common.shared_memory):
-        known.cache_clear()
+    known = (common._multiprocessors, common.shared_memory, kernels.reason_of_gpu)
+    for each in known:
+        each.cache_clear()
     with torch.no_grad(), gpu:
+        assert kernels.unsupported_reason(torch.device("cuda:0")) is None
+        assert gpu.given == ["_one"]
+        gpu.given.clear()
         yield gpu
-    for known in (common._multiprocessors, common.shared_memory):
-        known.cache_clear()
+    for each in known:
+        each.cache_clear()
 
 
 LENGTH = 131_072
@@ -148,7 +157,7 @@ def test_a_token_in_a_cache_of_fixed_room(gpu: Gpu) -> None:
     for _ in range(2):
         gpu.given.clear()
         selection = by_triton(call, budgets, AlwaysKept(4, 64), 1, (80, 5808))
-        engines.ENGINES["triton"].attend(call, selection)
+        ENGINE.attend(call, selection)
     assert gpu.given == SELECTED + ATTENDED
     assert gpu.waits == []
 
@@ -160,6 +169,27 @@ def test_a_block_of_a_prefill(gpu: Gpu) -> None:
     assert gpu.given == ["_write", *SELECTED[:2], *COPIED, SELECTED[2], "_order", *ATTENDED]
     assert gpu.waits == []
     assert state.counters.slow == {}
+
+
+def test_what_a_gpu_cannot_do_is_reported(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out once, and said of each call; plain PyTorch does it then."""
+    state = layer()
+    call = llama(1, 4096)
+    with suppress(RuntimeError):  # from PyTorch without CUDA, when the engine that copies keys indexes a tensor
+        attend(state, replace(call, query=call.query.double(), key=call.key.double(), value=call.value.double()))
+    assert any("take float32, float16 or bfloat16" in what for what in state.counters.slow), state.counters
+    tried = []
+    common = importlib.import_module("hf_sparse.kernels.triton.common")
+    with monkeypatch.context() as broken:
+        broken.setattr(common, "launches", lambda _: tried.append(1) or 1 / 0)
+        kernels.reason_of_gpu.cache_clear()
+        reasons = [kernels.unsupported_reason(call.key.device) for _ in range(3)]
+    assert reasons == ["Triton does not work here: ZeroDivisionError: division by zero"] * 3
+    assert tried == [1]
+    assert ENGINE.unsupported_reason(call) == on_gpus.unsupported_reason(call) == reasons[0]
+    kernels.reason_of_gpu.cache_clear()
+    monkeypatch.setattr(common, "shared_memory", lambda _: 48 << 10)
+    assert "has 48 KiB of shared memory" in (ENGINE.unsupported_reason(call) or "")
 
 
 def test_what_waits_is_noticed(gpu: Gpu) -> None:

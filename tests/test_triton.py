@@ -229,7 +229,7 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
         hf_sparse.patch(tiny.model("llama"), engine="triton")
     with monkeypatch.context() as old_gpu:
         old_gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-        assert "7.5" in (gpu.unsupported_reason(torch.device("cuda")) or "")
+        assert "7.5" in (gpu.unsupported_reason(torch.device("cuda", 7)) or "")
     monkeypatch.setattr(gpu, "find_spec", lambda _: None)
     for reason in (ENGINE.unsupported_reason(call), calls.unavailable("triton")):
         assert "pip install triton" in (reason or "")

@@ -23,7 +23,7 @@ def card(device: torch.device) -> dict[str, Any] | None:
         "driver": driver(),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "triton": installed("triton"),
         "capability": [facts.major, facts.minor],
         "multiprocessors": facts.multi_processor_count,
