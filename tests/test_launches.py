@@ -178,7 +178,9 @@ def test_what_a_gpu_cannot_do_is_reported(gpu: Gpu, monkeypatch: pytest.MonkeyPa
     with suppress(RuntimeError):  # from PyTorch without CUDA, when the engine that copies keys indexes a tensor
         attend(state, replace(call, query=call.query.double(), key=call.key.double(), value=call.value.double()))
     assert any("take float32, float16 or bfloat16" in what for what in state.counters.slow), state.counters
-    tried = []
+    wide = replace(call, key=torch.empty(1, 8, 16, 320, device="cuda"))
+    assert on_gpus.unsupported_reason(wide) == "a head_dim of 320 is more than 256"
+    tried: list[int] = []
     common = importlib.import_module("hf_sparse.kernels.triton.common")
     with monkeypatch.context() as broken:
         broken.setattr(common, "launches", lambda _: tried.append(1) or 1 / 0)

@@ -67,8 +67,12 @@ def by_triton(
 
 def _ends_with_what_all_see(call: AttentionCall) -> bool:
     """Whether one query of each sequence sees all keys up to the last, as in decoding: the kernels write that key."""
-    ranges = call.ranges
-    return call.query.shape[2] == 1 and call.key.stride(3) == 1 and bool((ranges.stop == ranges.last_visible).all())
+    if call.query.shape[2] > 1 or call.key.stride(3) > 1:
+        return False
+    ranges, name = call.ranges, "all see the last key"
+    if name not in ranges.plans:  # for all layers
+        ranges.plans[name] = bool((ranges.stop == ranges.last_visible).all())
+    return bool(ranges.plans[name])
 
 
 def _moved(call: AttentionCall, budgets: Tensor) -> tuple[Tensor, bool]:

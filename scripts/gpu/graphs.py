@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ class FixedRoom:
         from hf_sparse.kernels.triton.codes import LAYOUT
         from hf_sparse.selectors.on_gpus import by_triton
 
-        self._full = references.call_of(shape, machine)
+        self._machine, self._full = machine, references.call_of(shape, machine)
         self._state = settings.layer()
         self._intervals = self._full.intervals.clone()
         self._budgets = torch.empty(shape.batch, 1, 1, dtype=torch.int32, device=machine.device)
@@ -51,10 +51,8 @@ class FixedRoom:
             return kernels.attend(call, by_triton(call, self._budgets, always, 1, widths))
 
         self.see(length)
-        self._out = step()
-        self._replay = _captured(step, machine)
-        if self._replay is None:
-            self._step = step
+        step()
+        self._step, self._replay = step, _captured(step, machine)
 
     def see(self, length: int) -> None:
         """Let the queries see so many keys."""
@@ -76,15 +74,15 @@ class FixedRoom:
         call = replace(self._full, intervals=intervals, known_ranges=VisibleRanges(intervals))
         plan = self._state.plan(call.ranges)
         assert plan is not None
-        machine = Machine("interpret" if call.key.device.type == "cpu" else "cuda")
-        return kernels.attend(call, selection.chosen(call, plan.budgets, machine))
+        return kernels.attend(call, selection.chosen(call, plan.budgets, self._machine))
 
 
 def _whole(width: int) -> int:
     return -(-width // 16) * 16
 
 
-def _captured(step: Any, machine: Machine) -> tuple[Any, Tensor] | None:
+def _captured(step: Callable[[], Tensor], machine: Machine) -> tuple[Any, Tensor] | None:
+    """A graph of the step, and its output; `None` in the interpreter."""
     if machine.interprets:
         return None
     side = torch.cuda.Stream()
