@@ -59,6 +59,7 @@ _MOST_QUERIES_ON_GPUS = 16_384
 
 _COPIED = "left out keys that padding hides inside a text, and keep a copy of all others"
 _ROUNDED_ANEW = "rounded all cached keys to few bits anew: what the model attends to is not what its cache holds"
+_UNFUSED = "attended to keys without the fused kernel for GPUs, which copies keys and values"
 _UNCOMPILED = "looked for keys without compiled kernels, which is slower than dense attention"
 
 
@@ -286,6 +287,8 @@ def _attend_sparsely(
     heads, queries = call.query.shape[1:3]
     if reason := selector.uncompiled_reason(call):
         state.counters.slow[f"{_UNCOMPILED} ({reason})"] += 1
+    if state.engine is None and (reason := engines.slow_reason(call)):
+        state.counters.slow[f"{_UNFUSED} ({reason})"] += 1
     outs, weights, kept, budgets = [], [], [], plan.budgets
     quantised = call.quantised
     if quantised is None and selector.ranks_quantised:

@@ -104,7 +104,8 @@ def compile_select(
     for length in (131_072, 131_073, 131_088):
         key = torch.empty(1, 1, length, dim, dtype=dtype)
         parts = codes.allocate(key, length)
-        codes.write(key, length - queries, length, parts)
+        if queries > 1:
+            codes.write(key, length - queries, length, parts)
         query = torch.empty(1, share, queries, dim, dtype=dtype)
         groups = Groups(
             query,
@@ -118,10 +119,11 @@ def compile_select(
             0,
             length,
             144,
+            None if queries > 1 else key,
         )
         budgets = torch.empty(1, share, queries, dtype=torch.int32)
-        values, counts = importance(query, groups, WINDOW, PERIOD)
-        best(values, counts, groups, budgets, 5_664, differ=size > 1)
+        values, counts, arrived = importance(query, groups, WINDOW, PERIOD)
+        best(values, counts, arrived, groups, budgets, 5_664, differ=size > 1)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,27 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig
 from hf_sparse.attention import LayerState
 from hf_sparse.bench import dense
+from hf_sparse.bench.card import card, installed
+from hf_sparse.bench.generation import Generation
 from hf_sparse.bench.inputs import capture, gaussian
-from hf_sparse.bench.layer import SparseStep, time_decode, time_prefill
+from hf_sparse.bench.layer import SparseStep, _number_of_sets, time_decode, time_prefill
 from hf_sparse.bench.plot import plot_bench
 from hf_sparse.bench.run import evaluate, with_random_weights
 from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
@@ -156,6 +163,78 @@ def test_what_cannot_run_or_fit_is_skipped_with_the_reason(monkeypatch: pytest.M
     assert found["flex"] == {"skipped": "RuntimeError: no compiler here"}
     assert "not free" in found["masked-sdpa"]["skipped"]
     assert "samples" in found["hf_sparse"]
+
+
+@pytest.fixture
+def kernels_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA's kernels are asked for as on CUDA: a CPU has one of them."""
+    names = dense.backends(torch.device("cuda"))
+    monkeypatch.setattr(dense, "backends", lambda _: names)
+
+
+@pytest.mark.usefixtures("kernels_of_gpus")
+@pytest.mark.filterwarnings("ignore")
+def test_kernels_of_sdpa_that_do_not_run_are_named() -> None:
+    """In one layer, and in a model: the others are measured."""
+    inputs = gaussian(SHAPE, torch.float32, CPU, 0)
+    config, once = SparseAttentionConfig(), Rounds(1, 0.0)
+    generation = Generation(tiny.model("llama"), replace(config, dense_layers=()), 2, real=False)
+    for found in (
+        time_decode(inputs, 300, config, once),
+        time_prefill(inputs, 64, config, once, frozenset({"flex"})),
+        generation.from_prompt(torch.arange(40) % 7, once),
+    ):
+        for name in ("cudnn", "efficient"):
+            assert found[name].keys() == {"skipped"}
+            assert "RuntimeError" in found[name]["skipped"]
+        assert all("samples" in found[name] for name in ("flash", "hf_sparse"))
+
+
+def test_what_is_compiled_is_timed_apart_as_often_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    attend = dense.sdpa
+
+    def called(name: str) -> Callable[..., Tensor]:
+        return lambda inputs, **_: order.append(name) or attend(inputs)
+
+    for name in ("sdpa", "flex"):
+        monkeypatch.setattr(dense, name, called(name))
+    inputs = gaussian(SHAPE, torch.float32, CPU, 0)
+    found = time_prefill(inputs, 64, SparseAttentionConfig(), Rounds(3, 0.0), frozenset({"masked-sdpa"}))
+    assert [len(each["samples"]["seconds"]) for each in found.values()] == [3, 3, 3]
+    assert order[-6:] == ["sdpa"] * 3 + ["flex"] * 3
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "number"), [("cpu", 1 << 29, 1), ("cuda", 1 << 29, 2), ("cuda", 1 << 20, 16)]
+)
+def test_inputs_alternate_where_a_cache_could_hold_them(device: str, size: int, number: int) -> None:
+    assert _number_of_sets(size, torch.device(device)) == number
+
+
+def test_times_of_host_and_gpu_have_tables_of_their_own() -> None:
+    records = _records({1024: 2.0})
+    for found in records[0]["methods"].values():
+        if "samples" in found:
+            found["samples"]["host"] = [4 * x for x in found["samples"]["seconds"]]
+        found |= {"warm_up": 1.0, "peak_mib": 1.0, "output_error": {"mean": 0.0, "worst": 0.0}}
+    tables = {header[0]: {row[0]: row[1] for row in rows} for header, rows in bench_tables(summarise(records))}
+    gpu, host = (tables[f"decode, one layer, n cached keys{more}"] for more in ("", ": by the host's clock"))
+    assert (gpu["sdpa"], host["sdpa"]) == ("2.05e+03 s", "8.19e+03 s")
+    assert "ideal: 1 / density" in gpu
+    assert host.keys() == {"sdpa", "hf_sparse", "sdpa / hf_sparse"}
+
+
+def test_records_of_a_gpu_say_what_decides_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    found = card(torch.device("cuda"))
+    assert found is not None
+    assert (found["capability"], found["cache_bytes"]) == ([9, 0], 50 << 20)
+    assert {"driver", "cuda", "hip", "cudnn", "triton"} <= found.keys()
+    assert card(CPU) is None
+    assert installed("torch") == version("torch")
+    assert installed("no-such-package") is None
 
 
 def test_real_inputs_are_repeated_and_end_with_the_texts_end() -> None:

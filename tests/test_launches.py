@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,14 +21,19 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_sparse import SparseAttentionConfig
+from hf_sparse import SparseAttentionConfig, engines
 from hf_sparse.attention import LayerState, attend
-from hf_sparse.call import AttentionCall
+from hf_sparse.call import AlwaysKept, AttentionCall
+from hf_sparse.kernels import gpu as kernels
 from hf_sparse.kernels.quantised import QuantisedKeys
+from hf_sparse.selectors import on_gpus
+from hf_sparse.selectors.on_gpus import by_triton
 from hf_sparse.visibility import VisibleRanges
 
 pytest.importorskip("triton", reason="triton is not installed")
 aten = torch.ops.aten
+
+ENGINE = engines.ENGINES["triton"]
 
 ALLOCATES = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 READS = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.is_nonzero, aten.masked_select, aten.unique_dim}
@@ -83,12 +89,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     for kernel in (interpreted, compiled):
         monkeypatch.setattr(kernel, "run", lambda self, *_, **__: gpu.given.append(self.fn.__name__))
-    for known in (common._multiprocessors, common.shared_memory):
-        known.cache_clear()
+    known = (common._multiprocessors, common.shared_memory, kernels.reason_of_gpu)
+    for each in known:
+        each.cache_clear()
     with torch.no_grad(), gpu:
+        assert kernels.unsupported_reason(torch.device("cuda:0")) is None
+        assert gpu.given == ["_one"]
+        gpu.given.clear()
         yield gpu
-    for known in (common._multiprocessors, common.shared_memory):
-        known.cache_clear()
+    for each in known:
+        each.cache_clear()
 
 
 LENGTH = 131_072
@@ -111,7 +121,7 @@ def layer(**fields: Any) -> LayerState:
     return LayerState(1, SparseAttentionConfig(selector="grouped", **fields))
 
 
-SELECTED = ["_write", "_totals", "_sum_weights", "_best"]
+SELECTED = ["_totals", "_sum_weights", "_best"]
 ATTENDED = ["_attend_tile", "_join_parts"]
 COPIED = ["aten._to_copy.default"]
 
@@ -127,7 +137,7 @@ def test_a_decoded_token(gpu: Gpu) -> None:
         gpu.given.clear()
         attend(state, llama(1, LENGTH, ranges, quantised))
         found.append(list(gpu.given))
-    assert found == [[*SELECTED[:3], *COPIED, SELECTED[3], *ATTENDED], SELECTED + ATTENDED]
+    assert found == [[*SELECTED[:2], *COPIED, SELECTED[2], *ATTENDED], SELECTED + ATTENDED]
     assert gpu.waits == []
     assert state.counters.slow == {}
 
@@ -135,7 +145,20 @@ def test_a_decoded_token(gpu: Gpu) -> None:
 def test_a_decoded_token_of_heads_that_keep_different_numbers(gpu: Gpu) -> None:
     state = layer(per_head={1: [(alpha, 0.5) for alpha in (12.0, 16.0, 20.0, 16.0) * 8]})
     attend(state, llama(1, LENGTH))
-    assert gpu.given == [*SELECTED[:3], *COPIED, SELECTED[3], "_order", *ATTENDED]
+    assert gpu.given == ["_write", *SELECTED[:2], *COPIED, SELECTED[2], "_order", *ATTENDED]
+    assert gpu.waits == []
+
+
+def test_a_token_in_a_cache_of_fixed_room(gpu: Gpu) -> None:
+    """Where the host knows no more than a cache's room: kernels alone, none of which it waits for."""
+    intervals = torch.empty(1, 1, 1, 2, dtype=torch.int32, device="cuda")
+    ranges = VisibleRanges(intervals, torch.zeros(1, 1).long(), torch.full((1, 1), LENGTH))
+    call, budgets = llama(1, LENGTH, ranges, QuantisedKeys()), torch.empty(1, 1, 1, dtype=torch.int32, device="cuda")
+    for _ in range(2):
+        gpu.given.clear()
+        selection = by_triton(call, budgets, AlwaysKept(4, 64), 1, (80, 5808))
+        ENGINE.attend(call, selection)
+    assert gpu.given == SELECTED + ATTENDED
     assert gpu.waits == []
 
 
@@ -143,9 +166,32 @@ def test_a_block_of_a_prefill(gpu: Gpu) -> None:
     """Keys are put into order, too, as pairs want different numbers of them."""
     state = layer()
     attend(state, llama(128, LENGTH))
-    assert gpu.given == [*SELECTED[:3], *COPIED, SELECTED[3], "_order", *ATTENDED]
+    assert gpu.given == ["_write", *SELECTED[:2], *COPIED, SELECTED[2], "_order", *ATTENDED]
     assert gpu.waits == []
     assert state.counters.slow == {}
+
+
+def test_what_a_gpu_cannot_do_is_reported(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out once, and said of each call; plain PyTorch does it then."""
+    state = layer()
+    call = llama(1, 4096)
+    with suppress(RuntimeError):  # from PyTorch without CUDA, when the engine that copies keys indexes a tensor
+        attend(state, replace(call, query=call.query.double(), key=call.key.double(), value=call.value.double()))
+    assert any("take float32, float16 or bfloat16" in what for what in state.counters.slow), state.counters
+    wide = replace(call, key=torch.empty(1, 8, 16, 320, device="cuda"))
+    assert on_gpus.unsupported_reason(wide) == "a head_dim of 320 is more than 256"
+    tried: list[int] = []
+    common = importlib.import_module("hf_sparse.kernels.triton.common")
+    with monkeypatch.context() as broken:
+        broken.setattr(common, "launches", lambda _: tried.append(1) or 1 / 0)
+        kernels.reason_of_gpu.cache_clear()
+        reasons = [kernels.unsupported_reason(call.key.device) for _ in range(3)]
+    assert reasons == ["Triton does not work here: ZeroDivisionError: division by zero"] * 3
+    assert tried == [1]
+    assert ENGINE.unsupported_reason(call) == on_gpus.unsupported_reason(call) == reasons[0]
+    kernels.reason_of_gpu.cache_clear()
+    monkeypatch.setattr(common, "shared_memory", lambda _: 48 << 10)
+    assert "has 48 KiB of shared memory" in (ENGINE.unsupported_reason(call) or "")
 
 
 def test_what_waits_is_noticed(gpu: Gpu) -> None:

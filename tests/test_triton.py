@@ -27,6 +27,7 @@ from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.selectors import importance, on_gpus
 from hf_sparse.selectors.grouped import GROUP_QUERIES, Grouped, by_triton
 from hf_sparse.selectors.importance import PERIOD
+from hf_sparse.visibility import VisibleRanges
 from tests import calls, tiny
 from tests.sparse import SPARSE
 from tests.test_engines import CALLS, layout
@@ -228,7 +229,7 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
         hf_sparse.patch(tiny.model("llama"), engine="triton")
     with monkeypatch.context() as old_gpu:
         old_gpu.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-        assert "7.5" in (gpu.unsupported_reason(torch.device("cuda")) or "")
+        assert "7.5" in (gpu.unsupported_reason(torch.device("cuda", 7)) or "")
     monkeypatch.setattr(gpu, "find_spec", lambda _: None)
     for reason in (ENGINE.unsupported_reason(call), calls.unavailable("triton")):
         assert "pip install triton" in (reason or "")
@@ -361,6 +362,84 @@ def test_equal_keys_are_kept_from_the_most_recent_on(q_len: int, kv_len: int) ->
     position, stop = torch.arange(kv_len), call.intervals[..., 1:]
     recent = (position >= stop - budgets[0, 0, 0] + 4) & (position < stop)
     assert torch.equal(mask, ((position < 4) | recent).expand_as(mask))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_one_set_of_launches_decodes_a_text_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known on the host is the room of a cache alone: launches are the same, and keep what is kept where all is known.
+
+    Sequences are of different lengths, and keys behind them are not written yet.
+    """
+    room, lengths = 500, torch.tensor([379, 210])
+    full = moved(calls.inputs(calls.causal_intervals(1, room), room, heads=2, kv_heads=1, dim=16))
+    launched: list[Any] = []
+    run = interpreter.InterpretedFunction.run
+
+    def noted(self: Any, *args: Any, grid: Any, **options: Any) -> None:
+        facts = [tuple(x.shape) if isinstance(x, Tensor) else x for x in (*args, *options.values())]
+        launched.append((self.fn.__name__, grid, facts))
+        run(self, *args, grid=grid, **options)
+
+    def step(stop: Tensor, budgets: Tensor, past: int, room: int | None, quantised: QuantisedKeys) -> Tensor:
+        intervals = torch.stack([torch.zeros_like(stop), stop], -1).to(torch.int32).view(2, 1, 1, 2).to(DEVICE)
+        hidden = torch.arange(full.key.shape[2]) >= stop.view(2, 1, 1)
+        key = full.key.masked_fill(hidden[..., None].to(DEVICE), torch.nan)
+        bounds = () if room is None else (torch.zeros(2, 1).long(), torch.full((2, 1), room))
+        ranges = VisibleRanges(intervals, *bounds)
+        call = replace(full, key=key, intervals=intervals, known_ranges=ranges, quantised=quantised)
+        launched.clear()
+        selection = on_gpus.by_triton(call, budgets, ALWAYS, 1, (16, past))
+        kept = selection.mask(2, full.key.shape[2]).sum(-1).cpu()
+        assert torch.equal(kept, budgets.expand(-1, 2, -1).cpu())
+        return ENGINE.attend(call, selection)
+
+    monkeypatch.setattr(common, "_multiprocessors", lambda _: 8)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", noted)
+    quantised, seen = QuantisedKeys(), []
+    written = torch.arange(room) < lengths.view(2, 1, 1) - 1
+    quantised.up_to(full.key * written[..., None].to(DEVICE), room, codes.LAYOUT)
+    for more in range(2):
+        budgets = torch.tensor([110, 75 + more]).view(2, 1, 1)
+        exact = step(lengths + more, budgets, 112, None, QuantisedKeys())
+        out = step(lengths + more, budgets, 160, room, quantised)
+        assert_close(out, exact, atol=1e-5, rtol=1e-5)
+        seen.append(list(launched))
+    assert [name for name, *_ in seen[0]] == ["_totals", "_sum_weights", "_best", "_attend_tile", "_join_parts"]
+    assert seen[0] == seen[1]
+
+
+@pytest.fixture
+def many_slices(many_processors: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Several programs look for the best keys of a group. Gives their number, for each launch, and launches twice."""
+    finding, found = importlib.import_module("hf_sparse.kernels.triton.best"), list[int]()
+    best, grids = finding.best, list[tuple[int, ...]]()
+
+    def twice(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        first, again = (best(*args, **options) for _ in range(2))
+        assert all(torch.equal(*each) for each in zip(first, again, strict=True))
+        found.extend(grid[0] for grid in grids)
+        return again
+
+    monkeypatch.setattr(finding, "_TILE", 32)
+    monkeypatch.setattr(finding, "_best", Recorder(finding._best, grids))
+    monkeypatch.setattr(finding, "best", twice)
+    return found
+
+
+@pytest.mark.parametrize("q_len", [1, 7, GROUP_QUERIES])
+def test_programs_share_the_keys_of_a_group(q_len: int, many_slices: list[int]) -> None:
+    """Some of them find nothing: keys that nobody sees, or no past, lie in their slices."""
+    intervals = calls.causal_intervals(q_len, 300, left=(0, 150, 290), right=(0,) * 3)
+    call = calls.inputs(intervals, 300, heads=3, kv_heads=1, dim=16)
+    assert_same_keys(call, some_budgets(call, 150, per_head=q_len == 7))
+    assert min(many_slices) > 5
+
+
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_programs_share_equal_keys(q_len: int, many_slices: list[int]) -> None:
+    """The most recent of them are kept, in whatever slice they lie."""
+    test_equal_keys_are_kept_from_the_most_recent_on(q_len, 300)
+    assert min(many_slices) > 5
 
 
 @pytest.mark.parametrize(("q_len", "number"), [(1, torch.nan), (7, torch.inf)])

@@ -19,7 +19,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_sparse.call import AttentionCall
 from hf_sparse.visibility import interval_to_mask
 
-_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 _BLOCK = 128
 
 

@@ -23,6 +23,7 @@ from hf_sparse.bench.timing import Rounds, mebibytes, synchronize, with_peak
 from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.diagnostics import observed
+from hf_sparse.errors import first_line
 from hf_sparse.patching import base_model, patched, report
 
 WARM_UP_TOKENS = 256
@@ -127,12 +128,19 @@ class Generation:
         Returns:
             Method -> `samples` (quantity -> seconds in each round), `warm_up` in seconds, `peak_mib` above what was in
             use before the call (the model, and the full cache if there was one), `density`, and `tokens`; for a real
-            model `same_tokens`, the number of leading tokens equal to the baseline's.
+            model `same_tokens`, the number of leading tokens equal to the baseline's; or `skipped`: the reason why an
+            SDPA kernel does not run.
         """
         found: Found = {}
         for name, cache in caches.items():
             begin = perf_counter()
-            self._generate(name, short, pads, cache() if short is prompt else None)
+            try:
+                self._generate(name, short, pads, cache() if short is prompt else None)
+            except RuntimeError as error:
+                if name not in dense.backends(self.model.device):
+                    raise
+                found[name] = {"skipped": f"{type(error).__name__}: {first_line(error)}"}
+                continue
             found[name] = {"warm_up": perf_counter() - begin, "peak_mib": None}
 
         def sampler(name: str) -> Callable[[], dict[str, float]]:
@@ -146,9 +154,10 @@ class Generation:
 
             return sample
 
-        for name, samples in rounds.alternate({name: sampler(name) for name in caches}).items():
+        working = {name: facts for name, facts in found.items() if "skipped" not in facts}
+        for name, samples in rounds.alternate({name: sampler(name) for name in working}).items():
             found[name]["samples"] = samples
-        for facts in found.values() if self.real else ():
+        for facts in working.values() if self.real else ():
             facts["same_tokens"] = _common_start(facts["tokens"], found[next(iter(caches))]["tokens"])
         return found
 

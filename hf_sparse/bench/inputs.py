@@ -52,10 +52,10 @@ class LayerInputs:
         heads, kv_heads, head_dim = self.shape
         return {"inputs": self.name, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
 
-    def prefill(self, length: int) -> AttentionCall:
-        """Causal attention of `length` queries to as many keys."""
+    def prefill(self, length: int, index: int = 0) -> AttentionCall:
+        """Causal attention of `length` queries to as many keys. Each `index` gives other numbers."""
         stop = torch.arange(1, length + 1, dtype=torch.int32, device=self.device)
-        return self._make(length, stop, offset=0)
+        return self._make(length, stop, offset=index)
 
     def decode(self, length: int, index: int) -> AttentionCall:
         """One query that sees `length` keys, its own last. Each `index` gives other numbers."""

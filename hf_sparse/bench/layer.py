@@ -28,9 +28,11 @@ Found = dict[str, dict[str, Any]]
 
 # A call that takes longer than this is not repeated to measure its peak of memory alone.
 _QUICK = 1.0
-# Several sets of keys stand for the layers of a model: one set would stay in the CPU's cache.
+# Several sets of inputs stand for the layers of a model: one set would stay in the CPU's cache. A GPU's is larger than
+# what sparse attention reads of one set of any length.
 _SETS_BYTES = 1 << 28
 _MOST_SETS = 16
+_LEAST_SETS_ON_GPUS = 2
 # Share of the free memory that a method may take.
 _SHARE = 0.6
 
@@ -43,7 +45,7 @@ class Method:
         prepare: Gives the input of the call of that number, the same for every method; not timed.
         run: The timed call, from that input to `(1, heads, queries, head_dim)`.
         needs: Bytes formed besides inputs and output, where that is known to be much.
-        compiled: Whether the first call compiles it.
+        compiled: Whether the first call compiles it. Such a method is timed apart, after all others.
         optional: Whether it is skipped where it does not work.
     """
 
@@ -82,8 +84,8 @@ class SparseStep:
 @torch.no_grad()
 def time_decode(inputs: LayerInputs, length: int, config: SparseAttentionConfig, rounds: Rounds) -> Found:
     """Measure a decode step that sees `length` keys; see `_measure` for the result."""
-    different = max(1, min(_MOST_SETS, _SETS_BYTES // (inputs.kv_bytes * length)))
-    sets = [inputs.decode(length, index) for index in range(different)]
+    number = _number_of_sets(inputs.kv_bytes * length, inputs.device)
+    sets = [inputs.decode(length, index) for index in range(number)]
     methods = {
         SDPA: Method(_in_turn(sets), dense.sdpa),
         DYNAMIC: Method(_in_turn([dense.CachedStep(each) for each in sets]), dense.CachedStep.attend),
@@ -100,7 +102,8 @@ def time_prefill(
     inputs: LayerInputs, length: int, config: SparseAttentionConfig, rounds: Rounds, left_out: frozenset[str]
 ) -> Found:
     """Measure causal attention of `length` queries to as many keys; see `_measure` for the result."""
-    given = _in_turn([inputs.prefill(length)])
+    different = 1 if inputs.device.type == "cpu" else _LEAST_SETS_ON_GPUS
+    given = _in_turn([inputs.prefill(length, index) for index in range(different)])
     methods = {SDPA: Method(given, dense.sdpa)}
     if MASKED not in left_out:
         # The mask takes a byte per entry, and in SDPA another number of the inputs' dtype.
@@ -114,6 +117,11 @@ def time_prefill(
     state = _state(config, inputs.layer)
     methods[SPARSE] = Method(given, lambda call: attend(state, call)[0])
     return _measure(methods, state, inputs.device, rounds)
+
+
+def _number_of_sets(size: int, device: torch.device) -> int:
+    """Sets of keys and values of `size` bytes each that calls take in turn."""
+    return max(1 if device.type == "cpu" else _LEAST_SETS_ON_GPUS, min(_MOST_SETS, _SETS_BYTES // size))
 
 
 def _in_turn(items: list[Any]) -> Callable[[int], Any]:
@@ -131,9 +139,9 @@ def _measure(methods: dict[str, Method], state: LayerState, device: torch.device
     """Warm up, check and time every method, the first of which is the baseline.
 
     Returns:
-        Method -> `samples` (`{"seconds": [...]}`), `warm_up` in seconds with compilation, `peak_mib`, `output_error`
-        (mean and worst query, over the norm of the baseline's output), and `density` of `SPARSE`; or `skipped`: the
-        reason.
+        Method -> `samples` (`{"seconds": [...]}`, and more on CUDA: see `timed`), `warm_up` in seconds with
+        compilation, `peak_mib`, `output_error` (mean and worst query, over the norm of the baseline's output), and
+        `density` of `SPARSE`; or `skipped`: the reason.
     """
     found: Found = {}
     reference: Tensor | None = None
@@ -157,11 +165,16 @@ def _measure(methods: dict[str, Method], state: LayerState, device: torch.device
 
     def sampler(method: Method) -> Callable[[], dict[str, float]]:
         number = count()
-        return lambda: {"seconds": timed(lambda: method.prepare(next(number)), method.run, device)}
+        return lambda: timed(lambda: method.prepare(next(number)), method.run, device)
 
     working = {name: sampler(methods[name]) for name, facts in found.items() if "skipped" not in facts}
-    for name, samples in rounds.alternate(working).items():
-        found[name]["samples"] = samples
+    together = {name: sample for name, sample in working.items() if not methods[name].compiled}
+    samples = rounds.alternate(together)
+    done = len(samples[SPARSE]["seconds"])
+    for name in working.keys() - together.keys():
+        samples |= replace(rounds, repeats=done, seconds=0).alternate({name: working[name]})
+    for name, own in samples.items():
+        found[name]["samples"] = own
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from hf_sparse.bench.card import card
 from hf_sparse.bench.generation import Generation
 from hf_sparse.bench.inputs import LayerInputs, capture, gaussian
 from hf_sparse.bench.layer import Found, time_decode, time_prefill
@@ -162,4 +163,6 @@ def cpu_capability(device: torch.device) -> dict[str, str | int | None] | None:
 
 
 def _about(model: Record, weights: PreTrainedModel | Tensor, seed: int) -> Record:
-    return {**provenance(model, weights, seed), "cpu_capability": cpu_capability(weights.device)}
+    about = {**provenance(model, weights, seed), "cpu_capability": cpu_capability(weights.device)}
+    gpu = card(weights.device)
+    return about if gpu is None else about | {"gpu": gpu}

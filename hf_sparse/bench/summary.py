@@ -13,7 +13,7 @@ FIT_FROM = 16384
 """Exponents are fitted to lengths from here on, if there are two: below, fixed costs hide how a time grows."""
 
 _CONFIDENCE = 0.95
-_ABOUT = ("model", "dtype", "device", "device_name", "cpu_capability", "threads", "seed", "versions", "commit")
+_ABOUT = ("model", "dtype", "device", "device_name", "gpu", "cpu_capability", "threads", "seed", "versions", "commit")
 _CONDITIONS = ("config", "head_dim", "heads", "inputs", "kv_heads", "new_tokens")
 _FACTS = ("warm_up", "peak_mib", "density", "output_error", "same_tokens")
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from hf_sparse.bench.tasks import LAYER_TASKS, SPARSE
+from hf_sparse.bench.timing import HOST
 from hf_sparse.results import Summary, Table
 
 TITLES = {
     ("decode", "seconds"): "decode, one layer, n cached keys",
+    ("decode", HOST): "decode, one layer, n cached keys: by the host's clock",
     ("prefill", "seconds"): "prefill, one layer, n queries and keys",
+    ("prefill", HOST): "prefill, one layer, n queries and keys: by the host's clock",
     ("cached", "token"): "model, n cached tokens: time per token",
     ("generate", "first_token"): "model, prompt of n: time to first token",
     ("generate", "token"): "model, prompt of n: time per token",
@@ -51,11 +54,11 @@ def _table(summary: Summary, task: str, quantity: str) -> Table:
     for method in methods:
         if method != SPARSE:
             add(f"{method} / {SPARSE}", method, lambda row: ratio_text(row["ratio"]))
-    if task in LAYER_TASKS:
+    if task in LAYER_TASKS and quantity != HOST:
         add("ideal: 1 / density", SPARSE, lambda row: f"{1 / row['density']:.2f}")
         add(f"{SPARSE}: output error, mean query", SPARSE, lambda row: f"{row['output_error']['mean']:.3f}")
         add(f"{SPARSE}: output error, worst query", SPARSE, lambda row: f"{row['output_error']['worst']:.3f}")
-    else:
+    elif task not in LAYER_TASKS:
         new_tokens = summary["conditions"][task]["new_tokens"]
         add(f"{SPARSE}: density", SPARSE, lambda row: f"{row['density']:.3f}")
         add(

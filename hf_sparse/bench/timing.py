@@ -15,6 +15,9 @@ ResultT = TypeVar("ResultT")
 
 MOST_ROUNDS = 200
 
+HOST = "host"
+"""The time of a call on CUDA by the clock, beside that of the GPU."""
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _MEMORY = Path("/proc/meminfo")
@@ -56,23 +59,27 @@ class Rounds:
         return out
 
 
-def timed(prepare: Callable[[], Any], run: Callable[[Any], object], device: torch.device) -> float:
-    """Seconds that `run` takes on the result of `prepare`, which is not timed itself.
+def timed(prepare: Callable[[], Any], run: Callable[[Any], object], device: torch.device) -> dict[str, float]:
+    """How long `run` takes on the result of `prepare`, which is not timed itself.
 
-    They are taken from two events in the stream on CUDA, and from the clock elsewhere.
+    Returns:
+        `seconds`, by the clock. On CUDA they are those between two events in the stream, which the GPU takes, and
+        `host` is what the clock says until the GPU is done: with what the host does before the first of its kernels.
     """
     given = prepare()
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
+        begin = perf_counter()
         start.record()
         run(given)
         stop.record()
         torch.cuda.synchronize(device)
-        return float(start.elapsed_time(stop)) / 1000
+        host = perf_counter() - begin
+        return {"seconds": float(start.elapsed_time(stop)) / 1000, HOST: host}
     begin = perf_counter()
     run(given)
-    return perf_counter() - begin
+    return {"seconds": perf_counter() - begin}
 
 
 def synchronize(device: torch.device) -> None:

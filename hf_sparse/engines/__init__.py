@@ -12,7 +12,7 @@ from hf_sparse.engines.reference import Reference
 from hf_sparse.engines.triton import Triton
 from hf_sparse.errors import UserError
 
-__all__ = ["AUTO", "ENGINES", "Engine", "attend", "choose", "find_engine"]
+__all__ = ["AUTO", "ENGINES", "Engine", "attend", "choose", "find_engine", "slow_reason"]
 
 AUTO = "auto"
 """The name that lets `choose` choose."""
@@ -35,6 +35,11 @@ def choose(call: AttentionCall, selection: Selection) -> Engine:
         return ENGINES["reference"]
     fast = ENGINES["triton" if call.key.is_cuda else "cpu"]
     return ENGINES["gather"] if fast.unsupported_reason(call) else fast
+
+
+def slow_reason(call: AttentionCall) -> str | None:
+    """Why `choose` takes no fused kernel on a GPU in this call; `None` if it does, and on other devices."""
+    return ENGINES["triton"].unsupported_reason(call) if call.key.is_cuda else None
 
 
 def attend(engine: Engine | None, call: AttentionCall, selection: Selection) -> Tensor:

@@ -32,21 +32,22 @@ class QuantisedKeys:
         self._length = 0
 
     @torch.no_grad()
-    def up_to(self, key: Tensor, stop: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    def up_to(self, key: Tensor, stop: int, layout: Layout, *, left: int = 0) -> tuple[Tensor, Tensor]:
         """Codes and scales of at least the keys before `stop`.
 
         Args:
             key: `(batch, kv_heads, kv_len, head_dim)`: the keys that were quantised so far, and more.
             stop: Position after the last key that is needed.
             layout: Of the kernels that read them.
+            left: Keys at the end that the caller writes itself.
         """
         if self._parts is not None and not self._fits(self._parts[1], key, layout):
             self._parts, self._length = None, 0
         self._layout = layout
         parts = self._parts = self._with_room(key, stop, layout)
-        if stop > self._length:
-            layout.quantise(key, self._length, stop, parts)
-            self._length = stop
+        if stop - left > self._length:
+            layout.quantise(key, self._length, stop - left, parts)
+        self._length = max(self._length, stop)
         return parts
 
     def crop(self, length: int) -> None:

@@ -24,9 +24,13 @@ def by_triton(
 ) -> SharedSelection:
     """What `hf_sparse.selectors.grouped` keeps.
 
+    What queries see is read from `call.intervals` on the GPU. Of `call.ranges`, only bounds are used, which sizes and
+    grids follow from: those of a cache's room, and `widths` of a query that sees all of it, do for any text in there.
+    With budgets on the GPU besides, the same launches decode every token, as a CUDA graph wants it.
+
     Args:
         call: A whole number of groups of queries.
-        budgets: int64 `(batch, heads or 1, q_len)`, on the CPU.
+        budgets: Integers `(batch, heads or 1, q_len)`, on the CPU, or on the device of the call.
         always: Sinks and recent keys.
         size: Queries in a group.
         widths: At least as many first and local keys as any group has, and keys of the past as any keeps.
@@ -37,7 +41,8 @@ def by_triton(
 
     ranges = call.ranges
     stop = ranges.last_visible
-    codes, scales = call.own_quantised.up_to(call.key, stop, LAYOUT)
+    is_new = _ends_with_what_all_see(call)
+    codes, scales = call.own_quantised.up_to(call.key, stop, LAYOUT, left=int(is_new))
     near, past = widths
     groups = Groups(
         query=call.query,
@@ -52,20 +57,33 @@ def by_triton(
         base=ranges.first_visible,
         stop=stop,
         near=near,
+        fresh=call.key if is_new else None,
     )
-    values, counts = importance(call.query, groups, WINDOW, PERIOD)
+    values, counts, arrived = importance(call.query, groups, WINDOW, PERIOD)
     moved, differ = _moved(call, budgets)
-    positions, runs = best(values, counts, groups, moved, past, differ=size > 1 or differ)
+    positions, runs = best(values, counts, arrived, groups, moved, past, differ=size > 1 or differ)
     return SharedSelection(positions, runs, size, budgets.expand(call.query.shape[:3]))
 
 
+def _ends_with_what_all_see(call: AttentionCall) -> bool:
+    """Whether one query of each sequence sees all keys up to the last, as in decoding: the kernels write that key."""
+    if call.query.shape[2] > 1 or call.key.stride(3) > 1:
+        return False
+    ranges, name = call.ranges, "all see the last key"
+    if name not in ranges.plans:  # for all layers
+        ranges.plans[name] = bool((ranges.stop == ranges.last_visible).all())
+    return bool(ranges.plans[name])
+
+
 def _moved(call: AttentionCall, budgets: Tensor) -> tuple[Tensor, bool]:
-    """Budgets as int32 `(batch, heads, q_len)` on the device of a call, and whether those of a query's heads differ.
+    """Budgets as int32 `(batch, heads, q_len)` on a call's device, and whether those of a query's heads may differ.
 
     They are moved once for all layers that share a law, and with it the memory of the budgets.
     """
     batch, heads, queries, _ = call.query.shape
     device = call.query.device
+    if budgets.device == device and device.type != "cpu":
+        return budgets.to(torch.int32).expand(batch, heads, queries), budgets.shape[1] > 1
     key = ("budgets", budgets.data_ptr(), budgets.shape, budgets.stride(), heads, device)
     known = call.ranges.plans.get(key)
     if known is None:

@@ -147,7 +147,7 @@ class Found:
 
         with poisoned_memory():
             best = launches(call, budgets, machine)["best"]
-        values, counts, groups = best.args[:3]
+        values, counts, _, groups = best.args[:4]
         return cls(values, counts, groups.base, groups.near, SHIFT, *best.result[:2])
 
 

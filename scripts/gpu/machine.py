@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import torch
@@ -153,19 +152,14 @@ def environment(machine: Machine) -> Iterator[Case]:
 
 def software() -> dict[str, Any]:
     """Versions, and the compilers that Triton and the CPU's kernels look for."""
-
-    def found(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
+    from hf_sparse.bench.card import installed
 
     packages = ("torch", "triton", "transformers", "accelerate", "numpy", "datasets", "typer", "pytest", "hypothesis")
     tools = ("cc", "gcc", "c++", "nvcc", "compute-sanitizer", "ncu")
     return {
         "python": sys.version.split()[0],
         "system": platform.platform(),
-        "packages": {name: found(name) for name in packages},
+        "packages": {name: installed(name) for name in packages},
         "tools": {name: shutil.which(name) for name in tools},
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,

@@ -15,7 +15,6 @@ import hf_sparse
 from gpu import settings
 from gpu.cases import Case, SkippedError, compared
 from gpu.machine import Ceilings, Machine
-from hf_sparse.bench import dense
 from hf_sparse.bench.generation import Generation
 from hf_sparse.bench.shapes import SHAPES, random_model
 from hf_sparse.bench.tasks import DYNAMIC
@@ -117,6 +116,8 @@ def _timed(machine: Machine, length: int, quantity: str) -> Iterator[Case]:
     def found(name: str) -> dict[str, Any]:
         own = _one(generation, name)
         results = own.from_cache(text, rounds) if quantity == "token" else own.from_prompt(text, rounds)
+        if "skipped" in results[name]:
+            raise SkippedError(results[name]["skipped"][:500])
         return dict(results[name])
 
     def seconds(name: str) -> float:
@@ -139,18 +140,10 @@ def _timed(machine: Machine, length: int, quantity: str) -> Iterator[Case]:
             bytes=weights * model.dtype.itemsize, flop=2.0 * weights * length + 2.0 * width * length**2
         )
 
-    def found_by(name: str) -> dict[str, Any]:
-        try:
-            return run(name)
-        except RuntimeError as error:
-            if name not in dense.backends(machine.device):
-                raise
-            raise SkippedError(f"SDPA by {name}: {error}"[:500]) from None
-
     for name in generation.methods:
         yield Case(
             name,
-            lambda name=name: found_by(name),
+            lambda name=name: run(name),
             {"length": length, "layers": generation.model.config.num_hidden_layers},
         )
 

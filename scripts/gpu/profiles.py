@@ -21,6 +21,9 @@ from hf_sparse.bench.layer import SparseStep
 
 Step = Callable[[], object]
 
+DECODE = ("_totals", "_sum_weights", "_best", "_attend_tile", "_join_parts")
+"""Kernels of a decode step; besides, the new key and value are copied to the cache."""
+
 
 def profiled(step: Step, machine: Machine) -> dict[str, Any]:
     """Operations on the device and their time, and operators that PyTorch was called with."""
@@ -61,7 +64,7 @@ def synchronisations(step: Step, machine: Machine) -> dict[str, Any]:
     return {"synchronisations": len(waits), "places": dict(Counter(waits).most_common())}
 
 
-def _cases(step: Step, shape: Shape, machine: Machine) -> Iterator[Case]:
+def _cases(step: Step, shape: Shape, machine: Machine, predicted: int | None = None) -> Iterator[Case]:
     def warm() -> dict[str, Any]:
         times = []
         for _ in range(3):
@@ -73,7 +76,7 @@ def _cases(step: Step, shape: Shape, machine: Machine) -> Iterator[Case]:
 
     with torch.no_grad():
         yield Case("warm up", warm, shape.facts)
-        yield Case("profile", lambda: profiled(step, machine), shape.facts)
+        yield Case("profile", lambda: {"predicted_operations": predicted} | profiled(step, machine), shape.facts)
         yield Case("synchronisations", lambda: synchronisations(step, machine), shape.facts)
 
 
@@ -82,7 +85,7 @@ def decode(machine: Machine, length: int) -> Iterator[Case]:
     shape = Shape(machine.pick(length, 500), kv_heads=machine.pick(8, 2), dtype=machine.half)
     call = settings.with_known_ranges(references.call_of(shape, machine))
     sparse = SparseStep(call, settings.layer())
-    yield from _cases(lambda: sparse.undo().attend(), shape, machine)
+    yield from _cases(lambda: sparse.undo().attend(), shape, machine, len(DECODE) + 2)
 
 
 def prefill(machine: Machine, length: int) -> Iterator[Case]:

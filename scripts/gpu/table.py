@@ -50,6 +50,7 @@ CHECKS = (
     _correct("select/basic", "selection.basic", "the selector against PyTorch on the CPU: decode, prefill, padding"),
     _correct("layer/basic", "layers.basic", "selector and engine of a layer, Triton against plain PyTorch"),
     _correct("model/generate", "models.generate", "a random Llama: generate by Triton, gather, padded, static cache"),
+    _correct("graph/decode", "graphs.decode", "tokens in a cache of fixed room, by one CUDA graph that is replayed"),
     _correct("find/codes", "finding.codes", "keys in 4 bits: every number, and the memory around them"),
     _correct(
         "find/groups", "finding.groups", "importance of keys, its counts, and lists of the most important, exactly"
@@ -74,6 +75,8 @@ CHECKS = (
         _time(f"prefill/{name}", "timing.prefill", "one layer: all queries, kernels and dense back ends", length=length)
         for name, length in list(_LENGTHS.items())[:2]
     ),
+    _time("graph/131k", "graphs.time_decode", "one layer: one query, by a CUDA graph", length=131072),
+    _time("bench/layer", "benching.layer", "what hf-sparse bench measures of one layer, and its back ends", 90),
     _time(
         "profile/131k", "profiles.decode", "launches, busy time and synchronisations of a decode step", length=131072
     ),

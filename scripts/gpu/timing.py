@@ -26,6 +26,7 @@ from hf_sparse.bench import dense
 from hf_sparse.bench.layer import SparseStep
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.selectors import find_selector
+from hf_sparse.selectors.importance import PERIOD, WINDOW
 
 _SETS_BYTES = 200e6
 """Four times an L2 cache."""
@@ -117,8 +118,13 @@ def _heads_as_queries(call: AttentionCall) -> Tensor:
 
 
 def keys_in_4_bits(shape: Shape) -> int:
-    """Bytes of all keys as a selector reads them, with their scales."""
+    """Bytes of all keys in 4 bits, with their scales."""
     return shape.kv_heads * shape.length * (shape.dim // 2 + 4)
+
+
+def ranked(shape: Shape) -> float:
+    """Bytes of them that a selector reads: some of them twice, for the totals of weights."""
+    return keys_in_4_bits(shape) * (1 + WINDOW / PERIOD)
 
 
 def _block_cases(layer: Layer) -> Iterator[Case]:
@@ -140,7 +146,7 @@ def _block_cases(layer: Layer) -> Iterator[Case]:
 
     def select() -> dict[str, Any]:
         found = layer.each(given(), choose)
-        return layer.record(found, bytes=keys_in_4_bits(shape) + 2 * lists, flop=scores, part=part)
+        return layer.record(found, bytes=ranked(shape) + 2 * lists, flop=scores, part=part)
 
     def attention() -> dict[str, Any]:
         kept = [(call, choose((call, budgets))) for call, budgets in given()]
@@ -159,7 +165,7 @@ def _block_cases(layer: Layer) -> Iterator[Case]:
         return layer.record(found, bytes=bytes, flop=flop, part=part)
 
     def importance() -> dict[str, Any]:
-        return kernel("importance", keys_in_4_bits(shape) + lists, scores)
+        return kernel("importance", ranked(shape) + lists, scores)
 
     def codes() -> dict[str, Any]:
         from hf_sparse.kernels.triton.codes import LAYOUT
@@ -188,9 +194,11 @@ def _sparse(layer: Layer, items: list[Any], run: Callable[[LayerState, Any], obj
         # Keys and values are read once for each group of queries.
         blocks = max(1, shape.queries // find_selector(settings.SELECTOR).group_queries)
         lists = 2 * shape.kv_heads * blocks * plan.most * shape.dim * shape.dtype.itemsize
+        # The importance of each key goes out, and comes back.
+        lists += 2 * 4 * shape.kv_heads * blocks * shape.length
         found = layer.each(items, lambda item: run(state, item))
         slow = {"slow": dict(state.counters.slow)}
-        return slow | layer.record(found, bytes=keys_in_4_bits(shape) + lists, flop=(seen + 4 * kept) * shape.dim)
+        return slow | layer.record(found, bytes=ranked(shape) + lists, flop=(seen + 4 * kept) * shape.dim)
 
     return Case("layer", timed, shape.facts)
 

@@ -1,8 +1,9 @@
 """The most important past keys of each group: their list, and the runs of it that each pair keeps.
 
-A program finds the keys of a group. Counts of keys by the first 11 bits of their importance, which come with it, say
-which keys may be among the best; these are listed in one walk over all keys. Further counts, of the few that are listed
-by the next 10 and the last 10 bits, give the least importance that is kept. Of equal keys, the most recent are kept.
+Counts of keys by the first 11 bits of their importance, which come with it, say which keys may be among the best; these
+are listed in one walk over all keys, which several programs share where there are few groups, as in decoding. The one
+of them that comes to its end last joins their lists. It counts the few keys that are listed further, by the next 10 and
+the last 10 bits, which gives the least importance that is kept. Of equal keys, the most recent are kept.
 Where some pairs of a group keep more than others, a second kernel puts the keys into order that not all of them keep.
 """
 
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.kernels.triton.common import on_its_device
+from hf_sparse.kernels.triton.common import on_its_device, parts_for
 from hf_sparse.kernels.triton.importance import BINS, SHIFT, Groups
 from hf_sparse.kernels.triton.spans import ranges_of, seen_by, spend
 
@@ -26,18 +27,22 @@ RUNS = 3
 # Keys that a program looks at together; the same where keys are put into order, and how many programs share those.
 _TILE, _ORDER_TILE, _ORDER_PROGRAMS = 4096, 64, 32
 
+# Most programs that share the walk over the keys of a group.
+_MOST_SLICES = 64
+
 _MANY = tl.constexpr(1 << 30)
 
 
 @on_its_device
 def best(
-    values: Tensor, counts: Tensor, groups: Groups, budgets: Tensor, past: int, *, differ: bool
+    values: Tensor, counts: Tensor, arrived: Tensor, groups: Groups, budgets: Tensor, past: int, *, differ: bool
 ) -> tuple[Tensor, Tensor]:
     """Lists of keys, and what the pairs keep of them.
 
     Args:
         values: From `hf_sparse.kernels.triton.importance`.
         counts: From the same.
+        arrived: From the same: zeros, and zeros again when this is done.
         groups: The groups.
         budgets: int32 `(batch, heads, q_len)`.
         past: At least as many keys of the past as any pair keeps.
@@ -57,12 +62,20 @@ def best(
     unordered = torch.empty(*rows, past, dtype=torch.int32, device=device) if differ else None
     bounds = torch.empty(*rows, 2, dtype=torch.int32, device=device) if differ else None
     width = values.shape[3]
-    _best[number, batch * kv_heads](
+    slices, tiles_each = parts_for(
+        device, number * batch * kv_heads, triton.cdiv(width, _TILE), most=_MOST_SLICES, programs_each=2
+    )
+    slice_bits = (slices - 1).bit_length()
+    ends = torch.empty(*rows, 1 << slice_bits, dtype=torch.int32, device=device)
+    _best[slices, number, batch * kv_heads](
         values,
         counts,
+        arrived,
         positions,
         runs,
         listed,
+        listed if slices == 1 else torch.empty_like(values),
+        ends,
         unordered,
         bounds,
         groups.intervals,
@@ -78,6 +91,8 @@ def best(
         width,
         groups.near,
         past,
+        tiles_each * _TILE,
+        SLICE_BITS=slice_bits,
         SIZE=groups.padded_size,
         TILE=_TILE,
         BINS=BINS,
@@ -158,12 +173,42 @@ def _append(to, x, taken, number):
 
 
 @triton.jit
+def _joined(listed, joined, ends, slice_width, TILE: tl.constexpr, SLICE_BITS: tl.constexpr):
+    """Join the lists of all slices in their order, and say how many keys there are.
+
+    `ends` holds how many keys a slice has listed, and then how many it and those before it have.
+    """
+    each = tl.arange(0, 1 << SLICE_BITS)
+    found = tl.load(ends + each, mask=each < tl.num_programs(0), other=0)
+    number = tl.sum(found, 0)
+    tl.debug_barrier()
+    tl.store(ends + each, tl.cumsum(found, 0))
+    tl.debug_barrier()
+    for at in range(0, number, TILE):
+        i = at + tl.arange(0, TILE)
+        inside = i < number
+        # By bisection: the first slice that does not end before.
+        own = tl.zeros([TILE], tl.int32)
+        for bit in tl.static_range(SLICE_BITS):
+            step = 1 << (SLICE_BITS - 1 - bit)
+            own += tl.where(tl.load(ends + own + step - 1) <= i, step, 0)
+        start = tl.load(ends + own - 1, mask=own > 0, other=0)
+        place = tl.load(listed + own * slice_width + i - start, mask=inside, other=0)
+        tl.store(joined + i, place, mask=inside)
+    tl.debug_barrier()
+    return number
+
+
+@triton.jit
 def _best(
     values,
     counts,
+    arrived,
     positions,
     runs,
     listed,
+    joined,
+    ends,
     unordered,
     bounds,
     intervals,
@@ -179,17 +224,21 @@ def _best(
     width,
     near_width,
     past_width,
+    slice_width,
+    SLICE_BITS: tl.constexpr,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
     BINS: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Grid: (groups, batch x kv_heads)."""
-    group = tl.program_id(0)
-    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
-    row = (tl.program_id(1) * tl.num_programs(0) + group).to(tl.int64)
+    """Grid: (slices of the keys, groups, batch x kv_heads)."""
+    own_slice, group = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
+    row = (tl.program_id(2) * tl.num_programs(1) + group).to(tl.int64)
     values += row * width
     listed += row * width
+    joined += row * width
+    ends += row << SLICE_BITS
     positions += row * (near_width + past_width)
     oldest, past_start, past_stop, last_stop = ranges_of(
         intervals, interval_strides, batch, group, size, sink_keys, recent_keys, SIZE
@@ -198,6 +247,7 @@ def _best(
 
     query = tl.arange(0, SIZE)
     real = query < size
+    writes = query < tl.where(own_slice == 0, size, 0)
     first, stop = seen_by(intervals, interval_strides, batch, group * size + query, real)
     alive = stop > first
     share = pairs // size
@@ -210,52 +260,69 @@ def _best(
         begin = first - oldest
         end = last_start - oldest - tl.where(last_start >= past_stop, past, 0)
         run = runs + pair * 6
-        tl.store(run, tl.where(alive, begin, 0), mask=real)
-        tl.store(run + 1, tl.where(alive, begin + first_stop - first, 0), mask=real)
-        tl.store(run + 2, tl.where(alive, end, 0), mask=real)
-        tl.store(run + 3, tl.where(alive, end + stop - last_start, 0), mask=real)
-        tl.store(run + 4, tl.where(alive, near_width, 0), mask=real)
-        tl.store(run + 5, tl.where(alive, near_width + ranked, 0), mask=real)
+        tl.store(run, tl.where(alive, begin, 0), mask=writes)
+        tl.store(run + 1, tl.where(alive, begin + first_stop - first, 0), mask=writes)
+        tl.store(run + 2, tl.where(alive, end, 0), mask=writes)
+        tl.store(run + 3, tl.where(alive, end + stop - last_start, 0), mask=writes)
+        tl.store(run + 4, tl.where(alive, near_width, 0), mask=writes)
+        tl.store(run + 5, tl.where(alive, near_width + ranked, 0), mask=writes)
         most = tl.maximum(most, tl.max(ranked, 0))
         least = tl.minimum(least, tl.min(tl.where(ranked > 0, ranked, _MANY), 0))
 
-    for at in range(0, near_width, TILE):
-        place = at + tl.arange(0, TILE)
-        position = oldest + place
-        position += tl.where(position >= past_start, past, 0)
-        tl.store(positions + place, tl.where(position < last_stop, position, 0), mask=place < near_width)
+    if own_slice == 0:
+        for at in range(0, near_width, TILE):
+            place = at + tl.arange(0, TILE)
+            position = oldest + place
+            position += tl.where(position >= past_start, past, 0)
+            tl.store(positions + place, tl.where(position < last_stop, position, 0), mask=place < near_width)
+        for at in range(most // TILE * TILE, past_width, TILE):
+            place = at + tl.arange(0, TILE)
+            mask = (place >= most) & (place < past_width)
+            tl.store(positions + near_width + place, tl.zeros([TILE], tl.int64), mask=mask)
+        if unordered is not None:
+            tl.store(bounds + row * 2, tl.minimum(least, most))
+            tl.store(bounds + row * 2 + 1, most)
     positions += near_width
-    for at in range(most // TILE * TILE, past_width, TILE):
-        place = at + tl.arange(0, TILE)
-        tl.store(positions + place, tl.zeros([TILE], tl.int64), mask=(place >= most) & (place < past_width))
     if unordered is not None:
         unordered += row * past_width
-        tl.store(bounds + row * 2, tl.minimum(least, most))
-        tl.store(bounds + row * 2 + 1, most)
 
+    own_counts = tl.load(counts + row * BINS + tl.arange(0, BINS))
+    lowest, above = _bin_of(own_counts, most, BINS)
+    number = 0
     if most > 0:
-        own_counts = tl.load(counts + row * BINS + tl.arange(0, BINS))
-        lowest, above = _bin_of(own_counts, most, BINS)
-        number = 0
-        for at in range(past_start - base, past_stop - base, TILE):
+        start = own_slice * slice_width
+        for at in range(start, tl.minimum(start + slice_width, past_stop - base), TILE):
             place = at + tl.arange(0, TILE)
-            bits = tl.load(values + place, mask=place < past_stop - base, other=-1)
-            number = _append(listed, place, (bits >> SHIFT) >= lowest, number)
-        # What other threads of the program wrote is read from here on.
+            # Whole tiles are read, whatever part of them is of the past.
+            bits = tl.load(values + place, mask=place < width, other=-1)
+            inside = (place >= past_start - base) & (place < past_stop - base)
+            number = _append(listed + start, place, inside & ((bits >> SHIFT) >= lowest), number)
+    # What other threads of the program wrote is read from here on, or by another program.
+    tl.debug_barrier()
+    is_last = most > 0
+    if SLICE_BITS > 0:
+        tl.store(ends + own_slice, number)
         tl.debug_barrier()
-        last, late = _least(values, listed, number, lowest, most - above, TILE)
+        ends_last = tl.atomic_add(arrived + row, 1, sem="acq_rel") == tl.num_programs(0) - 1
+        if ends_last:
+            tl.store(arrived + row, 0)
+        is_last &= ends_last
+    if is_last:
+        if SLICE_BITS > 0:
+            number = _joined(listed, joined, ends, slice_width, TILE, SLICE_BITS)
+        last, late = _least(values, joined, number, lowest, most - above, TILE)
         taken, seen = 0, 0
         if unordered is None:
             for at in range(0, number, TILE):
-                place, bits, inside = _load_listed(values, listed, at, number, TILE)
+                place, bits, inside = _load_listed(values, joined, at, number, TILE)
                 good, seen = _among_best(bits, inside, last, late, seen)
                 taken = _append(positions, (base + place).to(tl.int64), good, taken)
         else:
             highest, above = _bin_of(own_counts, least, BINS)
-            sure, sure_late = _least(values, listed, number, highest, least - above, TILE)
+            sure, sure_late = _least(values, joined, number, highest, least - above, TILE)
             sure_seen, others = 0, 0
             for at in range(0, number, TILE):
-                place, bits, inside = _load_listed(values, listed, at, number, TILE)
+                place, bits, inside = _load_listed(values, joined, at, number, TILE)
                 good, seen = _among_best(bits, inside, last, late, seen)
                 best_of_all, sure_seen = _among_best(bits, inside, sure, sure_late, sure_seen)
                 taken = _append(positions, (base + place).to(tl.int64), best_of_all, taken)

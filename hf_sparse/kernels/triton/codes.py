@@ -136,6 +136,34 @@ def correction(low, high):
     return -_OFFSET * (tl.sum(low.to(tl.int32), 1) + tl.sum(high.to(tl.int32), 1))
 
 
+@triton.jit
+def write_keys(
+    key,
+    codes,
+    scales,
+    position,
+    inside,
+    key_stride,
+    code_stride,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """Write codes and scales of the keys of one head at `position`, int64 `(VECTORS,)`, that are `inside`."""
+    d = tl.arange(0, PADDED_HALF)
+    at = key + position[:, None] * key_stride + d[None, :]
+    mask = inside[:, None] & (d < HALF)[None, :]
+    low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(at + HALF, mask=inside[:, None] & (HALF + d < DIM)[None, :], other=0.0).to(tl.float32)
+    low, high = mixed(low, high, VECTORS, PADDED_HALF, BLOCK)
+    low, high, scale = rounded(low, high, KEY_MOST)
+    both = (low.to(tl.int32) + _OFFSET) | ((high.to(tl.int32) + _OFFSET) << 4)
+    tl.store(codes + position[:, None] * code_stride + d[None, :], both.to(tl.uint8), mask=mask)
+    tl.store(scales + position, scale, mask=inside)
+
+
 @triton.jit(do_not_specialize=["start", "stop"])
 def _write(
     key,
@@ -156,15 +184,20 @@ def _write(
     """Grid: (tiles of keys, batch x kv_heads)."""
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     position = (start + tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)).to(tl.int64)
-    inside = position < stop
-    d = tl.arange(0, PADDED_HALF)
-    own = key + batch * key_strides[0] + kv_head * key_strides[1] + position[:, None] * key_strides[2] + d[None, :]
-    low = tl.load(own, mask=inside[:, None] & (d < HALF)[None, :], other=0.0).to(tl.float32)
-    high = tl.load(own + HALF, mask=inside[:, None] & (HALF + d < DIM)[None, :], other=0.0).to(tl.float32)
-    low, high = mixed(low, high, VECTORS, PADDED_HALF, BLOCK)
-    low, high, scale = rounded(low, high, KEY_MOST)
-    both = (low.to(tl.int32) + _OFFSET) | ((high.to(tl.int32) + _OFFSET) << 4)
+    key += batch * key_strides[0] + kv_head * key_strides[1]
     codes += batch * code_strides[0] + kv_head * code_strides[1]
-    mask = inside[:, None] & (d < HALF)[None, :]
-    tl.store(codes + position[:, None] * code_strides[2] + d[None, :], both.to(tl.uint8), mask=mask)
-    tl.store(scales + batch * scale_strides[0] + kv_head * scale_strides[1] + position, scale, mask=inside)
+    scales += batch * scale_strides[0] + kv_head * scale_strides[1]
+    write_keys(
+        key,
+        codes,
+        scales,
+        position,
+        position < stop,
+        key_strides[2],
+        code_strides[2],
+        DIM,
+        HALF,
+        PADDED_HALF,
+        BLOCK,
+        VECTORS,
+    )

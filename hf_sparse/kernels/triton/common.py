@@ -67,6 +67,17 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block)
 
 
+def launches(device: torch.device) -> None:
+    """Compile and launch a small kernel, which raises what is raised where Triton cannot do that."""
+    with torch.cuda.device(device):
+        _one[(1,)](torch.empty(1, dtype=torch.int32, device=device))
+
+
+@triton.jit
+def _one(out):
+    tl.store(out, 1)
+
+
 @triton.jit
 def fold(scores, highest, mass):
     """Fold a tile of scores `(pairs, keys)`, to the base 2, into the running maximum and sum of each pair.

@@ -1,9 +1,9 @@
 """The importance of the past keys of each group, as `hf_sparse.selectors.importance` has it, with the same numbers.
 
-One kernel rounds the queries, and finds what the weights of each (query, head) pair are relative to, from the keys that
-are looked at for the estimate: where there are few pairs, as in decoding, several programs share those keys. Another
-holds a tile of keys, walks over the pairs of the groups, and sums their weights. Each of its scores is computed once,
-and nothing of size q_len x kv_len is stored.
+One kernel rounds the queries and, in decoding, the new key, and finds what the weights of each (query, head) pair are
+relative to, from the keys that are looked at for the estimate: where there are few pairs, as in decoding, several
+programs share those keys. Another holds a tile of keys, walks over the pairs of the groups, and sums their weights.
+Each of its scores is computed once, and nothing of size q_len x kv_len is stored.
 
 Importance is never negative: as integers, its bits have the same order. While a tile is at hand, its keys are counted
 by the first bits of their importance, for `hf_sparse.kernels.triton.best`.
@@ -33,6 +33,7 @@ from hf_sparse.kernels.triton.codes import (
     mixed,
     padded_half,
     rounded,
+    write_keys,
 )
 from hf_sparse.kernels.triton.common import LOG2_E, LOWEST, capped, on_its_device, parts_for
 from hf_sparse.kernels.triton.spans import ranges_of, seen_by
@@ -63,6 +64,8 @@ class Groups:
         base: No query sees a key before this position.
         stop: No query sees a key from this position on.
         near: At least as many first and local keys as any group has.
+        fresh: `(batch, kv_heads, kv_len, head_dim)`, in decoding: keys, of which `codes` and `scales` get the last one
+            that each sequence sees. `None` if they hold it already.
     """
 
     query: Tensor
@@ -77,6 +80,7 @@ class Groups:
     base: int
     stop: int
     near: int
+    fresh: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -92,8 +96,11 @@ class Groups:
 
 
 @on_its_device
-def importance(query: Tensor, groups: Groups, window: int, period: int) -> tuple[Tensor, Tensor]:
+def importance(query: Tensor, groups: Groups, window: int, period: int) -> tuple[Tensor, Tensor, Tensor]:
     """The importance of the keys of the past.
+
+    Sizes and grids follow from `groups.base`, `groups.stop` and `groups.near` alone: what queries see is read from
+    `groups.intervals` by the kernels.
 
     Args:
         query: `groups.query`.
@@ -104,7 +111,7 @@ def importance(query: Tensor, groups: Groups, window: int, period: int) -> tuple
     Returns:
         The bits of float32 numbers, int32 `(batch, kv_heads, groups, keys)`, for the keys from `groups.base` on: not
         written for keys that are not of the past of a group. And of the keys that are, how many have those first bits:
-        int32 `(batch, kv_heads, groups, BINS)`.
+        int32 `(batch, kv_heads, groups, BINS)`. And zeros, int32 `(batch, kv_heads, groups)`.
     """
     batch, kv_heads, number, pairs = groups.shape
     dim = query.shape[3]
@@ -119,6 +126,7 @@ def importance(query: Tensor, groups: Groups, window: int, period: int) -> tuple
     query_scales = torch.empty(*rows, pairs, dtype=torch.float32, device=device)
     totals = torch.empty(2, *rows, pairs, parts, dtype=torch.float32, device=device)
     counts = torch.empty(*rows, BINS, dtype=torch.int32, device=device)
+    arrived = torch.empty(*rows, dtype=torch.int32, device=device)
     layout = (
         groups.intervals,
         groups.codes,
@@ -150,6 +158,9 @@ def importance(query: Tensor, groups: Groups, window: int, period: int) -> tuple
         query,
         query.stride()[:3],
         groups.scaling,
+        groups.fresh,
+        None if groups.fresh is None else groups.fresh.stride()[:3],
+        arrived,
         *layout,
         DIM=dim,
         BLOCK=block_of(dim),
@@ -176,7 +187,7 @@ def importance(query: Tensor, groups: Groups, window: int, period: int) -> tuple
         **sizes,
         num_warps=4 if tile_pairs == 16 else 8,
     )
-    return values, counts
+    return values, counts, arrived
 
 
 @triton.jit
@@ -190,6 +201,9 @@ def _totals(
     query,
     query_strides,
     scaling,
+    fresh,
+    fresh_strides,
+    arrived,
     intervals,
     codes,
     scales,
@@ -251,6 +265,7 @@ def _totals(
         tl.store(query_scales + place, scale, mask=real)
         if tl.program_id(0) == 0:
             tl.store(counts + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+            tl.store(arrived + row, 0)
 
     first, stop = seen_by(intervals, interval_strides, batch, index, real)
     oldest, past_start, past_stop, last_stop = ranges_of(
@@ -265,6 +280,27 @@ def _totals(
 
     codes += batch * code_strides[0] + kv_head * code_strides[1]
     scales += batch * scale_strides[0] + kv_head * scale_strides[1]
+    if fresh is not None:  # noqa: SIM102 - known when the kernel is compiled, the other is not
+        # By the programs that look at it: local keys come last of those that are near.
+        if (near_tiles - 1) % parts == part:
+            fresh += batch * fresh_strides[0] + kv_head * fresh_strides[1]
+            newest = (last_stop - 1 + tl.arange(0, 1)).to(tl.int64)
+            write_keys(
+                fresh,
+                codes,
+                scales,
+                newest,
+                newest >= 0,
+                fresh_strides[2],
+                code_strides[2],
+                DIM,
+                HALF,
+                PADDED_HALF,
+                BLOCK,
+                1,
+            )
+            # What other threads of the program wrote is read from here on.
+            tl.debug_barrier()
     offset = correction(low, high)
     highest = tl.full([PAIRS], LOWEST, tl.float32)
     mass = tl.zeros([PAIRS], tl.float32)
@@ -334,6 +370,12 @@ def _sum_weights(
     start = base + tl.program_id(1) * KEYS
     position = start + tl.arange(0, KEYS)
     written = position < stop
+    if SIZE == 1:
+        # Of the one group of a decoded token, no key beyond its past is read.
+        _, past_start, past_stop, _ = ranges_of(
+            intervals, interval_strides, batch, 0, size, sink_keys, recent_keys, SIZE
+        )
+        written = (position >= past_start) & (position < past_stop)
     codes += batch * code_strides[0] + kv_head * code_strides[1]
     low, high = load_codes(codes, position, written, code_strides[2], HALF, PADDED_HALF)
     scales += batch * scale_strides[0] + kv_head * scale_strides[1]
