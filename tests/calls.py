@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_sparse import SparseAttentionConfig, engines
 from hf_sparse.call import AttentionCall, Selection
+from hf_sparse.kernels.quantised import CENTRED
 from hf_sparse.selectors import Selector, find_selector
 from hf_sparse.selectors.importance import PERIOD, WINDOW
 
@@ -215,7 +216,11 @@ def _share(
     past = range(past_start, past_stop)
     importance = torch.zeros(call.key.shape[2], dtype=torch.float64)
     if past:
-        key = rounded(mixed(call.key[b, pairs[0][0] // call.group_size]), 7)
+        key = call.key[b, pairs[0][0] // call.group_size]
+        if call.softcap is None:  # a weight does not depend on what all keys have in common
+            start = int(call.text_start[b])
+            key = key - key[start : min(start + CENTRED, call.last_visible)].mean(0)
+        key = rounded(mixed(key), 7)
         for head, i in pairs:
             scores = key @ rounded(mixed(call.query[b, head, i] * call.scaling), 63)
             if call.softcap is not None:

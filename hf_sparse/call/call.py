@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hf_sparse.kernels.layout import Layout
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.visibility import VisibleRanges
 
@@ -93,6 +94,14 @@ class AttentionCall:
     def own_quantised(self) -> QuantisedKeys:
         """`quantised`, or none yet."""
         return QuantisedKeys() if self.quantised is None else self.quantised
+
+    def quantised_up_to(self, stop: int, layout: Layout, *, left: int = 0) -> tuple[Tensor, Tensor]:
+        """The keys before `stop` in few bits: see `QuantisedKeys.up_to`.
+
+        What they have in common is subtracted where scores are products, which a soft cap ends.
+        """
+        start = None if self.softcap is not None else lambda: self.text_start
+        return self.own_quantised.up_to(self.key, stop, layout, text_start=start, left=left)
 
     @property
     def last_visible(self) -> int:

@@ -16,11 +16,12 @@ class Layout:
         allocate: `allocate(key, room)` returns storage for `room` keys or more like `key` `(batch, kv_heads, kv_len,
             head_dim)`: codes, and scales float32 `(batch, kv_heads, room)`, on the device of the keys. Both have the
             keys along dimension 2, alone or in tiles.
-        quantise: `quantise(key, start, stop, storage)` writes the keys at positions `start` to `stop` - 1 there.
+        quantise: `quantise(key, start, stop, storage, center)` writes there, less `center`, float32 `(batch, kv_heads,
+            head_dim)`, the keys at positions `start` to `stop` - 1.
     """
 
     allocate: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-    quantise: Callable[[Tensor, int, int, tuple[Tensor, Tensor]], None]
+    quantise: Callable[[Tensor, int, int, tuple[Tensor, Tensor], Tensor], None]
 
 
 def adjacent(x: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def _compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: in
     ranges = call.ranges
     positions, runs = cpu.select(
         call.scaled_query,
-        call.own_quantised.up_to(call.key, ranges.last_visible, cpu.LAYOUT),
+        call.quantised_up_to(ranges.last_visible, cpu.LAYOUT),
         (ranges.first, ranges.stop),
         budgets.expand(batch, heads, queries),
         size=size,

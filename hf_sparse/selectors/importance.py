@@ -2,8 +2,9 @@
 
 Attention weights of all pairs are summed, as SnapKV (arXiv 2404.14469) sums those of a window of queries. Products are
 those of 4-bit keys (as SALE estimates weights, arXiv 2505.24179) with queries of 7 bits, each with a scale of its own.
-Before they are rounded, both go through a Hadamard transform, which leaves products as they are and spreads components
-that are much larger than others (as in QuaRot, arXiv 2404.00456).
+Before they are rounded, keys lose what they have in common (`hf_sparse.kernels.quantised`), and both go through a
+Hadamard transform, which leaves products as they are and spreads components that are much larger than others (as in
+QuaRot, arXiv 2404.00456).
 What a pair's weights are relative to, the sum over all keys that it sees, is estimated: of the past, from `WINDOW`
 neighbouring keys in every `PERIOD`. No weight counts for more than 1.
 
@@ -45,7 +46,7 @@ def importance(pairs: Tensor, call: AttentionCall, layout: GroupLayout) -> Tenso
     """
     batch, kv_heads, groups, size, _ = pairs.shape
     length = call.ranges.last_visible
-    codes, scales = call.own_quantised.up_to(call.key, length, LAYOUT)
+    codes, scales = call.quantised_up_to(length, LAYOUT)
     pairs = rounded(mixed(pairs.float()), _QUERY_MOST) / _gain(pairs.shape[-1])
     out = pairs.new_zeros(batch, kv_heads, groups, length)
     position = torch.arange(length, device=pairs.device)
@@ -127,9 +128,10 @@ def _allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
     return key.new_empty(*shape, -(-key.shape[3] // 2) * 2, dtype=torch.int8), scales
 
 
-def _write(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
+def _write(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor], center: Tensor) -> None:
     codes, scales = out
-    new, scales[:, :, start:stop] = _codes(mixed(key[:, :, start:stop].to(scales.dtype)), _KEY_MOST)
+    centred = key[:, :, start:stop].to(scales.dtype) - center[:, :, None]
+    new, scales[:, :, start:stop] = _codes(mixed(centred), _KEY_MOST)
     codes[:, :, start:stop] = new.nan_to_num(0).to(torch.int8)
 
 

@@ -42,7 +42,7 @@ def by_triton(
     ranges = call.ranges
     stop = ranges.last_visible
     is_new = _ends_with_what_all_see(call)
-    codes, scales = call.own_quantised.up_to(call.key, stop, LAYOUT, left=int(is_new))
+    codes, scales = call.quantised_up_to(stop, LAYOUT, left=int(is_new))
     near, past = widths
     groups = Groups(
         query=call.query,
@@ -58,6 +58,7 @@ def by_triton(
         stop=stop,
         near=near,
         fresh=call.key if is_new else None,
+        center=call.own_quantised.center,
     )
     values, counts, arrived = importance(call.query, groups, WINDOW, PERIOD)
     moved, differ = _moved(call, budgets)

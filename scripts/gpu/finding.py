@@ -57,14 +57,15 @@ def _codes_case(shape: Shape, start: int, machine: Machine) -> Case:
         found = LAYOUT.allocate(key, shape.length + 20)
         for part in found:
             part.fill_(_POISON)
-        LAYOUT.quantise(key, start, shape.length, found)
+        center = torch.randn(*size[:2], shape.dim, generator=machine.generator(1), device=machine.device)
+        LAYOUT.quantise(key, start, shape.length, found, center)
         written = slice(start, shape.length)
         untouched = all(bool((part[:, :, span] == _POISON).all()) for part in found for span in _outside(written))
         scales = torch.empty_like(found[1][:, :, written])
         others, far, first = 0, False, []
         for i in range(shape.batch):  # a sequence at a time, for PyTorch takes several times the memory
             own = importance.LAYOUT.allocate(key[i : i + 1], shape.length)
-            importance.LAYOUT.quantise(key[i : i + 1], start, shape.length, own)
+            importance.LAYOUT.quantise(key[i : i + 1], start, shape.length, own, center[i : i + 1])
             both, want = found[0][i, :, written], own[0][0, :, written]
             got = torch.cat([both & 15, both >> 4], dim=-1)[..., : shape.dim].to(torch.int8) - 8
             scales[i] = own[1][0, :, written]

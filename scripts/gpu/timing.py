@@ -171,7 +171,8 @@ def _block_cases(layer: Layer) -> Iterator[Case]:
         from hf_sparse.kernels.triton.codes import LAYOUT
 
         out = LAYOUT.allocate(calls[0].key, shape.length)
-        found = layer.each(calls, lambda call: LAYOUT.quantise(call.key, 0, shape.length, out))
+        center = torch.zeros(*calls[0].key.shape[:2], shape.dim, device=out[0].device)
+        found = layer.each(calls, lambda call: LAYOUT.quantise(call.key, 0, shape.length, out, center))
         keys = shape.kv_heads * shape.length * shape.dim * shape.dtype.itemsize
         return layer.record(found, bytes=keys + keys_in_4_bits(shape), flop=0, part=True)
 

@@ -25,7 +25,7 @@ struct Attending {
 };
 
 extern "C" const char *hfs_target();
-extern "C" void hfs_quantise(const States *, const QuantisedKeys *, int64_t, int64_t, int64_t, int64_t, int64_t);
+extern "C" void hfs_quantise(const States *, const QuantisedKeys *, const float *, int64_t, int64_t, int64_t, int64_t, int64_t);
 extern "C" void hfs_select(const Call *);
 extern "C" void hfs_attend(const Attending *);
 
@@ -50,6 +50,7 @@ static void run(const Header &h) {
     const int64_t item = h.format == FLOAT32 ? 4 : 2, sequences = h.batches * h.kv_heads, share = h.heads / h.kv_heads;
     const auto key_bytes = read<uint8_t>(sequences * h.kv_len * h.dim * item);
     const auto value_bytes = read<uint8_t>(sequences * h.kv_len * h.value_dim * item);
+    const auto center = read<float>(sequences * h.dim);
     const auto query = read<float>(h.batches * h.heads * h.q_len * h.dim);
     const auto first = read<int64_t>(h.batches * h.q_len), stop = read<int64_t>(h.batches * h.q_len);
     const auto budget = read<int64_t>(h.batches * h.heads * h.q_len);
@@ -67,7 +68,7 @@ static void run(const Header &h) {
     std::vector<uint8_t> codes(sequences * bytes);
     std::vector<float> scales(sequences * keys);
     const QuantisedKeys quantised{codes.data(), scales.data(), h.kv_heads * bytes, bytes, h.kv_heads * keys, keys};
-    hfs_quantise(&key, &quantised, h.batches, h.kv_heads, 0, h.kv_len, 1);
+    hfs_quantise(&key, &quantised, center.data(), h.batches, h.kv_heads, 0, h.kv_len, 1);
 
     const int64_t groups = sequences * (h.q_len / h.size);
     std::vector<int64_t> positions(groups * h.width), runs(groups * share * h.size * RUNS * 2);

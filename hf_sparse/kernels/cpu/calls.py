@@ -102,7 +102,7 @@ def allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
+def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor], center: Tensor) -> None:
     """Write the keys at positions `start` to `stop` - 1 in 4 bits.
 
     Args:
@@ -112,11 +112,13 @@ def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> 
         out: Codes, uint8 `(batch, kv_heads, tiles, head_dim / 8, TILE, 4)`, whose low and high halves are 8 + component
             / scale, rounded, of four neighbouring components of a key's Hadamard transform each; and scales, float32
             `(batch, kv_heads, tiles * TILE)`: the largest component divided by 7.
+        center: What is subtracted from every key before: float32 `(batch, kv_heads, head_dim)`.
     """
-    key = adjacent(key)
+    key, center = adjacent(key), center.contiguous()
     _library().hfs_quantise(
         ctypes.byref(_States(key)),
         ctypes.byref(_Quantised(out)),
+        c_void_p(center.data_ptr()),
         *map(c_int64, (*key.shape[:2], start, stop, torch.get_num_threads())),
     )
 

@@ -106,7 +106,8 @@ extern "C" {
 
 #define TARGET(name)                                                                                                   \
     int64_t hfs_##name##_lanes();                                                                                      \
-    void hfs_##name##_quantise(const void *, const void *, int64_t, int64_t, int64_t, int64_t, int64_t);               \
+    void hfs_##name##_quantise(const void *, const void *, const float *, int64_t, int64_t, int64_t, int64_t,          \
+                              int64_t);                                                                                \
     void hfs_##name##_select(const void *);                                                                            \
     void hfs_##name##_attend(const void *);
 TARGETS
@@ -119,7 +120,7 @@ namespace {
 struct Target {
     const char *name;
     int64_t (*lanes)();
-    void (*quantise)(const void *, const void *, int64_t, int64_t, int64_t, int64_t, int64_t);
+    void (*quantise)(const void *, const void *, const float *, int64_t, int64_t, int64_t, int64_t, int64_t);
     void (*select)(const void *);
     void (*attend)(const void *);
 };
@@ -156,9 +157,9 @@ EXPORTED const char *hfs_target() { return used ? used->name : nullptr; }
 
 EXPORTED int64_t hfs_lanes() { return used->lanes(); }
 
-EXPORTED void hfs_quantise(const void *key, const void *out, int64_t batches, int64_t heads, int64_t start,
-                           int64_t stop, int64_t threads) {
-    used->quantise(key, out, batches, heads, start, stop, threads);
+EXPORTED void hfs_quantise(const void *key, const void *out, const float *center, int64_t batches, int64_t heads,
+                           int64_t start, int64_t stop, int64_t threads) {
+    used->quantise(key, out, center, batches, heads, start, stop, threads);
 }
 
 EXPORTED void hfs_select(const void *call) { used->select(call); }

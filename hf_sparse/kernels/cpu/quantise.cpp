@@ -13,9 +13,9 @@ constexpr int32_t HIGHEST = 7, ZERO = 8; // codes are 1 to 15
 
 extern "C" int64_t HFS_NAME(lanes)() { return LANES; }
 
-// Quantise the keys at positions `start` to `stop` - 1.
-extern "C" void HFS_NAME(quantise)(const States *key, const QuantisedKeys *out, int64_t batches, int64_t heads,
-                                   int64_t start, int64_t stop, int64_t threads) {
+// Quantise the keys at positions `start` to `stop` - 1, less `center` (batches, heads, dim).
+extern "C" void HFS_NAME(quantise)(const States *key, const QuantisedKeys *out, const float *center, int64_t batches,
+                                   int64_t heads, int64_t start, int64_t stop, int64_t threads) {
     const int64_t dim = key->dim, step = 16 * TILE; // threads write whole tiles
     const int64_t origin = start / step * step, parts = (stop - origin + step - 1) / step;
     in_parallel(batches * heads * parts, threads, [&](int64_t task) {
@@ -24,7 +24,9 @@ extern "C" void HFS_NAME(quantise)(const States *key, const QuantisedKeys *out, 
         float *buffer = scratch<float, 0>(dim), *vector = scratch<float, 1>(dim);
         const int64_t end = std::min(stop, origin + (part + 1) * step);
         for (int64_t position = std::max(start, origin + part * step); position < end; position++) {
-            mix(key->vector(batch, head, position, buffer), dim, vector);
+            const float *whole = key->vector(batch, head, position, buffer);
+            for (int64_t i = 0; i < dim; i++) buffer[i] = whole[i] - center[(batch * heads + head) * dim + i];
+            mix(buffer, dim, vector);
             float most = 0;
             for (int64_t i = 0; i < dim; i++) most = std::max(most, std::fabs(vector[i]));
             codes.scales[position] = most / HIGHEST;

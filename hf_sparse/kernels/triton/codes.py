@@ -55,13 +55,14 @@ def allocate(key: Tensor, room: int) -> tuple[Tensor, Tensor]:
 
 
 @on_its_device
-def write(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor]) -> None:
-    """Write the keys at positions `start` to `stop` - 1, of any strides."""
+def write(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor], center: Tensor) -> None:
+    """Write the keys at positions `start` to `stop` - 1, of any strides, less `center` (see `Layout`)."""
     codes, scales = out
     batch, kv_heads, _, dim = key.shape
     key = adjacent(key)
     _write[triton.cdiv(stop - start, _VECTORS), batch * kv_heads](
         key,
+        center.contiguous(),
         codes,
         scales,
         key.stride()[:3],
@@ -139,6 +140,7 @@ def correction(low, high):
 @triton.jit
 def write_keys(
     key,
+    center,
     codes,
     scales,
     position,
@@ -151,12 +153,14 @@ def write_keys(
     BLOCK: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    """Write codes and scales of the keys of one head at `position`, int64 `(VECTORS,)`, that are `inside`."""
+    """Write codes and scales of those keys of a head at `position`, int64 `(VECTORS,)`, that are `inside`."""
     d = tl.arange(0, PADDED_HALF)
     at = key + position[:, None] * key_stride + d[None, :]
     mask = inside[:, None] & (d < HALF)[None, :]
     low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(at + HALF, mask=inside[:, None] & (HALF + d < DIM)[None, :], other=0.0).to(tl.float32)
+    low -= tl.load(center + d, mask=d < HALF, other=0.0)[None, :]
+    high -= tl.load(center + HALF + d, mask=HALF + d < DIM, other=0.0)[None, :]
     low, high = mixed(low, high, VECTORS, PADDED_HALF, BLOCK)
     low, high, scale = rounded(low, high, KEY_MOST)
     both = (low.to(tl.int32) + _OFFSET) | ((high.to(tl.int32) + _OFFSET) << 4)
@@ -167,6 +171,7 @@ def write_keys(
 @triton.jit(do_not_specialize=["start", "stop"])
 def _write(
     key,
+    center,
     codes,
     scales,
     key_strides,
@@ -185,10 +190,12 @@ def _write(
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     position = (start + tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)).to(tl.int64)
     key += batch * key_strides[0] + kv_head * key_strides[1]
+    center += tl.program_id(1) * DIM
     codes += batch * code_strides[0] + kv_head * code_strides[1]
     scales += batch * scale_strides[0] + kv_head * scale_strides[1]
     write_keys(
         key,
+        center,
         codes,
         scales,
         position,

@@ -66,6 +66,7 @@ class Groups:
         near: At least as many first and local keys as any group has.
         fresh: `(batch, kv_heads, kv_len, head_dim)`, in decoding: keys, of which `codes` and `scales` get the last one
             that each sequence sees. `None` if they hold it already.
+        center: float32 `(batch, kv_heads, head_dim)`: what is subtracted from the last one.
     """
 
     query: Tensor
@@ -81,6 +82,7 @@ class Groups:
     stop: int
     near: int
     fresh: Tensor | None = None
+    center: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -160,6 +162,7 @@ def importance(query: Tensor, groups: Groups, window: int, period: int) -> tuple
         groups.scaling,
         groups.fresh,
         None if groups.fresh is None else groups.fresh.stride()[:3],
+        None if groups.center is None else groups.center.contiguous(),
         arrived,
         *layout,
         DIM=dim,
@@ -203,6 +206,7 @@ def _totals(
     scaling,
     fresh,
     fresh_strides,
+    center,
     arrived,
     intervals,
     codes,
@@ -284,9 +288,11 @@ def _totals(
         # By the programs that look at it: local keys come last of those that are near.
         if (near_tiles - 1) % parts == part:
             fresh += batch * fresh_strides[0] + kv_head * fresh_strides[1]
+            center += (batch * kv_heads + kv_head) * DIM
             newest = (last_stop - 1 + tl.arange(0, 1)).to(tl.int64)
             write_keys(
                 fresh,
+                center,
                 codes,
                 scales,
                 newest,
