@@ -39,8 +39,8 @@ def read(model: PreTrainedModel, cache: Cache | None, ids: Tensor) -> tuple[Cach
 
 def after_questions(
     model: PreTrainedModel, cache: Cache | None, ids: Tensor, questions: Sequence[Question], mode: str
-) -> Iterator[tuple[Question, Cache, Tensor]]:
-    """Each question with the cache of its own after it was read, and the logits `(1, vocabulary)` that follow.
+) -> Iterator[tuple[int, Cache, Tensor]]:
+    """The place of each question, the cache of its own after it was read, and the logits `(1, vocabulary)` that follow.
 
     Args:
         model: Any causal language model.
@@ -50,25 +50,25 @@ def after_questions(
         mode: One of `MODES`.
     """
     if mode == "prefill":
-        for question in questions:
-            yield question, *read(model, copy.deepcopy(cache), torch.cat([ids, question.input_ids])[None])
+        for place, question in enumerate(questions):
+            yield place, *read(model, copy.deepcopy(cache), torch.cat([ids, question.input_ids])[None])
         return
     cache = copy.deepcopy(cache)
     if len(ids):
         cache, _ = read(model, cache, ids[None])
     assert cache is not None
     cache.batch_repeat_interleave(len(questions))
-    waiting = list(questions)
+    waiting = list(range(len(questions)))
     for i in range(max(len(question.input_ids) for question in questions)):
-        cache, logits = read(model, cache, torch.stack([question.input_ids[i : i + 1] for question in waiting]))
-        ended = [len(question.input_ids) == i + 1 for question in waiting]
-        for place in (j for j, end in enumerate(ended) if end):
+        cache, logits = read(model, cache, torch.stack([questions[place].input_ids[i : i + 1] for place in waiting]))
+        left = [j for j, place in enumerate(waiting) if len(questions[place].input_ids) > i + 1]
+        for j in (j for j in range(len(waiting)) if j not in left):
             own = copy.deepcopy(cache)
-            own.batch_select_indices(torch.tensor([place]))
-            yield waiting[place], own, logits[place : place + 1]
-        if any(ended):
-            waiting = [question for question, end in zip(waiting, ended, strict=True) if not end]
-            cache.batch_select_indices(torch.tensor([j for j, end in enumerate(ended) if not end], dtype=torch.int64))
+            own.batch_select_indices(torch.tensor([j]))
+            yield waiting[j], own, logits[j : j + 1]
+        if len(left) < len(waiting):
+            waiting = [waiting[j] for j in left]
+            cache.batch_select_indices(torch.tensor(left, dtype=torch.int64))
 
 
 def written(model: PreTrainedModel, cache: Cache, logits: Tensor, count: int) -> Tensor:
@@ -177,9 +177,12 @@ def measure(
             counts = {name: of_text[name] for name in counts}
         for mode in prompt.modes:
             start, before = time.perf_counter(), None if config is None else report(model)
-            for read_question in after_questions(model, cache, prompt.input_ids[shared:], prompt.questions, mode):
-                answers.append(answered(model, tokenizer, *read_question, mode))
-                check_finite(torch.tensor([answers[-1]["nll"], answers[-1]["margin"]]), prompt.window.document, model)
+            own: dict[int, Record] = {}
+            rest = prompt.input_ids[shared:]
+            for place, after, logits in after_questions(model, cache, rest, prompt.questions, mode):
+                own[place] = answered(model, tokenizer, prompt.questions[place], after, logits, mode)
+                check_finite(torch.tensor([own[place]["nll"], own[place]["margin"]]), prompt.window.document, model)
+            answers += [own[place] for place in range(len(own))]
             seconds[mode] = round(time.perf_counter() - start, 3)
             if before is not None:
                 density[mode] = sum_counts(report(model), before=before)["density"]

@@ -34,7 +34,8 @@ def _difference(row: dict[str, Any]) -> str:
     if row["above_dense"] is None:
         return f"nothing to compare ({counted})"
     value, low, high = (100 * row["above_dense"][name] for name in ("value", "low", "high"))
-    where = f"{abs(value):.1f} points {'below' if value < 0 else 'above'} dense"
+    side = "below" if value < 0 else "above"
+    where = "level with dense" if abs(value) < 0.05 else f"{abs(value):.1f} points {side} dense"
     return f"{where} ({low:.1f} to {high:.1f}; {counted})"
 
 

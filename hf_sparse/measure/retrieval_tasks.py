@@ -37,6 +37,8 @@ _SENTENCES = (
 
 # Parts of an answer with several parts; variables that take over a number; words that are copied, and shown before.
 _PARTS, _HOPS, _COPIED, _SHOWN = 2, 1, 6, 4
+# Fewest numbers of a text, so that there are enough for wrong answers.
+_LEAST = _PARTS + CANDIDATES - 1
 # How often words occur: common and rare ones, and those of each level of frequency.
 _COMMON, _RARE, _TIMES = 8, 60, 6
 _LEVELS = ((2, 27), (4, 9), (8, 3), (16, 1))
@@ -118,7 +120,7 @@ def multivalue(rng: random.Random, count: int, words: Sequence[str]) -> Made:
 
 def multiquery(rng: random.Random, count: int, words: Sequence[str]) -> Made:
     """Codes of different names, several of which are asked for at once."""
-    keys = max(count, _PARTS + CANDIDATES - 1)
+    keys = max(count, _LEAST)
     numbers, names = _numbers(rng, keys), rng.sample(NAMES, keys)
     code = dict(zip(names, numbers, strict=True))
     asked = []
@@ -231,7 +233,7 @@ def _depths(count: int) -> list[float]:
 
 def _numbers(rng: random.Random, count: int) -> list[str]:
     """Numbers of five digits, all different: as many as are hidden, and enough to choose from."""
-    return list(map(str, rng.sample(range(10_000, 100_000), max(count, CANDIDATES))))
+    return list(map(str, rng.sample(range(10_000, 100_000), max(count, _LEAST))))
 
 
 def _answers(
