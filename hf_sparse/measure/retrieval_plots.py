@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 _LADDER = "fraction-"
 _LABELS = {"picked": "true answer is the likeliest (%)", "found": "share of the answer written (%)"}
-# Lengths with a line in a panel, and their colours from light to dark.
-_MOST_LINES = 4
-_BLUES = ("#9ECAE1", "#4292C6", "#08519C", "#08306B")
+# Colours of lengths, of which the longest have a line in a panel.
+_COLORS = ("#56B4E9", "#009E73", "#D55E00", "#000000")
 
 
 def plot_retrieval(summary: Summary, path: Path) -> None:
@@ -56,7 +55,8 @@ def _heat_maps(part: Any, summary: Summary, methods: list[str]) -> None:
             ]
             image = axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
             for (i, j), value in np.ndenumerate(values):
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7)
+                light = "white" if abs(value - 50) > 35 else "black"
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color=light)
             axes.set_title(f"{method}, {mode}", fontsize=9)
             axes.set_xticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths], fontsize=8)
             axes.set_yticks(range(len(summary["lengths"])), [f"{n:,}" for n in summary["lengths"]], fontsize=8)
@@ -69,11 +69,12 @@ def _against_density(part: Figure, summary: Summary, methods: list[str]) -> None
     """A panel for each mode and score: a line of fixed shares for each length, and the other methods beside it."""
     places = [(mode, score) for mode in summary["modes"] for score in _LABELS]
     panels = part.subplots(1, len(places), squeeze=False)[0]
-    lengths = summary["lengths"][-_MOST_LINES:]
-    handles: dict[str, Any] = {}
+    lengths = summary["lengths"][-len(_COLORS) :]
+    lines: dict[str, Any] = {}
+    marks: dict[str, Any] = {}
     for axes, (mode, score) in zip(panels, places, strict=True):
         rows = {row["method"]: row for row in summary["verdicts"] if (row["mode"], row["score"]) == (mode, score)}
-        for length, color in zip(lengths, _BLUES[-len(lengths) :], strict=True):
+        for length, color in zip(lengths, _COLORS[-len(lengths) :], strict=True):
             points = {
                 method: (100 * own["density"], 100 * own["score"])
                 for method, row in rows.items()
@@ -83,20 +84,20 @@ def _against_density(part: Figure, summary: Summary, methods: list[str]) -> None
             ladder = [xy for method, xy in points.items() if method == DENSE or method.startswith(_LADDER)]
             label = f"{length:,} tokens"
             if ladder:
-                [handles[label]] = axes.plot(*zip(*sorted(ladder), strict=True), "-s", color=color, ms=4, label=label)
+                [lines[label]] = axes.plot(*zip(*sorted(ladder), strict=True), "-s", color=color, ms=4, label=label)
             for method, (x, y) in points.items():
                 if method != DENSE and not method.startswith(_LADDER):
                     look = style(method, methods) | {"linestyle": "none", "markeredgecolor": color, "markersize": 8}
-                    [handles[method]] = axes.plot(x, y, label=method, **look)
+                    [marks[method]] = axes.plot(x, y, label=method, **look)
         _finish(axes, f"{mode}, tasks that count", _LABELS[score])
-    if handles:
-        part.legend(handles=list(handles.values()), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    if handles := [*lines.values(), *marks.values()]:
+        part.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
 
 
 def _finish(axes: Axes, title: str, label: str) -> None:
-    ticks = [5, 10, 20, 50, 100]
+    ticks = [2, 5, 10, 20, 50, 100]
     axes.set_xscale("log")
-    axes.set_xlim(4, 110)
+    axes.set_xlim(1.5, 115)
     axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(-3, 103)

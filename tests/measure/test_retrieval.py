@@ -178,9 +178,14 @@ def test_prompts_that_cannot_be_made_are_refused(change: Record, message: str) -
 def test_sharing_a_pass_over_the_text_changes_nothing(
     name: str, selector: str | None, task: str, prompts: list[Prompt]
 ) -> None:
-    """In prefill mode a question is read as if text and question were one pass, in decode mode token by token."""
-    model, prompt = texts.model(name), one(prompts, task)
-    config = None if selector is None else dataclasses.replace(small.CONFIG, selector=selector)
+    """In prefill mode a question is read as if text and question were one pass, in decode mode token by token.
+
+    In float64, for keys that are almost equally important may be ranked otherwise beside other sequences.
+    """
+    model, prompt = texts.model(name).double(), one(prompts, task)
+    # Sliding-window layers are dense by default, too: what their cache holds does not say where groups begin.
+    layers = inspect(model).sliding_layers
+    config = None if selector is None else dataclasses.replace(small.CONFIG, selector=selector, dense_layers=layers)
     found = measure(model, TOKENIZER, prompt, config)["answers"]
     if config is not None:
         hf_sparse.patch(model, config)
@@ -200,15 +205,14 @@ def test_sharing_a_pass_over_the_text_changes_nothing(
             cache = prefill(model, prompt.input_ids)
             steps = torch.cat([asked.input_ids, answer])
             nll.append(decoded_nll(model, cache, steps[:1], steps[1:])[len(asked.input_ids) - 1 :].sum())
-        # Of keys that are almost equally important, a group may keep another one beside other sequences.
-        close = {"rel": 1e-3, "abs": 0.05} if selector == "grouped" else {"rel": 1e-4, "abs": 1e-3}
-        assert stepwise["nll"] == pytest.approx(nll[0].item(), rel=close["rel"])
-        assert stepwise["margin"] == pytest.approx((min(nll[1:]) - nll[0]).item(), abs=close["abs"])
+        assert stepwise["nll"] == pytest.approx(nll[0].item(), rel=1e-4)
+        assert stepwise["margin"] == pytest.approx((min(nll[1:]) - nll[0]).item(), abs=1e-3)
         after, logits = read(model, prefill(model, prompt.input_ids), asked.input_ids[None, :1])
         for token in asked.input_ids[1:]:
             after, logits = read(model, after, token[None, None])
         assert stepwise["written"] == decode(retrieval.written(model, after, logits, count))
-    assert any(a["written"] != b["written"] or a["nll"] != b["nll"] for a, b in zip(found[:3], found[3:], strict=True))
+    same = [a["nll"] == pytest.approx(b["nll"], rel=1e-4) for a, b in zip(found[:COUNT], found[COUNT:], strict=True)]
+    assert all(same) == (selector != "grouped")  # whose queries choose together only where they are read together
 
 
 @pytest.mark.parametrize(
@@ -356,11 +360,9 @@ def test_a_real_model_beats_chance_and_all_keys_are_dense() -> None:
     tokenizer, model = source.tokenizer(), source.model(dtype="float32", device_map="cpu")
     windows = cut_windows(embedded_documents(1), tokenizer, [512], targets=1)
     config = hf_sparse.SparseAttentionConfig(law="fraction", fraction=1.0, dense_below=8)
-    right = []
-    for prompt in make_prompts(windows, tokenizer, ["needle-single", "copying"], 4, seed=0):
-        dense, whole = (measure(model, tokenizer, prompt, each) for each in (None, config))
-        assert whole["density"] == 1.0
-        assert whole["answers"] == dense["answers"]
-        right += [answer["picked"] for answer in dense["answers"]]
-        assert sum(answer["found"] for answer in dense["answers"]) > 0
-    assert sum(right) >= 12  # of 16, where guessing gets 4
+    [prompt] = make_prompts(windows, tokenizer, ["needle-single"], 4, seed=0)
+    dense, whole = (measure(model, tokenizer, prompt, each) for each in (None, config))
+    assert whole["density"] == 1.0
+    assert whole["answers"] == dense["answers"]
+    assert sum(answer["picked"] for answer in dense["answers"]) >= 6  # of 8, where guessing gets 2
+    assert sum(answer["found"] for answer in dense["answers"]) >= 4
