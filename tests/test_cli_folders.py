@@ -20,7 +20,7 @@ PERPLEXITY = f"perplexity tiny-llama {DATA} --methods window"
 COMMANDS = [
     PERPLEXITY,
     "attention-error tiny-llama --text texts --lengths 48,96 --device cpu",
-    "retrieval tiny-llama --text texts --lengths 48,96 --codes 1 --device cpu",
+    "retrieval tiny-llama --text texts --lengths 48,96 --tasks needle-single --questions 1 --device cpu",
     "calibrate tiny-llama --text texts --device cpu",
     "bench tiny-llama --decode 64 --prefill none --cached none --generate none --text texts/text0.txt --device cpu",
     "bench --shape 4/2/16 --decode 64 --prefill none --cached none --generate none --device cpu",

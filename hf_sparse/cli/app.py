@@ -23,9 +23,11 @@ from hf_sparse.cli.options import (
     Json,
     Model,
     Policy,
+    RetrievalData,
     Revision,
     RunOptions,
     SparseOptions,
+    parse_shares,
     read_policy,
     share_options,
 )
@@ -36,15 +38,18 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure import attention_error as errors
 from hf_sparse.measure import perplexity as perplexities
-from hf_sparse.measure import retrieval as codes_in_texts
+from hf_sparse.measure import retrieval as retrievals
 from hf_sparse.measure.methods import (
-    DECODED,
+    CALIBRATED,
     OTHER_METHODS,
     PERPLEXITY_METHODS,
     error_methods,
     perplexity_methods,
     split_names,
 )
+from hf_sparse.measure.retrieval_methods import DEFAULT, retrieval_methods
+from hf_sparse.measure.retrieval_prompts import MODES
+from hf_sparse.measure.retrieval_tasks import MAX_QUESTIONS, TASKS
 from hf_sparse.measure.run import Outcome
 from hf_sparse.results import is_main_process
 from hf_sparse.share.publish import MESSAGE
@@ -140,23 +145,41 @@ def attention_error(
 @share_options
 def retrieval(
     model: Model,
-    data: DataOptions,
+    data: RetrievalData,
     run: RunOptions,
     sparse: SparseOptions,
-    codes: Annotated[
-        int, typer.Option(min=1, max=len(codes_in_texts.NAMES), help="Codes in each text, at even depths.")
-    ] = 8,
-    methods: Annotated[str, typer.Option(help=f"What to compare with dense, {_OWN_SELECTOR}.")] = ",".join(
-        codes_in_texts.METHODS
-    ),
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = ",".join(TASKS),
+    questions: Annotated[
+        int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions of each task about each text, at even depths.")
+    ] = 5,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What to compare with dense: {DEFAULT} (the law of the options), {CALIBRATED} (the policy), "
+            f"{_OWN_SELECTOR}.",
+            show_default=f"{DEFAULT}; with a policy also {CALIBRATED}",
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Also fixed shares of the keys, such as 0.5,0.25,0.125,0.0625.")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="Questions read in one pass with the text, or token by token: prefill, decode or both.")
+    ] = "prefill",
     policy: Policy = None,
 ) -> None:
-    """How many codes, each said once in a long text, are found again: exact answers and their likelihood."""
-    evaluation, config = _checked(model, codes_in_texts.COMMAND, data, run, sparse, policy)
-    compared = perplexity_methods(split_names(methods), config, data.parsed_lengths(), evaluation.source.support)
-    if decoded := sorted(compared.keys() & set(DECODED)):
-        raise UserError(f"retrieval always answers token by token: leave out {decoded[0]!r}")
-    _print(run_retrieval(evaluation, compared, codes), evaluation)
+    """What is retrieved from long texts, on tasks in the manner of RULER: by likelihood, and by what is written."""
+    modes = MODES if mode == "both" else (mode,)
+    evaluation, config = _checked(model, retrievals.COMMAND, data, run, sparse, policy)
+    compared = retrieval_methods(
+        None if methods is None else split_names(methods),
+        parse_shares("--budgets", budgets),
+        config,
+        sparse.config(),
+        data.parsed_lengths(),
+        evaluation.source.support,
+    )
+    _print(run_retrieval(evaluation, compared, split_names(tasks), questions, modes), evaluation)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure import attention_error, perplexity, retrieval
 from hf_sparse.measure.methods import Methods
+from hf_sparse.measure.retrieval_prompts import make_prompts
 from hf_sparse.measure.run import ATTENTION_ERROR, PERPLEXITY, RETRIEVAL, Outcome
 from hf_sparse.measure.windows import Window, check_lengths, cut_windows
 from hf_sparse.results import ROWS, Record, ResultFile, check_folder, default_folder, is_main_process, provenance
@@ -146,14 +147,16 @@ def run_attention_error(
     return ATTENTION_ERROR.conclude(records, results, evaluation.run.seed)
 
 
-def run_retrieval(evaluation: Evaluation, methods: Methods, codes: int) -> Outcome:
-    """Measure how often codes are found again and write the results.
+def run_retrieval(
+    evaluation: Evaluation, methods: Methods, tasks: Sequence[str], questions: int, modes: Sequence[str]
+) -> Outcome:
+    """Measure what is retrieved from texts and write the results.
 
     Raises:
-        UserError: if a configuration does not suit the model, or a length leaves no room for the codes.
+        UserError: if a configuration does not suit the model, or no prompts can be made (`make_prompts`).
     """
+    tokenizer, seed = evaluation.tokenizer, evaluation.run.seed
+    prompts = make_prompts(evaluation.windows, tokenizer, tasks, questions, seed, modes)
     results = evaluation.results(methods, "")
-    model, tokenizer, about = evaluation.model, evaluation.tokenizer, evaluation.about
-    prompts = retrieval.make_prompts(evaluation.windows, tokenizer, codes, about["seed"])
-    records = retrieval.evaluate(model, tokenizer, prompts, methods, results, about)
+    records = retrieval.evaluate(evaluation.model, tokenizer, prompts, methods, results, evaluation.about)
     return RETRIEVAL.conclude(records, results, evaluation.run.seed)

@@ -116,6 +116,14 @@ class DataOptions(TextOptions):
 
 
 @dataclass(frozen=True)
+class RetrievalData(DataOptions):
+    """The same for prompts with questions, which take longer: fewer of them by default."""
+
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, rising.")] = "1024,4096"
+    documents: Documents = 2
+
+
+@dataclass(frozen=True)
 class KeyOptions:
     """Keys and layers that no law decides: fields of `SparseAttentionConfig`, under the same names."""
 
@@ -222,3 +230,15 @@ def parse_integers(option: str, text: str) -> list[int]:
     if not numbers or max(numbers) > _MOST:
         raise UserError(f"{option} takes whole numbers separated by commas, up to {_MOST:,}; got {shown(text)}")
     return numbers
+
+
+def parse_shares(option: str, text: str | None) -> list[float]:
+    """The shares in `text`, separated by commas; none if `None`.
+
+    Raises:
+        UserError: naming `option`, if one is not a number.
+    """
+    try:
+        return [] if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} takes numbers separated by commas; got {shown(text)}") from error

@@ -110,12 +110,14 @@ def _chosen(kind: Kind, records: Sequence[Record], summary: Summary | None, path
         places = list(dict.fromkeys((row["kind"], row["length"]) for row in rows))
         settings = summary["conditions"] if summary else {}
     else:
-        names = ("method", "length", "text_sha256")
+        names = ("method", "length", "text_sha256", *(["task"] if kind is RETRIEVAL else []))
         methods = dict.fromkeys(row["method"] for row in rows)
         texts = dict.fromkeys(each["text_sha256"] for each in (summary["documents"] if summary else records))
         lengths = sorted({row["length"] for row in rows})
-        places = [(method, length, text) for text, length, method in product(texts, lengths, methods)]
-        settings = {name: {"config": config} for name, config in (summary or {}).get("configs", {}).items()}
+        tasks = [(task,) for task in dict.fromkeys(row["task"] for row in rows)] if kind is RETRIEVAL else [()]
+        places = [(m, length, text, *task) for text, length, task, m in product(texts, lengths, tasks, methods)]
+        same = {"modes": summary["modes"]} if kind is RETRIEVAL and summary else {}
+        settings = {name: {"config": config} | same for name, config in (summary or {}).get("configs", {}).items()}
     found: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         place = tuple(record[name] for name in names)

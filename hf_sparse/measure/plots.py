@@ -152,18 +152,6 @@ def plot_attention_error(summary: Summary, path: Path) -> None:
     _draw(summary, "attention error at equal cost, mean query", panels, path, notes)
 
 
-def plot_retrieval(summary: Summary, path: Path) -> None:
-    """The share of codes found again by length and by depth, and the nats that an answer token costs."""
-    found, exact = "Codes found again", "exact answers (%)"
-    longest = f"{found} at {summary['lengths'][-1]:,} tokens"
-    panels = [
-        _Panel(found, exact, lambda row: _estimate(row["accuracy"], 100), _all_per_cent),
-        _Panel(longest, exact, lambda row: _exact(100 * row["accuracy"]), _all_per_cent, by_depth=True),
-        _Panel("Cost of the answer", "nats per answer token", lambda row: _estimate(row["nats"]), _from_zero),
-    ]
-    _draw(summary, "retrieval of codes from a text", panels, path)
-
-
 def _draw(
     summary: Summary, what: str, panels: Sequence[_Panel], path: Path, notes: Mapping[str, str] | None = None
 ) -> None:

@@ -17,7 +17,9 @@ from hf_sparse.measure import (
     perplexity_tables,
     plots,
     retrieval,
+    retrieval_plots,
     retrieval_summary,
+    retrieval_tables,
 )
 from hf_sparse.results import Record, ResultFile, Summary, Table, is_main_process, plot_name, text_table, write_summary
 
@@ -65,7 +67,9 @@ PERPLEXITY = Kind(perplexity.COMMAND, perplexity_summary.summarise, perplexity_t
 ATTENTION_ERROR = Kind(
     attention_error.COMMAND, attention_summary.summarise, attention_tables.all_tables, plots.plot_attention_error
 )
-RETRIEVAL = Kind(retrieval.COMMAND, retrieval_summary.summarise, retrieval_summary.all_tables, plots.plot_retrieval)
+RETRIEVAL = Kind(
+    retrieval.COMMAND, retrieval_summary.summarise, retrieval_tables.all_tables, retrieval_plots.plot_retrieval
+)
 
 
 def write_outcome(outcome: Outcome, folder: Path, plot: str, draw: Callable[[Summary, Path], None]) -> Outcome:

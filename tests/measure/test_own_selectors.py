@@ -52,7 +52,11 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("command", "more"),
-    [("perplexity", ["--targets", "40"]), ("attention-error", ["--rows", "16"]), ("retrieval", ["--codes", "1"])],
+    [
+        ("perplexity", ["--targets", "40"]),
+        ("attention-error", ["--rows", "16"]),
+        ("retrieval", ["--tasks", "needle-single", "--questions", "1"]),
+    ],
 )
 def test_a_command_measures_and_draws_it(command: str, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [command, "tiny-llama", *OPTIONS, *more, "--output", "out"]

@@ -11,13 +11,12 @@ import pytest
 from hf_sparse.errors import UserError
 from hf_sparse.measure import plots
 from hf_sparse.measure.attention_summary import summarise
-from hf_sparse.measure.plots import plot_attention_error, plot_perplexity, plot_retrieval
+from hf_sparse.measure.plots import plot_attention_error, plot_perplexity
 from tests.measure.attention_rows import LENGTHS, rows
 
 matplotlib = pytest.importorskip("matplotlib")
 
 METHODS = ("dense", "topk", "grouped", "window", "fixed", "key-norm")
-DEPTHS = (0.0, 0.5, 1.0)
 
 
 def error_summary() -> dict[str, Any]:
@@ -41,14 +40,6 @@ def perplexity_summary() -> dict[str, Any]:
     ]
     own = summary["configs"]["window"] | {"selector": {"name": "key-norm"}, "law": {"name": "square-root"}}
     return {**summary, "results": results, "targets": 64, "configs": summary["configs"] | {"key-norm": own}}
-
-
-def retrieval_summary() -> dict[str, Any]:
-    estimate = {"value": 0.5, "low": 0.4, "high": 0.7}
-    places = [{"method": method, "length": length} for method in METHODS for length in LENGTHS]
-    results = [place | {"accuracy": estimate, "nats": estimate} for place in places]
-    depths = [place | {"depth": depth, "accuracy": depth} for place in places for depth in DEPTHS]
-    return {**perplexity_summary(), "results": results, "depths": depths, "lengths": LENGTHS}
 
 
 @pytest.fixture
@@ -75,7 +66,6 @@ def lines(axes: Any) -> dict[str, Any]:
     [
         (plot_perplexity, perplexity_summary),
         (plot_attention_error, error_summary),
-        (plot_retrieval, retrieval_summary),
     ],
 )
 def test_a_panel_has_dense_and_three_methods_and_no_legend(
@@ -136,14 +126,6 @@ def test_methods_without_error_are_drawn(tmp_path: Path) -> None:
             }
     plot_attention_error(summarise(given, seed=0), tmp_path / "error.png")
     assert (tmp_path / "error.png").is_file()
-
-
-def test_retrieval_is_drawn_by_length_and_by_depth(tmp_path: Path, figures: list[Any]) -> None:
-    plot_retrieval(retrieval_summary(), tmp_path / "plot.png")
-    accuracy, depth, nats = figures[0].axes[:3]
-    assert list(lines(accuracy)["dense"].get_ydata()) == [50.0] * len(LENGTHS)
-    assert list(lines(depth)["dense"].get_xdata()) == list(lines(depth)["dense"].get_ydata()) == [0.0, 50.0, 100.0]
-    assert list(lines(nats)["dense"].get_ydata()) == [0.5] * len(LENGTHS)
 
 
 def test_without_matplotlib_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
