@@ -218,8 +218,8 @@ def _share(
     if past:
         key = call.key[b, pairs[0][0] // call.group_size]
         if call.softcap is None:  # a weight does not depend on what all keys have in common
-            start = int(call.text_start[b])
-            key = key - key[start : min(start + CENTRED, call.last_visible)].mean(0)
+            start, stop = int(call.text_start[b]), int(call.text_stop[b])
+            key = key - key[start : min(start + CENTRED, stop)].mean(0)
         key = rounded(mixed(key), 7)
         for head, i in pairs:
             scores = key @ rounded(mixed(call.query[b, head, i] * call.scaling), 63)

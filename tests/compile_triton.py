@@ -103,9 +103,9 @@ def compile_select(
     """What the grouped selector launches, for a text that grows by some tokens."""
     for length in (131_072, 131_073, 131_088):
         key = torch.empty(1, 1, length, dim, dtype=dtype)
-        parts = codes.allocate(key, length)
+        parts, center = codes.allocate(key, length), torch.empty(1, 1, dim)
         if queries > 1:
-            codes.write(key, length - queries, length, parts)
+            codes.write(key, length - queries, length, parts, center)
         query = torch.empty(1, share, queries, dim, dtype=dtype)
         groups = Groups(
             query,

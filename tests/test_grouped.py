@@ -216,18 +216,18 @@ def decoded(parts: tuple[Tensor, Tensor], length: int) -> Tensor:
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_keys_in_4_bits_are_off_by_half_a_step(dtype: torch.dtype) -> None:
-    def starts() -> Tensor:
-        return torch.tensor([3, 0])
+    def texts() -> list[tuple[int, int]]:
+        return [(3, 70), (0, 60)]
 
     storage = torch.randn(2, 80, 3, 24).to(dtype).transpose(1, 2)
     key = storage[:, :, 5:78]
     key[0, 0, 7] = 0
-    found = decoded(QuantisedKeys().up_to(key, 70, cpu.LAYOUT, text_start=starts), 70)
-    center = torch.stack([key[0, :, 3:70].float().mean(1), key[1, :, :70].float().mean(1)])
+    found = decoded(QuantisedKeys().up_to(key, 70, cpu.LAYOUT, texts=texts), 70)
+    center = torch.stack([key[0, :, 3:70].float().mean(1), key[1, :, :60].float().mean(1)])
     mixed = importance.mixed(key[:, :, :70].float() - center[:, :, None])
     step = mixed.abs().amax(-1, keepdim=True) / 7
     assert ((found - mixed).abs() <= 0.5001 * step).all()
-    codes, scales = (x[:, :, :70] for x in QuantisedKeys().up_to(key, 70, importance.LAYOUT, text_start=starts))
+    codes, scales = (x[:, :, :70] for x in QuantisedKeys().up_to(key, 70, importance.LAYOUT, texts=texts))
     assert torch.equal(found, codes * scales[..., None])
 
 
@@ -237,19 +237,21 @@ def test_keys_in_4_bits_are_off_by_half_a_step(dtype: torch.dtype) -> None:
 def test_keys_in_4_bits_follow_the_cache(dtype: torch.dtype, length: int) -> None:
     """Appended a few at a time, cropped, overwritten and rearranged: as if quantised at once."""
     key = 3 + torch.randn(3, 2, 700, 16).to(dtype)
-    starts = torch.tensor([0, 20, 5])
+    starts = [0, 20, 5]
+
+    def up_to(kept: QuantisedKeys, stop: int) -> tuple[Tensor, Tensor]:
+        return kept.up_to(key, stop, cpu.LAYOUT, texts=lambda: [(start, max(start, stop)) for start in starts])
+
     kept = QuantisedKeys()
     for stop in (1, 15, 16, 17, 64, 300, 600):
-        kept.up_to(key, stop, cpu.LAYOUT, text_start=lambda: starts)
+        up_to(kept, stop)
     kept.crop(length)
     key = torch.cat([key[:, :, :length], torch.randn(3, 2, 700 - length, 16).to(dtype)], dim=2)
-    kept.up_to(key, 570, cpu.LAYOUT, text_start=lambda: starts)
-    order = torch.tensor([2, 0, 0, 1])
-    kept.rearrange(lambda x: x.index_select(0, order))
-    key, starts = key[order], starts[order]
-    followed, fresh = (
-        decoded(x.up_to(key, 700, cpu.LAYOUT, text_start=lambda: starts), 700) for x in (kept, QuantisedKeys())
-    )
+    up_to(kept, 570)
+    order = [2, 0, 0, 1]
+    kept.rearrange(lambda x: x.index_select(0, torch.tensor(order)))
+    key, starts = key[order], [starts[i] for i in order]
+    followed, fresh = (decoded(up_to(x, 700), 700) for x in (kept, QuantisedKeys()))
     assert torch.equal(followed, fresh)
 
 

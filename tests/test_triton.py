@@ -242,14 +242,14 @@ def test_devices_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
 
 # Keys in 4 bits.
 
-STARTS = torch.tensor([3, 0])
+TEXTS = [(3, 70), (0, 60)]
 
 
 def encoded(key: Tensor, stops: tuple[int, ...]) -> Tensor:
     """Transforms of keys `(batch, kv_heads, stops[-1], dim)` by their codes, written up to each stop in turn."""
     kept, dim = QuantisedKeys(), key.shape[3]
     for stop in stops:
-        both, scales = kept.up_to(key, stop, codes.LAYOUT, text_start=lambda: STARTS)
+        both, scales = kept.up_to(key, stop, codes.LAYOUT, texts=lambda: TEXTS)
     assert both.shape[3] == -(-dim // 2)
     components = torch.cat([both & 15, both >> 4], dim=-1).float() - 8
     return (components * scales[..., None])[:, :, : stops[-1]]
@@ -261,9 +261,9 @@ def test_keys_in_4_bits_are_those_of_pytorch(dim: int, dtype: torch.dtype) -> No
     """Of any strides, a few at a time; but where a component lies between two codes."""
     key = torch.randn(2, 90, 3, dim).to(dtype).transpose(1, 2)[:, :, 5:78].to(DEVICE)
     key[0, 0, 7] = 0
-    both, scales = (x[:, :, :70] for x in QuantisedKeys().up_to(key, 70, importance.LAYOUT, text_start=lambda: STARTS))
+    both, scales = (x[:, :, :70] for x in QuantisedKeys().up_to(key, 70, importance.LAYOUT, texts=lambda: TEXTS))
     found, expected = encoded(key, (1, 33, 70)), both * scales[..., None]
-    center = torch.stack([key[i, :, start:70].float().mean(1) for i, start in enumerate(STARTS.tolist())])
+    center = torch.stack([key[i, :, start:stop].float().mean(1) for i, (start, stop) in enumerate(TEXTS)])
     mixed = importance.mixed(key[:, :, :70].float() - center[:, :, None])
     step = (mixed.abs().amax(-1, keepdim=True) / 7).expand_as(found)
     off = (found - expected).abs() > 0.01 * step
@@ -373,7 +373,7 @@ def test_one_set_of_launches_decodes_a_text_that_grows(monkeypatch: pytest.Monke
 
     Sequences are of different lengths, and keys behind them are not written yet.
     """
-    room, lengths = 500, torch.tensor([379, 210])
+    room, lengths = 500, torch.tensor([379, 290])
     full = moved(calls.inputs(calls.causal_intervals(1, room), room, heads=2, kv_heads=1, dim=16))
     launched: list[Any] = []
     run = interpreter.InterpretedFunction.run
@@ -400,7 +400,7 @@ def test_one_set_of_launches_decodes_a_text_that_grows(monkeypatch: pytest.Monke
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", noted)
     quantised, seen = QuantisedKeys(), []
     written = torch.arange(room) < lengths.view(2, 1, 1) - 1
-    quantised.up_to(full.key * written[..., None].to(DEVICE), room, codes.LAYOUT)
+    quantised.up_to(full.key * written[..., None].to(DEVICE), room, codes.LAYOUT, texts=lambda: [(0, room)] * 2)
     for more in range(2):
         budgets = torch.tensor([110, 75 + more]).view(2, 1, 1)
         exact = step(lengths + more, budgets, 112, None, QuantisedKeys())

@@ -138,8 +138,9 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
 class Ready(QuantisedKeys):
     """Keys that were quantised before: all components are 0."""
 
-    def up_to(self, key: Tensor, stop: int, layout: Layout, *, left: int = 0) -> tuple[Tensor, Tensor]:
+    def up_to(self, key: Tensor, stop: int, layout: Layout, **_: Any) -> tuple[Tensor, Tensor]:
         codes, scales = layout.allocate(key, stop)
+        self._center = torch.zeros(*key.shape[:2], key.shape[3])
         return codes.fill_(0x88), scales.fill_(1)
 
 

@@ -47,6 +47,7 @@ class AttentionCall:
         dropout: Probability with which attention weights are dropped; 0 outside training.
         origin: If set, int64 `(batch,)` on the CPU: the key position where each sequence's text begins, as far as the
             whole call can see. A block of queries may see less of it.
+        end: If set, int64 `(batch,)` on the CPU: the key position after the last that the whole call can see of each.
         quantised: If set, `key` in few bits, which the blocks of a call share.
         known_ranges: What `ranges` gives as long as they are those of `intervals`.
     """
@@ -60,6 +61,7 @@ class AttentionCall:
     sinks: Tensor | None = None
     dropout: float = 0.0
     origin: Tensor | None = None
+    end: Tensor | None = None
     quantised: QuantisedKeys | None = None
     known_ranges: VisibleRanges | None = None
 
@@ -100,8 +102,11 @@ class AttentionCall:
 
         What they have in common is subtracted where scores are products, which a soft cap ends.
         """
-        start = None if self.softcap is not None else lambda: self.text_start
-        return self.own_quantised.up_to(self.key, stop, layout, text_start=start, left=left)
+        texts = None if self.softcap is not None else self._texts
+        return self.own_quantised.up_to(self.key, stop, layout, texts=texts, left=left)
+
+    def _texts(self) -> list[tuple[int, int]]:
+        return list(zip(self.text_start.tolist(), self.text_stop.tolist(), strict=True))
 
     @property
     def last_visible(self) -> int:
@@ -115,6 +120,11 @@ class AttentionCall:
             return self.origin
         first, stop = self.ranges.first, self.ranges.stop
         return torch.where(stop > first, first, self.key.shape[2] - 1).amin(-1)
+
+    @property
+    def text_stop(self) -> Tensor:
+        """Key position after each sequence's last key, int64 `(batch,)` on the CPU: `end`, or after the last seen."""
+        return self.ranges.stop.amax(-1) if self.end is None else self.end
 
     def with_keys(self, positions: Tensor) -> AttentionCall:
         """The same call with copies of the keys and values at `positions`, int64 `(batch, number)`, alone.
@@ -134,6 +144,7 @@ class AttentionCall:
             query=self.query[:, :, start:stop],
             intervals=intervals,
             origin=self.text_start,
+            end=self.text_stop,
             known_ranges=self.ranges.part(start, stop, intervals),
         )
 
@@ -150,6 +161,7 @@ class AttentionCall:
             value=self.value[:, :, keys],
             intervals=(self.intervals - low) * seen,
             origin=None,
+            end=None,
             quantised=None,
         )
 

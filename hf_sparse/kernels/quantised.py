@@ -11,7 +11,7 @@ is most of a key, changes no attention weight, so it is subtracted before they a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from hf_sparse.kernels.layout import Layout
 _LEAST_SPARE = 256
 
 
+Texts = Sequence[tuple[int, int]]
+"""The position of the first key of each sequence's text, and the one after the last."""
+
 CENTRED = 256
 """Keys at the start of a text whose mean is subtracted from all keys."""
 
@@ -29,7 +32,7 @@ CENTRED = 256
 class QuantisedKeys:
     """The keys of one layer in few bits with one float32 scale a key; a `Layout` says how many.
 
-    Every key is quantised once, but for those of a text that was shorter than `CENTRED` then.
+    Every key is quantised once, but for those of a text that has grown since and was shorter than `CENTRED` before.
     """
 
     def __init__(self) -> None:
@@ -37,8 +40,8 @@ class QuantisedKeys:
         self._parts: tuple[Tensor, Tensor] | None = None
         self._length = 0
         self._center: Tensor | None = None
-        # The centre stands once this many keys were there.
-        self._needed = 0
+        # Of each sequence, the keys that the centre is the mean of.
+        self._centred: list[tuple[int, int]] = []
 
     @property
     def center(self) -> Tensor:
@@ -48,7 +51,7 @@ class QuantisedKeys:
 
     @torch.no_grad()
     def up_to(
-        self, key: Tensor, stop: int, layout: Layout, *, text_start: Callable[[], Tensor] | None = None, left: int = 0
+        self, key: Tensor, stop: int, layout: Layout, *, texts: Callable[[], Texts] | None = None, left: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Codes and scales of at least the keys before `stop`.
 
@@ -56,16 +59,16 @@ class QuantisedKeys:
             key: `(batch, kv_heads, kv_len, head_dim)`: the keys that were quantised so far, and more.
             stop: Position after the last key that is needed.
             layout: Of the kernels that read them.
-            text_start: Gives the position where each sequence's text begins, int64 `(batch,)` on the CPU. `None` to
-                subtract nothing, for scores that are more than products.
+            texts: Gives the first position and the one after the last of each sequence's text. `None` to subtract
+                nothing, for scores that are more than products.
             left: Keys at the end that the caller writes itself.
         """
         if self._parts is not None and not self._fits(self._parts[1], key, layout):
             self._parts, self._length, self._center = None, 0, None
         self._layout = layout
         parts = self._parts = self._with_room(key, stop, layout)
-        if self._center is None or self._length < min(stop, self._needed):
-            self._set_center(key, stop, text_start)
+        if self._center is None or any(end - start < CENTRED for start, end in self._centred):
+            self._set_center(key, texts)
         if stop - left > self._length:
             layout.quantise(key, self._length, stop - left, parts, self.center)
         self._length = max(self._length, stop)
@@ -74,7 +77,7 @@ class QuantisedKeys:
     def crop(self, length: int) -> None:
         """Forget the keys from position `length` on."""
         self._length = min(self._length, length)
-        if self._length < self._needed:
+        if any(length < end for _, end in self._centred):
             self._center = None
 
     def rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -83,20 +86,22 @@ class QuantisedKeys:
             self._parts = (change(self._parts[0]).contiguous(), change(self._parts[1]).contiguous())
         if self._center is not None:
             self._center = change(self._center)
+        if self._centred:
+            order = change(torch.arange(len(self._centred))).tolist()
+            self._centred = [self._centred[i] for i in order]
 
-    def _set_center(self, key: Tensor, stop: int, text_start: Callable[[], Tensor] | None) -> None:
-        """The mean of the first keys of each text, of those that are there; all keys are to be quantised anew."""
-        self._length = 0
-        if text_start is None:
-            self._center, self._needed = key.new_zeros(*key.shape[:2], key.shape[3], dtype=torch.float32), 0
+    def _set_center(self, key: Tensor, texts: Callable[[], Texts] | None) -> None:
+        """The mean of the first keys of each text. If it is another one, all keys are to be quantised anew."""
+        centred = [] if texts is None else [(start, min(start + CENTRED, stop)) for start, stop in texts()]
+        if self._center is not None and centred == self._centred:
             return
-        starts = text_start().tolist()
-        self._needed = max(starts) + CENTRED
-        if len(set(starts)) == 1:
-            center = _mean(key, starts[0], stop)
+        self._length, self._centred = 0, centred
+        if not centred:
+            self._center = key.new_zeros(*key.shape[:2], key.shape[3], dtype=torch.float32)
+        elif len(set(centred)) == 1:
+            self._center = _mean(key, *centred[0])
         else:
-            center = torch.cat([_mean(key[i : i + 1], start, stop) for i, start in enumerate(starts)])
-        self._center = center.nan_to_num(0, 0, 0)
+            self._center = torch.cat([_mean(key.narrow(0, i, 1), *span) for i, span in enumerate(centred)])
 
     def _fits(self, scales: Tensor, key: Tensor, layout: Layout) -> bool:
         return layout == self._layout and scales.shape[:2] == key.shape[:2] and scales.device == key.device
@@ -120,6 +125,7 @@ class QuantisedKeys:
 
 
 def _mean(key: Tensor, start: int, stop: int) -> Tensor:
-    """Of the first keys from `start` on: float32 `(batch, kv_heads, head_dim)`; zeros if there are none."""
-    first = key[:, :, start : min(start + CENTRED, stop)]
-    return first.mean(2, dtype=torch.float32) if first.shape[2] else first.new_zeros(first.shape[:2] + first.shape[3:])
+    """Of the keys from `start` to `stop` - 1: float32 `(batch, kv_heads, head_dim)`; 0 for what is no number."""
+    if start >= stop:
+        return key.new_zeros(*key.shape[:2], key.shape[3], dtype=torch.float32)
+    return key.narrow(2, start, stop - start).mean(2, dtype=torch.float32).nan_to_num(0, 0, 0)
