@@ -119,7 +119,7 @@ def compile_select(
             0,
             length,
             144,
-            None if queries > 1 else key,
+            *((None, None) if queries > 1 else (key, center)),
         )
         budgets = torch.empty(1, share, queries, dtype=torch.int32)
         values, counts, arrived = importance(query, groups, WINDOW, PERIOD)

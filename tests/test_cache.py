@@ -307,6 +307,16 @@ def test_keys_are_not_quantised_twice() -> None:
     assert spans == [(0, 100), *((length, length + 1) for length in range(100, 111))]
 
 
+def test_a_sequence_that_sees_nothing_does_not_have_all_keys_quantised_anew() -> None:
+    spans: list[tuple[int, int]] = []
+    layout = replace(PLAIN, quantise=lambda key, start, stop, *_: spans.append((start, stop)))
+    keys, kept = states(302)[0], QuantisedKeys()
+    for length in (300, 301, 302):
+        texts = [(0, length), (length - 1, 0)]
+        kept.up_to(keys[:, :, :length], length, layout, texts=lambda texts=texts: texts)
+    assert spans == [(0, 300), (300, 301), (301, 302)]
+
+
 def test_keys_are_quantised_anew_for_other_kernels() -> None:
     keys, kept = states(40)[0], QuantisedKeys()
     for factor in (1, 2, 1):
