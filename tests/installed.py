@@ -19,7 +19,7 @@ def build_wheel(folder: Path, **variables: str) -> Path:
     """Build a wheel of a copy of the sources into a folder, with environment variables."""
     copy = folder / "copy"
     shutil.copytree(ROOT / "hf_sparse", copy / "hf_sparse", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
+    for name in ("LICENSE", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, copy)
     command = [sys.executable, "-c", "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])", str(folder)]
     subprocess.run(command, env={**os.environ, **variables}, cwd=copy, check=True, capture_output=True)

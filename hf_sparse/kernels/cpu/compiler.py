@@ -1,6 +1,6 @@
 """The C++ compiler, and one library of the kernels for several targets: sets of CPU instructions.
 
-Only the standard library is imported: `setup.py` runs this file where the package cannot be imported yet.
+Only the standard library is imported: `wheel.py` runs this file where the package cannot be imported yet.
 """
 
 from __future__ import annotations

@@ -1,18 +1,20 @@
-"""Installation with compiled kernels where there is a C++ compiler; all else is in `pyproject.toml`."""
+"""Wheels with compiled kernels, where there is a C++ compiler: `pyproject.toml` names this command of setuptools.
+
+setuptools loads this file by itself, where the package cannot be imported yet.
+"""
 
 from __future__ import annotations
 
 import runpy
 from pathlib import Path
 
-from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 KERNELS = "hf_sparse/kernels/cpu"
-compiler = runpy.run_path(str(Path(__file__).parent / KERNELS / "compiler.py"))
+compiler = runpy.run_path(str(Path(__file__).parent / "compiler.py"))
 
 
-class Wheel(bdist_wheel):
+class Wheel(bdist_wheel):  # type: ignore[misc]
     """A wheel for this platform, with one library for all its CPUs; or for any, to be compiled on first use."""
 
     def run(self) -> None:
@@ -36,6 +38,3 @@ class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         """Any Python 3: the library knows nothing of Python."""
         return "py3", "none", super().get_tag()[2]
-
-
-setup(cmdclass={"bdist_wheel": Wheel})
