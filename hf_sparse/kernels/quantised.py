@@ -93,7 +93,8 @@ class QuantisedKeys:
     def _set_center(self, key: Tensor, texts: Callable[[], Texts] | None) -> None:
         """The mean of the first keys of each text. If it is another one, all keys are to be quantised anew."""
         found = [] if texts is None else texts()
-        centred = [(start, min(start + CENTRED, stop)) if start < stop else (0, 0) for start, stop in found]
+        ends = [min(start + CENTRED, stop, key.shape[2]) for start, stop in found]
+        centred = [(start, end) if start < end else (0, 0) for (start, _), end in zip(found, ends, strict=True)]
         if self._center is not None and centred == self._centred:
             return
         self._length, self._centred = 0, centred
