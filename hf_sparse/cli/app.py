@@ -32,7 +32,7 @@ from hf_sparse.cli.options import (
     share_options,
 )
 from hf_sparse.cli.publish import BundleOptions, run_card, run_publish
-from hf_sparse.cli.report import run_report
+from hf_sparse.cli.report import run_report, write_page
 from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
@@ -265,10 +265,19 @@ def theory(options: TheoryOptions, run: RunOptions) -> None:
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder that a command wrote its results into.", show_default=False)],
     write: Annotated[bool, typer.Option("--write", help="Write summary, tables and plots anew.")] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Write a self-contained HTML page of all results in the folder and those inside it."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the tables of a folder of results again, made anew from its records."""
-    run_report(run_dir, write=write, as_json=as_json)
+    """Print the tables of a folder of results again, made anew from its records; or make a page of them."""
+    if page is None:
+        run_report(run_dir, write=write, as_json=as_json)
+    elif write or as_json:
+        raise UserError("--page takes neither --write nor --json")
+    else:
+        write_page(run_dir, page)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`hf-sparse report`: the tables of a folder of results, made anew from its records."""
+"""`hf-sparse report`: the tables of a folder of results, made anew from its records, in the terminal or as a page."""
 
 from __future__ import annotations
 
@@ -15,19 +15,26 @@ from hf_sparse.calibration.calibrate import Calibration
 from hf_sparse.calibration.tables import calibration_tables
 from hf_sparse.cli.bench import BENCH
 from hf_sparse.cli.theory import print_theory
+from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.config import files as policy_files
 from hf_sparse.errors import UserError, first_line
 from hf_sparse.measure.run import ATTENTION_ERROR, PERPLEXITY, RETRIEVAL, Kind, Outcome, write_outcome
+from hf_sparse.page import Section, laws_by_head, mass_by_layer, render
 from hf_sparse.results import (
+    CALIBRATE,
     CALIBRATION,
     ROWS,
     SUMMARY,
     Record,
     ResultFile,
     Summary,
+    Table,
+    check_writable,
     command_of,
     plot_name,
     read_json,
     write_tables,
+    write_whole,
 )
 
 _KINDS = {kind.command: kind for kind in (PERPLEXITY, ATTENTION_ERROR, RETRIEVAL, BENCH)}
@@ -44,13 +51,7 @@ def run_report(folder: Path, *, write: bool, as_json: bool) -> None:
     Raises:
         UserError: if the folder holds no results, or records that no summary can be made of.
     """
-    try:
-        found = _find(folder)
-    except UserError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{folder} holds results that no tables can be made of: {why}") from error
+    found = _found(folder)
     if write:
         found.write()
     if as_json:
@@ -59,13 +60,79 @@ def run_report(folder: Path, *, write: bool, as_json: bool) -> None:
         found.show()
 
 
+def write_page(folder: Path, page: Path) -> None:
+    """Write an HTML page of the results in a folder and in those inside it, and of the policy that lies with them.
+
+    Args:
+        folder: A folder that a command wrote, or one that holds such folders, as that of a model card does.
+        page: The file to write.
+
+    Raises:
+        UserError: if there are no results, or some that no tables can be made of.
+    """
+    names = {ROWS, SUMMARY, CALIBRATION}
+    folders = sorted({path.parent for path in folder.rglob("*") if path.name in names})
+    sections = [_section(each, each.relative_to(folder)) for each in folders]
+    for path in sorted(folder.rglob(policy_files.NAME)):
+        policy = policy_files.read(path)
+        about = {"base model": str(policy.base_model)} if policy.base_model else {}
+        sections.append(
+            Section("configuration", facts=about, maps=laws_by_head(policy.config), details={"fields": read_json(path)})
+        )
+    if not sections:
+        raise UserError(f"{folder} holds no results: pass a folder that a command of hf-sparse wrote")
+    check_writable(page.parent, (page.name,))
+    write_whole(page, render(folder.resolve().name, sections).encode())
+    print(page)
+
+
+def _section(folder: Path, name: Path) -> Section:
+    found = _found(folder)
+    about = found.summary.get("about", found.summary)
+    model = about.get("model") or {}
+    facts = {
+        "model": model.get("name"),
+        "revision": model.get("revision"),
+        "dtype": about.get("dtype"),
+        "device": about.get("device_name", about.get("device")),
+        "commit": about.get("commit"),
+        "texts": ", ".join(each["document"] for each in found.summary.get("documents", [])),
+    }
+    maps = mass_by_layer(found.summary) if found.command == ATTENTION_ERROR.command else []
+    if found.config is not None:
+        maps += laws_by_head(found.config)
+    unfolded = {"configs", "conditions", "config", "about"}
+    details = {key: value for key, value in found.summary.items() if key in unfolded}
+    return Section(
+        title=" / ".join(dict.fromkeys([*name.parts, found.command])),
+        tables=found.tables,
+        facts={key: str(value) for key, value in facts.items() if value},
+        plots=[path.read_bytes() for path in sorted(folder.glob("*.png"))],
+        maps=maps,
+        details=details,
+    )
+
+
 @dataclass(frozen=True)
 class _Found:
-    """A summary, what prints it for people, and what writes it with its tables and plots."""
+    """A summary, its tables, what prints it for people, and what writes it with its tables and plots."""
 
+    command: str
     summary: Summary
+    tables: list[Table]
     show: Callable[[], object]
     write: Callable[[], object]
+    config: SparseAttentionConfig | None = None
+
+
+def _found(folder: Path) -> _Found:
+    try:
+        return _find(folder)
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{folder} holds results that no tables can be made of: {why}") from error
 
 
 def _find(folder: Path) -> _Found:
@@ -86,7 +153,7 @@ def _find(folder: Path) -> _Found:
 
 def _drawn(outcome: Outcome, command: str, draw: Callable[[Summary, Path], None], folder: Path) -> _Found:
     write = partial(write_outcome, outcome, folder, plot_name(command), draw)
-    return _Found(outcome.summary, partial(print, outcome), write)
+    return _Found(command, outcome.summary, outcome.tables, partial(print, outcome), write)
 
 
 def _evaluation(kind: Kind, records: Sequence[Record], summary: Summary | None, folder: Path) -> _Found:
@@ -146,7 +213,7 @@ def _theory(records: Sequence[Record], summary: Summary, folder: Path) -> _Found
     }
     made = lab.summarise(experiments, found) | {"about": about}
     show = partial(print_theory, {folder.resolve().name: made}, folder)
-    return _Found(made, show, partial(lab.write, experiments, found, about, folder))
+    return _Found("theory", made, lab.all_tables(made), show, partial(lab.write, experiments, found, about, folder))
 
 
 def _calibration(folder: Path) -> _Found:
@@ -155,5 +222,7 @@ def _calibration(folder: Path) -> _Found:
     if records := list(ResultFile(checks).records().values()):
         chosen = _chosen(PERPLEXITY, records, data["check"], checks)
         data["check"] = PERPLEXITY.summarise(chosen, data["check"]["seed"])
-    tables = calibration_tables(Calibration.from_dict(data))
-    return _Found(data, partial(print, Outcome(data, tables)), partial(write_tables, folder, tables))
+    result = Calibration.from_dict(data)
+    tables = calibration_tables(result)
+    show, write = partial(print, Outcome(data, tables)), partial(write_tables, folder, tables)
+    return _Found(CALIBRATE, data, tables, show, write, result.config)
