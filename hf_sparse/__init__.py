@@ -15,6 +15,7 @@ from hf_sparse.share import from_pretrained, push_to_hub, save_pretrained
 
 if TYPE_CHECKING:
     from hf_sparse.calibration.calibrate import calibrate
+    from hf_sparse.page.prompt import kept_keys
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "from_pretrained",
     "inspect",
     "is_patched",
+    "kept_keys",
     "observed",
     "patch",
     "patched",
@@ -47,9 +49,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when it is asked for: patching a model needs none of what measures one.
+    # Imported when they are asked for: patching a model needs none of what measures or shows one.
     if name == "calibrate":
         from hf_sparse.calibration.calibrate import calibrate
 
         return calibrate
+    if name == "kept_keys":
+        from hf_sparse.page.prompt import kept_keys
+
+        return kept_keys
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,6 +31,7 @@ from hf_sparse.cli.options import (
     read_policy,
     share_options,
 )
+from hf_sparse.cli.prompt import show_prompt
 from hf_sparse.cli.publish import BundleOptions, run_card, run_publish
 from hf_sparse.cli.report import run_report, write_page
 from hf_sparse.cli.theory import TheoryOptions, print_theory, run_theory
@@ -92,9 +93,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @app.command()
-def inspect(model: Model, revision: Revision = None, as_json: Json = False) -> None:
-    """Say whether a model can be patched, from its configuration alone; exit code 1 if not."""
-    support = hf_sparse.inspect(ModelSource.find(model, revision).config)
+def inspect(
+    model: Model,
+    prompt: Annotated[
+        Path | None, typer.Option(help="Load the model, and show which keys the last token of this text keeps.")
+    ] = None,
+    page: Annotated[Path, typer.Option(help="HTML page for that.")] = Path("results/prompt.html"),
+    policy: Policy = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether a model can be patched, from its configuration alone; exit code 1 if not.
+
+    With --prompt: what sparse attention does to that text.
+    """
+    source = ModelSource.find(model, revision)
+    support = hf_sparse.inspect(source.config)
+    if prompt is not None and support.supported:
+        show_prompt(source, read_policy(policy, source.policy), prompt, page, dtype, as_json=as_json)
+        return
     print(json.dumps(asdict(support)) if as_json else support)
     raise typer.Exit(0 if support.supported else 1)
 

@@ -23,6 +23,8 @@ class Section:
         title: The heading.
         tables: Tables, the most important first.
         facts: What was measured, on what: shown in one line each.
+        text: Pieces of a text, each with a share from 0 to 1 by which it is highlighted.
+        strips: PNG images with a pixel for each number, shown as wide as the page.
         plots: PNG images.
         maps: Maps of layers.
         details: JSON to unfold, by its heading, such as the configuration.
@@ -31,6 +33,8 @@ class Section:
     title: str
     tables: Sequence[Table] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
+    text: Sequence[tuple[str, float]] = ()
+    strips: Sequence[bytes] = ()
     plots: Sequence[bytes] = ()
     maps: Sequence[HeatMap] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
