@@ -1,0 +1,304 @@
+"""Proof on a small model that a patch does what it promises: each probe compares it with the dense model, or itself.
+
+Where the dense model itself does not keep a promise (recurrent layers see padding; not every model has a static cache),
+the patched one cannot, and the probe says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import hf_sparse
+from hf_sparse.patching import SupportReport, patched, report
+from hf_sparse.probing.build import positions, text
+
+LENGTH, SHORT = 48, 31
+"""Tokens of the texts that probes read."""
+
+SAME = 1e-3
+"""Largest difference of logits that is rounding, over their standard deviation."""
+
+OTHER = 1e-2
+"""Least difference that is none."""
+
+_HOLES = (5, 6, 17, 30)
+
+SMALL = hf_sparse.SparseAttentionConfig(
+    alpha=2.0, min_keys=3, sink_keys=1, recent_keys=2, dense_layers=(), dense_below=0, selector="topk"
+)
+"""A budget of 14 of 48 keys."""
+
+ALL = replace(SMALL, law="fraction", fraction=1.0)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe found.
+
+    Attributes:
+        held: Whether what it looked at is so; `None` if the dense model does not allow to say.
+        found: The largest difference of logits over their standard deviation, or what is wrong or not possible.
+    """
+
+    held: bool | None
+    found: float | str
+
+
+def probe(model: PreTrainedModel, support: SupportReport) -> dict[str, Probe]:
+    """Every probe of an unpatched model that can be patched, by name; an exception is one that did not hold.
+
+    Args:
+        model: Small: it reads 48 tokens some hundred times.
+        support: What `hf_sparse.inspect` says of it.
+    """
+    found = {}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        for name, run in PROBES.items():
+            try:
+                found[name] = run(model, support)
+            except Exception as error:
+                hf_sparse.unpatch(model)
+                found[name] = Probe(False, f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    return found
+
+
+def full_budget(model: PreTrainedModel, support: SupportReport) -> Probe:
+    """All keys give the dense model's logits.
+
+    The last query loses one key, so that selector and engine do the work, and is not compared.
+    """
+    ids, mask = _texts(LENGTH, LENGTH)
+    dense = _logits(model, ids, mask)
+    with patched(model, ALL, max_keys=LENGTH - 1):
+        return _same(_logits(model, ids, mask)[:, :-1], dense[:, :-1])
+
+
+def small_budget(model: PreTrainedModel, support: SupportReport) -> Probe:
+    """Few keys give other logits, in every layer alone: the most recent ones, for the best may be as good as all."""
+    ids, mask = _texts(LENGTH, LENGTH)
+    dense = _logits(model, ids, mask)
+    changes = {}
+    for layer in support.layers:
+        others = tuple(other.layer for other in support.layers if other != layer)
+        with patched(model, SMALL, dense_layers=others, selector="window"):
+            changes[layer.layer] = _difference(_logits(model, ids, mask), dense)
+    least = min(changes, key=lambda layer: changes[layer])
+    if changes[least] < OTHER:
+        return Probe(False, f"few keys in layer {least} change logits by {changes[least]:.1e} alone")
+    return Probe(True, changes[least])
+
+
+def engines(model: PreTrainedModel, support: SupportReport) -> Probe:
+    """The engine that runs here and the specification give the same logits."""
+    ids, mask = _texts(LENGTH, SHORT, "left")
+    with patched(model, SMALL):
+        ours = _logits(model, ids, mask)
+    with patched(model, SMALL, engine="reference"):
+        return _same(ours, _logits(model, ids, mask))
+
+
+def padding_left(model: PreTrainedModel, support: SupportReport) -> Probe:
+    """A text gives the same logits with padding before it."""
+    return _padding(model, *_texts(LENGTH, SHORT, "left"))
+
+
+def padding_right(model: PreTrainedModel, support: SupportReport) -> Probe:
+    """A text gives the same logits with padding after it."""
+    return _padding(model, *_texts(LENGTH, SHORT, "right"))
+
+
+def padding_inside(model: PreTrainedModel, support: SupportReport) -> Probe:
+    """A text gives the same logits with padding inside it."""
+    ids, mask = _texts(LENGTH, LENGTH)
+    mask[0, list(_HOLES)] = 0
+    return _padding(model, ids, mask)
+
+
+def decode(model: PreTrainedModel, support: SupportReport) -> Probe:
+    """Token by token, behind a cache, gives the logits of one pass."""
+    ids, mask = _texts(LENGTH, LENGTH)
+    dense = _logits(model, ids, mask)
+    # A few tokens at once behind a cache, where the dense model can do that.
+    for stops in ((LENGTH // 2, LENGTH // 2 + 3), (LENGTH // 2,)):
+        steps = (*stops, *range(stops[-1] + 1, LENGTH + 1))
+        if (alike := _difference(_stepped(model, ids, steps), dense)) < SAME:
+            break
+    with patched(model, SMALL):
+        return _same(_stepped(model, ids, steps), _logits(model, ids, mask), alike)
+
+
+def static_cache(model: PreTrainedModel, support: SupportReport) -> Probe:
+    """`generate` gives the same logits with a static cache as with its own, after left padding."""
+    try:
+        alike = _difference(_generated(model, cache_implementation="static"), _generated(model))
+    except Exception as error:
+        return Probe(None, f"the dense model has none ({type(error).__name__})")
+    with patched(model, SMALL):
+        return _same(_generated(model, cache_implementation="static"), _generated(model), alike)
+
+
+def unpatch(model: PreTrainedModel, support: SupportReport) -> Probe:
+    """After `unpatch`, logits are bit-identical to before, and so is the configuration."""
+    ids, mask = _texts(LENGTH, LENGTH)
+    before, config, said = _logits(model, ids, mask), model.config, _said(model)
+    with patched(model, SMALL):
+        sparse = _logits(model, ids, mask)
+    after = _logits(model, ids, mask)
+    if model.config is not config or _said(model) != said:
+        return Probe(False, "the configuration is another one")
+    if torch.equal(sparse, before):
+        return Probe(False, "the patch changed nothing")
+    return Probe(torch.equal(after, before), _difference(after, before))
+
+
+def counts(model: PreTrainedModel, support: SupportReport) -> Probe:
+    """The report counts what the layers that `inspect` names must have seen and kept, computed here anew."""
+    ids, mask = _texts(LENGTH, SHORT, "left")
+    shapes = {}
+    with patched(model, SMALL):
+        _logits(model, ids, mask)
+        rows = report(model).rows
+    with hf_sparse.observed(
+        model, lambda layer, call: shapes.update({layer: (call.query.shape[1], call.key.shape[1])})
+    ):
+        _logits(model, ids, mask)
+    wrong = []
+    for layer in support.layers:
+        own = [row for row in rows if row["layer"] == layer.layer]
+        if shapes.get(layer.layer) != (layer.heads, layer.kv_heads):
+            wrong.append(f"layer {layer.layer} has heads {shapes.get(layer.layer)}, not {layer.heads, layer.kv_heads}")
+        # Some layers attend twice a pass, each time to all of it.
+        counted = {tuple(row[name] / row["calls"] for name in ("rows", "visible", "kept")) for row in own}
+        if len(own) != layer.heads or len(counted) != 1 or not counted <= _expected(layer.sliding_window):
+            wrong.append(f"layer {layer.layer} counts {sorted(counted)}, not {sorted(_expected(layer.sliding_window))}")
+    return Probe(not wrong, "; ".join(wrong) or 0.0)
+
+
+PROBES: dict[str, Callable[[PreTrainedModel, SupportReport], Probe]] = {
+    "full budget": full_budget,
+    "small budget": small_budget,
+    "engines": engines,
+    "left padding": padding_left,
+    "right padding": padding_right,
+    "padding inside": padding_inside,
+    "decode": decode,
+    "static cache": static_cache,
+    "unpatch": unpatch,
+    "counts": counts,
+}
+"""Every probe by name; its docstring says what it proves."""
+
+
+def _texts(first: int, second: int, side: str = "right") -> tuple[Tensor, Tensor]:
+    """A batch of two texts, padded on one side: tokens and mask `(2, LENGTH)`."""
+    ids, mask = torch.zeros(2, LENGTH, dtype=torch.long), torch.zeros(2, LENGTH, dtype=torch.long)
+    for row, length in enumerate((first, second)):
+        place = slice(LENGTH - length, LENGTH) if side == "left" else slice(0, length)
+        ids[row, place], mask[row, place] = text(length, seed=row + 1), 1
+    return ids, mask
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits `(batch, length, vocabulary)` of one pass without a cache; those of padding are 0."""
+    out: Any = model(input_ids=ids, attention_mask=mask, use_cache=False, **_placed(model, positions(mask)))
+    logits: Tensor = out.logits.float()
+    return logits * mask[:, :, None]
+
+
+def _placed(model: PreTrainedModel, place: Tensor) -> dict[str, Tensor]:
+    known = inspect.signature(type(model).forward).parameters
+    return {"position_ids": place} if "position_ids" in known else {}
+
+
+def _padding(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Probe:
+    """Logits of real tokens are those of the texts alone; and with all keys, those of the dense model as padded."""
+    dense = _logits(model, ids, mask)
+    alike = _difference(_alone(model, ids, mask), dense[mask.bool()])
+    with patched(model, ALL):
+        full = _same(_logits(model, ids, mask), dense)
+    if not full.held:
+        return Probe(False, f"with all keys, logits differ from the dense model's by {full.found:.1e}")
+    with patched(model, SMALL):
+        return _same(_logits(model, ids, mask)[mask.bool()], _alone(model, ids, mask), alike)
+
+
+def _alone(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of each text without its padding, one text after the other."""
+    texts = [row[real] for row, real in zip(ids, mask.bool(), strict=True)]
+    return torch.cat([_logits(model, row[None], torch.ones_like(row[None]))[0] for row in texts])
+
+
+def _stepped(model: PreTrainedModel, ids: Tensor, stops: Sequence[int]) -> Tensor:
+    """Logits of tokens read behind a cache, up to each of `stops` in turn."""
+    logits, start = [], 0
+    past: Any = None
+    if getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        past = (hf_sparse.SparseCache if hf_sparse.is_patched(model) else DynamicCache)(config=model.config)
+    for stop in stops:
+        mask = torch.ones_like(ids[:, :stop])
+        out: Any = model(
+            input_ids=ids[:, start:stop],
+            attention_mask=mask,
+            past_key_values=past,
+            use_cache=True,
+            **_placed(model, positions(mask)[:, start:]),
+        )
+        past, start = out.get("past_key_values", past), stop
+        logits.append(out.logits.float())
+    return torch.cat(logits, dim=1)
+
+
+def _generated(model: PreTrainedModel, **kwargs: Any) -> Tensor:
+    """Logits of tokens that `generate` adds to a padded batch."""
+    ids, mask = _texts(LENGTH, SHORT, "left")
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    out: Any = model.generate(  # type: ignore[operator]
+        input_ids=ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options, **kwargs
+    )
+    return torch.stack(out.logits).float()
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    if not bool(ours.isfinite().all() and theirs.isfinite().all()):
+        return math.inf
+    return float((ours - theirs).abs().max() / theirs.std())
+
+
+def _same(ours: Tensor, theirs: Tensor, dense: float = 0.0) -> Probe:
+    """Whether two tensors differ by rounding, asked only where the dense model's do (by `dense`)."""
+    if dense > SAME:
+        return Probe(None, f"the dense model's differ by {dense:.1e}")
+    return Probe((found := _difference(ours, theirs)) < SAME, found)
+
+
+def _said(model: PreTrainedModel) -> str:
+    return json.dumps(model.config.to_dict(), sort_keys=True, default=str) + str(model.config._attn_implementation)
+
+
+def _expected(window: int | None) -> set[tuple[float, ...]]:
+    """Queries, visible and kept keys of a head of a layer; a window slides, or is a chunk of the text."""
+    found: set[tuple[float, ...]] = set()
+    for visible in _visible(window):
+        kept = [min(n, max(3, math.ceil(2 * n**0.5))) for n in visible]
+        found.add((len(visible), sum(visible), sum(kept)))
+    return found
+
+
+def _visible(window: int | None) -> Iterator[list[int]]:
+    places = [i for length in (LENGTH, SHORT) for i in range(length)]
+    if window is None:
+        yield [i + 1 for i in places]
+    else:
+        yield [min(i + 1, window) for i in places]
+        yield [i % window + 1 for i in places]

@@ -1,0 +1,174 @@
+"""Which architectures of the installed transformers can be patched, proven on a small random model of each.
+
+python scripts/support_table.py                     # all that are not in the records yet, then the table
+python scripts/support_table.py llama gemma3_text   # these anew
+python scripts/support_table.py --draw              # the table alone
+
+Every causal language model that transformers knows is built small and random, `hf_sparse.inspect` gives its verdict,
+and probes prove it: that a patch does what it promises, or that the reason of a refusal is the true one. Each runs in
+a process of its own, which may crash or hang. Records are appended to model_cards/support/records.jsonl as they come;
+the table is model_cards/support/tables.md.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import hf_sparse
+from hf_sparse.errors import first_line
+from hf_sparse.patching.support import text_part
+from hf_sparse.probing import default_config, evidence, probe, small_model
+from hf_sparse.results.tables import markdown_table
+
+FOLDER = Path(__file__).parents[1] / "model_cards/support"
+RECORDS, TABLES = FOLDER / "records.jsonl", FOLDER / "tables.md"
+
+LIMIT = 300
+"""Seconds that an architecture may take."""
+
+
+def architectures() -> list[str]:
+    """The `model_type` of every causal language model that the installed transformers knows."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def records() -> dict[str, dict[str, Any]]:
+    """What was found so far, the newest of each architecture that the installed transformers has."""
+    lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
+    found = {record["architecture"]: record for record in map(json.loads, lines)}
+    return {name: found[name] for name in architectures() if name in found}
+
+
+def examined(architecture: str) -> dict[str, Any]:
+    """The record of one architecture: what `inspect` says of a small model of it, and what proves that."""
+    start = time.perf_counter()
+    config = default_config(architecture)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    record: dict[str, Any] = {"architecture": architecture, "class": kind.__name__}
+    try:
+        model = small_model(config)
+    except Exception:
+        return record | not_built(config, kind)
+    support = hf_sparse.inspect(model)
+    record |= {
+        "supported": support.supported,
+        "reasons": support.reasons,
+        "windows": [layer.sliding_window for layer in support.layers],
+    }
+    if support.supported:
+        found = probe(model, support)
+        record["probes"] = {name: {"held": one.held, "found": one.found} for name, one in found.items()}
+    else:
+        seen = evidence(model)
+        record |= {"against": seen.against(support), "not_run": seen.failure}
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    return record | versions | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def not_built(config: transformers.PreTrainedConfig, kind: Any) -> dict[str, Any]:
+    """What to say of an architecture of which no small model can be built, nor a large one either.
+
+    Raises:
+        RuntimeError: If a large one can be.
+    """
+    try:
+        with torch.device("meta"):
+            kind._from_config(text_part(config, kind))
+    except Exception as error:
+        reason = f"this version of transformers cannot build it ({type(error).__name__}: {first_line(error)})"
+        return {"supported": False, "reasons": [reason], "against": "", "not_run": reason}
+    raise RuntimeError(f"{kind.__name__} is not made small as it should be")
+
+
+def in_a_process(architecture: str) -> dict[str, Any]:
+    """The record of one architecture, or why there is none."""
+    context = multiprocessing.get_context("fork")  # What is imported already need not be again.
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(examined(architecture)))
+    process.start()
+    sender.close()
+    failure = f"no answer within {LIMIT} s"
+    if receiver.poll(LIMIT):
+        try:
+            record: dict[str, Any] = receiver.recv()
+            return record
+        except EOFError:
+            process.join()
+            failure = f"exit code {process.exitcode}"
+    process.kill()
+    return {"architecture": architecture, "failure": failure}
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """`patched` and `refused` are proven; `wrong` is what a probe speaks against, `unknown` what gave no answer."""
+    if "failure" in record:
+        return "unknown"
+    if record["supported"]:
+        return "wrong" if any(one["held"] is False for one in record["probes"].values()) else "patched"
+    return "wrong" if record["against"] else "refused"
+
+
+def cells(record: dict[str, Any]) -> list[str]:
+    """An architecture's line of the table."""
+    name, said = record["architecture"], verdict(record)
+    if said == "unknown":
+        return [name, "", said, "", record["failure"]]
+    if not record["supported"]:
+        reasons = "; ".join(record["reasons"]).split("; keep it dense")[0]
+        return [name, record["class"], said, "", f"{reasons}: {record['against']}" if record["against"] else reasons]
+    windows = [window for window in record["windows"] if window is not None]
+    layers = f"{len(record['windows']) - len(windows)} full" + f", {len(windows)} windowed" * bool(windows)
+    held = {key: [name for name, one in record["probes"].items() if one["held"] is key] for key in (True, False, None)}
+    text = f"{len(held[True])} hold"
+    if held[None]:
+        text += f"; as the dense model: {', '.join(held[None])}"
+    if held[False]:
+        text += f"; failed: {', '.join(held[False])}"
+    return [name, record["class"], said, layers, text]
+
+
+def draw() -> None:
+    """Write the table, counts first."""
+    found = records()
+    number = Counter(map(verdict, found.values()))
+    proven = [
+        ["patched, and proven by probes", str(number["patched"])],
+        ["refused, for the true reason", str(number["refused"])],
+    ]
+    open_ = [[name, str(number[name])] for name in ("wrong", "unknown")]
+    counts = markdown_table(["verdict", "architectures"], [*proven, *open_], left=(0,))
+    header = ["architecture", "class", "verdict", "attention layers", "probes, or reason"]
+    table = markdown_table(header, [cells(record) for record in found.values()], left=range(5))
+    TABLES.write_text(f"{counts}\n\n{table}\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Examine architectures, and draw the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE")
+    parser.add_argument("--draw", action="store_true", help="write the table alone")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    missing = [] if args.draw else args.architectures or [name for name in architectures() if name not in records()]
+    for name in missing:
+        record = in_a_process(name)
+        with RECORDS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"{name}: {verdict(record)}", file=sys.stderr, flush=True)
+    draw()
+
+
+if __name__ == "__main__":
+    main()
