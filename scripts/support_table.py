@@ -33,6 +33,8 @@ from hf_sparse.results.tables import markdown_table
 FOLDER = Path(__file__).parents[1] / "model_cards/support"
 RECORDS, TABLES = FOLDER / "records.jsonl", FOLDER / "tables.md"
 
+VERSIONS = {"transformers": transformers.__version__, "torch": torch.__version__}
+
 LIMIT = 300
 """Seconds that an architecture may take."""
 
@@ -54,7 +56,7 @@ def examined(architecture: str) -> dict[str, Any]:
     start = time.perf_counter()
     config = default_config(architecture)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    record: dict[str, Any] = {"architecture": architecture, "class": kind.__name__}
+    record: dict[str, Any] = {"architecture": architecture, "class": kind.__name__, **VERSIONS}
     try:
         model = small_model(config)
     except Exception:
@@ -71,8 +73,7 @@ def examined(architecture: str) -> dict[str, Any]:
     else:
         seen = evidence(model)
         record |= {"against": seen.against(support), "not_run": seen.failure}
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    return record | versions | {"seconds": round(time.perf_counter() - start, 1)}
+    return record | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def not_built(config: transformers.PreTrainedConfig, kind: Any) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def in_a_process(architecture: str) -> dict[str, Any]:
             process.join()
             failure = f"exit code {process.exitcode}"
     process.kill()
-    return {"architecture": architecture, "failure": failure}
+    return {"architecture": architecture, "failure": failure, **VERSIONS}
 
 
 def verdict(record: dict[str, Any]) -> str:

@@ -158,7 +158,8 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if text not in {type(getattr(module, "config", None)) for module in inner}:
         text = None
     for name, module in model.named_modules():
-        if interface_call(type(module)) is not None and (text is None or type(module.config) is text):
+        kind: Any = type(module)
+        if interface_call(kind) is not None and (text is None or type(module.config) is text):
             yield name, module
 
 
