@@ -20,10 +20,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 import hf_sparse
 from hf_sparse.patching import SupportReport, patched, report
-from hf_sparse.probing.build import positions, text
+from hf_sparse.probing.models import positions, text
 
-LENGTH, SHORT = 48, 31
-"""Tokens of the texts that probes read."""
+SHORT, LENGTH, LONG = 31, 48, 150
+"""Tokens of the texts that probes read. The longest one has more than two groups of queries that share keys."""
 
 SAME = 1e-3
 """Largest difference of logits that is rounding, over their standard deviation."""
@@ -125,6 +125,18 @@ def padding_inside(model: PreTrainedModel, support: SupportReport) -> Probe:
     return _padding(model, ids, mask)
 
 
+def grouped(model: PreTrainedModel, support: SupportReport) -> Probe:
+    """The selector that is used by default gives the same logits with padding, and on the specification's engine."""
+    ids, mask = _texts(LONG, LONG - SHORT, "left")
+    alike = _difference(_alone(model, ids, mask), _logits(model, ids, mask)[mask.bool()])
+    config = replace(SMALL, selector="grouped")
+    with patched(model, config):
+        ours, alone = _logits(model, ids, mask), _alone(model, ids, mask)
+    with patched(model, config, engine="reference"):
+        engine = _same(ours, _logits(model, ids, mask))
+    return _same(ours[mask.bool()], alone, alike) if engine.held and alike < SAME else engine
+
+
 def decode(model: PreTrainedModel, support: SupportReport) -> Probe:
     """Token by token, behind a cache, gives the logits of one pass."""
     ids, mask = _texts(LENGTH, LENGTH)
@@ -192,6 +204,7 @@ PROBES: dict[str, Callable[[PreTrainedModel, SupportReport], Probe]] = {
     "left padding": padding_left,
     "right padding": padding_right,
     "padding inside": padding_inside,
+    "grouped": grouped,
     "decode": decode,
     "static cache": static_cache,
     "unpatch": unpatch,
@@ -201,10 +214,10 @@ PROBES: dict[str, Callable[[PreTrainedModel, SupportReport], Probe]] = {
 
 
 def _texts(first: int, second: int, side: str = "right") -> tuple[Tensor, Tensor]:
-    """A batch of two texts, padded on one side: tokens and mask `(2, LENGTH)`."""
-    ids, mask = torch.zeros(2, LENGTH, dtype=torch.long), torch.zeros(2, LENGTH, dtype=torch.long)
+    """A batch of two texts, padded on one side to the length of the first: tokens and mask `(2, first)`."""
+    ids, mask = torch.zeros(2, first, dtype=torch.long), torch.zeros(2, first, dtype=torch.long)
     for row, length in enumerate((first, second)):
-        place = slice(LENGTH - length, LENGTH) if side == "left" else slice(0, length)
+        place = slice(first - length, first) if side == "left" else slice(0, length)
         ids[row, place], mask[row, place] = text(length, seed=row + 1), 1
     return ids, mask
 

@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_sparse.attention import HARMLESS, HONOURED
 from hf_sparse.patching import SupportReport
-from hf_sparse.probing.build import text
+from hf_sparse.probing.models import text
 
 _LENGTH = 40
 

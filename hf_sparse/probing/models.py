@@ -10,7 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.patching.support import text_part
-from hf_sparse.probing.shrink import SPECIAL, shrink
+from hf_sparse.probing.configs import SPECIAL, shrink
 
 
 def small_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
