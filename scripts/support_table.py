@@ -4,8 +4,8 @@ python scripts/support_table.py                     # all that are not in the re
 python scripts/support_table.py llama gemma3_text   # these anew
 python scripts/support_table.py --draw              # the table alone
 
-Every causal language model that transformers knows is built small and random, `hf_sparse.inspect` gives its verdict,
-and probes prove it: that a patch does what it promises, or that the reason of a refusal is the true one. Each runs in
+Every causal language model that transformers knows, and every model of images and text, is built small and random,
+`hf_sparse.inspect` gives its verdict, and probes that read text prove it: that a patch does what it promises, or that the reason of a refusal is the true one. Each runs in
 a process of its own, which may crash or hang. Records are appended to model_cards/support/records.jsonl as they come;
 the table is model_cards/support/tables.md.
 """
@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 import hf_sparse
 from hf_sparse.errors import first_line
 from hf_sparse.patching.support import text_part
-from hf_sparse.probing import default_config, evidence, probe, small_model
+from hf_sparse.probing import class_of, default_config, evidence, probe, small_model
 from hf_sparse.results.tables import markdown_table
 
 FOLDER = Path(__file__).parents[1] / "model_cards/support"
@@ -40,8 +42,9 @@ LIMIT = 300
 
 
 def architectures() -> list[str]:
-    """The `model_type` of every causal language model that the installed transformers knows."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """The `model_type` of every causal language model that the installed transformers knows, then those with images."""
+    others = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    return [*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *sorted(others)]
 
 
 def records() -> dict[str, dict[str, Any]]:
@@ -55,7 +58,7 @@ def examined(architecture: str) -> dict[str, Any]:
     """The record of one architecture: what `inspect` says of a small model of it, and what proves that."""
     start = time.perf_counter()
     config = default_config(architecture)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind = class_of(config)
     record: dict[str, Any] = {"architecture": architecture, "class": kind.__name__, **VERSIONS}
     try:
         model = small_model(config)
@@ -139,18 +142,16 @@ def cells(record: dict[str, Any]) -> list[str]:
 
 
 def draw() -> None:
-    """Write the table, counts first."""
+    """Write the tables: counts, causal language models, models of images and text."""
     found = records()
-    number = Counter(map(verdict, found.values()))
-    proven = [
-        ["patched, and proven by probes", str(number["patched"])],
-        ["refused, for the true reason", str(number["refused"])],
-    ]
-    open_ = [[name, str(number[name])] for name in ("wrong", "unknown")]
-    counts = markdown_table(["verdict", "architectures"], [*proven, *open_], left=(0,))
-    header = ["architecture", "class", "verdict", "attention layers", "probes, or reason"]
-    table = markdown_table(header, [cells(record) for record in found.values()], left=range(5))
-    TABLES.write_text(f"{counts}\n\n{table}\n", encoding="utf-8")
+    causal = [record for name, record in found.items() if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    groups = [causal, [record for record in found.values() if record not in causal]]
+    counts = [Counter(map(verdict, group)) for group in groups]
+    lines = [[name, *(str(count[name]) for count in counts)] for name in ("patched", "refused", "wrong", "unknown")]
+    titles = ["architecture", "class", "verdict", "attention layers", "probes, or reason"]
+    tables = [markdown_table(["verdict", "causal language models", "models of images and text"], lines)]
+    tables += [markdown_table(titles, [cells(record) for record in group], left=range(5)) for group in groups]
+    TABLES.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
 
 
 def main() -> None:

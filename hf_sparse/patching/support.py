@@ -235,9 +235,9 @@ def _window(module: Any, layer: int) -> int | None:
     config = module.config
     types = getattr(config, "layer_types", None)
     kind = types[layer] if types is not None and 0 <= layer < len(types) else None
-    if kind is not None and "chunked" in kind:
+    if kind is not None and kind.startswith("chunked"):
         window = getattr(config, "attention_chunk_size", None)
-    elif kind is not None and "sliding" not in kind:
+    elif kind is not None and ("sliding" not in kind or kind.startswith("reference")):
         window = None
     else:
         window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.patching.support import text_part
@@ -19,12 +25,30 @@ def small_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     It attends eagerly, which honours everything that a model asks of its attention; SDPA leaves out soft caps.
     """
     torch.manual_seed(seed)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind = class_of(config)
     model: PreTrainedModel = kind._from_config(shrink(text_part(config, kind)), attn_implementation="eager")
     with torch.no_grad():
         for name, module in model.named_modules():
             _spread(name, module)
+    model = _reads_text(model)
     model.train(False)
+    return model
+
+
+def class_of(config: PreTrainedConfig) -> Any:
+    """The class of the causal language model, or of the model of images and text, that a configuration is for."""
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if (kind := mapping.get(type(config), None)) is not None:
+            return kind
+    raise ValueError(f"{type(config).__name__} is not the configuration of a causal language model")
+
+
+def _reads_text(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or the language model inside of one that takes no text without an image."""
+    pixels = inspect.signature(type(model).forward).parameters.get("pixel_values")
+    inner = getattr(model, "language_model", None)
+    if pixels is not None and pixels.default is pixels.empty and isinstance(inner, PreTrainedModel):
+        return inner
     return model
 
 

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_sparse.attention import HARMLESS, HONOURED
-from hf_sparse.patching import SupportReport
+from hf_sparse.patching import SupportReport, attention_modules
 from hf_sparse.probing.models import text
 
 _LENGTH = 40
@@ -60,9 +60,9 @@ class Evidence:
 def evidence(model: PreTrainedModel) -> Evidence:
     """Watch the attention of a model, which attends eagerly, in one pass over a text."""
     found = Evidence()
-    for module in model.modules():
+    for _, module in attention_modules(model):
         name = type(module).__name__
-        if "Attention" in name and ("Cross" in name or getattr(module, "is_causal", None) is False):
+        if "Cross" in name or getattr(module, "is_causal", None) is False:
             found.two_way.add(name)
     with torch.no_grad(), _watched(found):
         try:
