@@ -1,13 +1,13 @@
 """Which architectures of the installed transformers can be patched, proven on a small random model of each.
 
-python scripts/support_table.py                     # all that are not in the records yet, then the table
-python scripts/support_table.py llama gemma3_text   # these anew
-python scripts/support_table.py --draw              # the table alone
+python scripts/support_table.py                    # all that are not in the records yet, then the tables
+python scripts/support_table.py llama gemma3_text  # these anew
+python scripts/support_table.py --draw             # the tables alone
 
-Every causal language model that transformers knows, and every model of images and text, is built small and random,
-`hf_sparse.inspect` gives its verdict, and probes that read text prove it: that a patch does what it promises, or that the reason of a refusal is the true one. Each runs in
-a process of its own, which may crash or hang. Records are appended to model_cards/support/records.jsonl as they come;
-the table is model_cards/support/tables.md.
+Every causal language model that transformers knows, and every model of images and text, is built small and random.
+`hf_sparse.inspect` gives its verdict, and probes that read text prove it: that a patch does what it promises, or that
+the reason of a refusal is the true one. Each runs in a process of its own, which may crash or hang. Records are
+appended to model_cards/support/records.jsonl as they come; the tables are model_cards/support/tables.md.
 """
 
 import argparse
@@ -155,10 +155,10 @@ def draw() -> None:
 
 
 def main() -> None:
-    """Examine architectures, and draw the table."""
+    """Examine architectures, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE")
-    parser.add_argument("--draw", action="store_true", help="write the table alone")
+    parser.add_argument("--draw", action="store_true", help="write the tables alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

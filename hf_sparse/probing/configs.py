@@ -83,6 +83,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_hidden_layers": 2, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": _SHARED | {"activation_sparsity_pattern": None},
     "gemma4_text": _SHARED,
     "gemma4_unified_text": _SHARED,
@@ -130,6 +131,8 @@ _NEEDED: dict[str, dict[str, Any]] = {
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     """A configuration of the same class with a few small layers, every kind of layer of `config` among them.
+
+    What is no size is as the class has it, whatever `config` says.
 
     Raises:
         Exception: whatever the class raises if its fields do not go together.

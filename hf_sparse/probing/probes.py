@@ -6,24 +6,21 @@ the patched one cannot, and the probe says so.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 import hf_sparse
+from hf_sparse.call import AttentionCall
 from hf_sparse.patching import SupportReport, patched, report
-from hf_sparse.probing.models import positions, text
-
-SHORT, LENGTH, LONG = 31, 48, 150
-"""Tokens of the texts that probes read. The longest one has more than two groups of queries that share keys."""
+from hf_sparse.probing import runs
 
 SAME = 1e-3
 """Largest difference of logits that is rounding, over their standard deviation."""
@@ -68,10 +65,8 @@ def probe(model: PreTrainedModel, support: SupportReport) -> dict[str, Probe]:
             try:
                 found[name] = run(model, support, 0)
                 # Rounding may tip a choice between two keys that score nearly the same, but hardly in other texts too.
-                if found[name].held is False and all(
-                    again.held for again in (run(model, support, seed) for seed in (1, 2))
-                ):
-                    found[name] = Probe(True, found[name].found)
+                if found[name].held is False and all(run(model, support, seed).held for seed in (1, 2)):
+                    found[name] = replace(found[name], held=True)
             except Exception as error:
                 hf_sparse.unpatch(model)
                 found[name] = Probe(False, f"{type(error).__name__}: {error}".splitlines()[0][:300])
@@ -83,21 +78,21 @@ def full_budget(model: PreTrainedModel, support: SupportReport, seed: int) -> Pr
 
     The last query loses one key, so that selector and engine do the work, and is not compared.
     """
-    ids, mask = _texts(seed, LENGTH, LENGTH)
-    dense = _logits(model, ids, mask)
-    with patched(model, ALL, max_keys=LENGTH - 1):
-        return _same(_logits(model, ids, mask)[:, :-1], dense[:, :-1])
+    ids, mask = runs.texts(seed, runs.LENGTH, runs.LENGTH)
+    dense = runs.logits(model, ids, mask)
+    with patched(model, ALL, max_keys=runs.LENGTH - 1):
+        return _same(runs.logits(model, ids, mask)[:, :-1], dense[:, :-1])
 
 
 def small_budget(model: PreTrainedModel, support: SupportReport, seed: int) -> Probe:
     """Few keys give other logits, in every layer alone: the most recent ones, for the best may be as good as all."""
-    ids, mask = _texts(seed, LENGTH, LENGTH)
-    dense = _logits(model, ids, mask)
+    ids, mask = runs.texts(seed, runs.LENGTH, runs.LENGTH)
+    dense = runs.logits(model, ids, mask)
     changes = {}
     for layer in support.layers:
         others = tuple(other.layer for other in support.layers if other != layer)
         with patched(model, SMALL, dense_layers=others, selector="window"):
-            changes[layer.layer] = _difference(_logits(model, ids, mask), dense)
+            changes[layer.layer] = runs.difference(runs.logits(model, ids, mask), dense)
     least = min(changes, key=lambda layer: changes[layer])
     if changes[least] < OTHER:
         return Probe(False, f"few keys in layer {least} change logits by {changes[least]:.1e} alone")
@@ -106,103 +101,110 @@ def small_budget(model: PreTrainedModel, support: SupportReport, seed: int) -> P
 
 def engines(model: PreTrainedModel, support: SupportReport, seed: int) -> Probe:
     """The engine that runs here and the specification give the same logits."""
-    ids, mask = _texts(seed, LENGTH, SHORT, "left")
+    ids, mask = runs.texts(seed, runs.LENGTH, runs.SHORT, "left")
     with patched(model, SMALL):
-        ours = _logits(model, ids, mask)
+        ours = runs.logits(model, ids, mask)
     with patched(model, SMALL, engine="reference"):
-        return _same(ours, _logits(model, ids, mask))
+        return _same(ours, runs.logits(model, ids, mask))
 
 
 def padding_left(model: PreTrainedModel, support: SupportReport, seed: int) -> Probe:
     """A text gives the same logits with padding before it."""
-    return _padding(model, *_texts(seed, LENGTH, SHORT, "left"))
+    return _padding(model, *runs.texts(seed, runs.LENGTH, runs.SHORT, "left"))
 
 
 def padding_right(model: PreTrainedModel, support: SupportReport, seed: int) -> Probe:
     """A text gives the same logits with padding after it."""
-    return _padding(model, *_texts(seed, LENGTH, SHORT, "right"))
+    return _padding(model, *runs.texts(seed, runs.LENGTH, runs.SHORT, "right"))
 
 
 def padding_inside(model: PreTrainedModel, support: SupportReport, seed: int) -> Probe:
     """A text gives the same logits with padding inside it."""
-    ids, mask = _texts(seed, LENGTH, LENGTH)
+    ids, mask = runs.texts(seed, runs.LENGTH, runs.LENGTH)
     mask[0, list(_HOLES)] = 0
     return _padding(model, ids, mask)
 
 
 def grouped(model: PreTrainedModel, support: SupportReport, seed: int) -> Probe:
     """The selector that is used by default gives the same logits with padding, and on the specification's engine."""
-    ids, mask = _texts(seed, LONG, LONG - SHORT, "left")
-    alike = _difference(_alone(model, ids, mask), _logits(model, ids, mask)[mask.bool()])
+    ids, mask = runs.texts(seed, runs.LONG, runs.LONG - runs.SHORT, "left")
+    alike = runs.difference(runs.alone(model, ids, mask), runs.logits(model, ids, mask)[mask.bool()])
     config = replace(SMALL, selector="grouped")
     with patched(model, config):
-        ours, alone = _logits(model, ids, mask), _alone(model, ids, mask)
+        ours, alone = runs.logits(model, ids, mask), runs.alone(model, ids, mask)
     with patched(model, config, engine="reference"):
-        engine = _same(ours, _logits(model, ids, mask))
-    if not engine.held or not _placed(model, mask):  # Rounded keys depend on the positions that they are rotated by.
+        engine = _same(ours, runs.logits(model, ids, mask))
+    # Keys are rounded after they are rotated: padding that moves their positions may change which ones are kept.
+    if not engine.held or not runs.placed(model, mask):
         return engine
     return _same(ours[mask.bool()], alone, alike)
 
 
 def decode(model: PreTrainedModel, support: SupportReport, seed: int) -> Probe:
     """Token by token, behind a cache, gives the logits of one pass."""
-    ids, mask = _texts(seed, LENGTH, LENGTH)
-    dense = _logits(model, ids, mask)
+    ids, mask = runs.texts(seed, runs.LENGTH, runs.LENGTH)
+    dense = runs.logits(model, ids, mask)
     # A few tokens at once behind a cache, where the dense model can do that.
-    for stops in ((LENGTH // 2, LENGTH // 2 + 3), (LENGTH // 2,)):
-        steps = (*stops, *range(stops[-1] + 1, LENGTH + 1))
-        stepped = _stepped(model, ids, steps)
-        if (alike := _difference(stepped, dense)) < SAME:
+    for stops in ((runs.LENGTH // 2, runs.LENGTH // 2 + 3), (runs.LENGTH // 2,)):
+        steps = (*stops, *range(stops[-1] + 1, runs.LENGTH + 1))
+        stepped = runs.stepped(model, ids, steps)
+        if (alike := runs.difference(stepped, dense)) < SAME:
             break
     with patched(model, ALL):
-        full = _same(_stepped(model, ids, steps), stepped)
+        full = _same(runs.stepped(model, ids, steps), stepped)
     if not full.held:
         return Probe(False, f"with all keys, logits differ from the dense model's by {full.found:.1e}")
     with patched(model, SMALL):
-        return _same(_stepped(model, ids, steps), _logits(model, ids, mask), alike)
+        return _same(runs.stepped(model, ids, steps), runs.logits(model, ids, mask), alike)
 
 
 def static_cache(model: PreTrainedModel, support: SupportReport, seed: int) -> Probe:
     """`generate` gives the same logits with a static cache as with its own, after left padding."""
     try:
-        alike = _difference(_generated(model, seed, cache_implementation="static"), _generated(model, seed))
+        alike = runs.difference(runs.generated(model, seed, cache_implementation="static"), runs.generated(model, seed))
     except Exception as error:
         return Probe(None, f"the dense model has none ({type(error).__name__})")
     with patched(model, SMALL):
-        return _same(_generated(model, seed, cache_implementation="static"), _generated(model, seed), alike)
+        return _same(runs.generated(model, seed, cache_implementation="static"), runs.generated(model, seed), alike)
 
 
 def unpatch(model: PreTrainedModel, support: SupportReport, seed: int) -> Probe:
     """After `unpatch`, logits are bit-identical to before, and so is the configuration."""
-    ids, mask = _texts(seed, LENGTH, LENGTH)
-    before, config, said = _logits(model, ids, mask), model.config, _said(model)
+    ids, mask = runs.texts(seed, runs.LENGTH, runs.LENGTH)
+    before, config, said = runs.logits(model, ids, mask), model.config, _said(model)
     with patched(model, SMALL):
-        sparse = _logits(model, ids, mask)
-    after = _logits(model, ids, mask)
+        sparse = runs.logits(model, ids, mask)
+    after = runs.logits(model, ids, mask)
     if model.config is not config or _said(model) != said:
         return Probe(False, "the configuration is another one")
     if torch.equal(sparse, before):
         return Probe(False, "the patch changed nothing")
-    return Probe(torch.equal(after, before), _difference(after, before))
+    return Probe(torch.equal(after, before), runs.difference(after, before))
 
 
 def counts(model: PreTrainedModel, support: SupportReport, seed: int) -> Probe:
     """The report counts what the layers that `inspect` names must have seen and kept, computed here anew."""
-    ids, mask = _texts(seed, LENGTH, SHORT, "left")
-    shapes = {}
+    ids, mask = runs.texts(seed, runs.LENGTH, runs.SHORT, "left")
+    shapes: dict[int, tuple[int, int]] = {}
+    calls: Counter[int] = Counter()
+
+    def look(layer: int, call: AttentionCall) -> None:
+        shapes[layer] = (call.query.shape[1], call.key.shape[1])
+        calls[layer] += 1
+
+    with hf_sparse.observed(model, look):
+        runs.logits(model, ids, mask)
     with patched(model, SMALL):
-        _logits(model, ids, mask)
+        runs.logits(model, ids, mask)
         rows = report(model).rows
-    with hf_sparse.observed(
-        model, lambda layer, call: shapes.update({layer: (call.query.shape[1], call.key.shape[1])})
-    ):
-        _logits(model, ids, mask)
     wrong = []
     for layer in support.layers:
         own = [row for row in rows if row["layer"] == layer.layer]
         if shapes.get(layer.layer) != (layer.heads, layer.kv_heads):
             wrong.append(f"layer {layer.layer} has heads {shapes.get(layer.layer)}, not {layer.heads, layer.kv_heads}")
         # Some layers attend twice a pass, each time to all of it.
+        if {row["calls"] for row in own} != {calls[layer.layer]}:
+            wrong.append(f"layer {layer.layer} counts other calls than {calls[layer.layer]}")
         counted = {tuple(row[name] / row["calls"] for name in ("rows", "visible", "kept")) for row in own}
         if len(own) != layer.heads or len(counted) != 1 or not counted <= _expected(layer.sliding_window):
             wrong.append(f"layer {layer.layer} counts {sorted(counted)}, not {sorted(_expected(layer.sliding_window))}")
@@ -225,86 +227,23 @@ PROBES: dict[str, Callable[[PreTrainedModel, SupportReport, int], Probe]] = {
 """Every probe by name; its docstring says what it proves."""
 
 
-def _texts(seed: int, first: int, second: int, side: str = "right") -> tuple[Tensor, Tensor]:
-    """A batch of two texts, padded on one side to the length of the first: tokens and mask `(2, first)`."""
-    ids, mask = torch.zeros(2, first, dtype=torch.long), torch.zeros(2, first, dtype=torch.long)
-    for row, length in enumerate((first, second)):
-        place = slice(first - length, first) if side == "left" else slice(0, length)
-        ids[row, place], mask[row, place] = text(length, seed=2 * seed + row), 1
-    return ids, mask
-
-
-def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits `(batch, length, vocabulary)` of one pass without a cache; those of padding are 0."""
-    out: Any = model(input_ids=ids, attention_mask=mask, use_cache=False, **_placed(model, positions(mask)))
-    logits: Tensor = out.logits.float()
-    return logits * mask[:, :, None]
-
-
-def _placed(model: PreTrainedModel, place: Tensor) -> dict[str, Tensor]:
-    known = inspect.signature(type(model).forward).parameters
-    return {"position_ids": place} if "position_ids" in known else {}
-
-
 def _padding(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Probe:
     """Logits of real tokens are those of the texts alone; and with all keys, those of the dense model as padded."""
-    dense = _logits(model, ids, mask)
-    alike = _difference(_alone(model, ids, mask), dense[mask.bool()])
+    dense = runs.logits(model, ids, mask)
+    alike = runs.difference(runs.alone(model, ids, mask), dense[mask.bool()])
     with patched(model, ALL):
-        full = _same(_logits(model, ids, mask), dense)
+        full = _same(runs.logits(model, ids, mask), dense)
     if not full.held:
         return Probe(False, f"with all keys, logits differ from the dense model's by {full.found:.1e}")
     with patched(model, SMALL):
-        return _same(_logits(model, ids, mask)[mask.bool()], _alone(model, ids, mask), alike)
-
-
-def _alone(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits of each text without its padding, one text after the other."""
-    texts = [row[real] for row, real in zip(ids, mask.bool(), strict=True)]
-    return torch.cat([_logits(model, row[None], torch.ones_like(row[None]))[0] for row in texts])
-
-
-def _stepped(model: PreTrainedModel, ids: Tensor, stops: Sequence[int]) -> Tensor:
-    """Logits of tokens read behind a cache, up to each of `stops` in turn."""
-    logits, start = [], 0
-    past: Any = None
-    if getattr(model, "_supports_default_dynamic_cache", lambda: True)():
-        past = (hf_sparse.SparseCache if hf_sparse.is_patched(model) else DynamicCache)(config=model.config)
-    for stop in stops:
-        mask = torch.ones_like(ids[:, :stop])
-        out: Any = model(
-            input_ids=ids[:, start:stop],
-            attention_mask=mask,
-            past_key_values=past,
-            use_cache=True,
-            **_placed(model, positions(mask)[:, start:]),
-        )
-        past, start = out.get("past_key_values", past), stop
-        logits.append(out.logits.float())
-    return torch.cat(logits, dim=1)
-
-
-def _generated(model: PreTrainedModel, seed: int, **kwargs: Any) -> Tensor:
-    """Logits of tokens that `generate` adds to a padded batch."""
-    ids, mask = _texts(seed, LENGTH, SHORT, "left")
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    out: Any = model.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options, **kwargs
-    )
-    return torch.stack(out.logits).float()
-
-
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    if not bool(ours.isfinite().all() and theirs.isfinite().all()):
-        return math.inf
-    return float((ours - theirs).abs().max() / theirs.std())
+        return _same(runs.logits(model, ids, mask)[mask.bool()], runs.alone(model, ids, mask), alike)
 
 
 def _same(ours: Tensor, theirs: Tensor, dense: float = 0.0) -> Probe:
     """Whether two tensors differ by rounding, asked only where the dense model's do (by `dense`)."""
     if dense > SAME:
         return Probe(None, f"the dense model's differ by {dense:.1e}")
-    return Probe((found := _difference(ours, theirs)) < SAME, found)
+    return Probe((found := runs.difference(ours, theirs)) < SAME, found)
 
 
 def _said(model: PreTrainedModel) -> str:
@@ -321,7 +260,7 @@ def _expected(window: int | None) -> set[tuple[float, ...]]:
 
 
 def _visible(window: int | None) -> Iterator[list[int]]:
-    places = [i for length in (LENGTH, SHORT) for i in range(length)]
+    places = [i for length in (runs.LENGTH, runs.SHORT) for i in range(length)]
     if window is None:
         yield [i + 1 for i in places]
     else:
