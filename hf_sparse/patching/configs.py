@@ -29,8 +29,10 @@ class _Own:
     def hand_back(self) -> None:
         """What was changed while the model was patched (`resize_token_embeddings` does so) stays changed."""
         for name, value in vars(self.copy).items():
-            changed = name not in self.first or self.first[name] != value
-            if changed and name != _IMPLEMENTATION and not isinstance(value, PreTrainedConfig):
+            # Configurations are handed back by themselves; those whose layers differ refuse to be compared.
+            if name == _IMPLEMENTATION or isinstance(value, PreTrainedConfig):
+                continue
+            if name not in self.first or self.first[name] != value:
                 vars(self.original)[name] = value
 
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect as python_inspect
-import sys
-import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from hf_sparse.attention import HARMLESS, HONOURED
 from hf_sparse.errors import UserError, first_line
+from hf_sparse.patching.source import interface_call, names_in, source_of
 
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-# Its fifth argument is the mask: after the module, queries, keys and values.
-_MASK = 4
 _MASKS = ("create_causal_mask", "create_masks_for_generate", "create_sliding_window_causal_mask")
+_WINDOWS = ("create_masks_for_generate", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
+_TWO_WAY = "create_bidirectional"
+# By these, attention is told which keys to look at.
+_CHOSEN_KEYS = {"indices", "block_indices"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class LayerSupport:
         name: Name of the attention module in the model.
         heads: Query heads.
         kv_heads: Key heads.
-        sliding_window: Keys that a query sees at most, or `None` for full attention.
+        sliding_window: Keys that a query sees at most, those before it or in its chunk; `None` for full attention.
     """
 
     layer: int
@@ -103,13 +107,28 @@ def inspect(model: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
         model = _config_of(model)
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
-            try:
-                model = AutoModelForCausalLM.from_config(model)  # type: ignore[no-untyped-call]
-            except ValueError:
-                model = AutoModel.from_config(model)  # type: ignore[no-untyped-call]
+            model = _without_weights(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers model, a configuration or a name; got {type(model).__name__}")
     return _inspect_model(model)
+
+
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model of a configuration, or the model without a head if it has none."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    part = config if kind is None else text_part(config, kind)
+    if part is not config and not isinstance(config, kind.config_class):
+        return kind._from_config(part)  # type: ignore[no-any-return]
+    try:
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return, no-untyped-call]
+    except ValueError:
+        return AutoModel.from_config(config)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def text_part(config: PreTrainedConfig, kind: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The configuration inside `config`, or itself, that models of the class `kind` take."""
+    parts = [config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))]
+    return next((part for part in parts if isinstance(part, kind.config_class)), config)  # type: ignore[arg-type]
 
 
 def _config_of(name: str) -> PreTrainedConfig:
@@ -128,134 +147,102 @@ def _config_of(name: str) -> PreTrainedConfig:
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of `model` that call transformers' attention interface, with their names."""
+    """The modules of `model` that call transformers' attention interface, with their names.
+
+    Of a model that also sees or hears, those of its text tower alone: the others have configurations of another class.
+    """
+    config: Any = getattr(model, "config", None)
+    parts = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)] if config else []
+    text = type(config.get_text_config(decoder=True)) if parts else None
+    inner = (module for module in model.modules() if not isinstance(module, PreTrainedModel))
+    if text not in {type(getattr(module, "config", None)) for module in inner}:
+        text = None
     for name, module in model.named_modules():
         kind: Any = type(module)
-        if _interface_call(kind) is not None:
+        if interface_call(kind) is not None and (text is None or type(module.config) is text):
             yield name, module
 
 
 def _inspect_model(model: PreTrainedModel) -> SupportReport:
-    architecture = type(model).__name__
-    config = model.config
     found = list(attention_modules(model))
-    reasons: list[str] = []
-    if config.is_encoder_decoder:
-        reasons.append("it is an encoder-decoder model; only decoder-only causal language models can be patched")
-    elif not found or not model._can_set_attn_implementation():
-        reasons.append(
+    reasons = _why_not(model, [module for _, module in found])
+    windows = names_in(model, _WINDOWS)
+    layers = [] if reasons else [_layer(name, module, i, windows) for i, (name, module) in enumerate(found)]
+    indices = {layer.layer for layer in layers}
+    if len(indices) < len(layers) or min(indices, default=0) < 0:  # Layers that share weights need not have one.
+        layers = [replace(layer, layer=i) for i, layer in enumerate(layers)]
+    return SupportReport(type(model).__name__, not reasons, tuple(reasons), tuple(layers))
+
+
+def _why_not(model: PreTrainedModel, found: list[nn.Module]) -> list[str]:
+    """Why a model with these attention modules cannot be patched."""
+    if model.config.is_encoder_decoder:
+        return ["it is an encoder-decoder model; only decoder-only causal language models can be patched"]
+    if not found and not any("attention" in type(module).__name__.lower() for module in model.modules()):
+        return ["it has no attention; only causal language models that attend to keys can be patched"]
+    if not found or not all(
+        _can_be_set(model, module) for module in {type(module): module for module in found}.values()
+    ):
+        return [
             "its attention does not go through transformers' AttentionInterface; keep it dense, or use a model whose "
             "modelling code does (Llama, Mistral, Qwen, Gemma, Phi, OLMo, gpt-oss, GPT-NeoX, GPT-2 and most others)"
-        )
-    elif not all(_is_causal(module) for _, module in found):
-        reasons.append(
+        ]
+    own: Any = type(model)
+    kinds: dict[Any, None] = dict.fromkeys(type(module) for module in found)
+    if reasons := [reason for kind in kinds for reason in _why_not_called_so(kind)]:
+        return reasons
+    if not all(_is_causal(module) for module in found) or _TWO_WAY in source_of(own):
+        return [
             "it has attention that is not causal (an encoder, or cross-attention); only decoder-only causal language "
             "models can be patched"
-        )
-    elif not _builds_masks(model):
-        reasons.append("it does not build its masks through transformers' mask interface, so visibility is not known")
-    if not reasons:
-        kinds: dict[Any, None] = dict.fromkeys(type(module) for _, module in found)
-        for kind in kinds:
-            call = _interface_call(kind)
-            unknown = sorted(call.arguments - HONOURED - HARMLESS) if call else []
-            if unknown:
-                reasons.append(f"{kind.__name__} passes {', '.join(unknown)} to its attention, which is not understood")
-            elif call and call.changes_mask:
-                reasons.append(
-                    f"{kind.__name__} changes the mask that it is given, as sparse attention of its own does"
-                )
-    layers = [] if reasons else [_layer(name, module, i) for i, (name, module) in enumerate(found)]
-    if len({layer.layer for layer in layers}) < len(layers):
-        layers, reasons = [], ["several of its attention modules share a layer index"]
-    return SupportReport(architecture, not reasons, tuple(reasons), tuple(layers))
+        ]
+    if not names_in(model, _MASKS):
+        return ["it does not build its masks through transformers' mask interface, so visibility is not known"]
+    return []
 
 
-def _layer(name: str, module: nn.Module, position: int) -> LayerSupport:
+def _why_not_called_so(kind: Any) -> Iterator[str]:
+    """What in the way that attention modules of a class call the interface is in the way."""
+    call = interface_call(kind)
+    if call is None:
+        return
+    if chosen := sorted(call.arguments & _CHOSEN_KEYS):
+        yield f"{kind.__name__} chooses keys itself (it passes {', '.join(chosen)}): it is sparse without a patch"
+    elif unknown := sorted(call.arguments - HONOURED - HARMLESS):
+        yield f"{kind.__name__} passes {', '.join(unknown)} to its attention, which is not understood"
+    elif call.changes_mask:
+        yield f"{kind.__name__} changes the mask that it is given, as sparse attention of its own does"
+
+
+def _can_be_set(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether the model that holds an attention module, as a part of `model` or itself, lets its attention be set."""
+    around = (m for m in model.modules() if isinstance(m, PreTrainedModel) and any(x is module for x in m.modules()))
+    return list(around)[-1]._can_set_attn_implementation()
+
+
+def _layer(name: str, module: nn.Module, position: int, has_windows: bool) -> LayerSupport:
     config: Any = module.config
     layer = getattr(module, "layer_idx", None)
     layer = position if layer is None else layer
     heads = config.num_attention_heads
-    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
-    types = getattr(config, "layer_types", None)
-    if types is not None and layer < len(types) and "sliding" not in types[layer] and "chunked" not in types[layer]:
-        window = None
-    if isinstance(window, bool) or not isinstance(window, int):
-        window = None
     # Layers may differ in their key heads, which the configuration then does not say for all of them.
     groups = getattr(module, "num_key_value_groups", None)
     kv_heads = heads // groups if groups else getattr(config, "num_key_value_heads", None) or heads
-    return LayerSupport(layer, name, heads, kv_heads, window)
+    return LayerSupport(layer, name, heads, kv_heads, _window(module, layer) if has_windows else None)
+
+
+def _window(module: Any, layer: int) -> int | None:
+    config = module.config
+    types = getattr(config, "layer_types", None)
+    kind = types[layer] if types is not None and 0 <= layer < len(types) else None
+    if kind is not None and kind.startswith("chunked"):
+        window = getattr(config, "attention_chunk_size", None)
+    elif kind is not None and ("sliding" not in kind or kind.startswith("reference")):
+        window = None
+    else:
+        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    return window if isinstance(window, int) and not isinstance(window, bool) else None
 
 
 def _is_causal(module: nn.Module) -> bool:
     return bool(getattr(module, "is_causal", False)) and not getattr(module, "is_cross_attention", False)
-
-
-def _builds_masks(model: PreTrainedModel) -> bool:
-    # A class may only inherit the forward that builds the masks, and wrappers leave it to the model inside.
-    classes = {
-        base for module in model.modules() if isinstance(module, PreTrainedModel) for base in type(module).__mro__
-    }
-    sources = {
-        base.__module__
-        for base in classes
-        if base.__module__.startswith(("transformers.models", "transformers_modules"))
-    }
-    sources |= {type(model).__module__}
-    return any(name in _source(source) for source in sources for name in _MASKS)
-
-
-@functools.cache
-def _source(module: str) -> str:
-    try:
-        return python_inspect.getsource(sys.modules[module])
-    except (OSError, TypeError, KeyError):
-        return ""
-
-
-@dataclass(frozen=True)
-class _InterfaceCall:
-    """How a `forward` calls the attention interface.
-
-    Attributes:
-        arguments: Keyword arguments that it passes.
-        changes_mask: Whether it makes another mask of the mask that it was given, and passes that.
-    """
-
-    arguments: frozenset[str]
-    changes_mask: bool
-
-
-@functools.cache
-def _interface_call(kind: Any) -> _InterfaceCall | None:
-    """How `kind.forward` calls the attention interface; `None` if it does not call it."""
-    try:
-        tree = ast.parse(textwrap.dedent(python_inspect.getsource(kind.forward)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    functions = {name for name, value in _assignments(tree) if _INTERFACE in ast.dump(value)}
-    calls = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions
-    ]
-    if not calls:
-        return None
-    masks = set().union(*(_names(argument) for call in calls for argument in call.args[_MASK : _MASK + 1]))
-    changed = any(name in masks and name in _names(value) for name, value in _assignments(tree))
-    arguments = frozenset(keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None)
-    return _InterfaceCall(arguments, changed)
-
-
-def _assignments(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
-    """Each name that a value is given to, with the value."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Name):
-                    yield target.id, node.value
-
-
-def _names(tree: ast.AST) -> set[str]:
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
