@@ -179,8 +179,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(length))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if fault.cut else body[:length])
-            if fault.cut or length != len(body):
+            sent = body[: len(body) // 2] if fault.cut else body[: length if length >= 0 else None]
+            self.wfile.write(sent)
+            if len(sent) != length:  # else the answer is complete for the client, which may use the connection again
                 self._hang_up()
 
     def _readable(self, name: str) -> Repo:
