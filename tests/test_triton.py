@@ -255,8 +255,18 @@ def encoded(key: Tensor, stops: tuple[int, ...]) -> Tensor:
     return (components * scales[..., None])[:, :, : stops[-1]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dim", [7, 16, 80, 256])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        (7, torch.float32),
+        (16, torch.bfloat16),
+        (16, torch.float16),
+        (80, torch.float16),
+        (256, torch.float32),
+        (256, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_keys_in_4_bits_are_those_of_pytorch(dim: int, dtype: torch.dtype) -> None:
     """Of any strides, a few at a time; but where a component lies between two codes."""
     key = torch.randn(2, 90, 3, dim).to(dtype).transpose(1, 2)[:, :, 5:78].to(DEVICE)
@@ -429,12 +439,12 @@ def many_slices(many_processors: None, monkeypatch: pytest.MonkeyPatch) -> list[
     return found
 
 
-@pytest.mark.parametrize("q_len", [1, 7, GROUP_QUERIES])
+@pytest.mark.parametrize("q_len", [1, 23])
 def test_programs_share_the_keys_of_a_group(q_len: int, many_slices: list[int]) -> None:
-    """Some of them find nothing: keys that nobody sees, or no past, lie in their slices."""
-    intervals = calls.causal_intervals(q_len, 300, left=(0, 150, 290), right=(0,) * 3)
-    call = calls.inputs(intervals, 300, heads=3, kv_heads=1, dim=16)
-    assert_same_keys(call, some_budgets(call, 150, per_head=q_len == 7))
+    """Some of them find nothing: keys that nobody sees, or no past, lie in their slices. 69 pairs are two tiles."""
+    intervals = calls.causal_intervals(q_len, 200, left=(0, 100, 190), right=(0,) * 3)
+    call = calls.inputs(intervals, 200, heads=3, kv_heads=1, dim=16)
+    assert_same_keys(call, some_budgets(call, 100, per_head=q_len > 1))
     assert min(many_slices) > 5
 
 

