@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -225,15 +227,15 @@ def _share(
             scores = key @ rounded(mixed(call.query[b, head, i] * call.scaling), 63)
             if call.softcap is not None:
                 scores = call.softcap * (scores / call.softcap).tanh()
-            importance[past] += _weights(scores / math.log(2), seen[i], past, exp2)
+            importance[past.start : past.stop] += _weights(scores / math.log(2), seen[i], past, exp2)
     best = _highest(importance, torch.arange(past_start, past_stop), len(past)).tolist()
     for head, i in pairs:
         first, stop = seen[i]
         recent = range(stop - 1, stop - 1 - recent_keys, -1)
         order = [*recent, *range(first, first + sink_keys), *range(stop - 1, past_stop - 1, -1), *best]
         order += range(first, past_start)
-        order = [j for j in dict.fromkeys(order) if first <= j < stop]
-        out[b, head, i, order[: budgets[b, head, i]]] = True
+        order = (j for j in dict.fromkeys(order) if first <= j < stop)
+        out[b, head, i, list(islice(order, int(budgets[b, head, i])))] = True
 
 
 def _weights(scores: Tensor, seen: list[int], past: range, exp2: Callable[[Tensor], Tensor]) -> Tensor:
@@ -242,11 +244,14 @@ def _weights(scores: Tensor, seen: list[int], past: range, exp2: Callable[[Tenso
     Of a long past, the keys of every window stand for all of it in the sum that weights are relative to. As that is an
     estimate, no weight counts for more than 1.
     """
-    looked_at = [j for j in past if len(past) <= PERIOD or (j - past.start) % PERIOD < WINDOW]
-    near = [*range(seen[0], past.start), *range(past.stop, seen[1])]
-    most = scores[near + looked_at].max().ceil()
-    total = exp2(scores[near] - most).sum() + exp2(scores[looked_at] - most).sum() * len(past) / len(looked_at)
-    return exp2((scores[past] - most - total.log2()).clamp(max=0))
+    of_past = scores[past.start : past.stop]
+    looked_at = of_past
+    if len(past) > PERIOD:
+        looked_at = torch.cat([of_past[start : start + WINDOW] for start in range(0, len(past), PERIOD)])
+    near = torch.cat([scores[seen[0] : past.start], scores[past.stop : seen[1]]])
+    most = torch.cat([near, looked_at]).max().ceil()
+    total = exp2(near - most).sum() + exp2(looked_at - most).sum() * len(past) / len(looked_at)
+    return exp2((of_past - most - total.log2()).clamp(max=0))
 
 
 def rough_exp2(x: Tensor) -> Tensor:
@@ -256,14 +261,18 @@ def rough_exp2(x: Tensor) -> Tensor:
 
 def mixed(states: Tensor) -> Tensor:
     """Vectors times an orthogonal matrix of two equal rows of Hadamard matrices, one of them with its signs changed."""
-    half = states.shape[-1] // 2
+    return states.double() @ _mixing(states.shape[-1]).T
+
+
+@cache
+def _mixing(dim: int) -> Tensor:
+    half = dim // 2
     size = half & -half
     index = torch.arange(half)
     shared = (index[:, None] & index) % size
     signs = torch.tensor([(-1.0) ** bin(i).count("1") for i in range(size)], dtype=torch.float64)[shared]
     blocks = signs * (index[:, None] // size == index // size)
-    matrix = torch.cat([torch.cat([blocks, blocks], 1), torch.cat([blocks, -blocks], 1)]) / (2 * size) ** 0.5
-    return states.double() @ matrix.T
+    return torch.cat([torch.cat([blocks, blocks], 1), torch.cat([blocks, -blocks], 1)]) / (2 * size) ** 0.5
 
 
 def rounded(states: Tensor, most: int) -> Tensor:
