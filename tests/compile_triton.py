@@ -100,7 +100,7 @@ def compile_attend(
 def compile_select(
     queries: int, size: int, share: int, dim: int, dtype: torch.dtype, softcap: float | None = None
 ) -> None:
-    """What the grouped selector launches, for a text that grows by some tokens."""
+    """What the grouped selector launches, for a text that grows by some tokens; what a soft cap changes of it."""
     for length in (131_072, 131_073, 131_088):
         key = torch.empty(1, 1, length, dim, dtype=dtype)
         parts, center = codes.allocate(key, length), torch.empty(1, 1, dim)
@@ -123,7 +123,8 @@ def compile_select(
         )
         budgets = torch.empty(1, share, queries, dtype=torch.int32)
         values, counts, arrived = importance(query, groups, WINDOW, PERIOD)
-        best(values, counts, arrived, groups, budgets, 5_664, differ=size > 1)
+        if softcap is None:
+            best(values, counts, arrived, groups, budgets, 5_664, differ=size > 1)
 
 
 if __name__ == "__main__":

@@ -171,17 +171,19 @@ def test_prompts_that_cannot_be_made_are_refused(change: Record, message: str) -
         )
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(("name", "task"), [("llama", "needle-single"), ("gemma3", "needle-multikey")])
 @pytest.mark.parametrize("selector", [None, "topk", "grouped"])
-@pytest.mark.parametrize("task", ["needle-single", "needle-multikey"])
 def test_sharing_a_pass_over_the_text_changes_nothing(
     name: str, selector: str | None, task: str, prompts: list[Prompt]
 ) -> None:
     """In prefill mode a question is read as if text and question were one pass, in decode mode token by token.
 
-    In float64, for keys that are almost equally important may be ranked otherwise beside other sequences.
+    In float64, for keys that are almost equally important may be ranked otherwise beside other sequences. Two wrong
+    answers are enough.
     """
     model, prompt = texts.model(name).double(), one(prompts, task)
+    asked_for = [dataclasses.replace(asked, candidates=asked.candidates[:3]) for asked in prompt.questions]
+    prompt = dataclasses.replace(prompt, questions=asked_for)
     # Sliding-window layers are dense by default, too: what their cache holds does not say where groups begin.
     layers = inspect(model).sliding_layers
     config = None if selector is None else dataclasses.replace(small.CONFIG, selector=selector, dense_layers=layers)
