@@ -32,15 +32,22 @@ class Visible:
     intervals: Tensor
     shown: Tensor | None = None
 
-    def packed(self) -> Tensor:
+    def packed(self, room: int | None = None) -> Tensor:
         """One int32 tensor `(batch, 1, q_len or more, 2)` that says all of it, as a mask function must return.
 
         Positions of shown keys follow the intervals, each twice.
+
+        Args:
+            room: Places for positions, if their number must not depend on how many are shown: -1 fills those before.
         """
-        if self.shown is None:
-            return self.intervals.to(torch.int32)
-        positions = self.shown.to(torch.int32)[:, None, :, None].expand(-1, -1, -1, 2)
-        return torch.cat([self.intervals.to(torch.int32), positions], dim=2)
+        intervals = self.intervals.to(torch.int32)
+        if self.shown is None and room is None:
+            return intervals
+        number = 0 if self.shown is None else self.shown.shape[1]
+        positions = intervals.new_full((len(intervals), number if room is None else room), -1)
+        if self.shown is not None:
+            positions[:, positions.shape[1] - number :] = self.shown
+        return torch.cat([intervals, positions[:, None, :, None].expand(-1, -1, -1, 2)], dim=2)
 
     def expanded(self, batch: int) -> Visible:
         """The same for `batch` sequences, where a mask has one for all."""
@@ -52,7 +59,9 @@ class Visible:
         """The inverse of `packed`."""
         if mask.shape[2] == q_len:
             return cls(mask)
-        return cls(mask[:, :, :q_len], mask[:, 0, q_len:, 0].long())
+        positions = mask[:, 0, q_len:, 0]
+        shown = positions[:, positions[0] >= 0].long()
+        return cls(mask[:, :, :q_len], shown if shown.shape[1] else None)
 
 
 def visible_in(mask: Tensor) -> Visible | None:

@@ -51,7 +51,7 @@ def seen_causally(batch: int, own: Tensor, kv_length: int) -> Tensor:
     "hf_sparse::visible", mutates_args=(), schema="(Tensor seen, Tensor own, Tensor? real) -> Tensor"
 )
 def visible(seen: Tensor, own: Tensor, real: Tensor | None) -> Tensor:
-    """What each query sees, as `Visible.packed` has it.
+    """What each query sees, as `Visible.packed` has it, with room for the positions of all keys if there is padding.
 
     Args:
         seen: From `seen_under` or `seen_causally`.
@@ -71,13 +71,13 @@ def visible(seen: Tensor, own: Tensor, real: Tensor | None) -> Tensor:
         return intervals[:, None].to(torch.int32).contiguous()
     found = Visible(intervals[:, None]) if bool(real.all()) else without_padding(intervals, real)
     alive = real[:, own.clamp(0, real.shape[1] - 1)]
-    return Visible(found.intervals * alive[:, None, :, None], found.shown).packed().contiguous()
+    return Visible(found.intervals * alive[:, None, :, None], found.shown).packed(room=real.shape[1])
 
 
 @visible.register_fake
 def _(seen: Tensor, own: Tensor, real: Tensor | None) -> Tensor:
     batch, queries, _ = seen.shape
-    length = queries if real is None else torch.library.get_ctx().new_dynamic_size(min=1)
+    length = queries if real is None else queries + real.shape[1]
     return seen.new_empty((batch, 1, length, 2), dtype=torch.int32)
 
 
