@@ -146,6 +146,8 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             key, value = (part.narrow(2, 0, total) for part in storage)
         if compiling:
             self._versions = None
+            _written.clear()
+            _written.append(self)
         else:
             self._remember()
         return key, value
@@ -332,29 +334,13 @@ def cache_of_pass() -> Cache | None:
     return None if held is None else held()
 
 
-# The caches of the forward passes that `torch.compile` looks into, the innermost last. Empty when they run.
-_traced: list[Cache | None] = []
+# While `torch.compile` looks into a model, the layer that was written to last: its attention comes next.
+_written: list[SparseLayer] = []
 
 
-def begin_traced_pass(cache: Cache | None) -> None:
-    """What `set_cache_of_pass` is while `torch.compile` looks into a forward pass, which knows no context variables."""
-    _traced.append(cache)
-
-
-def end_traced_pass() -> None:
-    """Take back the last `begin_traced_pass`."""
-    _traced.pop()
-
-
-def traced_layer(layer: int) -> tuple[bool, SparseLayer | None]:
-    """Whether it is known which cache a traced pass has, and its layer of that index, if it grows in place."""
-    if len(_traced) == 0:
-        return False, None
-    cache = _traced[-1]
-    if cache is None or layer >= len(cache.layers):
-        return True, None
-    found = cache.layers[layer]
-    return True, found if isinstance(found, SparseLayer) else None
+def written_layer() -> SparseLayer | None:
+    """The layer that a graph in the making has written to since this was asked last, if it grows in place."""
+    return _written.pop() if len(_written) else None
 
 
 def layer_that_holds(cache: Cache, layer: int, key: Tensor) -> SparseLayer | None:

@@ -30,7 +30,7 @@ _ARGUMENTS = (
 @torch.library.custom_op(
     "hf_sparse::attend",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor? layer, bool known) -> Tensor",
+    schema=f"({_ARGUMENTS}, Tensor? layer) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def attend(
@@ -44,7 +44,6 @@ def attend(
     autocast: torch.dtype | None,
     state: int,
     layer: Tensor | None,
-    known: bool,
 ) -> Tensor:
     """`attend_under` without dropout and weights: `(batch, q_len, heads, value_dim)` in the dtype of the values.
 
@@ -58,11 +57,10 @@ def attend(
         softcap: Soft cap of the scores.
         autocast: The dtype of autocast, where the model runs in it.
         state: The layer's handle.
-        layer: The handle of the cache layer that holds the keys.
-        known: Whether there is no other such layer: else it is looked for.
+        layer: The handle of the cache layer that holds the keys, if it grows in place.
     """
     held = None if layer is None else layer_of(int(layer))
-    quantised = held.quantised if held is not None else QuantisedKeys() if known else None
+    quantised = QuantisedKeys() if held is None else held.quantised
     sinks = None if sinks is None else sinks.detach()
     with torch.no_grad(), _autocast(query, autocast):
         out, _ = attend_under(
@@ -140,7 +138,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk, dv, ds = attend_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return dq, dk, dv, None, ds if ctx.saved_tensors[4] is not None else None, *[None] * 6
+    return dq, dk, dv, None, ds if ctx.saved_tensors[4] is not None else None, *[None] * 5
 
 
 attend.register_autograd(_backward, setup_context=_save)

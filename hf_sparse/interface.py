@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_sparse import compiled
 from hf_sparse.attention import NAME, REFUSED, STATE, LayerState, attend_under
-from hf_sparse.cache import SparseLayer, traced_layer
+from hf_sparse.cache import SparseLayer, written_layer
 from hf_sparse.visibility import interval_mask
 
 
@@ -51,13 +51,13 @@ def sparse_attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
     want_weights = bool(kwargs.get("output_attentions"))
-    known, held = False, None
+    held = None
     if torch.compiler.is_compiling():
-        known, held = traced_layer(state.layer)
+        held = written_layer()
         if not (dropout or want_weights):
             layer, kind = None if held is None else held.handle, query.device.type
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            parts = (query, key, value, mask, s_aux, scaling, softcap, autocast, state.handle, layer, known)
+            parts = (query, key, value, mask, s_aux, scaling, softcap, autocast, state.handle, layer)
             return compiled.attend(*parts), None
     out, weights = _as_it_runs(state, held, query, key, value, mask, scaling, softcap, s_aux, dropout, want_weights)
     return out, weights

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from hf_sparse.cache import SparseCache, begin_traced_pass, end_traced_pass, grow_in_place, set_cache_of_pass
+from hf_sparse.cache import SparseCache, grow_in_place, set_cache_of_pass
 
 # The method by which transformers' `generate` makes the cache that nobody passed to it.
 _METHOD = "_prepare_cache_for_generation"
@@ -97,18 +97,10 @@ class _HandOver:
     place: int | None
 
     def __call__(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = _given_cache(self.place, args, kwargs)
-        cache = cache if isinstance(cache, Cache) else None
         if torch.compiler.is_compiling():
-            begin_traced_pass(cache)
-        else:
-            set_cache_of_pass(cache)
-
-
-def _take_back(decoder: PreTrainedModel, args: Any, out: Any) -> None:
-    """Runs after it."""
-    if torch.compiler.is_compiling():
-        end_traced_pass()
+            return  # A graph knows by itself which layer of a cache it writes to.
+        cache = _given_cache(self.place, args, kwargs)
+        set_cache_of_pass(cache if isinstance(cache, Cache) else None)
 
 
 class _BeforeGeneration:
@@ -150,10 +142,7 @@ def install(model: PreTrainedModel) -> CacheHooks:
     # The decoder, for it may be called without the model around it.
     for decoder in _decoders(model):
         hand_over = _HandOver(_place_of_cache(type(decoder).forward))
-        handles += [
-            decoder.register_forward_pre_hook(hand_over, with_kwargs=True),
-            decoder.register_forward_hook(_take_back),
-        ]
+        handles.append(decoder.register_forward_pre_hook(hand_over, with_kwargs=True))
     inner = vars(model).get(_METHOD)
     if hasattr(type(model), _METHOD):
         setattr(model, _METHOD, _BeforeGeneration(model, inner))
