@@ -202,7 +202,7 @@ def test_dropout_and_weights_leave_the_graph() -> None:
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.9
     model.train()
-    losses = {float(call(ids, labels=ids, use_cache=False).loss) for _ in range(3)}
+    losses = {call(ids, labels=ids, use_cache=False).loss.item() for _ in range(3)}
     assert len(losses) == 3
 
 
