@@ -1,4 +1,4 @@
-"""The attention function that a patched model calls: visibility -> budget -> selector -> engine -> counters."""
+"""Attention of a layer of a patched model: visibility -> budget -> selector -> engine -> counters."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
 
 from hf_sparse import engines, selectors
 from hf_sparse.cache import SparseLayer, cache_of_pass, layer_that_holds
@@ -22,7 +23,7 @@ from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.laws import BudgetPlan, BudgetTable
 from hf_sparse.monitor import LayerCounters
 from hf_sparse.selectors import Selector, find_selector
-from hf_sparse.visibility import VisibleRanges, as_bool, interval_mask, interval_to_mask, is_packed, seen_through
+from hf_sparse.visibility import VisibleRanges, as_bool, interval_to_mask, is_packed, seen_through
 
 NAME = "hf_sparse"
 """The name under which the attention and the mask function are registered with transformers."""
@@ -70,7 +71,17 @@ class Observer(Protocol):
         """Look at a call of the layer of that index."""
 
 
-@dataclass
+# By number, as long as they live.
+_states: WeakValueDictionary[int, LayerState] = WeakValueDictionary()
+_numbers = count(2)  # A compiler takes 0 and 1 for numbers that never change.
+
+
+def state_of(handle: int) -> LayerState:
+    """What the layer knows whose `LayerState.handle` this is."""
+    return _states[handle]
+
+
+@dataclass(eq=False)
 class LayerState:
     """What a patched attention module knows.
 
@@ -83,6 +94,7 @@ class LayerState:
         fitted_to: Most visible keys that the laws were fitted on; the first query that sees more warns. `None` for no
             limit.
         budgets: Budgets by visible keys, which layers with the same law share.
+        handle: Its number, by which `state_of` finds it.
     """
 
     layer: int
@@ -92,10 +104,20 @@ class LayerState:
     observer: Observer | None = None
     fitted_to: int | None = None
     budgets: BudgetTable = None  # type: ignore[assignment]
+    handle: int = field(init=False)
 
     def __post_init__(self) -> None:
         if self.budgets is None:
             self.budgets = BudgetTable(self.config.budget(self.layer))
+        self._register()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._register()  # A copy is another layer.
+
+    def _register(self) -> None:
+        self.handle = next(_numbers)
+        _states[self.handle] = self
 
     @cached_property
     def selector(self) -> Selector:
@@ -138,98 +160,81 @@ class LayerState:
         self.fitted_to = None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def sparse_attention_forward(
-    module: nn.Module,
+def attend_under(
+    mask: Tensor,
+    state: LayerState,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
+    *,
+    scaling: float,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    quantised: QuantisedKeys | None = None,
+    held: SparseLayer | None = None,
+    want_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with the signature that transformers' models call.
+    """One attention call of one layer under the mask that the model passes, counted.
 
     Args:
-        module: The attention module; patched, so that it has a `LayerState`.
-        query: `(batch, heads, q_len, head_dim)`.
+        mask: From `interval_mask`, or a user's own 4-D mask.
+        state: What the layer knows.
+        query: `(batch, heads, q_len, head_dim)`, with what follows as `AttentionCall` has it.
         key: `(batch, kv_heads, kv_len, head_dim)`.
         value: `(batch, kv_heads, kv_len, value_dim)`.
-        attention_mask: From `interval_mask`, or a user's own 4-D mask.
-        scaling: Factor of the scores; 1 / sqrt(head_dim) if `None`.
-        dropout: Probability of dropping a weight.
+        scaling: Factor of the scores.
         softcap: Soft cap of the scores.
-        s_aux: `(heads,)` attention-sink logits.
-        **kwargs: What else models pass. `output_attentions=True` returns the weights, at n x n cost.
+        sinks: `(heads,)` logits of attention sinks.
+        dropout: Probability of dropping a weight.
+        quantised: The keys in few bits.
+        held: The cache layer that holds the keys. It is looked for where `quantised` is `None`.
+        want_weights: Whether to form and return the attention weights, at n x n cost.
 
     Returns:
         `(batch, q_len, heads, value_dim)`, and the weights `(batch, heads, q_len, kv_len)` or `None`.
 
     Raises:
-        RuntimeError: If the module was not patched, or no mask reached it.
-        ValueError: For an argument in `REFUSED`.
+        ValueError: For a mask of whole numbers.
     """
-    state, mask = _checked(module, attention_mask, kwargs)
+    if not (is_packed(mask) or mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(
+            f"attention_mask of 4 dimensions must be bool (True where visible) or floating point (added to scores); "
+            f"got {str(mask.dtype).removeprefix('torch.')}"
+        )
     seen = seen_through(mask, query.shape[0], query.shape[2], key.shape[2])
     call = AttentionCall(
         query,
         key,
         value,
         query.new_empty(0, dtype=torch.int32) if seen is None else seen.visible.intervals,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling,
         softcap,
-        s_aux,
-        dropout if module.training else 0.0,
+        sinks,
+        dropout,
+        quantised=quantised,
         known_ranges=None if seen is None else seen.ranges,
     )
-    want_weights = bool(kwargs.get("output_attentions"))
     if seen is None:
         out, weights = _attend_masked(state, call, mask[..., : key.shape[2]], want_weights=want_weights)
     elif (shown := seen.visible.shown) is None:
         out, weights = attend(state, call, want_weights=want_weights)
     else:
         state.counters.slow[_COPIED] += 1
-        out, weights = attend(state, _without_hidden(state, call, shown), want_weights=want_weights)
+        out, weights = attend(state, _without_hidden(state, call, shown, held), want_weights=want_weights)
         if weights is not None:
             place = shown[:, None, None].expand_as(weights)
             weights = weights.new_zeros(*weights.shape[:3], key.shape[2]).scatter_add(3, place, weights)
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _checked(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[LayerState, Tensor]:
-    """What a patched module knows, and its mask; refused where attention would not be what the model asks for."""
-    state: LayerState | None = getattr(module, STATE, None)
-    if state is None:
-        raise RuntimeError(
-            f"{type(module).__name__} uses the attention implementation {NAME!r} without having been patched: "
-            "load the model as usual and call hf_sparse.patch(model)"
-        )
-    for name in REFUSED & kwargs.keys():
-        if kwargs[name] is not None:
-            raise ValueError(f"{type(module).__name__} passes {name!r} to its attention, which hf_sparse cannot honour")
-    if mask is None:
-        raise RuntimeError(
-            f"no mask reached {type(module).__name__} (layer {state.layer}): without it, causality and padding would "
-            "be lost. The model does not build its masks through transformers' mask interface, or the mask function "
-            f"{NAME!r} is no longer registered"
-        )
-    if not (is_packed(mask) or mask.dtype == torch.bool or mask.is_floating_point()):
-        raise ValueError(
-            f"attention_mask of 4 dimensions must be bool (True where visible) or floating point (added to scores); "
-            f"got {str(mask.dtype).removeprefix('torch.')}"
-        )
-    return state, mask
-
-
-def _without_hidden(state: LayerState, call: AttentionCall, shown: Tensor) -> AttentionCall:
+def _without_hidden(state: LayerState, call: AttentionCall, shown: Tensor, held: SparseLayer | None) -> AttentionCall:
     """The same call with copies of the keys and values at `shown` alone, which the cache keeps where it can."""
-    held = None if torch.is_grad_enabled() else state.held(call.key)
+    if call.quantised is None and not torch.is_grad_enabled():
+        held = state.held(call.key)
     if held is None:
         return call.with_keys(shown)
-    key, value, quantised = held.without_hidden(shown)
+    key, value, quantised = held.without_hidden(shown, (call.key, call.value))
     return replace(call, key=key, value=value, quantised=quantised)
 
 
@@ -340,9 +345,3 @@ def _block_queries(call: AttentionCall, selector: Selector, most: int) -> int:
         elements, queries = memory // _BYTES_PER_ELEMENT, _MOST_QUERIES_ON_GPUS
     fit = elements // (batch * heads * max(1, selector.scored_keys(call, most)))
     return min(max(1, queries // whole), max(1, fit // whole)) * whole
-
-
-def register() -> None:
-    """Make the attention and the mask function known to transformers."""
-    AttentionInterface.register(NAME, sparse_attention_forward)
-    AttentionMaskInterface.register(NAME, interval_mask)

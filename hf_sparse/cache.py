@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from itertools import count
 from typing import Any
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from hf_sparse.kernels.quantised import QuantisedKeys
 # Storage grows to the length it needs and this share on top, at least `_LEAST_SPARE` tokens.
 _SPARE = 1 / 8
 _LEAST_SPARE = 256
+
+States = tuple[Tensor, Tensor]
 
 # Keys by which a copy is told from other keys.
 _COMPARED = 16
@@ -57,45 +60,97 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     `keys` and `values` are views `(batch, kv_heads, length, head_dim)` into storage that may be longer. What was
     handed out before a `crop` shows what is written after it. Outside `torch.no_grad`, they are concatenated as in
     `DynamicLayer`: a backward pass may want what was handed out, for queries that learn if for nothing else.
+
+    Attributes:
+        handle: Its number, by which `layer_of` finds it: int64, a tensor so that another cache is no reason to compile
+            anew.
+        quantised: The keys in few bits.
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self.quantised = QuantisedKeys()
         self._storage: tuple[Tensor, Tensor] | None = None
-        # Keys and values as last put there by this class, and how often they had been written to, to notice others who
-        # do so.
-        self._shown: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._versions: tuple[int | None, int | None] = (None, None)
+        self._length = 0
+        # What is held where there is no storage.
+        self._plain: tuple[Tensor | None, Tensor | None] = (None, None)
+        # How often keys and values had been written to when this class last did so, to notice others who write to them.
+        # Not known after a compiled forward pass, which counts its own writes when it is over.
+        self._versions: tuple[int | None, int | None] | None = (None, None)
         # A copy without the keys that padding hides inside of texts, and the positions of those in it.
         self._without_hidden: tuple[Tensor, SparseLayer] | None = None
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        self._register()
 
     def __getstate__(self) -> dict[str, Any]:
         self._notice_changes()
-        return vars(self).copy()
+        return {name: value for name, value in vars(self).items() if name != "handle"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._remember()  # PyTorch counts anew how often copies are written to.
+        self._register()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _register(self) -> None:
+        number = next(_numbers)
+        _layers[number] = self
+        self.handle = torch.tensor(number, device="cpu")
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys of all tokens, or `None` before the first."""
+        return self._plain[0] if self._storage is None else self._storage[0].narrow(2, 0, self._length)
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        self._hold(states, self.values)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Their values."""
+        return self._plain[1] if self._storage is None else self._storage[1].narrow(2, 0, self._length)
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        self._hold(self.keys, states)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note dtype and device; there is no storage before there is something to store."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Tokens in the cache."""
+        if self._storage is not None:
+            return self._length
+        keys = self._plain[0]
+        return 0 if keys is None or keys.numel() == 0 else keys.shape[-2]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `(batch, kv_heads, new, head_dim)`, and return all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._notice_changes()
-        length = self.get_seq_length()
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._notice_changes()
+        new, length = (key_states, value_states), self.get_seq_length()
         if torch.is_grad_enabled():
-            super().update(key_states, value_states, *args, **kwargs)
-            self._storage = None
-            self._remember()
+            held = zip(self._states(), new, strict=True) if length else [(x,) for x in new]
+            key, value = (torch.cat(parts, dim=-2) for parts in held)
+            self._storage, self._plain = None, (key, value)
         else:
             total = length + key_states.shape[-2]
             storage = self._with_room(key_states, value_states, length, total)
-            for part, new in zip(storage, (key_states, value_states), strict=True):
-                part.narrow(2, length, new.shape[2]).copy_(new)
-            self._show(storage, total)
-        return self._states()
+            for part, states in zip(storage, new, strict=True):
+                part.narrow(2, length, states.shape[2]).copy_(states)
+            self._storage, self._length, self._plain = storage, total, (None, None)
+            key, value = (part.narrow(2, 0, total) for part in storage)
+        if compiling:
+            self._versions = None
+            _written.clear()
+            _written.append(self)
+        else:
+            self._remember()
+        return key, value
 
     def holds(self, key: Tensor) -> bool:
         """Whether `key` `(batch, kv_heads, length, head_dim)` is what this layer holds, itself or a copy.
@@ -111,10 +166,14 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return keys.dtype == key.dtype and bool(torch.equal(keys[:, :, some], key[:, :, some]))
 
     @torch.no_grad()
-    def without_hidden(self, shown: Tensor) -> tuple[Tensor, Tensor, QuantisedKeys]:
+    def without_hidden(self, shown: Tensor, states: States | None = None) -> tuple[Tensor, Tensor, QuantisedKeys]:
         """Keys and values at the positions `shown`, int64 `(batch, number)`, alone, and these keys in few bits.
 
         The copy is kept, and grows with this layer: for a new token, one key and value are copied.
+
+        Args:
+            shown: The positions.
+            states: All keys and values, where they are not (yet) those of this layer.
         """
         kept = self._without_hidden
         length = 0 if kept is None else kept[0].shape[1]
@@ -122,8 +181,9 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             length, kept = 0, (shown, SparseLayer())
         layer = kept[1]
         if length < shown.shape[1]:
-            added = shown[:, None, length:].expand(-1, self._states()[0].shape[1], -1)
-            layer.update(*(take_keys(part, added) for part in self._states()))
+            states = self._states() if states is None else states
+            added = shown[:, None, length:].expand(-1, states[0].shape[1], -1)
+            layer.update(*(take_keys(part, added) for part in states))
         self._without_hidden = (shown, layer)
         return *layer._states(), layer.quantised
 
@@ -135,9 +195,11 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: `-tokens_to_remove` of them. The storage stays."""
         self._notice_changes()
-        super().crop(tokens_to_remove)
+        if self._storage is None or tokens_to_remove > 0:
+            super().crop(tokens_to_remove)
+        else:
+            self._length = max(0, self._length + tokens_to_remove)
         self._without_hidden = None
-        self._remember()
         self.quantised.crop(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -161,54 +223,60 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._change_storage(lambda x: x.to(self.device, non_blocking=True))
 
     def _start_anew(self) -> None:
-        self._storage = None
+        """Keep what is held, and nothing that follows from it."""
+        self._plain, self._storage = (self.keys, self.values), None
         self._without_hidden = None
         self.quantised = QuantisedKeys()
         self._remember()
 
+    def _hold(self, keys: Tensor | None, values: Tensor | None) -> None:
+        """What somebody else has put here."""
+        self._plain, self._storage = (keys, values), None
+        self._start_anew()
+
     def _notice_changes(self) -> None:
-        keys, values = self._shown
-        changed = self.keys is not keys or self.values is not values
-        if changed or self._versions != (_version_of(keys), _version_of(values)):
+        if self._versions is None:
+            self._remember()
+        elif self._versions != self._present_versions():
             self._start_anew()
 
     def _remember(self) -> None:
-        self._shown = self.keys, self.values
-        self._versions = _version_of(self.keys), _version_of(self.values)
+        self._versions = self._present_versions()
 
-    def _states(self) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys, self.values
+    def _present_versions(self) -> tuple[int | None, int | None]:
+        keys, values = self._plain if self._storage is None else self._storage
+        return _version_of(keys), _version_of(values)
 
-    def _show(self, storage: tuple[Tensor, Tensor], length: int) -> None:
-        self._storage = storage
-        self.keys, self.values = storage[0].narrow(2, 0, length), storage[1].narrow(2, 0, length)
-        self._remember()
+    def _states(self) -> States:
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        return keys, values
 
-    def _with_room(self, key: Tensor, value: Tensor, length: int, total: int) -> tuple[Tensor, Tensor]:
-        """Storage for `total` tokens that holds the first `length`."""
-        held = self._states()
-        if length and key.shape[:2] != held[0].shape[:2]:
-            raise ValueError(
-                f"the cache holds keys of (batch, kv_heads) = {tuple(held[0].shape[:2])}; "
-                f"got keys of {tuple(key.shape[:2])}"
-            )
+    def _with_room(self, key: Tensor, value: Tensor, length: int, total: int) -> States:
+        """Storage for more than `total` tokens that holds the first `length`."""
         storage = self._storage
-        # What was made in inference mode cannot be written to outside of it.
+        if length:
+            shape = self._states()[0].shape if storage is None else storage[0].shape
+            if key.shape[:2] != shape[:2]:
+                raise ValueError(
+                    f"the cache holds keys of (batch, kv_heads) = {tuple(shape[:2])}; "
+                    f"got keys of {tuple(key.shape[:2])}"
+                )
+        # Never filled to the last place: a graph that was compiled for a part of the storage does not hold for all.
         if (
             storage is not None
-            and total <= storage[0].shape[2]
+            and total < storage[0].shape[2]
             and storage[0].shape[:2] == key.shape[:2]
             and storage[0].device == key.device
-            and (not storage[0].is_inference() or torch.is_inference_mode_enabled())
+            and _can_be_written(storage[0])
         ):
             return storage
         room = total + max(_LEAST_SPARE, int(total * _SPARE))
         grown = tuple(new.new_empty((*new.shape[:2], room, new.shape[3])) for new in (key, value))
         if length:
-            for part, old in zip(grown, held, strict=True):
-                part[:, :, :length] = old
+            for part, old in zip(grown, self._states(), strict=True):
+                part.narrow(2, 0, length).copy_(old)
         return grown[0], grown[1]
 
     def _rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -221,8 +289,24 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             return
         self._notice_changes()
         self._without_hidden = None
-        storage = self._states() if self._storage is None else self._storage
-        self._show((change(storage[0]), change(storage[1])), length)
+        keys, values = self._states() if self._storage is None else self._storage
+        self._storage, self._length, self._plain = (change(keys), change(values)), length, (None, None)
+        self._remember()
+
+
+# By number, as long as they live.
+_layers: WeakValueDictionary[int, SparseLayer] = WeakValueDictionary()
+_numbers = count(1)
+
+
+def layer_of(handle: int) -> SparseLayer | None:
+    """The layer whose `handle` is this number, as long as it lives."""
+    return _layers.get(handle)
+
+
+def _can_be_written(states: Tensor) -> bool:
+    """Whether to write into a tensor here: what was made in inference mode cannot be written to outside of it."""
+    return torch.compiler.is_compiling() or not states.is_inference() or torch.is_inference_mode_enabled()
 
 
 def _version_of(states: Tensor | None) -> int | None:
@@ -248,6 +332,15 @@ def cache_of_pass() -> Cache | None:
     """The cache of the forward pass under way in this thread, or of the last one, if it had one that is still there."""
     held = _of_pass.get()
     return None if held is None else held()
+
+
+# While `torch.compile` looks into a model, the layer that was written to last: its attention comes next.
+_written: list[SparseLayer] = []
+
+
+def written_layer() -> SparseLayer | None:
+    """The layer that a graph in the making has written to since this was asked last, if it grows in place."""
+    return _written.pop() if len(_written) else None
 
 
 def layer_that_holds(cache: Cache, layer: int, key: Tensor) -> SparseLayer | None:

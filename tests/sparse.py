@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_sparse
-from hf_sparse import SparseAttentionConfig, attention
+from hf_sparse import SparseAttentionConfig, attention, interface
 from hf_sparse.selectors import SELECTORS
 from tests import tiny
 
@@ -74,7 +74,7 @@ def captured_weights() -> Iterator[dict[int, list[Tensor]]]:
     weights: dict[int, list[Tensor]] = {layer: [] for layer in range(tiny.LAYERS)}
 
     def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
-        out = attention.sparse_attention_forward(module, *args, **{**kwargs, "output_attentions": True})
+        out = interface.sparse_attention_forward(module, *args, **{**kwargs, "output_attentions": True})
         weights[module.layer_idx].append(out[1])
         return out
 

@@ -202,7 +202,7 @@ class CopiedKeys:
         self.change = change
 
     def __call__(self, module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return hf_sparse.attention.sparse_attention_forward(module, query, self.change(key), *args, **kwargs)
+        return hf_sparse.interface.sparse_attention_forward(module, query, self.change(key), *args, **kwargs)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from hf_sparse.engines import ENGINES
 from hf_sparse.engines.common import masked_weights
 from hf_sparse.selectors import SELECTORS
 from tests import calls, tiny
+from tests.inductor import compiler_present
 from tests.sparse import (
     SPARSE,
     assert_same,
@@ -235,12 +234,6 @@ def test_invariant_05_assisted_decoding(name: str, selector: str) -> None:
     assert generated(model, batch=1, assistant_model=assistant) == alone
     # An assistant that guesses right is checked on longer runs.
     assert generated(model, batch=1, assistant_model=sparse_model(name, selector)) == alone
-
-
-def compiler_present() -> bool:
-    """Whether inductor can build its kernels: a C++ compiler, and the headers of Python."""
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return headers.exists() and any(shutil.which(name) for name in ("g++", "c++", "clang++"))
 
 
 @pytest.fixture

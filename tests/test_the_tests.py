@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_sparse import attention
+from hf_sparse import attention, interface
 from hf_sparse.laws import BudgetPlan
 from hf_sparse.visibility import interval_mask
 from tests import tiny
@@ -77,7 +77,7 @@ def test_a_wrong_mask_breaks_the_invariants(mask_function: Any, broken: Any, mon
 )
 def test_an_ignored_argument_breaks_the_invariants(ignored: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(*args: Any, **kwargs: Any) -> Any:
-        return attention.sparse_attention_forward(*args, **{**kwargs, ignored: None})
+        return interface.sparse_attention_forward(*args, **{**kwargs, ignored: None})
 
     if ignored == "scaling":
         # The default is what these models ask for: make it differ.

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import masking_utils
 
-from hf_sparse.visibility import Visible, interval_mask, interval_to_mask, intervals, is_packed, visible_in
+from hf_sparse.visibility import Visible, interval_mask, interval_to_mask, is_packed, visible_in
+from hf_sparse.visibility import masks as mask_function
 
 MaskFunction = Callable[..., Any]
 
@@ -22,7 +23,7 @@ MaskFunction = Callable[..., Any]
 @pytest.fixture(params=["whole", "bisected"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Small masks are evaluated whole, large ones bisected query by query: every test goes both ways."""
-    monkeypatch.setattr(intervals, "_SMALL_MASK", -1 if request.param == "bisected" else 1 << 40)
+    monkeypatch.setattr(mask_function, "_SMALL_MASK", -1 if request.param == "bisected" else 1 << 40)
     return request.param
 
 
@@ -32,12 +33,12 @@ PATHS = (-1, 1 << 40)
 def on_both_paths(arguments: dict[str, Any]) -> Tensor:
     """`interval_mask`, which must say the same on both paths."""
     results = []
-    before = intervals._SMALL_MASK
+    before = mask_function._SMALL_MASK
     try:
-        for intervals._SMALL_MASK in PATHS:
+        for mask_function._SMALL_MASK in PATHS:
             results.append(interval_mask(**arguments))
     finally:
-        intervals._SMALL_MASK = before
+        mask_function._SMALL_MASK = before
     assert results[0].dtype == results[1].dtype
     assert torch.equal(*(as_mask(result, arguments) for result in results))
     return results[0]
@@ -233,7 +234,7 @@ def test_long_causal_rows_need_no_square(monkeypatch: pytest.MonkeyPatch) -> Non
     def forbidden(**_: Any) -> None:
         raise AssertionError("an n x n mask was made")
 
-    monkeypatch.setattr(intervals, "sdpa_mask", forbidden)
+    monkeypatch.setattr(mask_function, "sdpa_mask", forbidden)
     length = 300_000
     padding = torch.ones(2, length, dtype=torch.bool)
     padding[1, :1000] = False
@@ -251,11 +252,11 @@ def test_the_path_by_intervals_is_taken(path: str) -> None:
     chunked = masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long))
     sliding = masking_utils.sliding_window_causal_mask_function(4)
     for function in (masking_utils.causal_mask_function, sliding, chunked):
-        assert intervals._is_interval_function(function)
-    assert not intervals._is_interval_function(lambda b, h, q, k: k <= q)
+        assert mask_function._is_interval_function(function)
+    assert not mask_function._is_interval_function(lambda b, h, q, k: k <= q)
     both = masking_utils.and_masks(sliding, lambda b, h, q, k: k % 2 == 0)
-    assert not intervals._is_interval_function(both)
-    assert not intervals._is_interval_function(masking_utils.or_masks(sliding, chunked))
+    assert not mask_function._is_interval_function(both)
+    assert not mask_function._is_interval_function(masking_utils.or_masks(sliding, chunked))
 
 
 @st.composite

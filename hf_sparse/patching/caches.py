@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from types import MethodType
 from typing import Any
 from weakref import ref
@@ -47,9 +46,11 @@ class _BeforeForward:
     Attributes:
         concatenated_calls: Forward passes in which a cache made new tensors of all its keys and values.
         concatenated_bytes: What it copied for that.
+        place: How many arguments come before the cache in the model's `forward`; `None` if it takes none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: int | None) -> None:
+        self.place = place
         self.reset()
 
     def reset(self) -> None:
@@ -70,8 +71,9 @@ class _BeforeForward:
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling():
-            cache = kwargs.get(_CACHE)
-        elif (cache := _given_cache(model, args, kwargs)) is None and _makes_a_cache(model, args, kwargs):
+            return None  # A graph that counts is compiled for one count.
+        cache = _given_cache(self.place, args, kwargs)
+        if cache is None and _makes_a_cache(self.place, model, args, kwargs):
             return args, kwargs | {_CACHE: SparseCache(model.config)}
         self._count(cache)
         return None
@@ -84,11 +86,21 @@ class _BeforeForward:
             self.concatenated_bytes += copied
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _hand_over(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Runs before the forward pass of a decoder, so that attention finds the keys in few bits that its cache keeps."""
-    cache = _given_cache(decoder, args, kwargs)
-    set_cache_of_pass(cache if isinstance(cache, Cache) else None)
+@dataclass(frozen=True)
+class _HandOver:
+    """Runs before the forward pass of a decoder, so that attention finds the keys in few bits that its cache keeps.
+
+    Attributes:
+        place: How many arguments come before the cache in the decoder's `forward`.
+    """
+
+    place: int | None
+
+    def __call__(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return  # A graph knows by itself which layer of a cache it writes to.
+        cache = _given_cache(self.place, args, kwargs)
+        set_cache_of_pass(cache if isinstance(cache, Cache) else None)
 
 
 class _BeforeGeneration:
@@ -125,10 +137,12 @@ class _BeforeGeneration:
 
 def install(model: PreTrainedModel) -> CacheHooks:
     """Make `model` use caches that grow in place wherever nobody asks for another one."""
-    forward = _BeforeForward()
+    forward = _BeforeForward(_place_of_cache(type(model).forward))
     handles = [model.register_forward_pre_hook(forward, with_kwargs=True)]
     # The decoder, for it may be called without the model around it.
-    handles += [decoder.register_forward_pre_hook(_hand_over, with_kwargs=True) for decoder in _decoders(model)]
+    for decoder in _decoders(model):
+        hand_over = _HandOver(_place_of_cache(type(decoder).forward))
+        handles.append(decoder.register_forward_pre_hook(hand_over, with_kwargs=True))
     inner = vars(model).get(_METHOD)
     if hasattr(type(model), _METHOD):
         setattr(model, _METHOD, _BeforeGeneration(model, inner))
@@ -151,17 +165,16 @@ def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [taker for taker in takers if not any(m is not taker and m in takers for m in taker.modules())]
 
 
-def _given_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _given_cache(place: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The cache that a forward call was given for the model's self-attention, by name or by place."""
-    cache, place = kwargs.get(_CACHE), _place_of_cache(type(model).forward)
+    cache = kwargs.get(_CACHE)
     if cache is None and place is not None and place < len(args):
         cache = args[place]
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def _makes_a_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _makes_a_cache(place: int | None, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the model would make a dynamic cache in this forward pass, and nothing needs it to be one."""
-    place = _place_of_cache(type(model).forward)
     if place is None or len(args) > place or torch.is_grad_enabled():
         return False
     supports: Any = getattr(model, "_supports_default_dynamic_cache", None)
@@ -177,7 +190,6 @@ def _takes_a_cache(model: PreTrainedModel) -> bool:
     return _place_of_cache(type(model).forward) is not None
 
 
-@lru_cache
 def _place_of_cache(forward: Callable[..., Any]) -> int | None:
     """How many arguments come before the cache in a model's `forward`, or `None` if it takes none."""
     names = list(inspect.signature(forward).parameters)

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_sparse.attention import NAME, STATE, LayerState, register
+from hf_sparse.attention import NAME, STATE, LayerState
 from hf_sparse.config import Policy, SparseAttentionConfig, origin_of
 from hf_sparse.config import files as policy_files
 from hf_sparse.engines import find_engine
+from hf_sparse.interface import register
 from hf_sparse.laws import BudgetTable, warn_if_too_slow
 from hf_sparse.monitor import SparsityReport, make_report
 from hf_sparse.patching.caches import CacheHooks, install, remove
