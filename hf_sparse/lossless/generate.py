@@ -269,7 +269,7 @@ def _dense(layers: Sequence[LayerState]) -> Iterator[None]:
 @contextmanager
 def _recording_past(cache: Cache) -> Iterator[None]:
     """Layers with a sliding window keep what has left it, until `_crop`."""
-    sliding = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    sliding = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized]
     before = [layer.record_past for layer in sliding]
     cache.activate_past_recording()  # type: ignore[no-untyped-call]
     try:
@@ -293,7 +293,7 @@ def _undone_by_errors(cache: Cache, length: int) -> Iterator[None]:
 def _crop(cache: Cache, length: int) -> None:
     """Remove all tokens after the first `length`, and those that left a sliding window."""
     for layer in cache.layers:
-        if isinstance(layer, DynamicLayer):
+        if isinstance(layer, DynamicLayer) and layer.is_initialized:
             extra = max(0, layer.get_seq_length() - length)
             if extra or layer.is_sliding:
                 layer.crop(-extra)

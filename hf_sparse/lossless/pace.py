@@ -9,7 +9,7 @@ MOST = 16
 """Most tokens of a draft, unless a caller fixes their number."""
 
 # Tokens of a draft that is made to learn what drafts give, and tokens that must be left for that to be worth while.
-_TRIAL, _LEAST_LEFT = 3, 16
+_TRIAL, _LEAST_LEFT = 2, 16
 
 # Times that are remembered of each kind, and how much of what was accepted earlier counts in every new check.
 _RECENT, _KEPT = 5, 0.9
@@ -17,7 +17,7 @@ _RECENT, _KEPT = 5, 0.9
 # Drafts must promise this much more than plain decoding. Where they do not, another trial is made after so many
 # tokens, and after twice as many each time that it changes nothing.
 _GAIN = 1.03
-_FIRST_WAIT, _LONGEST_WAIT = 32, 512
+_FIRST_WAIT, _LONGEST_WAIT = 64, 1024
 
 # Checks after which one token is decoded without a draft, to see what that takes at the present length.
 _REFRESH = 32
