@@ -89,8 +89,8 @@ def test_sampled_text_is_that_of_the_dense_model_with_the_same_seed(gamma: int |
 
 def test_sampled_tokens_have_the_distribution_of_the_dense_model() -> None:
     """Of 4 tokens, the third and the fourth of a text, against their exact probabilities; sparse ones differ."""
-    vocab, draws, heat, start = 4, 800, 4.0, torch.tensor([[1, 3, 2, 0, 2, 1, 1, 3, 0, 2, 3, 1]])
-    built = tiny.model("llama", vocab_size=vocab, pad_token_id=None)
+    vocab, draws, heat, start = 4, 400, 2.5, torch.tensor([[1, 3, 2, 0, 2, 1, 1, 3, 0, 2, 3, 1]])
+    built = tiny.model("llama", seed=1, vocab_size=vocab, pad_token_id=None)
     endings = torch.tensor(list(itertools.product(range(vocab), repeat=3)))
     logits = tiny.logits(built, torch.cat([start.expand(len(endings), -1), endings], dim=1))[:, -4:-1]
     exact = (logits.double() / heat).softmax(-1).gather(2, endings[..., None])[..., 0].prod(1).view(vocab, -1).sum(0)
@@ -110,7 +110,7 @@ def test_sampled_tokens_have_the_distribution_of_the_dense_model() -> None:
     assert draws * 0.1 < counted.accepted < counted.drafted
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_pattern_of_acceptance_any_lengths_and_the_cache_goes_on(data: st.DataObject) -> None:
     """Drafts that are right and wrong where they are told to be; afterwards the cache is as after dense passes."""
