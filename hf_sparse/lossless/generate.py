@@ -11,30 +11,26 @@ check. (Rejection as in arXiv 2211.17192 accepts slightly more, but its text dep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, LogitsProcessorList, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, LogitsProcessorList, PreTrainedModel
 from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from hf_sparse.attention import LayerState
-from hf_sparse.cache import SparseLayer
+from hf_sparse.attention import dense_passes
 from hf_sparse.errors import UserError
+from hf_sparse.lossless.caches import crop, recording_past, refuse_cache, restored_after_errors
 from hf_sparse.lossless.pace import Pace
-from hf_sparse.patching import base_model, is_patched, states
+from hf_sparse.patching import base_model, is_patched
 from hf_sparse.patching.patcher import drafts_of
 
 _REASON = "prompt or check of generate_lossless"
-
-# Caches from which tokens can be removed.
-_CROPPED = (DynamicLayer, SparseLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 # Logits processors of transformers that remember the texts they saw. Drafts do without them.
 _STATEFUL = (
@@ -120,17 +116,16 @@ class _Text:
         self.logits: tuple[Tensor, ...] | None = () if _wants(config, "output_logits") else None
         self._processors, self._stopping, self._streamer = processors, stopping, streamer
         self._drafting = LogitsProcessorList(each for each in processors if _keeps_no_state(each))
-        self._layers = list(states(model).values())
         self._finished = False
 
     def continued(self, pace: Pace) -> Any:
         """Read the prompt, and add tokens until the text is finished; gives what `generate` returns."""
-        with _dense(self._layers):
+        with dense_passes(_REASON):
             out = self.model._prefill(self.ids, self.config, self.kwargs)
         self.kwargs = self.model._update_model_kwargs_for_generation(out, self.kwargs)
         self._accept(out.logits[:, -1:], [])
         del out
-        with _recording_past(self.cache), self.model._optimize_model_for_decode():
+        with recording_past(self.cache), self.model._optimize_model_for_decode():
             while not self._finished:
                 self._add(pace)
         if self._streamer is not None:
@@ -150,18 +145,18 @@ class _Text:
         gamma = pace.choose(self.config.max_length - start - 1)
         begin = middle = perf_counter()
         ids, kwargs, drafted = self.ids, self.kwargs, list[int]()
-        with _undone_by_errors(self.cache, length):
+        with restored_after_errors(self.cache, length):
             if gamma:
                 ids, kwargs = self._draft(gamma)
-                _crop(self.cache, length)
+                crop(self.cache, length)
                 drafted = ids[0, start:].tolist()  # On a GPU, this waits until they are there.
                 middle = perf_counter()
-            with _dense(self._layers):
+            with dense_passes(_REASON):
                 out = self._pass(ids, kwargs, gamma + 1)
             accepted = self._accept(out.logits[:, -gamma - 1 :], drafted)
         end = perf_counter()
         added = self.ids.shape[1] - start
-        _crop(self.cache, length + added)
+        crop(self.cache, length + added)
         self.kwargs = self.model._update_model_kwargs_for_generation(out, dict(self.kwargs), num_new_tokens=added)
         rejected = accepted < min(gamma, added)
         pace.learn(gamma, accepted, rejected, middle - begin, end - middle)
@@ -218,11 +213,7 @@ class _Text:
         if not self.config.do_sample:
             return nullcontext()
         device = self.ids.device
-        return torch.random.fork_rng([] if device.type == "cpu" else [device.index or 0], device_type=_kind(device))
-
-
-def _kind(device: torch.device) -> str:
-    return "cuda" if device.type == "cpu" else device.type
+        return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
 def _wants(config: Any, name: str) -> bool:
@@ -244,56 +235,4 @@ def _refuse(config: Any, ids: Tensor, kwargs: Mapping[str, Any]) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if _wants(config, name):
             raise UserError(f"generate_lossless does not collect {name.removeprefix('output_').replace('_', ' ')}")
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, DynamicCache) or any(type(layer) not in _CROPPED for layer in cache.layers):
-        kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())}) or [type(cache).__name__]
-        raise UserError(
-            f"generate_lossless removes tokens from the cache, hf_sparse.SparseCache or DynamicCache; got one of "
-            f"{', '.join(kinds)}"
-        )
-
-
-@contextmanager
-def _dense(layers: Sequence[LayerState]) -> Iterator[None]:
-    """All layers attend to all keys."""
-    before = [state.dense_reason for state in layers]
-    for state in layers:
-        state.dense_reason = state.dense_reason or _REASON
-    try:
-        yield
-    finally:
-        for state, reason in zip(layers, before, strict=True):
-            state.dense_reason = reason
-
-
-@contextmanager
-def _recording_past(cache: Cache) -> Iterator[None]:
-    """Layers with a sliding window keep what has left it, until `_crop`."""
-    sliding = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized]
-    before = [layer.record_past for layer in sliding]
-    cache.activate_past_recording()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        for layer, recorded in zip(sliding, before, strict=True):
-            layer.crop(0)
-            layer.record_past = recorded
-
-
-@contextmanager
-def _undone_by_errors(cache: Cache, length: int) -> Iterator[None]:
-    """After an error, the cache holds `length` tokens again, in whichever layer a pass was interrupted."""
-    try:
-        yield
-    except BaseException:
-        _crop(cache, length)
-        raise
-
-
-def _crop(cache: Cache, length: int) -> None:
-    """Remove all tokens after the first `length`, and those that left a sliding window."""
-    for layer in cache.layers:
-        if isinstance(layer, DynamicLayer) and layer.is_initialized:
-            extra = max(0, layer.get_seq_length() - length)
-            if extra or layer.is_sliding:
-                layer.crop(-extra)
+    refuse_cache(kwargs.get("past_key_values"))
