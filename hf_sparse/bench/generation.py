@@ -34,14 +34,15 @@ WARM_UP_TOKENS = 256
 _CAPTURED_TOKENS = 2048
 
 
-class _Clock(BaseStreamer):
-    """The times at which the prompt and each new token are handed over."""
+class Clock(BaseStreamer):
+    """The `times` at which the prompt and each new token are handed over."""
 
     def __init__(self, device: torch.device) -> None:
         self.times: list[float] = []
         self._device = device
 
     def put(self, value: Tensor) -> None:
+        """Note the time, once the device is done."""
         synchronize(self._device)
         self.times.append(perf_counter())
 
@@ -177,7 +178,7 @@ class Generation:
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Seconds to the `first_token` and per later `token`; the other facts about one call."""
         device = self.model.device
-        clock = _Clock(device)
+        clock = Clock(device)
         ids, mask = (functional.pad(x, (pads, 0))[None].to(device) for x in (prompt, torch.ones_like(prompt)))
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if cache is not None:
