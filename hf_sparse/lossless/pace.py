@@ -15,9 +15,9 @@ _TRIAL, _LEAST_LEFT = 2, 16
 _RECENT, _KEPT = 5, 0.9
 
 # Drafts must promise this much more than plain decoding. Where they do not, another trial is made after so many
-# tokens, and after twice as many each time that it changes nothing.
-_GAIN = 1.03
-_FIRST_WAIT, _LONGEST_WAIT = 64, 1024
+# tokens, and after twice as many each time that it changes nothing; where they nearly do, sooner.
+_GAIN, _NEARLY = 1.03, 0.9
+_FIRST_WAIT, _LONGEST_WAIT, _SHORT_WAIT = 64, 1024, 16
 
 # Checks after which one token is decoded without a draft, to see what that takes at the present length.
 _REFRESH = 32
@@ -54,13 +54,16 @@ class Pace:
         if len(self._draft) < 2:
             return _TRIAL if left >= _LEAST_LEFT else 0
         best = max(range(1, MOST + 1), key=self._rate)
-        if self._rate(best) >= _GAIN * self._rate(0):
+        gain = self._rate(best) / self._rate(0)
+        if gain >= _GAIN:
             self._wait, self._waited = _FIRST_WAIT, 0
             return 0 if self._checks % _REFRESH == _REFRESH - 1 else min(best, left)
         self._waited += 1
-        if self._waited < self._wait or left < _LEAST_LEFT:
+        if self._waited < (_SHORT_WAIT if gain >= _NEARLY else self._wait) or left < _LEAST_LEFT:
             return 0
-        self._wait, self._waited = min(2 * self._wait, _LONGEST_WAIT), 0
+        if gain < _NEARLY:
+            self._wait = min(2 * self._wait, _LONGEST_WAIT)
+        self._waited = 0
         return _TRIAL
 
     def learn(self, drafted: int, accepted: int, rejected: bool, draft: float, check: float) -> None:
