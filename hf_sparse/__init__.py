@@ -7,6 +7,7 @@ from hf_sparse.call import AlwaysKept, AttentionCall, Selection
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.diagnostics import audit, observed
 from hf_sparse.engines import Engine
+from hf_sparse.lossless import generate_lossless
 from hf_sparse.monitor import SparsityReport
 from hf_sparse.patching import SupportReport, inspect, is_patched, patch, patched, report, unpatch
 from hf_sparse.schema import CalibrationRecord
@@ -35,6 +36,7 @@ __all__ = [
     "audit",
     "calibrate",
     "from_pretrained",
+    "generate_lossless",
     "inspect",
     "is_patched",
     "kept_keys",

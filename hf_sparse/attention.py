@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
@@ -62,6 +64,20 @@ _COPIED = "left out keys that padding hides inside a text, and keep a copy of al
 _ROUNDED_ANEW = "rounded all cached keys to few bits anew: what the model attends to is not what its cache holds"
 _UNFUSED = "attended to keys without the fused kernel for GPUs, which copies keys and values"
 _UNCOMPILED = "looked for keys without compiled kernels, which is slower than dense attention"
+
+
+# Of each thread, for several may run one model.
+_dense_passes: ContextVar[str | None] = ContextVar("hf_sparse_dense_passes", default=None)
+
+
+@contextmanager
+def dense_passes(reason: str) -> Iterator[None]:
+    """A context in which all layers attend to all keys, and count their queries under `reason`."""
+    before = _dense_passes.set(reason)
+    try:
+        yield
+    finally:
+        _dense_passes.reset(before)
 
 
 class Observer(Protocol):
@@ -130,8 +146,8 @@ class LayerState:
         return engines.find_engine(self.config.engine)
 
     def plan(self, ranges: VisibleRanges) -> BudgetPlan | None:
-        """The budgets of a call; `None` for a layer that runs dense."""
-        return None if self.dense_reason is not None else self.budgets.plan(ranges)
+        """The budgets of a call; `None` for a layer, or in a pass, that runs dense."""
+        return None if self.dense_reason or _dense_passes.get() else self.budgets.plan(ranges)
 
     def held(self, key: Tensor) -> SparseLayer | None:
         """The layer of the forward pass's cache that holds `key`, if it is one of ours."""
@@ -276,7 +292,7 @@ def attend(state: LayerState, call: AttentionCall, *, want_weights: bool = False
     plan = state.plan(ranges)
     if plan is not None and not plan.dense:
         return _attend_sparsely(state, call, plan, want_weights=want_weights)
-    reasons = {str(state.dense_reason): ranges.queries} if plan is None else plan.dense_queries
+    reasons = {str(state.dense_reason or _dense_passes.get()): ranges.queries} if plan is None else plan.dense_queries
     state.counters.count(ranges.queries, ranges.total, heads, reasons)
     if not want_weights:
         return dense.attend(call), None

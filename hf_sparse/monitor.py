@@ -90,6 +90,60 @@ class LayerCounters:
         self._waiting = 0
 
 
+@dataclass
+class DraftCounters:
+    """What `hf_sparse.generate_lossless` did with a model since it was patched. First tokens of a text do not count.
+
+    Attributes:
+        drafted: Tokens that were drafted.
+        accepted: Those that dense decoding chose as well.
+        checks: Dense passes over a draft.
+        checked: Tokens that these passes added: those accepted, and one of their own unless the text was finished.
+        plain: Tokens that were decoded densely, one by one.
+        draft_seconds: Time of drafts.
+        check_seconds: Time of their checks.
+        plain_seconds: Time of plain tokens.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    checks: int = 0
+    checked: int = 0
+    plain: int = 0
+    draft_seconds: float = 0.0
+    check_seconds: float = 0.0
+    plain_seconds: float = 0.0
+
+    def count(self, drafted: int, accepted: int, added: int, draft: float, check: float) -> None:
+        """Add one draft with the dense pass that checks it, or one plain token if nothing was `drafted`."""
+        if drafted:
+            self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
+            self.checks, self.checked = self.checks + 1, self.checked + added
+            self.draft_seconds, self.check_seconds = self.draft_seconds + draft, self.check_seconds + check
+        else:
+            self.plain, self.plain_seconds = self.plain + added, self.plain_seconds + check
+
+    def lines(self) -> list[str]:
+        """What a report says about it."""
+        tokens = self.checked + self.plain
+        if not tokens:
+            return []
+        seconds = self.draft_seconds + self.check_seconds + self.plain_seconds
+        parts = [f"lossless: {tokens} tokens, {1000 * seconds / tokens:.3g} ms each"]
+        if self.checks:
+            parts.append(
+                f"{self.checks} checks accepted {self.accepted} of {self.drafted} drafted tokens and added "
+                f"{self.checked / self.checks:.2f} tokens each (a drafted token {self._ms('draft', self.drafted)}, a "
+                f"check {self._ms('check', self.checks)})"
+            )
+        if self.plain:
+            parts.append(f"{self.plain} tokens without a draft ({self._ms('plain', self.plain)} each)")
+        return ["; ".join(parts)]
+
+    def _ms(self, kind: str, number: int) -> str:
+        return f"{1000 * getattr(self, f'{kind}_seconds') / number:.3g} ms"
+
+
 @dataclass(frozen=True)
 class SparsityReport:
     """What a patched model did: `str()` is a table, one line for all layers that did the same.
@@ -105,12 +159,14 @@ class SparsityReport:
             attention: mean query, worst query), `output_error` and `largest_output_error` (norm of what the head's
             output is off, over the norm of its dense output, on the activations that the layer was given: errors of
             earlier layers are not in it).
+        drafts: What `hf_sparse.generate_lossless` drafted, accepted and took.
     """
 
     rows: list[dict[str, Any]]
     density: float
     notes: tuple[str, ...] = ()
     audit: list[dict[str, Any]] = field(default_factory=list)
+    drafts: DraftCounters = field(default_factory=DraftCounters)
 
     def __str__(self) -> str:
         if math.isnan(self.density):
@@ -121,7 +177,7 @@ class SparsityReport:
             text_table(header, lines, left=(len(header) - 1,)),
             f"density {self.density:.3f} (kept / visible keys, all layers)",
         ]
-        return "\n".join([*whole, *self.notes, *self._audit_lines()])
+        return "\n".join([*whole, *self.drafts.lines(), *self.notes, *self._audit_lines()])
 
     def _audit_lines(self) -> list[str]:
         if not self.audit:

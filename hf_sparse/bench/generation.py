@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -18,12 +18,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_sparse.bench import dense
 from hf_sparse.bench.layer import Found
-from hf_sparse.bench.tasks import DYNAMIC, SPARSE, STATIC
+from hf_sparse.bench.tasks import DYNAMIC, IN_PLACE, LOSSLESS, SPARSE, STATIC
 from hf_sparse.bench.timing import Rounds, mebibytes, synchronize, with_peak
 from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.diagnostics import observed
 from hf_sparse.errors import first_line
+from hf_sparse.lossless import generate_lossless
 from hf_sparse.patching import base_model, patched, report
 
 WARM_UP_TOKENS = 256
@@ -33,14 +34,15 @@ WARM_UP_TOKENS = 256
 _CAPTURED_TOKENS = 2048
 
 
-class _Clock(BaseStreamer):
-    """The times at which the prompt and each new token are handed over."""
+class Clock(BaseStreamer):
+    """The `times` at which the prompt and each new token are handed over."""
 
     def __init__(self, device: torch.device) -> None:
         self.times: list[float] = []
         self._device = device
 
     def put(self, value: Tensor) -> None:
+        """Note the time, once the device is done."""
         synchronize(self._device)
         self.times.append(perf_counter())
 
@@ -58,6 +60,7 @@ class Generation:
         new_tokens: Tokens to generate, at least 2.
         real: Whether the model is trained: its tokens are compared then, and caches hold its own keys.
         left_out: Methods that are not measured.
+        lossless: Whether `IN_PLACE` and `LOSSLESS` are measured.
     """
 
     model: PreTrainedModel
@@ -65,11 +68,13 @@ class Generation:
     new_tokens: int
     real: bool
     left_out: frozenset[str] = frozenset()
+    lossless: bool = False
 
     @property
     def methods(self) -> list[str]:
         """All methods, the baseline first."""
         names = [DYNAMIC, STATIC, *dense.backends(self.model.device)]
+        names += [IN_PLACE, LOSSLESS] if self.lossless else []
         return [name for name in names if name not in self.left_out] + [SPARSE]
 
     def from_prompt(self, prompt: Tensor, rounds: Rounds, pads: int = 0) -> Found:
@@ -83,7 +88,7 @@ class Generation:
         """
         kernels = dense.backends(self.model.device) if pads else []
         short = prompt[:WARM_UP_TOKENS] if self.model.device.type == "cpu" else prompt
-        caches = {name: lambda: None for name in self.methods if name not in kernels}
+        caches = {name: partial(self._empty_cache, name) for name in self.methods if name not in kernels}
         return self._measure(caches, prompt, short, pads, ("first_token", "token"), rounds)
 
     def from_cache(self, prompt: Tensor, rounds: Rounds) -> Found:
@@ -96,10 +101,15 @@ class Generation:
         caches = {name: partial(copy.deepcopy, self._full_cache(name, states)) for name in self.methods}
         return self._measure(caches, prompt, prompt, 0, ("token",), rounds)
 
+    def _empty_cache(self, name: str) -> Cache | None:
+        """The cache that `generate` is to be given for a prompt; `None` for its own."""
+        return SparseCache(self.model.config.get_text_config()) if name == IN_PLACE else None
+
     @torch.no_grad()
     def _full_cache(self, name: str, states: Sequence[tuple[Tensor, Tensor]]) -> Cache:
         config = self.model.config.get_text_config()
-        cache: Cache = SparseCache(config) if name == SPARSE else DynamicCache(config=config)
+        ours = name in (SPARSE, IN_PLACE, LOSSLESS)
+        cache: Cache = SparseCache(config) if ours else DynamicCache(config=config)
         if name == STATIC:
             cache = StaticCache(config=config, max_cache_len=states[0][0].shape[2] + 1 + self.new_tokens)
         for layer, (key, value) in enumerate(states):
@@ -127,15 +137,15 @@ class Generation:
 
         Returns:
             Method -> `samples` (quantity -> seconds in each round), `warm_up` in seconds, `peak_mib` above what was in
-            use before the call (the model, and the full cache if there was one), `density`, and `tokens`; for a real
-            model `same_tokens`, the number of leading tokens equal to the baseline's; or `skipped`: the reason why an
-            SDPA kernel does not run.
+            use before the call (the model, and the full cache if there was one), `density`, and `tokens`; for
+            `LOSSLESS` `drafts`, its counters; for a real model `same_tokens`, the number of leading tokens equal to the
+            baseline's; or `skipped`: the reason why an SDPA kernel does not run.
         """
         found: Found = {}
         for name, cache in caches.items():
             begin = perf_counter()
             try:
-                self._generate(name, short, pads, cache() if short is prompt else None)
+                self._generate(name, short, pads, cache())
             except RuntimeError as error:
                 if name not in dense.backends(self.model.device):
                     raise
@@ -147,7 +157,8 @@ class Generation:
             def sample() -> dict[str, float]:
                 cache, facts = caches[name](), found[name]
                 call = partial(self._generate, name, prompt, pads, cache)
-                (times, facts["tokens"], facts["density"]), peak = with_peak(call, self.model.device)
+                (times, own), peak = with_peak(call, self.model.device)
+                facts |= own
                 if peak is not None:
                     facts["peak_mib"] = max(facts["peak_mib"] or 0.0, mebibytes(peak))
                 return {quantity: times[quantity] for quantity in quantities}
@@ -164,34 +175,39 @@ class Generation:
     @torch.no_grad()
     def _generate(
         self, name: str, prompt: Tensor, pads: int, cache: Cache | None
-    ) -> tuple[dict[str, float], list[int], float]:
-        """Seconds to the `first_token` and per later `token`; the new tokens; kept over visible keys."""
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Seconds to the `first_token` and per later `token`; the other facts about one call."""
         device = self.model.device
-        clock = _Clock(device)
+        clock = Clock(device)
         ids, mask = (functional.pad(x, (pads, 0))[None].to(device) for x in (prompt, torch.ones_like(prompt)))
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if cache is not None:
             arguments["past_key_values"] = cache
         elif name == STATIC:
             arguments["cache_implementation"] = "static"
+        generate: Any = partial(generate_lossless, self.model) if name == LOSSLESS else self.model.generate
         with self._set_up(name):
             synchronize(device)
             begin = perf_counter()
-            out = self.model.generate(  # type: ignore[operator]
+            out = generate(
                 max_new_tokens=self.new_tokens,
                 min_new_tokens=self.new_tokens,
                 do_sample=False,
                 streamer=clock,
                 **arguments,
             )
-            density = report(self.model).density if name == SPARSE else 1.0
+            facts: dict[str, Any] = {"density": 1.0}
+            if name in (SPARSE, LOSSLESS):
+                facts["density"] = report(self.model).density
+            if name == LOSSLESS:
+                facts["drafts"] = asdict(report(self.model).drafts)
         _, first, *later = clock.times  # the prompt comes first
         times = {"first_token": first - begin, "token": (later[-1] - first) / len(later)}
-        return times, out[0, ids.shape[1] :].tolist(), density
+        return times, {**facts, "tokens": out[0, ids.shape[1] :].tolist()}
 
     def _set_up(self, name: str) -> AbstractContextManager[object]:
         """A context in which the model attends by a method."""
-        if name == SPARSE:
+        if name in (SPARSE, LOSSLESS):
             return patched(self.model, self.config)
         return dense.pinned(name if name in dense.backends(self.model.device) else None)
 

@@ -53,6 +53,7 @@ class BenchModel:
             assert self.inputs is not None
             return {"config": replace(settings.config, dense_below=0).to_dict(), **self.inputs.describe(), **effort}
         assert self.generation is not None
+        effort |= {"lossless": True} if settings.lossless else {}
         return {"config": self.generation.config.to_dict(), "new_tokens": settings.new_tokens, **effort}
 
     def time(self, task: str, length: int) -> Found:
@@ -88,7 +89,9 @@ def with_random_weights(
     if lengths:
         sparse = config if config.dense_layers is not None else replace(config, dense_layers=())
         made = random_model(shape, dtype, device, settings.seed)
-        generation = Generation(made, sparse, settings.new_tokens, real=False, left_out=settings.left_out)
+        generation = Generation(
+            made, sparse, settings.new_tokens, real=False, left_out=settings.left_out, lossless=settings.lossless
+        )
     return BenchModel(
         settings,
         _about({"name": name, **asdict(shape)}, torch.empty(0, dtype=dtype, device=device), settings.seed),
@@ -112,7 +115,9 @@ def loaded(settings: BenchSettings, source: ModelSource, text: str | None, dtype
     prompts = {window.length: window.input_ids for window in windows}
     made = source.model(dtype=dtype, device_map=device)
     check_config(made, settings.config)
-    generation = Generation(made, settings.config, settings.new_tokens, real=True, left_out=settings.left_out)
+    generation = Generation(
+        made, settings.config, settings.new_tokens, real=True, left_out=settings.left_out, lossless=settings.lossless
+    )
     return BenchModel(
         settings,
         _about({**info, "text_sha256": document.sha256}, made, settings.seed),

@@ -15,7 +15,7 @@ FIT_FROM = 16384
 _CONFIDENCE = 0.95
 _ABOUT = ("model", "dtype", "device", "device_name", "gpu", "cpu_capability", "threads", "seed", "versions", "commit")
 _CONDITIONS = ("config", "head_dim", "heads", "inputs", "kv_heads", "new_tokens")
-_FACTS = ("warm_up", "peak_mib", "density", "output_error", "same_tokens")
+_FACTS = ("warm_up", "peak_mib", "density", "output_error", "same_tokens", "drafts")
 
 
 def summarise(rows: Sequence[Record]) -> Summary:

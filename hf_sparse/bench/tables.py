@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from hf_sparse.bench.tasks import LAYER_TASKS, SPARSE
+from hf_sparse.bench.tasks import LAYER_TASKS, LOSSLESS, SPARSE
 from hf_sparse.bench.timing import HOST
 from hf_sparse.results import Summary, Table
 
@@ -61,17 +62,34 @@ def _table(summary: Summary, task: str, quantity: str) -> Table:
     elif task not in LAYER_TASKS:
         new_tokens = summary["conditions"][task]["new_tokens"]
         add(f"{SPARSE}: density", SPARSE, lambda row: f"{row['density']:.3f}")
-        add(
-            f"{SPARSE}: leading tokens as dense",
-            SPARSE,
-            lambda row: f"{row['same_tokens']} of {new_tokens}" if "same_tokens" in row else "-",
-        )
+        for method in (SPARSE, LOSSLESS):
+            add(
+                f"{method}: leading tokens as dense",
+                method,
+                lambda row: f"{row['same_tokens']} of {new_tokens}" if "same_tokens" in row else "-",
+            )
+    if LOSSLESS in methods and quantity == "token":
+        for method in methods:
+            if method != LOSSLESS:
+                add(f"{method} / {LOSSLESS}, medians", method, lambda row: _over_lossless(row, found))
+        add(f"{LOSSLESS}: accepted of drafted", LOSSLESS, lambda row: "{accepted} of {drafted}".format(**row["drafts"]))
+        add(f"{LOSSLESS}: tokens a check", LOSSLESS, lambda row: _tokens_a_check(row["drafts"]))
+        add(f"{LOSSLESS}: tokens without a draft", LOSSLESS, lambda row: str(row["drafts"]["plain"]))
     if quantity == summary["break_even"][task]["quantity"]:  # once for each task, not for each quantity
         for method in methods:
             add(f"{method}: peak MiB", method, lambda row: "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}")
         for method in methods:
             add(f"{method}: warm-up", method, lambda row: time_text(row["warm_up"]))
     return [TITLES[task, quantity], *(f"n = {n:,}" for n in lengths), "grows as"], cells
+
+
+def _over_lossless(row: Summary, found: Mapping[tuple[str, int], Summary]) -> str:
+    other = found.get((LOSSLESS, row["length"]))
+    return "-" if other is None else f"{row['median'] / other['median']:.2f}"
+
+
+def _tokens_a_check(drafts: Summary) -> str:
+    return f"{drafts['checked'] / drafts['checks']:.2f}" if drafts["checks"] else "-"
 
 
 def _break_even(summary: Summary) -> Table:

@@ -19,6 +19,9 @@ SPARSE = "hf_sparse"
 SDPA, MASKED, FLEX = "sdpa", "masked-sdpa", "flex"
 DYNAMIC, STATIC = "dynamic-cache", "static-cache"
 
+IN_PLACE, LOSSLESS = "in-place-cache", "lossless"
+"""Stock attention with the cache of a patched model, and its lossless generation: measured if asked for."""
+
 OPTIONAL = (MASKED, FLEX, STATIC)
 """Dense methods that can be left out."""
 
@@ -60,6 +63,7 @@ class BenchSettings:
         left_out: Dense methods that are not measured.
         rounds: How often each task is repeated.
         seed: Of random weights, inputs and prompts.
+        lossless: Whether models also generate with `IN_PLACE` and `LOSSLESS`.
 
     Raises:
         UserError: if nothing is left to measure, or a method cannot be left out.
@@ -71,6 +75,7 @@ class BenchSettings:
     left_out: frozenset[str]
     rounds: Rounds
     seed: int
+    lossless: bool = False
 
     def __post_init__(self) -> None:
         if not any(self.lengths.values()):

@@ -73,6 +73,9 @@ class BenchOptions:
         typer.Option(help="With a MODEL: text to read; see perplexity.", show_default="Python's language reference"),
     ] = None
     policy: Policy = None
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Model: also lossless generation, and dense with the cache it uses.")
+    ] = False
     quick: Annotated[bool, typer.Option("--quick", help="Short lengths, nothing compiled: under two minutes.")] = False
 
     def settings(self, config: SparseAttentionConfig, seed: int, max_positions: int | None = None) -> BenchSettings:
@@ -98,7 +101,7 @@ class BenchOptions:
         if selector != SparseAttentionConfig.selector:
             config = replace(config, selector=selector)
         rounds = Rounds(self.repeats, self.seconds)
-        return BenchSettings(lengths, config, self.new_tokens, frozenset(left_out), rounds, seed)
+        return BenchSettings(lengths, config, self.new_tokens, frozenset(left_out), rounds, seed, self.lossless)
 
 
 def run_bench(name: str | None, bench: BenchOptions, run: RunOptions, sparse: SparseOptions) -> None:

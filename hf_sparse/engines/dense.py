@@ -1,4 +1,8 @@
-"""Dense attention through PyTorch's SDPA, for layers and calls that are not sparse."""
+"""Dense attention, for layers and calls that are not sparse: PyTorch's SDPA, or the compiled kernels for few queries.
+
+SDPA reads keys and values anew for every query head. Few queries, as in decoding or in the check of a draft, are made
+one: the heads of a GQA group and their queries become the rows of one matrix, which reads them once.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,16 @@ from torch.nn import functional as F
 
 from hf_sparse.call import AttentionCall
 from hf_sparse.engines.common import masked_weights, weighted_values
+from hf_sparse.kernels import cpu
 from hf_sparse.visibility import as_bool, interval_to_mask
 
 # Elements of a mask, or of scores where SDPA cannot be used, that are alive at a time.
 _BLOCK_ELEMENTS = 1 << 22
+
+# Up to this many queries are packed. From this many rows on, the compiled kernels are not slower than SDPA: as many as
+# a matrix unit takes.
+_FEW_QUERIES = 32
+_LEAST_ROWS = 16
 
 
 def attend(call: AttentionCall) -> Tensor:
@@ -21,6 +31,12 @@ def attend(call: AttentionCall) -> Tensor:
     """
     batch, heads, queries, _ = call.query.shape
     plain = call.softcap is None and call.sinks is None
+    if queries <= _FEW_QUERIES and queries < call.key.shape[2]:
+        rows = call.group_size * queries
+        if queries > 1 and rows >= _LEAST_ROWS and not _kernel_reason(call):
+            return _by_kernel(call)
+        if plain and rows > 1:
+            return _packed(call)
     if plain and _is_causal(call):
         return _sdpa(call, mask=None, causal=queries > 1)
     step = max(1, _BLOCK_ELEMENTS // (call.key.shape[2] * batch * (1 if plain else heads)))
@@ -54,6 +70,57 @@ def attend_masked(call: AttentionCall, mask: Tensor) -> Tensor:
     if visible is None:
         raise ValueError("an attention_mask that is a bias cannot be combined with softcap or attention sinks")
     return weighted_values(call, masked_weights(call, visible))
+
+
+def _kernel_reason(call: AttentionCall) -> str | None:
+    """Why the compiled kernels cannot attend in this call; `None` if they can."""
+    if call.learns or call.dropout:
+        return "the compiled kernels have no backward pass and no dropout"
+    return cpu.unsupported_reason(call.key, call.value)
+
+
+def _by_kernel(call: AttentionCall) -> Tensor:
+    """Attention of few queries as the heads of one, whose keys the kernels share out among threads."""
+    batch, heads, queries, _ = call.query.shape
+    kv_heads, kv_len = call.key.shape[1:3]
+    length = -(-call.last_visible // cpu.TILE) * cpu.TILE
+    positions = torch.arange(length, device="cpu").clamp(max=kv_len - 1).expand(batch, kv_heads, 1, -1)
+    runs = positions.new_zeros(batch, kv_heads, 1, call.group_size, queries, 3, 2)
+    runs[..., 0, :] = torch.stack([call.ranges.first, call.ranges.stop], dim=-1)[:, None, None, None]
+    out = cpu.attend(
+        call.scaled_query.view(batch, heads * queries, 1, -1),
+        call.key,
+        call.value,
+        positions.contiguous(),
+        allowed=None,
+        runs=runs,
+        size=1,
+        per_head=False,
+        sinks=None if call.sinks is None else call.sinks.float().repeat_interleave(queries),
+        softcap=call.softcap,
+    )
+    return out.view(batch, heads, queries, -1).to(call.value.dtype)
+
+
+def _packed(call: AttentionCall) -> Tensor:
+    """SDPA for few queries, under a mask that all layers of a forward pass share."""
+    batch, heads, queries, dim = call.query.shape
+    plans, kv_len, bias = call.ranges.plans, call.last_visible, None
+    if queries > 1 or not call.ranges.causal(kv_len):
+        place = "bias", call.group_size, kv_len, call.query.dtype
+        if place not in plans:
+            mask = interval_to_mask(call.intervals, kv_len).repeat(1, 1, call.group_size, 1)
+            plans[place] = mask.new_zeros(mask.shape, dtype=call.query.dtype).masked_fill(
+                ~mask, torch.finfo(call.query.dtype).min
+            )
+        bias = plans[place]
+    key, value = (x[:, :, :kv_len] for x in (call.key, call.value))
+    rows = call.query.reshape(batch, key.shape[1], -1, dim)
+    out = F.scaled_dot_product_attention(
+        rows, key, value, attn_mask=bias, dropout_p=call.dropout, scale=call.scaling
+    ).view(batch, heads, queries, -1)
+    # A query that sees nothing was given the mean of all values.
+    return out if call.ranges.queries == batch * queries else out * (call.visible > 0)[:, None, :, None]
 
 
 def _is_causal(call: AttentionCall) -> bool:

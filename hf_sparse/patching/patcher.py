@@ -17,7 +17,7 @@ from hf_sparse.config import files as policy_files
 from hf_sparse.engines import find_engine
 from hf_sparse.interface import register
 from hf_sparse.laws import BudgetTable, warn_if_too_slow
-from hf_sparse.monitor import SparsityReport, make_report
+from hf_sparse.monitor import DraftCounters, SparsityReport, make_report
 from hf_sparse.patching.caches import CacheHooks, install, remove
 from hf_sparse.patching.configs import OwnConfigs, asked_for
 from hf_sparse.patching.suitability import check_calibration, warn_of_another_base
@@ -42,11 +42,13 @@ class _Patch:
         configs: The model's configuration objects.
         policy: The configuration of all layers, with what came with it if it was read from somewhere.
         hooks: What makes the model's own caches ours.
+        drafts: What `hf_sparse.generate_lossless` counts.
     """
 
     configs: OwnConfigs
     policy: Policy
     hooks: CacheHooks
+    drafts: DraftCounters
 
 
 def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
@@ -108,6 +110,7 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
         setattr(base.get_submodule(layer.name), STATE, state)
     handle: _Patch = getattr(base, _HANDLE)
     handle.hooks.forward.reset()
+    handle.drafts = DraftCounters()
     return model
 
 
@@ -164,7 +167,13 @@ def report(model: nn.Module) -> SparsityReport:
     audits: list[list[dict[str, Any]]] = [getattr(state.observer, "report", list)() for state in found]
     notes = (*handle.hooks.forward.notes(), *_notes_of_others(base))
     counted = make_report({state.layer: state.counters for state in found}, notes)
-    return replace(counted, audit=[head for heads in audits for head in heads])
+    return replace(counted, audit=[head for heads in audits for head in heads], drafts=replace(handle.drafts))
+
+
+def drafts_of(model: nn.Module) -> DraftCounters:
+    """Where `hf_sparse.generate_lossless` counts what it does with a patched model."""
+    handle: _Patch = getattr(base_model(model), _HANDLE)
+    return handle.drafts
 
 
 def policy_of(model: nn.Module) -> Policy:
@@ -202,7 +211,7 @@ def _hold(model: PreTrainedModel, policy: Policy) -> None:
         handle.policy = policy
         handle.configs.name_us(model)
     else:
-        setattr(model, _HANDLE, _Patch(OwnConfigs(model), policy, install(model)))
+        setattr(model, _HANDLE, _Patch(OwnConfigs(model), policy, install(model), DraftCounters()))
 
 
 def _notes_of_others(model: PreTrainedModel) -> Iterator[str]:
