@@ -195,11 +195,13 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: `-tokens_to_remove` of them. The storage stays."""
         self._notice_changes()
+        quantised = self.quantised
         if self._storage is None or tokens_to_remove > 0:
             super().crop(tokens_to_remove)
         else:
             self._length = max(0, self._length + tokens_to_remove)
         self._without_hidden = None
+        self.quantised = quantised  # What was set by the crop are the same keys.
         self.quantised.crop(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -92,6 +92,7 @@ def test_it_finds_facts_and_with_all_keys_answers_as_the_dense_model(
     [prompt] = make_prompts(windows, tokenizer, ["needle-single"], 2, seed=0)
     dense, whole = (measure(model, tokenizer, prompt, each) for each in (None, config))
     assert whole["density"] == 1.0
-    assert whole["answers"] == dense["answers"]
+    for one, other in zip(whole["answers"], dense["answers"], strict=True):
+        assert one == {name: pytest.approx(x, abs=1e-3) if type(x) is float else x for name, x in other.items()}
     assert all(answer["picked"] for answer in dense["answers"])  # all 4, of which guessing gets 1
     assert sum(answer["found"] for answer in dense["answers"]) >= 2

@@ -15,11 +15,12 @@ from torch import Tensor
 from hf_sparse.attention import LayerState, attend
 from hf_sparse.bench import dense
 from hf_sparse.bench.inputs import LayerInputs
-from hf_sparse.bench.tasks import DYNAMIC, FLEX, MASKED, SDPA, SPARSE
+from hf_sparse.bench.tasks import DYNAMIC, FLEX, MASKED, PACKED, SDPA, SPARSE
 from hf_sparse.bench.timing import Rounds, available_bytes, mebibytes, synchronize, timed, with_peak
 from hf_sparse.cache import SparseLayer
 from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
+from hf_sparse.engines.dense import attend as attend_densely
 from hf_sparse.errors import first_line
 from hf_sparse.monitor import make_report
 
@@ -88,6 +89,7 @@ def time_decode(inputs: LayerInputs, length: int, config: SparseAttentionConfig,
     sets = [inputs.decode(length, index) for index in range(number)]
     methods = {
         SDPA: Method(_in_turn(sets), dense.sdpa),
+        PACKED: Method(_in_turn(sets), attend_densely),
         DYNAMIC: Method(_in_turn([dense.CachedStep(each) for each in sets]), dense.CachedStep.attend),
     }
     for name in dense.backends(inputs.device):

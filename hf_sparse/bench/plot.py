@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse.bench.tables import TITLES, break_even_text, time_text
-from hf_sparse.bench.tasks import BASELINES, SPARSE
+from hf_sparse.bench.tasks import SPARSE
 from hf_sparse.measure.plots import figure, length_axis, style
 from hf_sparse.results import Summary
 
@@ -95,20 +95,21 @@ def _draw(axes: Axes, summary: Summary, task: str, quantity: str) -> None:
         for fit in summary["exponents"]
         if (fit["kind"], fit["quantity"]) == (task, quantity)
     }
-    baseline = series[BASELINES[task]]
+    against = summary["break_even"][task]["against"]
+    baseline = series[against]
     # A method that was skipped at the longest length is behind those that were not.
     others = sorted(
-        series.keys() - {SPARSE, BASELINES[task]},
+        series.keys() - {SPARSE, against},
         key=lambda name: (-series[name][-1]["length"], series[name][-1]["median"]),
     )
-    drawn = [SPARSE, BASELINES[task], *others][:_MOST_LINES]
+    drawn = [SPARSE, against, *others][:_MOST_LINES]
     for method in drawn:
         draw_method(axes, drawn, method, series[method], "median", exponents[method])
     if quantity == "seconds" and len(series) < _MOST_LINES:
         density = {row["length"]: row["density"] for row in series[SPARSE]}
         n = [row["length"] for row in baseline]
         ideal = [row["median"] * density[row["length"]] for row in baseline]
-        axes.plot(n, ideal, color="#666666", linestyle=":", label=f"{BASELINES[task]} x density")
+        axes.plot(n, ideal, color="#666666", linestyle=":", label=f"{against} x density")
     title, found = TITLES[task, quantity], summary["break_even"][task]
     if found["quantity"] == quantity:
         title += f"\nbreak-even: {break_even_text(found)}"

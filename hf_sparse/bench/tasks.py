@@ -17,6 +17,10 @@ SPARSE = "hf_sparse"
 """The patched attention: append to the cache, select keys, attend to them."""
 
 SDPA, MASKED, FLEX = "sdpa", "masked-sdpa", "flex"
+
+PACKED = "packed-sdpa"
+"""SDPA with the heads that share keys as the rows of one query, which is how dense layers of a patched model decode."""
+
 DYNAMIC, STATIC = "dynamic-cache", "static-cache"
 
 IN_PLACE, LOSSLESS = "in-place-cache", "lossless"
