@@ -31,8 +31,13 @@ CACHES: dict[str, Callable[[Any], Any]] = {
     "stock": lambda config: DynamicCache(config=config),
 }
 every_kind_of_cache = pytest.mark.parametrize("kind", CACHES)
+# Half a minute: another test reads a model that inductor has compiled.
 inductor = pytest.param(
-    "inductor", marks=pytest.mark.skipif(not compiler_present(), reason="no C++ compiler, or no headers of Python")
+    "inductor",
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(not compiler_present(), reason="no C++ compiler, or no headers of Python"),
+    ],
 )
 
 
