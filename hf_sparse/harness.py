@@ -69,7 +69,6 @@ class SparseLM(HFLM):  # type: ignore[misc]
         own = {name: options.pop(name) for name in list(options) if name in _FIELDS}
         if policy == DENSE and own:
             raise UserError(f"policy={DENSE} leaves the model as it is; got {', '.join(own)} besides")
-        options.pop("gguf_file", None)
         tokenizer = options.pop("tokenizer", None) or source.tokenizer()
         if device == _DEFAULT_DEVICE and not torch.cuda.is_available():
             device = None

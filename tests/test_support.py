@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import hf_sparse
-from hf_sparse import SupportReport, attention
+from hf_sparse import SupportReport, attention, interface
 from hf_sparse.probing import PROBES, default_config, evidence, probe, shrink, small_model
-from hf_sparse.visibility import interval_mask
+from tests.blind import blind_to_offsets, blind_to_padding, blind_to_windows
 
 ROOT = Path(__file__).parents[1]
 TABLE = runpy.run_path(str(ROOT / "scripts/support_table.py"))
@@ -125,22 +124,13 @@ def failed(architecture: str, change: Any = None) -> set[str]:
 @pytest.mark.parametrize(("ignored", "name"), [("softcap", "gemma2"), ("s_aux", "gpt_oss"), ("scaling", "gemma2")])
 def test_an_ignored_argument_is_caught(ignored: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(*args: Any, **kwargs: Any) -> Any:
-        return attention.sparse_attention_forward(*args, **{**kwargs, ignored: None})
+        return interface.sparse_attention_forward(*args, **{**kwargs, ignored: None})
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, attention.NAME, forgetful)
     assert "full budget" in failed(name)
-
-
-def blind_to_padding(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    return interval_mask(**kwargs)
-
-
-def blind_to_windows(mask_function: Any = None, **kwargs: Any) -> Tensor:
-    return interval_mask(**kwargs)
-
-
-def blind_to_offsets(q_offset: Any = 0, **kwargs: Any) -> Tensor:
-    return interval_mask(**kwargs)
+    model = small_model(default_config(name))
+    found = probe(model, hf_sparse.inspect(model))["full budget"].found
+    assert isinstance(found, float)  # other logits, and not an error
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_sparse import attention, interface
 from hf_sparse.laws import BudgetPlan
-from hf_sparse.visibility import interval_mask
 from tests import tiny
+from tests.blind import blind_to_offsets, blind_to_padding, blind_to_windows
 from tests.sparse import (
     by_design,
     generated,
@@ -39,18 +39,6 @@ def test_forgotten_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def seeing_everything(batch_size: int, q_length: int, kv_length: int, **_: Any) -> Tensor:
     """A mask function that forgets causality and padding."""
     return torch.tensor([0, kv_length], dtype=torch.int32).expand(batch_size, 1, q_length, 2).contiguous()
-
-
-def blind_to_padding(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    return interval_mask(**kwargs)
-
-
-def blind_to_windows(mask_function: Any = None, **kwargs: Any) -> Tensor:
-    return interval_mask(**kwargs)
-
-
-def blind_to_offsets(q_offset: Any = 0, **kwargs: Any) -> Tensor:
-    return interval_mask(**kwargs)
 
 
 @by_design

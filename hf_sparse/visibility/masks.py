@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hf_sparse.visibility.intervals import Visible, visible_in, without_padding
-from hf_sparse.visibility.traced import is_intersection, own_mask, seen_causally, seen_under
+from hf_sparse.visibility.traced import INTERSECTION, is_intersection, own_mask, seen_causally, seen_under
 from hf_sparse.visibility.traced import visible as visible_when_run
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
@@ -27,7 +27,6 @@ _INTERVAL_FUNCTIONS = {
     "sliding_window_overlay.<locals>.inner_mask",
     "chunked_overlay.<locals>.inner_mask",
 }
-_INTERSECTION = "and_masks.<locals>.and_mask"
 
 
 def interval_mask(
@@ -114,7 +113,7 @@ def _is_interval_function(function: MaskFunction) -> bool:
     if getattr(function, "__module__", None) != "transformers.masking_utils":
         return False
     name = getattr(function, "__qualname__", "")
-    if name == _INTERSECTION:
+    if name == INTERSECTION:
         parts = [cell.cell_contents for cell in function.__closure__ or ()]
         return len(parts) == 1 and all(_is_interval_function(part) for part in parts[0])
     return name in _INTERVAL_FUNCTIONS

@@ -14,15 +14,18 @@ from torch import Tensor
 
 from hf_sparse.visibility.intervals import Visible, without_padding
 
-# What `transformers.masking_utils.and_masks` returns. Unless `use_vmap` says that a user's function is among its parts,
-# these let a query see an interval: causal, sliding, chunked, and of a sequence of its own among packed ones.
-_INTERSECTION = "and_masks.<locals>.and_mask"
+INTERSECTION = "and_masks.<locals>.and_mask"
+"""The name of what `transformers.masking_utils.and_masks` returns.
+
+Unless `use_vmap` says that a user's function is among its parts, these let a query see an interval: causal, sliding,
+chunked, and of a sequence of its own among packed ones.
+"""
 
 
 def is_intersection(function: Callable[..., Any]) -> bool:
     """Whether a mask function is an intersection of others."""
     code = getattr(function, "__code__", None)
-    return code is not None and code.co_qualname == _INTERSECTION
+    return code is not None and code.co_qualname == INTERSECTION
 
 
 def seen_under(function: Callable[..., Any], batch: int, own: Tensor, kv_length: int, kv_offset: int) -> Tensor:
