@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from hf_sparse.call import take_keys
+from hf_sparse.kernels.pages import ask_for_large_pages
 from hf_sparse.kernels.quantised import QuantisedKeys
 
 # Storage grows to the length it needs and this share on top, at least `_LEAST_SPARE` tokens.
@@ -276,6 +277,9 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             return storage
         room = total + max(_LEAST_SPARE, int(total * _SPARE))
         grown = tuple(new.new_empty((*new.shape[:2], room, new.shape[3])) for new in (key, value))
+        if not torch.compiler.is_compiling():
+            for part in grown:
+                ask_for_large_pages(part)
         if length:
             for part, old in zip(grown, self._states(), strict=True):
                 part.narrow(2, 0, length).copy_(old)

@@ -70,6 +70,15 @@ class SparseStep:
         self._state = state
         self._cache = SparseLayer()
         self._cache.update(inputs.key[:, :, :-1], inputs.value[:, :, :-1])
+        self._cache.update(inputs.key[:, :, -1:], inputs.value[:, :, -1:])
+
+    @property
+    def inputs(self) -> AttentionCall:
+        """The call with keys and values where they lie in the cache, for dense attention to read the same memory."""
+        key, value = self._cache.keys, self._cache.values
+        assert key is not None
+        assert value is not None
+        return replace(self._inputs, key=key, value=value)
 
     def undo(self) -> SparseStep:
         """Take the last key out of the cache again."""
@@ -86,7 +95,9 @@ class SparseStep:
 def time_decode(inputs: LayerInputs, length: int, config: SparseAttentionConfig, rounds: Rounds) -> Found:
     """Measure a decode step that sees `length` keys; see `_measure` for the result."""
     number = _number_of_sets(inputs.kv_bytes * length, inputs.device)
-    sets = [inputs.decode(length, index) for index in range(number)]
+    state = _state(config, inputs.layer)
+    steps = [SparseStep(inputs.decode(length, index), state) for index in range(number)]
+    sets = [step.inputs for step in steps]
     methods = {
         SDPA: Method(_in_turn(sets), dense.sdpa),
         PACKED: Method(_in_turn(sets), attend_densely),
@@ -94,9 +105,8 @@ def time_decode(inputs: LayerInputs, length: int, config: SparseAttentionConfig,
     }
     for name in dense.backends(inputs.device):
         methods[name] = Method(_in_turn(sets), partial(dense.sdpa, backend=name), optional=True)
-    state = _state(config, inputs.layer)
-    steps = _in_turn([SparseStep(each, state) for each in sets])
-    methods[SPARSE] = Method(lambda number: steps(number).undo(), SparseStep.attend)
+    sparse = _in_turn(steps)
+    methods[SPARSE] = Method(lambda number: sparse(number).undo(), SparseStep.attend)
     return _measure(methods, state, inputs.device, rounds)
 
 
