@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hf_sparse.calibration import measurements
 from hf_sparse.calibration.calibrate import Calibration, run_calibration
 from hf_sparse.calibration.curves import ErrorCurve, budget_grid, error_curves, visible_grid
 from hf_sparse.calibration.laws import FAMILIES, Candidates, LawFit, interpolated
+from hf_sparse.calibration.lookups import with_lookups
 from hf_sparse.calibration.projection import output_weights
 from hf_sparse.calibration.target import Target
 from hf_sparse.config import files as policy_files
@@ -445,3 +447,40 @@ def test_targets_are_written_as_they_are_read() -> None:
         assert str(Target.parse(text)) == text
     assert Target.parse(" density = 0.15 @ 4096 ") == Target("density", 0.15, 4096)
     assert math.isclose(Target.parse("output_error=1e-3").value, 1e-3)
+
+
+# Look-ups.
+
+LETTERS = "abcdefghij"
+PROSE = " ".join(f"{a}{b}{c}{d}." for a in LETTERS for b in LETTERS for c in LETTERS for d in LETTERS)
+
+
+def test_repeated_notes_say_the_same_near_and_far() -> None:
+    (document,) = with_lookups([Document("text", PROSE)], seed=3)
+    notes = re.findall(r"Entry (\d+) of the register: ([^.]+)\.", document.text)
+    said = dict(notes)
+    assert all(said[number] == words for number, words in notes)
+    assert len(set(said.values())) == len(said)
+    again = [i for i, note in enumerate(notes) if note in notes[:i]]
+    assert 0.3 < len(again) / len(notes) < 0.7
+    distance = [next(back for back in range(1, i + 1) if notes[i - back] == notes[i]) for i in again]
+    assert min(distance) == 1
+    assert max(distance) > 20
+    assert with_lookups([Document("text", PROSE)], seed=3) == [document]
+
+
+def test_a_text_of_few_words_cannot_hold_look_ups() -> None:
+    with pytest.raises(UserError, match=r"poem has 2 different words; look-ups take 100 of 4 to 9 letters"):
+        with_lookups([Document("poem", "rose rose gate rose")], seed=0)
+
+
+def test_laws_are_fitted_to_look_ups_beside_prose(result: Calibration) -> None:
+    texts = [Document(document.name, f"{document.text} {PROSE}") for document in DOCUMENTS]
+    plain, noted = (calibration(texts=texts, lookups=lookups) for lookups in (False, True))
+    assert plain.config.per_head == result.config.per_head
+    assert noted.config.per_head != plain.config.per_head
+    assert noted.config.calibration is not None
+    assert noted.config.calibration.documents == tuple(
+        name for document in DOCUMENTS[:3] for name in (document.name, f"{document.name}, with look-ups")
+    )
+    assert noted.config.calibration.held_out == ("d3",)

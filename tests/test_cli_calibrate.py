@@ -136,6 +136,7 @@ def test_a_target_that_is_not_met_is_a_negative_answer(policy: Path, capsys: pyt
         ("perplexity tiny-llama --policy missing.json", "is not a policy"),
         ("perplexity tiny-llama --policy empty", "holds no sparse_config.json"),
         ("perplexity tiny-llama --policy other.txt", "it must be JSON"),
+        ("calibrate tiny-llama --text texts --lookups", "different words; look-ups take 100"),
         ("attention-error tiny-llama --policy broken.json", "alpha must be"),
         ("perplexity bloom --policy policy --methods uniform", "BloomForCausalLM cannot be patched"),
     ],

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse.calibration.laws import LawFit
+from hf_sparse.calibration.lookups import with_lookups
 from hf_sparse.calibration.measurements import Measurements, calibrated_ratio
 from hf_sparse.calibration.solve import Solver
 from hf_sparse.calibration.target import Target
@@ -114,6 +115,7 @@ def run_calibration(
     config: SparseAttentionConfig | None = None,
     held_out: Sequence[str | Document] | None = None,
     length: int | None = None,
+    lookups: bool = False,
     folder: Path | None = None,
     extrapolate: bool = False,
     seed: int = 0,
@@ -135,6 +137,8 @@ def run_calibration(
         held_out: Texts to check on; the last quarter of `texts`, one at least, if `None`.
         length: Tokens of each text that are used; if `None` as many as all texts and the model have, up to
             `hf_sparse.calibration.texts.LONGEST`.
+        lookups: Fit to each text once more with notes in it that are repeated later (`with_lookups`), so that heads
+            that look things up get the keys for it.
         folder: Where measurements, `calibration.json` and `sparse_config.json` go; nothing is kept if `None`. No
             `sparse_config.json` is written where `config` holds code, a selector or an engine of your own.
         extrapolate: Accept a target at a greater length than laws are fitted on.
@@ -161,6 +165,10 @@ def run_calibration(
     check_config(base, config)
     length = fitted_length(target, length, [*fitted, *checked], tokenizer, base, support, extrapolate=extrapolate)
     at = target.length or length
+    if lookups:
+        # In pairs: layers are probed on a text with look-ups, too.
+        pairs = zip(fitted, with_lookups(fitted, seed), strict=True)
+        fitted = [document for pair in pairs for document in pair]
     # All windows first: a text that is too short is found before anything is measured.
     windows = cut_windows(fitted, tokenizer, [length], targets=1)
     probes = cut_windows(fitted[:PROBED], tokenizer, [min(length, PROBE_TOKENS)], targets=1)

@@ -38,6 +38,10 @@ class CalibrationOptions(KeyOptions, TextOptions):
         int | None,
         typer.Option(min=1, help="Tokens of each text.", show_default=f"as many as all have, up to {LONGEST}"),
     ] = None
+    lookups: Annotated[
+        bool,
+        typer.Option("--lookups", help="Fit to each text with notes in it, too, that are repeated later: look-ups."),
+    ] = False
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Accept a target at more tokens than laws are fitted to.")
     ] = False
@@ -82,6 +86,7 @@ def run_calibrate(name: str, options: CalibrationOptions, run: RunOptions) -> tu
         config=config,
         held_out=held_out,
         length=options.length,
+        lookups=options.lookups,
         folder=folder,
         extrapolate=options.extrapolate,
         seed=run.seed,
