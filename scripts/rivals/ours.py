@@ -2,8 +2,8 @@
 
 python scripts/rivals/ours.py FOLDER MODEL --policy model_cards/SmolLM2-135M-Instruct-calibrated  # resumes
 
-`hf_sparse, fraction` keeps the same share of keys in every layer but the first, which stays dense: so few of them that the share
-of all layers is the one wanted. Text and continuation are both sparse.
+`hf_sparse, fraction` keeps the same share of keys in every layer but the first, which stays dense: so few of them
+that the share of all layers is the one wanted. Text and continuation are both sparse.
 """
 
 import argparse
