@@ -1,0 +1,1 @@
+"""Other ways of attending to fewer keys, on the same tokens."""
