@@ -162,11 +162,11 @@ class Attention {
         find_few_scores(queries, own, width, weights);
         for (int64_t p = 0; p < pairs; p++) weigh(p, used + from, count, weights + p * CHUNK);
         const bool direct = call.value.format == FLOAT32 && padded == call.value.dim;
-        float *copies = scratch<float, 17>(direct ? 0 : CHUNK * padded), *buffer = scratch<float, 18>(call.value.dim);
+        float *copies = scratch<float, 17>(direct ? 0 : CHUNK * padded);
         const float *values[CHUNK];
         for (int64_t i = 0; i < width; i++) {
-            values[i] = call.value.vector(batch, kv_head, own[i], buffer);
-            if (!direct) values[i] = copied(values[i], copies + i * padded);
+            if (!direct && i + VECTORS_AHEAD < width) call.value.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
+            values[i] = direct ? call.value.vector(batch, kv_head, own[i], nullptr) : value(own[i], copies + i * padded);
         }
         for (int64_t p = 0; p < pairs; p++) {
             int64_t part = 0;
@@ -207,11 +207,16 @@ class Attention {
         for (int j = 0; j < parts; j++) store(to + j * LANES, sums[j]);
     }
 
-    // A value and zeros behind it.
-    const float *copied(const float *vector, float *to) const {
-        std::copy(vector, vector + call.value.dim, to);
+    // A copy of a value, and zeros behind it.
+    const float *value(int64_t position, float *to) const {
+        copy(call.value, position, to);
         std::fill(to + call.value.dim, to + padded, 0.0f);
         return to;
+    }
+
+    void copy(const States &states, int64_t position, float *to) const {
+        const float *vector = states.vector(batch, kv_head, position, to);
+        if (vector != to) std::copy(vector, vector + states.dim, to);
     }
 
     // Queries, turned: (sets, dim, SCORED).
@@ -230,15 +235,13 @@ class Attention {
         const int64_t width = count * LANES, dim = call.key.dim;
         const int64_t room = round_up(CHUNK, KEYS);
         float *keys = scratch<float, 16>(room * dim), *values = scratch<float, 17>(CHUNK * padded);
-        float *buffer = scratch<float, 18>(std::max(dim, call.value.dim));
         for (int64_t i = 0; i < width; i++) {
             if (i + VECTORS_AHEAD < width) {
                 call.key.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
                 call.value.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
             }
-            const float *key = call.key.vector(batch, kv_head, own[i], buffer);
-            std::copy(key, key + dim, keys + i * dim);
-            copied(call.value.vector(batch, kv_head, own[i], buffer), values + i * padded);
+            copy(call.key, own[i], keys + i * dim);
+            value(own[i], values + i * padded);
         }
         float *weights = scratch<float, 19>(room * SCORED);
         for (int64_t set = 0; set < pairs; set += SCORED) {
@@ -258,7 +261,8 @@ class Attention {
 
 #if defined(HFS_AMX)
     bool by_matrix_unit() const {
-        return pairs >= amx::ROWS && call.key.format == BFLOAT16 && call.value.format == BFLOAT16;
+        const Format format = call.key.format;
+        return pairs >= amx::ROWS && call.value.format == format && (format == BFLOAT16 || format == INT8);
     }
 
     void attend_by_matrix_unit() {
@@ -280,6 +284,8 @@ class Attention {
     void attend_by_matrix_unit(const amx::Terms &queries, int64_t from, int64_t count) {
         const int64_t width = count * LANES, weighed = round_up(width, amx::INNER);
         uint16_t *keys = scratch<uint16_t, 33>(CHUNK * queries.inner), *values = scratch<uint16_t, 34>(CHUNK * padded);
+        const bool scaled = call.key.format == INT8; // of whole numbers: scores and weights get the scales
+        float scales_of_keys[CHUNK], scales_of_values[CHUNK];
         for (int64_t i = 0; i < count; i++) {
             const int64_t *own = positions + used[from + i];
             for (int64_t key = 0; i + 1 < count && key < LANES; key++) {
@@ -287,11 +293,19 @@ class Attention {
                 call.key.prefetch(batch, kv_head, next);
                 call.value.prefetch(batch, kv_head, next);
             }
-            const auto key_of = [&](int64_t key) { return call.key.words(batch, kv_head, own[key]); };
+            uint16_t *words = scratch<uint16_t, 38>(LANES * std::max(call.key.dim, call.value.dim));
+            const auto words_of = [&](const States &states, int64_t key) {
+                return states.words(batch, kv_head, own[key], words + key * states.dim);
+            };
+            const auto key_of = [&](int64_t key) { return words_of(call.key, key); };
             amx::turn(key_of, call.key.dim, queries.inner, keys + i * LANES * 2, CHUNK);
             for (int64_t key = 0; key < LANES; key += 2)
-                amx::interleave(call.value.words(batch, kv_head, own[key]), call.value.words(batch, kv_head, own[key + 1]),
-                                call.value.dim, padded, values + (i * LANES + key) * padded);
+                amx::interleave(words_of(call.value, key), words_of(call.value, key + 1), call.value.dim, padded,
+                                values + (i * LANES + key) * padded);
+            for (int64_t key = 0; scaled && key < LANES; key++) {
+                scales_of_keys[i * LANES + key] = call.key.scale_of(batch, kv_head, own[key]);
+                scales_of_values[i * LANES + key] = call.value.scale_of(batch, kv_head, own[key]);
+            }
         }
         std::fill(values + width * padded, values + weighed * padded, 0);
         float *scores = scratch<float, 35>(amx::ROWS * CHUNK);
@@ -301,9 +315,11 @@ class Attention {
             const amx::Terms own{queries.high + before, queries.low + before, queries.inner};
             amx::multiply(own, keys, CHUNK, width, false, scores, CHUNK);
             for (int64_t p = 0; p < amx::ROWS; p++) {
+                for (int64_t i = 0; scaled && i < width; i++) scores[p * CHUNK + i] *= scales_of_keys[i];
                 if (p < number) weigh(set + p, used + from, count, scores + p * CHUNK);
                 for (int64_t i = 0; i < weighed; i += LANES) {
-                    const Floats weights = p < number && i < width ? load(scores + p * CHUNK + i) : Floats{};
+                    Floats weights = p < number && i < width ? load(scores + p * CHUNK + i) : Floats{};
+                    if (scaled && i < width) weights *= load(scales_of_values + i);
                     amx::split(weights, high + p * weighed + i, low + p * weighed + i);
                 }
             }
