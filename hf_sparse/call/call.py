@@ -189,8 +189,7 @@ def take_keys(states: Tensor, positions: Tensor) -> Tensor:
     stays so.
     """
     if isinstance(states, Int8States):
-        codes, scales = take_keys(states.codes, positions), take_keys(states.scales[..., None], positions)
-        return Int8States(codes, scales.squeeze(-1), states.dtype)
+        return states.map(lambda x: take_keys(x, positions))
     vectors, index = as_vectors(states, positions)
     return vectors.index_select(0, index.flatten()).view(*positions.shape, states.shape[3])
 

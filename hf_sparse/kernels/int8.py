@@ -1,8 +1,8 @@
 """Keys and values stored in 8 bits, which act like the tensor of the model's dtype that they stand for.
 
-Each vector, a key or value of one token and head, is rounded to whole numbers up to 127 with a scale of its own, its
-largest component (symmetric; see `model_cards/memory/README.md` for what finer scales would change). A vector never
-depends on others, so that appending, padding and batches leave it as it is.
+Every 32 components of a key or value are rounded to whole numbers up to 127 and share a scale, by the largest of them,
+as in llama.cpp's Q8_0 (`model_cards/memory/README.md` compares other scales). No vector depends on another one, so that
+appending, padding and batches leave it as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-_MOST = 127
+_PART = 32  # components that share a scale, of vectors that it divides; all components of others
+
+# A code is never larger than 127, although the scale, which has 8 bits, may be rounded down.
+_MOST = 126.5
 
 # What a vector's largest component counts as, where it is smaller still: zeros are divided by it.
 _LEAST = 1e-30
@@ -31,7 +34,7 @@ class Int8States(Tensor):
 
     Attributes:
         codes: int8 `(..., dim)`.
-        scales: float32 `(...)`, what a code of 1 stands for.
+        scales: bfloat16 `(..., parts)`, what a code of 1 stands for in each part of a vector.
     """
 
     codes: Tensor
@@ -39,7 +42,7 @@ class Int8States(Tensor):
 
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Int8States:
-        """What stands for `codes * scales` in `dtype`; nothing is copied."""
+        """The product of codes and scales in `dtype`; nothing is copied."""
         out: Int8States = Tensor._make_wrapper_subclass(
             cls, codes.shape, strides=codes.stride(), dtype=dtype, device=codes.device
         )
@@ -51,16 +54,17 @@ class Int8States(Tensor):
         """`states` `(..., dim)` in 8 bits. A vector with a component that is not finite has no finite one."""
         if isinstance(states, Int8States):
             return states
-        exact = states.float()
+        exact = states.float().view(*states.shape[:-1], _parts(states.shape[-1]), -1)
         scales = torch.linalg.vector_norm(exact, torch.inf, dim=-1, keepdim=True).clamp_min_(_LEAST).div_(_MOST)
-        return cls((exact / scales).round_().to(torch.int8), scales.squeeze(-1), states.dtype)
+        scales = scales.bfloat16()
+        return cls((exact / scales).round_().to(torch.int8).flatten(-2), scales.squeeze(-1), states.dtype)
 
     @classmethod
     def empty(cls, shape: Sequence[int], states: Tensor) -> Int8States:
         """Storage of that shape, of the dtype and on the device of `states`."""
         codes, scales = (
             torch.empty(size, dtype=dtype, device=states.device)
-            for size, dtype in ((shape, torch.int8), (shape[:-1], torch.float32))
+            for size, dtype in ((shape, torch.int8), ((*shape[:-1], _parts(shape[-1])), torch.bfloat16))
         )
         return cls(codes, scales, states.dtype)
 
@@ -76,22 +80,23 @@ class Int8States(Tensor):
 
     def dequantize(self) -> Tensor:
         """The numbers that it stands for: a plain tensor of its shape and dtype."""
-        return (self.codes * self.scales[..., None]).to(self.dtype)
+        parts = self.codes.view(*self.scales.shape, -1)
+        return (parts * self.scales[..., None].float()).flatten(-2).to(self.dtype)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Int8States:
         """The same with `change` made to codes and to scales, which leaves the last dimension of the codes alone."""
         return Int8States(change(self.codes), change(self.scales), self.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"Int8States(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Int8States, (self.codes, self.scales, self.dtype)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         first, *rest = args if args else (None,)
@@ -111,6 +116,10 @@ class Int8States(Tensor):
 _NEW = {_aten.new_empty.default, _aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default}
 _WHOLE = {_aten.detach.default, _aten.alias.default, _aten.clone.default}
 _PARTS = _WHOLE | {_aten.slice.Tensor, _aten.index.Tensor}
+
+
+def _parts(dim: int) -> int:
+    return 1 if dim % _PART else dim // _PART
 
 
 def _keeps_vectors(func: Any, rest: Sequence[Any], dims: int) -> bool:

@@ -22,11 +22,12 @@ Methods = Mapping[str, SparseAttentionConfig | None]
 PERPLEXITY_METHODS = ("topk", "grouped", "window", "fixed", "fixed-grouped")
 """What `perplexity` compares with dense attention by default."""
 
-OTHER_METHODS = ("uniform", "decode", "decode-topk")
+OTHER_METHODS = ("uniform", "decode", "decode-topk", "decode-8-bit")
 """Methods that `perplexity` compares on request."""
 
-DECODED = ("decode", "decode-topk")
-"""Methods under which the predicted tokens go through the model one at a time, after the text before them."""
+DECODED: Mapping[str, int | None] = {"decode": None, "decode-topk": None, "decode-8-bit": 8}
+"""Methods under which the predicted tokens go through the model one at a time, after the text before them: `nbits` of
+the `SparseCache` that holds it."""
 
 FIXED_OF = {"topk": "fixed", "grouped": "fixed-grouped"}
 """Adaptive methods, and the method with the same selector that keeps a fixed number of keys at the same total cost."""
@@ -48,7 +49,8 @@ def perplexity_methods(
       together attend to as many keys as under `config`, over all heads and layers;
     - `uniform`: one power law with the default exponent in all heads, at the same cost, with the selector of `config`;
     - `decode`: `config` itself, and `decode-topk` the same with the selector `topk`: the predicted tokens are read one
-      at a time from the cache, as in generation.
+      at a time from the cache, as in generation;
+    - `decode-8-bit`: `decode` with a `SparseCache` of `nbits=8`, which the text before them is read into, too.
 
     Args:
         names: Methods.

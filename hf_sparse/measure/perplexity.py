@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel
 
+from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure.evaluation import applied, check_finite, measure_each, sum_counts
 from hf_sparse.measure.methods import DECODED, Methods
@@ -45,12 +46,15 @@ def token_nll(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Ten
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, input_ids: Tensor) -> Cache | None:
-    """The cache of a model that has read int64 `(length,)`; `None` if there is nothing to read."""
-    if not len(input_ids):
-        return None
-    output = model(input_ids=input_ids[None].to(model.device), use_cache=True, logits_to_keep=1)
-    cache: Cache = output.past_key_values
+def prefill(model: PreTrainedModel, input_ids: Tensor, nbits: int | None = None) -> Cache | None:
+    """The cache of a model that has read int64 `(length,)`: its own, which is `None` if there is nothing to read.
+
+    With `nbits`, a `SparseCache` of as many bits.
+    """
+    cache: Cache | None = None if nbits is None else SparseCache(model.config, nbits=nbits)
+    if len(input_ids):
+        read = {"input_ids": input_ids[None].to(model.device), "past_key_values": cache}
+        cache = model(**read, use_cache=True, logits_to_keep=1).past_key_values
     return cache
 
 
@@ -82,6 +86,7 @@ def measure(
     config: SparseAttentionConfig | None,
     *,
     decode: bool = False,
+    nbits: int | None = None,
     sliding_layers: Collection[int] = (),
 ) -> Record:
     """Likelihood of the targets of one window under one method; `None` is the model as it is.
@@ -91,6 +96,7 @@ def measure(
         window: What to predict.
         config: What to patch it with.
         decode: Whether the positions that predict the targets are read one at a time. Only these are counted then.
+        nbits: Of the cache that they are read from: see `prefill`.
         sliding_layers: Sliding-window layers of a hybrid model, which `sparse_density` leaves out.
 
     Returns:
@@ -108,7 +114,7 @@ def measure(
         start = time.perf_counter()
         if decode:
             context = window.length - len(window.targets)
-            cache = prefill(model, window.input_ids[:context])
+            cache = prefill(model, window.input_ids[:context], nbits)
             before = None if config is None else report(model)
             nll = decoded_nll(model, cache, window.input_ids[context : context + 1], window.targets)
         else:
@@ -137,6 +143,7 @@ def evaluate(
     sliding_layers = inspect(model).sliding_layers
 
     def measured(window: Window, name: str) -> Record:
-        return measure(model, window, methods[name], decode=name in DECODED, sliding_layers=sliding_layers)
+        decode, nbits = name in DECODED, DECODED.get(name)
+        return measure(model, window, methods[name], decode=decode, nbits=nbits, sliding_layers=sliding_layers)
 
     return measure_each(COMMAND, windows, methods, results, about, measured)

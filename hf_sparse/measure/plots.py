@@ -40,6 +40,7 @@ _STYLES = {
     "flash": ("#56B4E9", "X"),
     "fixed-grouped": ("#8C510A", "<"),
     "decode-topk": ("#882255", "h"),
+    "decode-8-bit": ("#009E73", "^"),
     "sdpa": ("#000000", "s"),
     "eager": ("#666666", "*"),
 }
@@ -255,7 +256,7 @@ def _label(method: str, summary: Summary) -> str:
     # A user's own selector or law is described by a dictionary.
     selector, law = (part["name"] if isinstance(part, dict) else part for part in (config["selector"], config["law"]))
     if method.startswith("decode"):
-        selector = f"decoding, {selector}"
+        selector = f"{method.removesuffix('-topk').replace('decode', 'decoding')}, {selector}"
     if config["per_head"] is not None:
         return f"{selector}, calibrated per head"
     match law:

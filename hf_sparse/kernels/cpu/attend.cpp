@@ -261,8 +261,7 @@ class Attention {
 
 #if defined(HFS_AMX)
     bool by_matrix_unit() const {
-        const Format format = call.key.format;
-        return pairs >= amx::ROWS && call.value.format == format && (format == BFLOAT16 || format == INT8);
+        return pairs >= amx::ROWS && call.key.format == BFLOAT16 && call.value.format == BFLOAT16;
     }
 
     void attend_by_matrix_unit() {
@@ -284,8 +283,6 @@ class Attention {
     void attend_by_matrix_unit(const amx::Terms &queries, int64_t from, int64_t count) {
         const int64_t width = count * LANES, weighed = round_up(width, amx::INNER);
         uint16_t *keys = scratch<uint16_t, 33>(CHUNK * queries.inner), *values = scratch<uint16_t, 34>(CHUNK * padded);
-        const bool scaled = call.key.format == INT8; // of whole numbers: scores and weights get the scales
-        float scales_of_keys[CHUNK], scales_of_values[CHUNK];
         for (int64_t i = 0; i < count; i++) {
             const int64_t *own = positions + used[from + i];
             for (int64_t key = 0; i + 1 < count && key < LANES; key++) {
@@ -293,19 +290,11 @@ class Attention {
                 call.key.prefetch(batch, kv_head, next);
                 call.value.prefetch(batch, kv_head, next);
             }
-            uint16_t *words = scratch<uint16_t, 38>(LANES * std::max(call.key.dim, call.value.dim));
-            const auto words_of = [&](const States &states, int64_t key) {
-                return states.words(batch, kv_head, own[key], words + key * states.dim);
-            };
-            const auto key_of = [&](int64_t key) { return words_of(call.key, key); };
+            const auto key_of = [&](int64_t key) { return call.key.words(batch, kv_head, own[key]); };
             amx::turn(key_of, call.key.dim, queries.inner, keys + i * LANES * 2, CHUNK);
             for (int64_t key = 0; key < LANES; key += 2)
-                amx::interleave(words_of(call.value, key), words_of(call.value, key + 1), call.value.dim, padded,
-                                values + (i * LANES + key) * padded);
-            for (int64_t key = 0; scaled && key < LANES; key++) {
-                scales_of_keys[i * LANES + key] = call.key.scale_of(batch, kv_head, own[key]);
-                scales_of_values[i * LANES + key] = call.value.scale_of(batch, kv_head, own[key]);
-            }
+                amx::interleave(call.value.words(batch, kv_head, own[key]), call.value.words(batch, kv_head, own[key + 1]),
+                                call.value.dim, padded, values + (i * LANES + key) * padded);
         }
         std::fill(values + width * padded, values + weighed * padded, 0);
         float *scores = scratch<float, 35>(amx::ROWS * CHUNK);
@@ -315,11 +304,9 @@ class Attention {
             const amx::Terms own{queries.high + before, queries.low + before, queries.inner};
             amx::multiply(own, keys, CHUNK, width, false, scores, CHUNK);
             for (int64_t p = 0; p < amx::ROWS; p++) {
-                for (int64_t i = 0; scaled && i < width; i++) scores[p * CHUNK + i] *= scales_of_keys[i];
                 if (p < number) weigh(set + p, used + from, count, scores + p * CHUNK);
                 for (int64_t i = 0; i < weighed; i += LANES) {
-                    Floats weights = p < number && i < width ? load(scores + p * CHUNK + i) : Floats{};
-                    if (scaled && i < width) weights *= load(scales_of_values + i);
+                    const Floats weights = p < number && i < width ? load(scores + p * CHUNK + i) : Floats{};
                     amx::split(weights, high + p * weighed + i, low + p * weighed + i);
                 }
             }

@@ -28,15 +28,14 @@ class _States(ctypes.Structure):
         ("position_stride", c_int64),
         ("dim", c_int64),
         ("scales", c_void_p),
-        ("scale_batch", c_int64),
-        ("scale_head", c_int64),
+        *((name, c_int64) for name in ("parts", "scale_batch", "scale_head", "scale_position")),
     )
 
     def __init__(self, states: Tensor) -> None:
         if isinstance(states, Int8States):
             codes, scales = states.codes, states.scales
-            place = (*codes.stride()[:3], codes.shape[3], scales.data_ptr(), *scales.stride()[:2])
-            super().__init__(codes.data_ptr(), _INT8, *place)
+            own = (scales.data_ptr(), scales.shape[3], *scales.stride()[:3])
+            super().__init__(codes.data_ptr(), _INT8, *codes.stride()[:3], codes.shape[3], *own)
         else:
             super().__init__(states.data_ptr(), _FORMATS[states.dtype], *states.stride()[:3], states.shape[3])
 

@@ -151,12 +151,6 @@ inline float from_word(uint32_t word) {
     return out;
 }
 
-inline uint32_t to_word(float x) {
-    uint32_t out;
-    std::memcpy(&out, &x, sizeof out);
-    return out;
-}
-
 // A float16 has 5 bits of exponent where a float has 8: its bits in a float's place lack a factor of 2^112.
 inline float from_float16(uint16_t half) {
 #if defined(__aarch64__)
