@@ -317,9 +317,10 @@ def _attend_sparsely(
     if quantised is None and selector.ranks_quantised:
         quantised = state.quantised(call.key)
     sparse = replace(call, known_ranges=ranges, quantised=quantised)
-    if call.key.is_cuda and isinstance(call.key, Int8States):
-        state.counters.slow[_DEQUANTIZED] += 1
+    if isinstance(call.key, Int8States) and not _read_in_8_bits(call):
         sparse = sparse.dequantized()
+        if call.key.is_cuda:
+            state.counters.slow[_DEQUANTIZED] += 1
     size = selector.group_queries
     if size > 1 and queries > 1 and not want_weights and (start := leading_dense(call, plan, size)):
         outs.append(dense.attend(call.queries(0, start).visible_part()))
@@ -343,6 +344,11 @@ def _attend_sparsely(
     state.counters.count(ranges.queries, ranges.total, heads, plan.dense_queries, kept)
     outs.append(aligned.restored(_joined(parts)))
     return _joined(outs), aligned.restored(_joined(weights)) if weights else None
+
+
+def _read_in_8_bits(call: AttentionCall) -> bool:
+    """Whether keys and values in 8 bits are read where they lie. Many queries in bfloat16 go to a CPU's matrix unit."""
+    return not call.key.is_cuda and (call.key.dtype != torch.bfloat16 or call.query.shape[2] == 1)
 
 
 def _without_autocast(call: AttentionCall) -> AbstractContextManager[Any]:

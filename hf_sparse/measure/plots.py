@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse.errors import UserError
+from hf_sparse.measure.methods import IN_8_BITS
 from hf_sparse.results import DENSE, Summary
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ _STYLES = {
     "flash": ("#56B4E9", "X"),
     "fixed-grouped": ("#8C510A", "<"),
     "decode-topk": ("#882255", "h"),
-    "decode-8-bit": ("#009E73", "^"),
+    "8-bit": ("#009E73", "^"),
+    "dense-8-bit": ("#666666", "*"),
     "sdpa": ("#000000", "s"),
     "eager": ("#666666", "*"),
 }
@@ -256,7 +258,9 @@ def _label(method: str, summary: Summary) -> str:
     # A user's own selector or law is described by a dictionary.
     selector, law = (part["name"] if isinstance(part, dict) else part for part in (config["selector"], config["law"]))
     if method.startswith("decode"):
-        selector = f"{method.removesuffix('-topk').replace('decode', 'decoding')}, {selector}"
+        selector = f"decoding, {selector}"
+    if method in IN_8_BITS:
+        selector = f"{selector}, cache in 8 bits"
     if config["per_head"] is not None:
         return f"{selector}, calibrated per head"
     match law:
