@@ -383,9 +383,15 @@ def _refuse_for_8_bits(*states: Tensor) -> None:
         UserError: where a gradient is wanted, and while `torch.compile` looks into a model.
     """
     if torch.compiler.is_compiling():
-        raise UserError("a cache with nbits=8 cannot be compiled: use SparseCache without nbits under torch.compile")
+        _refuse_to_compile()
     if torch.is_grad_enabled() and any(x.requires_grad for x in states):
         raise UserError("a cache with nbits=8 has no gradients: run the model under torch.no_grad()")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_to_compile() -> None:
+    """Runs as it is: what is raised inside of a graph in the making only makes PyTorch give up the graph."""
+    raise UserError("a cache with nbits=8 does not work under torch.compile: use SparseCache without nbits")
 
 
 def _can_be_written(states: Tensor) -> bool:
