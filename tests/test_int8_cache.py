@@ -320,7 +320,7 @@ def test_gradients_are_refused() -> None:
 def test_compiling_is_refused() -> None:
     torch.compiler.reset()
     model = sparse_model("llama", "grouped")
-    with pytest.raises(UserError, match="nbits=8 does not work under torch.compile"):
+    with pytest.raises(UserError, match=r"nbits=8 does not work under torch\.compile"):
         torch.compile(model, backend="eager")(tiny.tokens(1, 12), past_key_values=int8_cache(model))
 
 
