@@ -21,6 +21,7 @@ from hf_sparse.call import AttentionCall, align, leading_dense
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import dense
 from hf_sparse.engines.common import masked_weights, weighted_values
+from hf_sparse.kernels.int8 import Int8States
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.laws import BudgetPlan, BudgetTable
 from hf_sparse.monitor import LayerCounters
@@ -62,6 +63,7 @@ _MOST_QUERIES_ON_GPUS = 16_384
 
 _COPIED = "left out keys that padding hides inside a text, and keep a copy of all others"
 _ROUNDED_ANEW = "rounded all cached keys to few bits anew: what the model attends to is not what its cache holds"
+_DEQUANTIZED = "made plain tensors of keys and values in 8 bits, which the kernels for GPUs do not read"
 _UNFUSED = "attended to keys without the fused kernel for GPUs, which copies keys and values"
 _UNCOMPILED = "looked for keys without compiled kernels, which is slower than dense attention"
 
@@ -315,6 +317,10 @@ def _attend_sparsely(
     if quantised is None and selector.ranks_quantised:
         quantised = state.quantised(call.key)
     sparse = replace(call, known_ranges=ranges, quantised=quantised)
+    if isinstance(call.key, Int8States) and not _read_in_8_bits(call):
+        sparse = sparse.dequantized()
+        if call.key.is_cuda:
+            state.counters.slow[_DEQUANTIZED] += 1
     size = selector.group_queries
     if size > 1 and queries > 1 and not want_weights and (start := leading_dense(call, plan, size)):
         outs.append(dense.attend(call.queries(0, start).visible_part()))
@@ -338,6 +344,11 @@ def _attend_sparsely(
     state.counters.count(ranges.queries, ranges.total, heads, plan.dense_queries, kept)
     outs.append(aligned.restored(_joined(parts)))
     return _joined(outs), aligned.restored(_joined(weights)) if weights else None
+
+
+def _read_in_8_bits(call: AttentionCall) -> bool:
+    """Whether keys and values in 8 bits are read where they lie. Many queries in bfloat16 go to a CPU's matrix unit."""
+    return not call.key.is_cuda and (call.key.dtype != torch.bfloat16 or call.query.shape[2] == 1)
 
 
 def _without_autocast(call: AttentionCall) -> AbstractContextManager[Any]:

@@ -18,6 +18,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from hf_sparse.call import take_keys
+from hf_sparse.errors import UserError
+from hf_sparse.kernels.int8 import Int8States
 from hf_sparse.kernels.pages import ask_for_large_pages
 from hf_sparse.kernels.quantised import QuantisedKeys
 
@@ -39,20 +41,35 @@ class SparseCache(DynamicCache):
 
     Args:
         config: The model's configuration.
+        nbits: Bits of a component of a key or value in layers with full attention: 8, with a scale for each vector
+            (`Int8States`), or `None` for the dtype of the model. A prefill attends to what is stored, as decoding does.
         offloading: Keep layers on the CPU and bring each to its device in time, as `DynamicCache` does.
         offload_only_non_sliding: Leave layers with a sliding window where they are.
 
     Raises:
         TypeError: if `config` is something else.
+        ValueError: for another number of bits.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, *, offloading: bool = False, offload_only_non_sliding: bool = False
+        self,
+        config: PreTrainedConfig,
+        *,
+        nbits: int | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be the model's configuration, model.config; got {type(config).__name__}")
+        if nbits not in (None, 8):
+            raise ValueError(f"nbits must be 8, or None for the dtype of the model; got {nbits!r}")
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
-        grow_in_place(self)
+        grow_in_place(self, nbits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, and of the keys in few bits beside them, with the room for further tokens."""
+        return sum(_bytes_of(layer) for layer in self.layers)
 
 
 class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -62,13 +79,17 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     handed out before a `crop` shows what is written after it. Outside `torch.no_grad`, they are concatenated as in
     `DynamicLayer`: a backward pass may want what was handed out, for queries that learn if for nothing else.
 
+    With `nbits=8`, both are `Int8States` from the first token on, and nothing may want a gradient.
+
     Attributes:
+        nbits: 8, or `None` for keys and values in the dtype that they come in.
         handle: Its number, by which `layer_of` finds it: int64, a tensor so that another cache is no reason to compile
             anew.
         quantised: The keys in few bits.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, nbits: int | None = None, **kwargs: Any) -> None:
+        self.nbits = nbits
         self.quantised = QuantisedKeys()
         self._storage: tuple[Tensor, Tensor] | None = None
         self._length = 0
@@ -99,7 +120,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     @property
     def keys(self) -> Tensor | None:
         """The keys of all tokens, or `None` before the first."""
-        return self._plain[0] if self._storage is None else self._storage[0].narrow(2, 0, self._length)
+        return self._plain[0] if self._storage is None else _first(self._storage[0], self._length)
 
     @keys.setter
     def keys(self, states: Tensor | None) -> None:
@@ -108,7 +129,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     @property
     def values(self) -> Tensor | None:
         """Their values."""
-        return self._plain[1] if self._storage is None else self._storage[1].narrow(2, 0, self._length)
+        return self._plain[1] if self._storage is None else _first(self._storage[1], self._length)
 
     @values.setter
     def values(self, states: Tensor | None) -> None:
@@ -128,13 +149,15 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `(batch, kv_heads, new, head_dim)`, and return all keys and values."""
+        if self.nbits:
+            _refuse_for_8_bits(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._notice_changes()
         new, length = (key_states, value_states), self.get_seq_length()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.nbits:
             held = zip(self._states(), new, strict=True) if length else [(x,) for x in new]
             key, value = (torch.cat(parts, dim=-2) for parts in held)
             self._storage, self._plain = None, (key, value)
@@ -142,9 +165,9 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             total = length + key_states.shape[-2]
             storage = self._with_room(key_states, value_states, length, total)
             for part, states in zip(storage, new, strict=True):
-                part.narrow(2, length, states.shape[2]).copy_(states)
+                _write(part, length, states)
             self._storage, self._length, self._plain = storage, total, (None, None)
-            key, value = (part.narrow(2, 0, total) for part in storage)
+            key, value = (_first(part, total) for part in storage)
         if compiling:
             self._versions = None
             _written.clear()
@@ -161,10 +184,18 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         keys = self.keys
         if not self.is_initialized or keys is None or keys.shape != key.shape or keys.device != key.device:
             return False
-        if keys.data_ptr() == key.data_ptr() and keys.stride() == key.stride():
+        own, other = _stored(keys), _stored(key)
+        if own.data_ptr() == other.data_ptr() and own.stride() == other.stride():
             return True
         some = torch.linspace(0, key.shape[2] - 1, _COMPARED, device=key.device).long()
         return keys.dtype == key.dtype and bool(torch.equal(keys[:, :, some], key[:, :, some]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, and of those in few bits, with the room for further tokens."""
+        held = self._plain if self._storage is None else self._storage
+        copied = 0 if self._without_hidden is None else self._without_hidden[1].nbytes
+        return sum(_nbytes(x) for x in held if x is not None) + self.quantised.nbytes + copied
 
     @torch.no_grad()
     def without_hidden(self, shown: Tensor, states: States | None = None) -> tuple[Tensor, Tensor, QuantisedKeys]:
@@ -179,7 +210,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         kept = self._without_hidden
         length = 0 if kept is None else kept[0].shape[1]
         if kept is None or length > shown.shape[1] or not torch.equal(kept[0], shown[:, :length]):
-            length, kept = 0, (shown, SparseLayer())
+            length, kept = 0, (shown, SparseLayer(self.nbits))
         layer = kept[1]
         if length < shown.shape[1]:
             states = self._states() if states is None else states
@@ -272,18 +303,22 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             and total < storage[0].shape[2]
             and storage[0].shape[:2] == key.shape[:2]
             and storage[0].device == key.device
-            and _can_be_written(storage[0])
+            and _can_be_written(_stored(storage[0]))
         ):
             return storage
         room = total + max(_LEAST_SPARE, int(total * _SPARE))
-        grown = tuple(new.new_empty((*new.shape[:2], room, new.shape[3])) for new in (key, value))
-        if not torch.compiler.is_compiling():
-            for part in grown:
-                ask_for_large_pages(part)
+        grown = self._allocate(key, room), self._allocate(value, room)
         if length:
             for part, old in zip(grown, self._states(), strict=True):
-                part.narrow(2, 0, length).copy_(old)
-        return grown[0], grown[1]
+                _write(part, 0, old)
+        return grown
+
+    def _allocate(self, states: Tensor, room: int) -> Tensor:
+        shape = (*states.shape[:2], room, states.shape[3])
+        new = Int8States.empty(shape, states) if self.nbits else states.new_empty(shape)
+        if not torch.compiler.is_compiling():
+            ask_for_large_pages(_stored(new))
+        return new
 
     def _rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
         self._change_storage(change)
@@ -296,7 +331,8 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._notice_changes()
         self._without_hidden = None
         keys, values = self._states() if self._storage is None else self._storage
-        self._storage, self._length, self._plain = (change(keys), change(values)), length, (None, None)
+        changed = _changed(keys, change), _changed(values, change)
+        self._storage, self._length, self._plain = changed, length, (None, None)
         self._remember()
 
 
@@ -310,6 +346,58 @@ def layer_of(handle: int) -> SparseLayer | None:
     return _layers.get(handle)
 
 
+def _first(states: Tensor, length: int) -> Tensor:
+    """The keys or values of the first tokens, where they lie."""
+    return states.part(0, length) if isinstance(states, Int8States) else states.narrow(2, 0, length)
+
+
+def _write(storage: Tensor, start: int, states: Tensor) -> None:
+    """Copy `states` `(batch, kv_heads, new, dim)` into the places from `start` on."""
+    if isinstance(storage, Int8States):
+        storage.write(start, states)
+    else:
+        storage.narrow(2, start, states.shape[2]).copy_(states)
+
+
+def _changed(states: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    return states.map(change) if isinstance(states, Int8States) else change(states)
+
+
+def _stored(states: Tensor) -> Tensor:
+    """What lies in memory of keys or values."""
+    return states.codes if isinstance(states, Int8States) else states
+
+
+def _nbytes(states: Tensor) -> int:
+    """Bytes of them."""
+    return states.codes.nbytes + states.scales.nbytes if isinstance(states, Int8States) else states.nbytes
+
+
+def _bytes_of(layer: Any) -> int:
+    """Bytes of the keys and values of any layer of a cache."""
+    if isinstance(layer, SparseLayer):
+        return layer.nbytes
+    return sum(x.nbytes for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None)
+
+
+def _refuse_for_8_bits(*states: Tensor) -> None:
+    """Refuse what 8 bits cannot do.
+
+    Raises:
+        UserError: where a gradient is wanted, and while `torch.compile` looks into a model.
+    """
+    if torch.compiler.is_compiling():
+        _refuse_to_compile()
+    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
+        raise UserError("a cache with nbits=8 has no gradients: run the model under torch.no_grad()")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_to_compile() -> None:
+    """Runs as it is: what is raised inside of a graph in the making only makes PyTorch give up the graph."""
+    raise UserError("a cache with nbits=8 does not work under torch.compile: use SparseCache without nbits")
+
+
 def _can_be_written(states: Tensor) -> bool:
     """Whether to write into a tensor here: what was made in inference mode cannot be written to outside of it."""
     return torch.compiler.is_compiling() or not states.is_inference() or torch.is_inference_mode_enabled()
@@ -317,12 +405,15 @@ def _can_be_written(states: Tensor) -> bool:
 
 def _version_of(states: Tensor | None) -> int | None:
     """How often a tensor, or what it is a view of, was written to; `None` where PyTorch does not count that."""
-    return None if states is None or states.is_inference() else states._version
+    if states is None:
+        return None
+    states = _stored(states)
+    return None if states.is_inference() else states._version
 
 
-def grow_in_place(cache: Cache) -> None:
+def grow_in_place(cache: Cache, nbits: int | None = None) -> None:
     """Replace the layers of an empty cache that hold full attention by such as grow in place."""
-    cache.layers = [SparseLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [SparseLayer(nbits) if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 
 # Of each thread, for several may run one model.

@@ -20,6 +20,7 @@ from hf_sparse import SparseAttentionConfig
 from hf_sparse.call import Selection, SharedSelection
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.cpu import build, compiler
+from hf_sparse.kernels.int8 import Int8States
 from hf_sparse.selectors.grouped import GROUP_QUERIES
 from tests import calls
 from tests.installed import MadeOnce, installed_library
@@ -37,7 +38,7 @@ CPUS = [
     ("aarch64", "max", "i8mm"),
 ]
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 CONFIG = SparseAttentionConfig(sink_keys=3, recent_keys=10)
 # Queries, keys, heads that share a key head, components of a key, type, soft cap: more keys than a period of the
 # estimate has, more heads than registers hold, and keys so long that sums of products outgrow 16 bits.
@@ -47,10 +48,12 @@ CALLS = {
     "decode, two": (1, 700, 2, 24, torch.float16, None),
     "decode, four": (1, 700, 4, 64, torch.float32, None),
     "decode, seven": (1, 700, 7, 64, torch.bfloat16, None),
+    "decode, 8 bits": (1, 700, 3, 64, torch.int8, None),
     "decode, long": (1, 700, 1, 264, torch.float32, None),
     "prefill": (64, 1150, 1, 64, torch.float16, None),
     "prefill, capped": (64, 300, 3, 24, torch.float32, 1.5),
     "prefill, groups": (128, 300, 3, 64, torch.bfloat16, None),
+    "prefill, 8 bits": (64, 300, 3, 64, torch.int8, None),
     "prefill, few": (7, 300, 3, 24, torch.float16, None),
     "prefill, long": (7, 200, 1, 264, torch.float32, None),
 }
@@ -74,9 +77,11 @@ class Case:
             kv_heads=2,
             dim=dim,
             value_dim=dim - 3,
-            dtype=dtype,
+            dtype=torch.float32 if dtype == torch.int8 else dtype,
             softcap=softcap,
         )
+        if dtype == torch.int8:
+            call = replace(call, key=Int8States.rounded(call.key), value=Int8States.rounded(call.value))
         if "long" in name:  # numbers of one sign and much alike: their products are large
             key = 1 + call.key / 10
             key[:, :, :300:2] *= -1  # so that the first keys, whose mean is subtracted, have none
@@ -113,7 +118,10 @@ class Case:
             *(attended.queries_per_group, positions.shape[-1], attended.per_head, runs is None),
             softcap or 0.0,
         )
-        arrays = (call.key, call.value, center, call.scaled_query, call.ranges.first, call.ranges.stop)
+        arrays = (call.key, call.value)
+        if isinstance(call.key, Int8States) and isinstance(call.value, Int8States):
+            arrays = (call.key.codes, call.value.codes, call.key.scales, call.value.scales)
+        arrays += (center, call.scaled_query, call.ranges.first, call.ranges.stop)
         arrays += (budgets.expand(-1, -1, q_len), positions, allowed if runs is None else runs)
         self.written = header + b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in arrays)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hf_sparse import Engine, SparseAttentionConfig
 from hf_sparse.bench import memory
+from hf_sparse.bench.caches import IN_8_BITS, measure_caches
 from hf_sparse.bench.memory import call_peak, measure_prefills, memory_tables, summarise
 from hf_sparse.bench.shapes import Shape
 from hf_sparse.errors import UserError
@@ -45,6 +47,20 @@ def test_a_prefill_takes_what_it_must() -> None:
     assert "hf_sparse / sdpa" in markdown_table(*table)
 
 
+@linux
+def test_caches_hold_what_they_count() -> None:
+    """In 8 bits, keys and values with their scales, and keys in 4 bits with theirs: 172 bytes for a head of 64."""
+    shape, length = Shape(2, 2, 64, 64, 64, layers=2), 16_384
+    results = measure_caches([length], shape, replace(CONFIG, dense_layers=()), 0, memory._in_new_process)
+    for each in results:
+        item = 4 if each["dtype"] == "float32" else 2
+        vectors = {"dynamic-cache": 128 * item, "hf_sparse": 128 * item + 36, IN_8_BITS: 172}[each["method"]]
+        assert each["bytes_per_token"] == pytest.approx(vectors * shape.kv_heads, rel=0.15)
+        assert each["held_mib"] == pytest.approx(each["bytes_per_token"] * length * shape.layers / 2**20, abs=0.1)
+    table = markdown_table(*memory_tables({"results": [], "exponents": {}, "prefill": [], "cached": results})[0])
+    assert "float32, n = 16,384 | bfloat16, n = 16,384" in table
+
+
 def test_exponents_are_those_of_the_records() -> None:
     calls = [{"method": "eager", "length": n, "peak_mib": 3e-6 * n**2, "mean_keys": None} for n in (512, 1024, 2048)]
     calls += [{"method": "window", "length": n, "peak_mib": n**0.75, "mean_keys": 2 * n**0.5} for n in (512, 1024)]
@@ -65,7 +81,7 @@ def test_the_committed_tables_and_exponents_follow_from_the_committed_records() 
 
 @linux
 def test_the_command_leaves_out_what_would_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--lengths", "256,1024", "--prefill", "none", "--limit", "0", *SMALL]
+    options = ["--lengths", "256,1024", "--prefill", "none", "--cached", "none", "--limit", "0", *SMALL]
     assert run_command("memory", *options, "--output", str(tmp_path), "--json") == 0
     summary = json.loads(capsys.readouterr().out)
     assert {each["length"] for each in summary["results"]} == {256}
@@ -91,7 +107,7 @@ def test_an_engine_that_cannot_run_is_refused_at_once() -> None:
 
     config, shape = SparseAttentionConfig(engine=Absent()), Shape(4, 2, 32, 64, 64, layers=1)
     with pytest.raises(UserError, match="none of it here"):
-        memory.evaluate([64], [], shape, config, most_bytes=1e9, repeats=1, seed=0)
+        memory.evaluate([64], [], [], shape, config, most_bytes=1e9, repeats=1, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Peak memory of one attention call above its inputs, and of a prefill above the model and its cache.
+"""Peak memory of one attention call above its inputs, and of a prefill above the model and its cache; caches.
 
 Every measurement runs in a new process, because memory that an earlier call gave back to the allocator would hide what
 a later one takes.
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse.attention import LayerState, attend
+from hf_sparse.bench.caches import cache_table, measure_caches
 from hf_sparse.bench.generation import WARM_UP_TOKENS
 from hf_sparse.bench.inputs import gaussian
 from hf_sparse.bench.plot import draw_method, finish_panel
@@ -56,6 +57,7 @@ _WARM_UP_QUERIES = 64
 def evaluate(
     lengths: Sequence[int],
     prefill: Sequence[int],
+    cached: Sequence[int],
     shape: Shape,
     config: SparseAttentionConfig,
     *,
@@ -68,6 +70,7 @@ def evaluate(
     Args:
         lengths: Queries and keys of single calls, rising.
         prefill: Tokens of the prompts of a whole model.
+        cached: Tokens in the caches of a whole model: see `measure_caches`.
         shape: Of the layer and of the model.
         config: Of the sparse methods. All layers of the model are sparse unless it names dense ones.
         most_bytes: Memory that a single call may be expected to take.
@@ -80,10 +83,11 @@ def evaluate(
     """
     _peak(lambda: None)  # refuses a system that does not tell it
     sparse = config if config.dense_layers is not None else replace(config, dense_layers=())
-    check_shape(shape, sparse, _DTYPE, _CPU, weights=bool(prefill))
+    check_shape(shape, sparse, _DTYPE, _CPU, weights=bool(prefill or cached))
     return {
         **summarise(measure_calls(lengths, shape, config, most_bytes, seed)),
         "prefill": measure_prefills(prefill, shape, sparse, repeats, seed),
+        "cached": measure_caches(cached, shape, sparse, seed, _in_new_process),
         "shape": {**asdict(shape), "dtype": "float32"},
         "config": config.to_dict(),
         "seed": seed,
@@ -234,9 +238,11 @@ def _exponent(calls: Sequence[Summary], quantity: str) -> float:
 
 
 def memory_tables(summary: Summary) -> list[Table]:
-    """The tables of single calls and of prefills, those that were measured."""
+    """The tables of single calls, of prefills and of full caches, those that were measured."""
     tables = (_call_table, summary["results"]), (_prefill_table, summary["prefill"])
-    return [table(summary) for table, results in tables if results]
+    made = [table(summary) for table, results in tables if results]
+    cached = summary.get("cached")  # earlier versions did not measure any
+    return [*made, cache_table(cached)] if cached else made
 
 
 def _call_table(summary: Summary) -> Table:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from hf_sparse.errors import UserError
+
 ResultT = TypeVar("ResultT")
 
 MOST_ROUNDS = 200
@@ -107,6 +109,17 @@ def with_peak(call: Callable[[], ResultT], device: torch.device) -> tuple[Result
     resident = _read_bytes(_STATUS, "VmRSS")
     result = call()
     return result, _read_bytes(_STATUS, "VmHWM") - resident
+
+
+def resident() -> float:
+    """Bytes of memory that this process has now, without what it has freed.
+
+    Raises:
+        UserError: where the system does not tell.
+    """
+    if not (_trim() and _STATUS.exists()):
+        raise UserError("resident memory is read from /proc, which only Linux has")
+    return _read_bytes(_STATUS, "VmRSS")
 
 
 def mebibytes(size: float) -> float:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hf_sparse.kernels.int8 import Int8States
 from hf_sparse.kernels.layout import Layout
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.visibility import VisibleRanges
@@ -136,6 +137,11 @@ class AttentionCall:
             self, key=take_keys(self.key, index), value=take_keys(self.value, index), quantised=QuantisedKeys()
         )
 
+    def dequantized(self) -> AttentionCall:
+        """The same call with plain keys and values, where they are stored in 8 bits."""
+        key, value = (x.dequantize() if isinstance(x, Int8States) else x for x in (self.key, self.value))
+        return replace(self, key=key, value=value)
+
     def queries(self, start: int, stop: int) -> AttentionCall:
         """The same call for the queries `start` to `stop` alone; nothing is copied."""
         intervals = self.intervals[:, :, start:stop]
@@ -179,8 +185,11 @@ def pairs_of(queries: Tensor, kv_heads: int, size: int) -> Tensor:
 def take_keys(states: Tensor, positions: Tensor) -> Tensor:
     """`(batch, kv_heads, kv_len, dim)` at `(batch, kv_heads, ...)` -> `(batch, kv_heads, ..., dim)`.
 
-    Copies nothing else, also where `states` is a part of longer storage, as that of a cache.
+    Copies nothing else, also where `states` is a part of longer storage, as that of a cache. What is stored in 8 bits
+    stays so.
     """
+    if isinstance(states, Int8States):
+        return states.map(lambda x: take_keys(x, positions))
     vectors, index = as_vectors(states, positions)
     return vectors.index_select(0, index.flatten()).view(*positions.shape, states.shape[3])
 

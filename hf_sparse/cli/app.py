@@ -216,7 +216,7 @@ def calibrate(model: Model, options: CalibrationOptions, run: RunOptions) -> Non
 @app.command()
 @share_options
 def memory(options: MemoryOptions, sparse: SparseOptions) -> None:
-    """Peak memory of one attention call, and of a whole prefill, dense and sparse (Linux, CPU)."""
+    """Peak memory of one attention call, of a whole prefill, and of caches, dense and sparse (Linux, CPU)."""
     run_memory(options, sparse)
 
 

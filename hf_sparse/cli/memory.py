@@ -1,4 +1,4 @@
-"""`hf-sparse memory`: peak memory of one attention call and of a whole prefill, dense and sparse."""
+"""`hf-sparse memory`: peak memory of one attention call, of a whole prefill, and of caches, dense and sparse."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class MemoryOptions:
 
     lengths: Annotated[str, typer.Option(help="One call: queries and keys, rising.")] = "2048,4096,8192,16384"
     prefill: Annotated[str, typer.Option(help="Model: tokens of the prompt, rising; none to leave it out.")] = "32768"
+    cached: Annotated[str, typer.Option(help="Caches: tokens in them, rising; none to leave it out.")] = "32768,131072"
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 9
     kv_heads: Annotated[int, typer.Option(min=1, help="Key heads.")] = 3
     head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64
@@ -44,14 +45,17 @@ def run_memory(options: MemoryOptions, sparse: SparseOptions) -> None:
             results cannot go into the folder.
     """
     lengths = parse_integers("--lengths", options.lengths)
-    prefill = [] if options.prefill == "none" else parse_integers("--prefill", options.prefill)
-    for given in filter(None, (lengths, prefill)):
+    prefill, cached = (
+        [] if text == "none" else parse_integers(option, text)
+        for option, text in (("--prefill", options.prefill), ("--cached", options.cached))
+    )
+    for given in filter(None, (lengths, prefill, cached)):
         check_lengths(given, 1, None)
     shape = parse_shape(f"{options.heads}/{options.kv_heads}/{options.head_dim}").part(options.layers)
     check_folder(options.output, COMMAND)
     most_bytes = options.limit * 2**30
     summary = evaluate(
-        lengths, prefill, shape, sparse.config(), most_bytes=most_bytes, repeats=_REPEATS, seed=options.seed
+        lengths, prefill, cached, shape, sparse.config(), most_bytes=most_bytes, repeats=_REPEATS, seed=options.seed
     )
     outcome = Outcome(summary, memory_tables(summary))
     write_outcome(outcome, options.output, "memory.png", plot_memory)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hf_sparse.call import AttentionCall
 from hf_sparse.engines.common import masked_weights, weighted_values
 from hf_sparse.kernels import cpu
+from hf_sparse.kernels.int8 import Int8States
 from hf_sparse.visibility import as_bool, interval_to_mask
 
 # Elements of a mask, or of scores where SDPA cannot be used, that are alive at a time.
@@ -33,10 +34,13 @@ def attend(call: AttentionCall) -> Tensor:
     plain = call.softcap is None and call.sinks is None
     if queries <= _FEW_QUERIES and queries < call.key.shape[2]:
         rows = call.group_size * queries
-        if queries > 1 and rows >= _LEAST_ROWS and not _kernel_reason(call):
+        many = queries > 1 and rows >= _LEAST_ROWS
+        # PyTorch would need all of them in the model's dtype first.
+        if (many or isinstance(call.key, Int8States)) and not _kernel_reason(call):
             return _by_kernel(call)
         if plain and rows > 1:
-            return _packed(call)
+            return _packed(call.dequantized())
+    call = call.dequantized()
     if plain and _is_causal(call):
         return _sdpa(call, mask=None, causal=queries > 1)
     step = max(1, _BLOCK_ELEMENTS // (call.key.shape[2] * batch * (1 if plain else heads)))
@@ -64,7 +68,7 @@ def attend_masked(call: AttentionCall, mask: Tensor) -> Tensor:
     Raises:
         ValueError: For a bias together with softcap or attention sinks.
     """
-    visible = as_bool(mask)
+    visible, call = as_bool(mask), call.dequantized()
     if call.softcap is None and call.sinks is None:
         return _sdpa(call, mask.to(call.query.dtype) if visible is None else visible, causal=False)
     if visible is None:

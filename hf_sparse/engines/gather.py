@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from hf_sparse.call import AttentionCall, Selection, as_vectors, take_keys
 from hf_sparse.engines.base import Engine
 from hf_sparse.engines.common import attention_weights
+from hf_sparse.kernels.int8 import Int8States
 
 # Bytes of gathered keys and values, and of scores, that are alive at a time: they should stay in a CPU's cache.
 _CHUNK_BYTES = 2 * 2**20
@@ -54,7 +55,8 @@ class Gather(Engine):
 def _weighted_values(weights: Tensor, value: Tensor, positions: Tensor) -> Tensor:
     """Sums of the values at `positions` `(batch, kv_heads, groups, width)`: `(..., groups, pairs, value_dim)`."""
     *outer, pairs, width = weights.shape
-    if pairs <= _FEW_PAIRS and not torch.is_grad_enabled() and value.device.type == "cpu":
+    plain = not isinstance(value, Int8States)
+    if plain and pairs <= _FEW_PAIRS and not torch.is_grad_enabled() and value.device.type == "cpu":
         # As few sums as one query has need no copy of the values: each is read where it lies, once for each pair.
         vectors, index = as_vectors(value, positions)
         if vectors.is_contiguous():

@@ -49,6 +49,11 @@ class QuantisedKeys:
         assert self._center is not None, "no key was quantised yet"
         return self._center
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales, with the room for further keys."""
+        return 0 if self._parts is None else sum(part.nbytes for part in self._parts)
+
     @torch.no_grad()
     def up_to(
         self, key: Tensor, stop: int, layout: Layout, *, texts: Callable[[], Texts] | None = None, left: int = 0

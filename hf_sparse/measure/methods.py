@@ -22,11 +22,14 @@ Methods = Mapping[str, SparseAttentionConfig | None]
 PERPLEXITY_METHODS = ("topk", "grouped", "window", "fixed", "fixed-grouped")
 """What `perplexity` compares with dense attention by default."""
 
-OTHER_METHODS = ("uniform", "decode", "decode-topk")
+OTHER_METHODS = ("uniform", "decode", "decode-topk", "8-bit", "dense-8-bit")
 """Methods that `perplexity` compares on request."""
 
 DECODED = ("decode", "decode-topk")
 """Methods under which the predicted tokens go through the model one at a time, after the text before them."""
+
+IN_8_BITS = ("8-bit", "dense-8-bit")
+"""Methods under which the model attends to what a `SparseCache` with `nbits=8` holds, in one pass over the text."""
 
 FIXED_OF = {"topk": "fixed", "grouped": "fixed-grouped"}
 """Adaptive methods, and the method with the same selector that keeps a fixed number of keys at the same total cost."""
@@ -48,7 +51,8 @@ def perplexity_methods(
       together attend to as many keys as under `config`, over all heads and layers;
     - `uniform`: one power law with the default exponent in all heads, at the same cost, with the selector of `config`;
     - `decode`: `config` itself, and `decode-topk` the same with the selector `topk`: the predicted tokens are read one
-      at a time from the cache, as in generation.
+      at a time from the cache, as in generation;
+    - `8-bit`: `config` itself, and `dense-8-bit` dense attention, to keys and values that a cache holds in 8 bits.
 
     Args:
         names: Methods.
@@ -63,7 +67,8 @@ def perplexity_methods(
     for name in names:
         if name == DENSE:
             continue
-        own, made = name, config
+        own: str = name
+        made: SparseAttentionConfig | None = config
         match name:
             case "fixed":
                 made = replace(_fixed(config, lengths, support), selector="topk")
@@ -73,7 +78,9 @@ def perplexity_methods(
                 made = matched(config, support, lengths, "power")
             case "decode-topk":
                 made = replace(config, selector="topk")
-            case _ if name not in DECODED:
+            case "dense-8-bit":
+                made = None
+            case _ if name not in (*DECODED, *IN_8_BITS):
                 own, made = _with_selector(config, name, (DENSE, *PERPLEXITY_METHODS, *OTHER_METHODS))
         _add(methods, own, made)
     return methods

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel
 
+from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure.evaluation import applied, check_finite, measure_each, sum_counts
-from hf_sparse.measure.methods import DECODED, Methods
+from hf_sparse.measure.methods import DECODED, IN_8_BITS, Methods
 from hf_sparse.measure.windows import Window
 from hf_sparse.patching import inspect, report
 from hf_sparse.results import Record, ResultFile
@@ -27,15 +28,17 @@ _LOGIT_ROWS = 64
 
 
 @torch.no_grad()
-def token_nll(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+def token_nll(model: PreTrainedModel, input_ids: Tensor, targets: Tensor, cache: Cache | None = None) -> Tensor:
     """Negative log-likelihood of each target, in nats: float64 `(targets,)` on the CPU.
 
     Args:
         model: Any causal language model.
         input_ids: int64 `(length,)`.
         targets: int64 `(targets,)`: what the last positions of `input_ids` should predict.
+        cache: An empty one that keys and values are put into, and read from; `None` for none.
     """
-    output = model(input_ids=input_ids[None].to(model.device), use_cache=False, logits_to_keep=len(targets))
+    read = {"input_ids": input_ids[None].to(model.device), "past_key_values": cache}
+    output = model(**read, use_cache=cache is not None, logits_to_keep=len(targets))
     logits: Tensor = output.logits[0, -len(targets) :]
     out = torch.empty(len(targets), dtype=torch.float64)
     for start in range(0, len(targets), _LOGIT_ROWS):
@@ -82,6 +85,7 @@ def measure(
     config: SparseAttentionConfig | None,
     *,
     decode: bool = False,
+    nbits: int | None = None,
     sliding_layers: Collection[int] = (),
 ) -> Record:
     """Likelihood of the targets of one window under one method; `None` is the model as it is.
@@ -91,6 +95,7 @@ def measure(
         window: What to predict.
         config: What to patch it with.
         decode: Whether the positions that predict the targets are read one at a time. Only these are counted then.
+        nbits: Of a `SparseCache` that keys and values are read from in one pass; `None` for no cache.
         sliding_layers: Sliding-window layers of a hybrid model, which `sparse_density` leaves out.
 
     Returns:
@@ -112,7 +117,8 @@ def measure(
             before = None if config is None else report(model)
             nll = decoded_nll(model, cache, window.input_ids[context : context + 1], window.targets)
         else:
-            nll = token_nll(model, window.input_ids, window.targets)
+            own = None if nbits is None else SparseCache(model.config, nbits=nbits)
+            nll = token_nll(model, window.input_ids, window.targets, own)
         seconds = time.perf_counter() - start
         if config is not None:
             counts = sum_counts(report(model), sliding_layers, before)
@@ -137,6 +143,7 @@ def evaluate(
     sliding_layers = inspect(model).sliding_layers
 
     def measured(window: Window, name: str) -> Record:
-        return measure(model, window, methods[name], decode=name in DECODED, sliding_layers=sliding_layers)
+        decode, nbits = name in DECODED, 8 if name in IN_8_BITS else None
+        return measure(model, window, methods[name], decode=decode, nbits=nbits, sliding_layers=sliding_layers)
 
     return measure_each(COMMAND, windows, methods, results, about, measured)

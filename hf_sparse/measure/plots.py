@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse.errors import UserError
+from hf_sparse.measure.methods import IN_8_BITS
 from hf_sparse.results import DENSE, Summary
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ _STYLES = {
     "flash": ("#56B4E9", "X"),
     "fixed-grouped": ("#8C510A", "<"),
     "decode-topk": ("#882255", "h"),
+    "8-bit": ("#009E73", "^"),
+    "dense-8-bit": ("#666666", "*"),
     "sdpa": ("#000000", "s"),
     "eager": ("#666666", "*"),
 }
@@ -256,6 +259,8 @@ def _label(method: str, summary: Summary) -> str:
     selector, law = (part["name"] if isinstance(part, dict) else part for part in (config["selector"], config["law"]))
     if method.startswith("decode"):
         selector = f"decoding, {selector}"
+    if method in IN_8_BITS:
+        selector = f"{selector}, cache in 8 bits"
     if config["per_head"] is not None:
         return f"{selector}, calibrated per head"
     match law:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from hf_sparse.cache import SparseCache, grow_in_place, set_cache_of_pass
+from hf_sparse.cache import SparseCache, SparseLayer, grow_in_place, set_cache_of_pass
 
 # The method by which transformers' `generate` makes the cache that nobody passed to it.
 _METHOD = "_prepare_cache_for_generation"
@@ -46,6 +46,7 @@ class _BeforeForward:
     Attributes:
         concatenated_calls: Forward passes in which a cache made new tensors of all its keys and values.
         concatenated_bytes: What it copied for that.
+        rounded_calls: Forward passes with a cache that holds keys and values in 8 bits.
         place: How many arguments come before the cache in the model's `forward`; `None` if it takes none.
     """
 
@@ -57,15 +58,17 @@ class _BeforeForward:
         """Count anew."""
         self.concatenated_calls = 0
         self.concatenated_bytes = 0
+        self.rounded_calls = 0
 
     def notes(self) -> tuple[str, ...]:
         """What a report should say about it."""
-        if not self.concatenated_calls:
-            return ()
-        return (
+        copied = (
             f"{self.concatenated_calls} forward passes with a cache that makes new tensors of all its keys and "
-            f"values: {self.concatenated_bytes:,} bytes copied, which hf_sparse.SparseCache saves",
+            f"values: {self.concatenated_bytes:,} bytes copied, which hf_sparse.SparseCache saves"
         )
+        rounded = f"{self.rounded_calls} forward passes with a cache that holds keys and values in 8 bits"
+        counts = {copied: self.concatenated_calls, rounded: self.rounded_calls}
+        return tuple(note for note, count in counts.items() if count)
 
     def __call__(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -84,6 +87,7 @@ class _BeforeForward:
         if copied:
             self.concatenated_calls += 1
             self.concatenated_bytes += copied
+        self.rounded_calls += any(isinstance(layer, SparseLayer) and bool(layer.nbits) for layer in layers)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,13 @@ template <typename T> static std::vector<T> read(int64_t count) {
 template <typename T> static void write(const std::vector<T> &x) { fwrite(x.data(), sizeof(T), x.size(), results); }
 
 static void run(const Header &h) {
-    const int64_t item = h.format == FLOAT32 ? 4 : 2, sequences = h.batches * h.kv_heads, share = h.heads / h.kv_heads;
+    const int64_t item = h.format == FLOAT32 ? 4 : h.format == INT8 ? 1 : 2, sequences = h.batches * h.kv_heads, share = h.heads / h.kv_heads;
     const auto key_bytes = read<uint8_t>(sequences * h.kv_len * h.dim * item);
     const auto value_bytes = read<uint8_t>(sequences * h.kv_len * h.value_dim * item);
+    const bool scaled = h.format == INT8;
+    const auto parts = [](int64_t dim) { return dim % 32 ? 1 : dim / 32; };
+    const auto key_scales = read<uint16_t>(scaled ? sequences * h.kv_len * parts(h.dim) : 0);
+    const auto value_scales = read<uint16_t>(scaled ? sequences * h.kv_len * parts(h.value_dim) : 0);
     const auto center = read<float>(sequences * h.dim);
     const auto query = read<float>(h.batches * h.heads * h.q_len * h.dim);
     const auto first = read<int64_t>(h.batches * h.q_len), stop = read<int64_t>(h.batches * h.q_len);
@@ -59,10 +63,12 @@ static void run(const Header &h) {
     const auto attended = read<int64_t>(attended_groups * h.attended_width);
     const auto allowed = read<uint8_t>(h.masked ? attended_pairs * h.attended_width : 0);
     const auto attended_runs = read<int64_t>(h.masked ? 0 : attended_pairs * RUNS * 2);
-    const auto states = [&](const std::vector<uint8_t> &bytes, int64_t dim) {
-        return States{bytes.data(), Format(h.format), h.kv_heads * h.kv_len * dim, h.kv_len * dim, dim, dim};
+    const auto states = [&](const std::vector<uint8_t> &bytes, const std::vector<uint16_t> &scales, int64_t dim) {
+        const int64_t own = parts(dim);
+        return States{bytes.data(), Format(h.format), h.kv_heads * h.kv_len * dim, h.kv_len * dim, dim, dim,
+                      scales.data(), own, h.kv_heads * h.kv_len * own, h.kv_len * own, own};
     };
-    const States key = states(key_bytes, h.dim), value = states(value_bytes, h.value_dim);
+    const States key = states(key_bytes, key_scales, h.dim), value = states(value_bytes, value_scales, h.value_dim);
 
     const int64_t keys = round_up(h.kv_len, TILE), bytes = keys * h.dim / 2;
     std::vector<uint8_t> codes(sequences * bytes);

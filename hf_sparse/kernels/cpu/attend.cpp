@@ -162,11 +162,11 @@ class Attention {
         find_few_scores(queries, own, width, weights);
         for (int64_t p = 0; p < pairs; p++) weigh(p, used + from, count, weights + p * CHUNK);
         const bool direct = call.value.format == FLOAT32 && padded == call.value.dim;
-        float *copies = scratch<float, 17>(direct ? 0 : CHUNK * padded), *buffer = scratch<float, 18>(call.value.dim);
+        float *copies = scratch<float, 17>(direct ? 0 : CHUNK * padded);
         const float *values[CHUNK];
         for (int64_t i = 0; i < width; i++) {
-            values[i] = call.value.vector(batch, kv_head, own[i], buffer);
-            if (!direct) values[i] = copied(values[i], copies + i * padded);
+            if (!direct && i + VECTORS_AHEAD < width) call.value.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
+            values[i] = direct ? call.value.vector(batch, kv_head, own[i], nullptr) : value(own[i], copies + i * padded);
         }
         for (int64_t p = 0; p < pairs; p++) {
             int64_t part = 0;
@@ -207,11 +207,16 @@ class Attention {
         for (int j = 0; j < parts; j++) store(to + j * LANES, sums[j]);
     }
 
-    // A value and zeros behind it.
-    const float *copied(const float *vector, float *to) const {
-        std::copy(vector, vector + call.value.dim, to);
+    // A copy of a value, and zeros behind it.
+    const float *value(int64_t position, float *to) const {
+        copy(call.value, position, to);
         std::fill(to + call.value.dim, to + padded, 0.0f);
         return to;
+    }
+
+    void copy(const States &states, int64_t position, float *to) const {
+        const float *vector = states.vector(batch, kv_head, position, to);
+        if (vector != to) std::copy(vector, vector + states.dim, to);
     }
 
     // Queries, turned: (sets, dim, SCORED).
@@ -230,15 +235,13 @@ class Attention {
         const int64_t width = count * LANES, dim = call.key.dim;
         const int64_t room = round_up(CHUNK, KEYS);
         float *keys = scratch<float, 16>(room * dim), *values = scratch<float, 17>(CHUNK * padded);
-        float *buffer = scratch<float, 18>(std::max(dim, call.value.dim));
         for (int64_t i = 0; i < width; i++) {
             if (i + VECTORS_AHEAD < width) {
                 call.key.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
                 call.value.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
             }
-            const float *key = call.key.vector(batch, kv_head, own[i], buffer);
-            std::copy(key, key + dim, keys + i * dim);
-            copied(call.value.vector(batch, kv_head, own[i], buffer), values + i * padded);
+            copy(call.key, own[i], keys + i * dim);
+            value(own[i], values + i * padded);
         }
         float *weights = scratch<float, 19>(room * SCORED);
         for (int64_t set = 0; set < pairs; set += SCORED) {

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from hf_sparse.kernels.cpu import build
+from hf_sparse.kernels.int8 import Int8States
 from hf_sparse.kernels.layout import Layout, adjacent
 
 TILE = 16
 """Lists of key positions have a multiple of this length: as many numbers as the largest registers hold."""
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INT8 = 3
 
 
 class _States(ctypes.Structure):
@@ -25,10 +27,17 @@ class _States(ctypes.Structure):
         ("head_stride", c_int64),
         ("position_stride", c_int64),
         ("dim", c_int64),
+        ("scales", c_void_p),
+        *((name, c_int64) for name in ("parts", "scale_batch", "scale_head", "scale_position")),
     )
 
     def __init__(self, states: Tensor) -> None:
-        super().__init__(states.data_ptr(), _FORMATS[states.dtype], *states.stride()[:3], states.shape[3])
+        if isinstance(states, Int8States):
+            codes, scales = states.codes, states.scales
+            own = (scales.data_ptr(), scales.shape[3], *scales.stride()[:3])
+            super().__init__(codes.data_ptr(), _INT8, *codes.stride()[:3], codes.shape[3], *own)
+        else:
+            super().__init__(states.data_ptr(), _FORMATS[states.dtype], *states.stride()[:3], states.shape[3])
 
 
 class _Quantised(ctypes.Structure):

@@ -11,19 +11,31 @@
 
 namespace HFS {
 
-enum Format : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+enum Format : int64_t { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 
-// (batch, kv_heads, length, dim); strides in elements, that of the last dimension 1.
+// (batch, kv_heads, length, dim); strides in elements, that of the last dimension 1. In 8 bits, parts of
+// a vector are whole numbers times a scale.
 struct States {
     const void *data;
     Format format;
     int64_t batch_stride, head_stride, position_stride;
     int64_t dim;
+    const uint16_t *scales = nullptr; // of INT8, in bfloat16: (batch, kv_heads, length, parts), the last stride 1
+    int64_t parts = 1, scale_batch = 0, scale_head = 0, scale_position = 0;
 
     // The key or value at `position` of a sequence and head, as floats: in place, or copied to `buffer`.
     const float *vector(int64_t batch, int64_t head, int64_t position, float *buffer) const {
         int64_t at = batch * batch_stride + head * head_stride + position * position_stride;
         if (format == FLOAT32) return static_cast<const float *>(data) + at;
+        if (format == INT8) {
+            const int8_t *codes = static_cast<const int8_t *>(data) + at;
+            const uint16_t *own = scales_of(batch, head, position);
+            for (int64_t part = 0, size = dim / parts; part < parts; part++) {
+                const float scale = from_word(uint32_t(own[part]) << 16);
+                for (int64_t i = part * size; i < (part + 1) * size; i++) buffer[i] = codes[i] * scale;
+            }
+            return buffer;
+        }
         const uint16_t *from = static_cast<const uint16_t *>(data) + at;
         if (format == BFLOAT16)
             for (int64_t i = 0; i < dim; i++) buffer[i] = from_word(uint32_t(from[i]) << 16);
@@ -37,12 +49,18 @@ struct States {
         return static_cast<const uint16_t *>(data) + batch * batch_stride + head * head_stride + position * position_stride;
     }
 
+    // What a code of each part of a vector of INT8 stands for.
+    const uint16_t *scales_of(int64_t batch, int64_t head, int64_t position) const {
+        return scales + batch * scale_batch + head * scale_head + position * scale_position;
+    }
+
     // Prefetch the key or value at `position`.
     void prefetch(int64_t batch, int64_t head, int64_t position) const {
-        const int64_t item = format == FLOAT32 ? 4 : 2;
+        const int64_t item = format == FLOAT32 ? 4 : format == INT8 ? 1 : 2;
         const char *at = static_cast<const char *>(data) +
                          (batch * batch_stride + head * head_stride + position * position_stride) * item;
         for (int64_t byte = 0; byte < dim * item; byte += 64) __builtin_prefetch(at + byte);
+        if (format == INT8) __builtin_prefetch(scales_of(batch, head, position));
     }
 };
 
