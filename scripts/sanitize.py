@@ -27,8 +27,10 @@ SANITIZERS = {
         "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all",
         "libasan.so",
         {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},  # Python frees little as it ends
-        ["tests/test_matrix_unit.py", "tests/test_engines.py", "tests/test_grouped.py", "-k"]
-        + ["(matrix_unit and 3]) or cpu or threads_change or 4_bits_follow or (no_number and compiled)"],
+        [
+            *("tests/test_matrix_unit.py", "tests/test_engines.py", "tests/test_grouped.py"),
+            *("-k", "(matrix_unit and 3]) or cpu or threads_change or 4_bits_follow or (no_number and compiled)"),
+        ],
     ),
     "thread": (
         "-fsanitize=thread",

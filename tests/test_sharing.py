@@ -1,4 +1,4 @@
-"""Patched models that are copied, saved, shared by threads or handed to other processes; and what they leave in memory."""
+"""Patched models that are copied, saved, shared by threads or handed to other processes; what they leave in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 import hf_sparse
@@ -127,7 +127,7 @@ class Answers(Dataset[Tensor]):
 @LINUX
 @pytest.mark.parametrize("threads", [1, 3])
 def test_workers_that_were_forked_after_the_kernels_ran(threads: int) -> None:
-    """By several threads before. As PyTorch's own operators after a fork, the kernels take one thread: `DataLoader` says so."""
+    """By several threads before. PyTorch's own operators hang with more than one after a fork: a `DataLoader` sets it."""
     code = """
 import sys
 import torch
