@@ -127,7 +127,7 @@ class Answers(Dataset[Tensor]):
 @LINUX
 @pytest.mark.parametrize("threads", [1, 3])
 def test_workers_that_were_forked_after_the_kernels_ran(threads: int) -> None:
-    """By several threads before. PyTorch's own operators hang with more than one after a fork: a `DataLoader` sets it."""
+    """By several threads before. PyTorch's own operators hang with more than one after a fork; `DataLoader` sets it."""
     code = """
 import sys
 import torch
