@@ -28,12 +28,13 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from hf_sparse.kernels.cpu import build  # noqa: E402
+from hf_sparse.results.tables import markdown_table  # noqa: E402
 from tests.fuzz_kinds import KINDS, outcome  # noqa: E402
 
 LIMIT = 60
 """Seconds that a case may take."""
 
-PUBLISHED = ROOT / "model_cards/faults/fuzz.json"
+PUBLISHED = ROOT / "model_cards/faults"
 
 
 def examined(case: int, seed: int) -> dict[str, Any]:
@@ -103,6 +104,14 @@ def summary(records: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     }
 
 
+def table(found: dict[str, Any]) -> str:
+    """The counts as a table."""
+    columns = ("tried", "held", "refused", "wrong")
+    lines = [[kind, *(f"{counts[name]:,}" for name in columns)] for kind, counts in found["kinds"].items()]
+    total = [f"{sum(counts[name] for counts in found['kinds'].values()):,}" for name in columns]
+    return markdown_table(["kind of input", *columns], [*lines, ["all", *total]])
+
+
 def main() -> int:
     """Run the cases that are missing, and count what came of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,7 +119,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/fuzz"))
     parser.add_argument("--only", type=int, help="one case alone, here and now; nothing is written")
-    parser.add_argument("--publish", action="store_true", help=f"write {PUBLISHED.relative_to(ROOT)}")
+    parser.add_argument("--publish", action="store_true", help="write the results of model_cards/faults")
     args = parser.parse_args()
     if args.only is not None:
         found = examined(args.only, args.seed)
@@ -127,8 +136,8 @@ def main() -> int:
     text = json.dumps(found, indent=2) + "\n"
     (args.output / "summary.json").write_text(text, encoding="utf-8")
     if args.publish:
-        PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
-        PUBLISHED.write_text(text, encoding="utf-8")
+        (PUBLISHED / "fuzz.json").write_text(text, encoding="utf-8")
+        (PUBLISHED / "tables.md").write_text(table(found) + "\n", encoding="utf-8")
     print(text, end="")
     return int(bool(found["wrong"]))
 

@@ -40,10 +40,12 @@ SANITIZERS = {
     ),
 }
 
+# With less optimisation, which takes minutes where every operation is checked.
 COMPILE = """
 import sys
 from pathlib import Path
-from hf_sparse.kernels.cpu import build
+from hf_sparse.kernels.cpu import build, compiler
+compiler._FLAGS = tuple("-O1" if flag == "-O3" else flag for flag in compiler._FLAGS)
 for names in ([], sys.argv[1:]):
     build._made(build.find_compiler(), Path(build.__file__).parent, *names)
 """
