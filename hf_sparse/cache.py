@@ -227,14 +227,15 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: `-tokens_to_remove` of them. The storage stays."""
         self._notice_changes()
-        quantised = self.quantised
+        # Away until all is done: where it is cut short, there are none, and not those of other keys.
+        quantised, self.quantised = self.quantised, QuantisedKeys()
         if self._storage is None or tokens_to_remove > 0:
             super().crop(tokens_to_remove)
         else:
             self._length = max(0, self._length + tokens_to_remove)
         self._without_hidden = None
+        quantised.crop(self.get_seq_length())
         self.quantised = quantised  # What was set by the crop are the same keys.
-        self.quantised.crop(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the sequences `beam_idx` in the places of the present ones."""
@@ -321,8 +322,11 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return new
 
     def _rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._notice_changes()
+        quantised, self.quantised = self.quantised, QuantisedKeys()  # as in `crop`
         self._change_storage(change)
-        self.quantised.rearrange(change)
+        quantised.rearrange(change)
+        self.quantised = quantised
 
     def _change_storage(self, change: Callable[[Tensor], Tensor]) -> None:
         length = self.get_seq_length()

@@ -45,7 +45,7 @@ def sparse_attention_forward(
 
     Raises:
         RuntimeError: If the module was not patched, or no mask reached it.
-        ValueError: For an argument in `REFUSED`.
+        ValueError: For an argument in `REFUSED`, and under `torch.jit.trace`.
     """
     state, mask = _checked(module, attention_mask, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -59,6 +59,12 @@ def sparse_attention_forward(
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             parts = (query, key, value, mask, s_aux, scaling, softcap, autocast, state.handle, layer)
             return compiled.attend(*parts), None
+    elif torch.jit.is_tracing():
+        # What is kept would be written down once and for all.
+        raise ValueError(
+            f"torch.jit.trace cannot follow which keys {type(module).__name__} keeps (layer {state.layer}): use "
+            "torch.compile or torch.export, or unpatch the model"
+        )
     out, weights = _as_it_runs(state, held, query, key, value, mask, scaling, softcap, s_aux, dropout, want_weights)
     return out, weights
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from threading import RLock
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +17,12 @@ from hf_sparse.results import text_table
 
 # Numbers of kept keys that may wait for being added up.
 _MOST_WAITING = 1 << 10
+
+# Several threads may run one model. One lock for all counters, which are copied and pickled; no thread of a process
+# that forks holds it meanwhile.
+_counting = RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_counting.acquire, after_in_parent=_counting.release, after_in_child=_counting.release)
 
 
 @dataclass
@@ -61,24 +69,26 @@ class LayerCounters:
             dense_queries: Reason -> queries that ran dense for it.
             kept: int64 `(batch, heads, q_len)`, kept keys, in parts; `None` if all visible keys were.
         """
-        self.calls += 1
-        self.queries += queries
-        self.visible += visible
-        self.heads = heads
-        if kept is None:
-            self._kept_by_all += visible
-        for part in kept or ():
-            self._parts.append(part)
-            self._waiting += part.numel()
-        if self._waiting > _MOST_WAITING:
-            self._add_up()
-        for reason, number in dense_queries.items():
-            if number:
-                self.dense_queries[reason] += number
+        with _counting:
+            self.calls += 1
+            self.queries += queries
+            self.visible += visible
+            self.heads = heads
+            if kept is None:
+                self._kept_by_all += visible
+            for part in kept or ():
+                self._parts.append(part)
+                self._waiting += part.numel()
+            if self._waiting > _MOST_WAITING:
+                self._add_up()
+            for reason, number in dense_queries.items():
+                if number:
+                    self.dense_queries[reason] += number
 
     def kept(self) -> list[int]:
         """Attended keys, summed over the queries, for each query head."""
-        self._add_up()
+        with _counting:
+            self._add_up()
         own = [0] * self.heads if self._kept is None else self._kept.tolist()
         return [number + self._kept_by_all for number in own]
 

@@ -102,7 +102,8 @@ class QuantisedKeys:
         centred = [(start, end) if start < end else (0, 0) for (start, _), end in zip(found, ends, strict=True)]
         if self._center is not None and centred == self._centred:
             return
-        self._length, self._centred = 0, centred
+        # First nothing, so that a call that is cut short leaves no keys with the centre of others.
+        self._center, self._length, self._centred = None, 0, centred
         if not centred:
             self._center = key.new_zeros(*key.shape[:2], key.shape[3], dtype=torch.float32)
         elif len(set(centred)) == 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 from weakref import ref
@@ -27,17 +27,22 @@ _CACHE = "past_key_values"
 
 @dataclass
 class CacheHooks:
-    """What `install` put on a model, and what the model's caches cost.
+    """What `install` puts on a model, and what the model's caches cost.
 
     Attributes:
         forward: Counts, and gives a plain forward call its cache.
-        handles: What removes it, and what tells the layers which cache a pass has.
+        handles: What removes it, and what tells the layers which cache a pass has; empty before `install`.
         generation: What was in the place of `generate`'s method on this very model, if anything.
     """
 
     forward: _BeforeForward
-    handles: list[RemovableHandle]
     generation: Any = None
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> CacheHooks:
+        """Those of a model that is not patched; it is not changed yet."""
+        return cls(_BeforeForward(_place_of_cache(type(model).forward)), vars(model).get(_METHOD))
 
 
 class _BeforeForward:
@@ -139,27 +144,25 @@ class _BeforeGeneration:
         return out
 
 
-def install(model: PreTrainedModel) -> CacheHooks:
+def install(model: PreTrainedModel, hooks: CacheHooks) -> None:
     """Make `model` use caches that grow in place wherever nobody asks for another one."""
-    forward = _BeforeForward(_place_of_cache(type(model).forward))
-    handles = [model.register_forward_pre_hook(forward, with_kwargs=True)]
+    hooks.handles.append(model.register_forward_pre_hook(hooks.forward, with_kwargs=True))
     # The decoder, for it may be called without the model around it.
     for decoder in _decoders(model):
         hand_over = _HandOver(_place_of_cache(type(decoder).forward))
-        handles.append(decoder.register_forward_pre_hook(hand_over, with_kwargs=True))
-    inner = vars(model).get(_METHOD)
+        hooks.handles.append(decoder.register_forward_pre_hook(hand_over, with_kwargs=True))
     if hasattr(type(model), _METHOD):
-        setattr(model, _METHOD, _BeforeGeneration(model, inner))
-    return CacheHooks(forward, handles, inner)
+        setattr(model, _METHOD, _BeforeGeneration(model, hooks.generation))
 
 
 def remove(model: PreTrainedModel, hooks: CacheHooks) -> None:
-    """Undo `install`."""
+    """Undo `install`, or what it came to."""
     for handle in hooks.handles:
         handle.remove()
     if isinstance(vars(model).get(_METHOD), _BeforeGeneration):
-        delattr(model, _METHOD)
-        if hooks.generation is not None:
+        if hooks.generation is None:
+            delattr(model, _METHOD)
+        else:
             setattr(model, _METHOD, hooks.generation)
 
 

@@ -37,17 +37,21 @@ class _Own:
 
 
 class OwnConfigs:
-    """Puts copies in the places of all configuration objects that the modules of `model` hold."""
+    """Copies of all configuration objects that the modules of `model` hold. Nothing is changed before `put_in`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        bound = _bound(model)
         # One memo for all: a configuration inside another stays the very object that modules hold themselves.
         memo: dict[int, Any] = {}
-        originals = {id(value): value for _, _, value in bound}
+        originals = {id(value): value for _, _, value in _bound(model)}
         copies = {key: copy.deepcopy(value, memo) for key, value in originals.items()}
         self._all = [_Own(originals[key], new, copy.deepcopy(vars(new))) for key, new in copies.items()]
-        for module, name, value in bound:
-            setattr(module, name, copies[id(value)])
+
+    def put_in(self, model: PreTrainedModel) -> None:
+        """Put the copies in the places of the originals, and make them ask for our implementation."""
+        copies = {id(own.original): own.copy for own in self._all}
+        for module, name, value in _bound(model):
+            if (copied := copies.get(id(value))) is not None:
+                setattr(module, name, copied)
         self.name_us(model)
 
     def name_us(self, model: PreTrainedModel) -> None:

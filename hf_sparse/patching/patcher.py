@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -95,10 +95,10 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
     if config.calibration is not None:
         check_calibration(config.calibration, support, base.config)
     warn_if_too_slow(config.budget())
-    _hold(base, policy)
     sparse = [layer.layer for layer in support.layers if layer.layer not in reasons]
     # Layers with the same law share its budgets. A law of a user's own may have no hash.
     tables: list[BudgetTable] = []
+    made: dict[nn.Module, LayerState] = {}
     for layer in support.layers:
         law = config.budget(layer.layer)
         if (table := next((known for known in tables if known.law == law), None)) is None:
@@ -107,10 +107,16 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
         # One layer sees what all see: it alone warns of queries that see more than the laws were fitted on.
         if config.calibration is not None and layer.layer == min(sparse, default=None):
             state.fitted_to = config.calibration.fitted_to or None
-        setattr(base.get_submodule(layer.name), STATE, state)
-    handle: _Patch = getattr(base, _HANDLE)
-    handle.hooks.forward.reset()
-    handle.drafts = DraftCounters()
+        made[base.get_submodule(layer.name)] = state
+    restore = _restorer(base)
+    try:
+        _hold(base, policy, made)
+        handle: _Patch = getattr(base, _HANDLE)
+        handle.hooks.forward.reset()
+        handle.drafts = DraftCounters()
+    except BaseException:  # KeyboardInterrupt, too, may come between any two lines.
+        restore()
+        raise
     return model
 
 
@@ -134,17 +140,11 @@ def unpatch(model: ModelT) -> ModelT:
 @contextmanager
 def patched(model: ModelT, config: ConfigLike = None, **fields: Any) -> Iterator[ModelT]:
     """`patch` for the length of a `with` block. What the model was before, patched or not, is restored after it."""
-    base = base_model(model)
-    before, policy = states(base), policy_of(base) if is_patched(base) else None
+    restore = _restorer(base_model(model))
     try:
         yield patch(model, config, **fields)
     finally:
-        if policy is not None:
-            _hold(base, policy)
-            for module, state in before.items():
-                setattr(module, STATE, state)
-        else:
-            unpatch(model)
+        restore()
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -204,14 +204,35 @@ def states(model: nn.Module) -> dict[nn.Module, LayerState]:
     return {module: vars(module)[STATE] for module in model.modules() if STATE in vars(module)}
 
 
-def _hold(model: PreTrainedModel, policy: Policy) -> None:
-    """Make `model` ask for our attention and our caches, and remember the policy."""
+def _hold(model: PreTrainedModel, policy: Policy, layers: Mapping[nn.Module, LayerState] | None = None) -> None:
+    """Make `model` ask for our attention and our caches, and remember the policy and what its `layers` know.
+
+    Before anything is changed, the model knows what `unpatch` puts back.
+    """
     if is_patched(model):
         handle: _Patch = getattr(model, _HANDLE)
         handle.policy = policy
         handle.configs.name_us(model)
     else:
-        setattr(model, _HANDLE, _Patch(OwnConfigs(model), policy, install(model), DraftCounters()))
+        handle = _Patch(OwnConfigs(model), policy, CacheHooks.of(model), DraftCounters())
+        setattr(model, _HANDLE, handle)
+        handle.configs.put_in(model)
+        install(model, handle.hooks)
+    for module, state in (layers or {}).items():
+        setattr(module, STATE, state)
+
+
+def _restorer(model: PreTrainedModel) -> Callable[[], None]:
+    """What makes `model` again what it is now, patched or not."""
+    before, policy = states(model), policy_of(model) if is_patched(model) else None
+
+    def restore() -> None:
+        if policy is None:
+            unpatch(model)
+        else:
+            _hold(model, policy, before)
+
+    return restore
 
 
 def _notes_of_others(model: PreTrainedModel) -> Iterator[str]:

@@ -36,6 +36,17 @@ constexpr int64_t FEW = 4;    // pairs that read keys and values where they lie
 constexpr int64_t PART = 512; // places of the list that a thread takes where all threads share one group
 constexpr float LOWEST = -1e38f; // below every score
 
+// NaN, which the vector functions take for a small number, shows in the result, as in every other engine.
+inline Floats capped_or_nan(Floats score, float cap) { return score == score ? capped(score, cap) : score; }
+
+// The weight of a score relative to 2^base: 0 for a key that is not kept, whose score is -inf. Where no key was kept yet,
+// `base` is -inf, too.
+inline Floats weight_of(Floats score, Floats base) {
+    const Floats power = score * LOG2_E - base;
+    const Floats weight = power == power ? exp2(power) : power;
+    return score <= all(LOWEST) ? Floats{} : weight;
+}
+
 // One group's pairs: running maximum, sum of weights and weighted values of each.
 class Attention {
   public:
@@ -82,7 +93,7 @@ class Attention {
     // Add the running softmax of another part of the same group.
     void add(const Attention &other) {
         for (int64_t p = 0; p < pairs; p++) {
-            if (other.highest_of[p] == -INFINITY) continue;
+            if (other.total_of[p] == 0) continue;
             raise(p, other.highest_of[p]);
             const float factor = std::exp(other.highest_of[p] - highest_of[p]);
             total_of[p] += other.total_of[p] * factor;
@@ -338,7 +349,7 @@ class Attention {
             Floats most = all(-INFINITY);
             for (int64_t i = 0; i < width; i++) {
                 Floats score = load(weights + i * SCORED + half);
-                if (softcap > 0) score = capped(score, softcap);
+                if (softcap > 0) score = capped_or_nan(score, softcap);
                 if (kept_of) score = load(kept_of + i * SCORED + half) > 0 ? score : all(-INFINITY);
                 store(weights + i * SCORED + half, score);
                 most = larger(most, score);
@@ -350,9 +361,7 @@ class Attention {
             }
             Floats total{};
             for (int64_t i = 0; i < width; i++) {
-                const Floats score = load(weights + i * SCORED + half);
-                // Where no key was kept yet the difference is NaN, and the weight 0.
-                const Floats weight = score > all(LOWEST) ? exp2(score * LOG2_E - base) : Floats{};
+                const Floats weight = weight_of(load(weights + i * SCORED + half), base);
                 store(weights + i * SCORED + half, weight);
                 total += weight;
             }
@@ -404,7 +413,7 @@ class Attention {
         Floats most = all(-INFINITY);
         for (int64_t i = 0; i < count; i++) {
             Floats score = load(weights + i * LANES);
-            if (softcap > 0) score = capped(score, softcap);
+            if (softcap > 0) score = capped_or_nan(score, softcap);
             score = kept(p, places[i]) ? score : all(-INFINITY);
             store(weights + i * LANES, score);
             most = larger(most, score);
@@ -413,9 +422,7 @@ class Attention {
         const float base = highest_of[p] * LOG2_E;
         Floats total{};
         for (int64_t i = 0; i < count; i++) {
-            const Floats score = load(weights + i * LANES);
-            // Where no key was allowed yet the difference is NaN, and the weight 0.
-            const Floats weight = score > all(LOWEST) ? exp2(score * LOG2_E - base) : Floats{};
+            const Floats weight = weight_of(load(weights + i * LANES), all(base));
             store(weights + i * LANES, weight);
             total += weight;
         }
@@ -424,7 +431,7 @@ class Attention {
 
     // Make weights relative to `score` if it is the highest so far.
     void raise(int64_t p, float score) {
-        if (score <= highest_of[p]) return;
+        if (!(score > highest_of[p])) return; // NaN is not
         const float change = std::exp(highest_of[p] - score);
         total_of[p] *= change;
         for (int64_t i = 0; i < padded; i++) sum_of[p * padded + i] *= change;
@@ -450,12 +457,12 @@ class Attention {
     void finish(int64_t p) {
         float *to = call.out + at(p) * call.value.dim;
         float total = total_of[p], factor = 1;
-        if (call.sinks && total > 0) {
+        if (call.sinks && total != 0) {
             const float sink = call.sinks[head_of(p)], most = std::max(sink, highest_of[p]);
             factor = std::exp(highest_of[p] - most);
             total = total * factor + std::exp(sink - most);
         }
-        const float share = total > 0 ? factor / total : 0.0f;
+        const float share = total != 0 ? factor / total : 0.0f; // NaN stays NaN
         for (int64_t i = 0; i < call.value.dim; i++) to[i] = sum_of[p * padded + i] * share;
     }
 };

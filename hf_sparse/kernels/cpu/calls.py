@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_double, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,8 @@ def quantise(key: Tensor, start: int, stop: int, out: tuple[Tensor, Tensor], cen
         center: What is subtracted from every key before: float32 `(batch, kv_heads, head_dim)`.
     """
     key, center = adjacent(key), center.contiguous()
-    _library().hfs_quantise(
+    _run(
+        "hfs_quantise",
         ctypes.byref(_States(key)),
         ctypes.byref(_Quantised(out)),
         c_void_p(center.data_ptr()),
@@ -180,7 +182,7 @@ def select(
         *(x.data_ptr() for x in (positions, runs)),
         torch.get_num_threads(),
     )
-    _library().hfs_select(ctypes.byref(call))
+    _run("hfs_select", ctypes.byref(call))
     return positions, runs
 
 
@@ -227,8 +229,13 @@ def attend(
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    _library().hfs_attend(ctypes.byref(call))
+    _run("hfs_attend", ctypes.byref(call))
     return out
+
+
+def _run(kernel: str, *arguments: Any) -> None:
+    if getattr(_library(), kernel)(*arguments):
+        raise MemoryError(f"the compiled kernel {kernel} cannot get the memory that it needs")
 
 
 def _library() -> ctypes.CDLL:

@@ -139,6 +139,15 @@ const Target *find(const char *name) {
 
 const Target *used = find(nullptr);
 
+template <typename Run> int32_t failed(Run run) {
+    try {
+        run();
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
 } // namespace
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
@@ -157,11 +166,17 @@ EXPORTED const char *hfs_target() { return used ? used->name : nullptr; }
 
 EXPORTED int64_t hfs_lanes() { return used->lanes(); }
 
-EXPORTED void hfs_quantise(const void *key, const void *out, const float *center, int64_t batches, int64_t heads,
-                           int64_t start, int64_t stop, int64_t threads) {
-    used->quantise(key, out, center, batches, heads, start, stop, threads);
+// The kernels give 0, or 1 where there is no memory: C knows no exceptions.
+
+EXPORTED int32_t hfs_quantise(const void *key, const void *out, const float *center, int64_t batches, int64_t heads,
+                              int64_t start, int64_t stop, int64_t threads) {
+    return failed([&] { used->quantise(key, out, center, batches, heads, start, stop, threads); });
 }
 
-EXPORTED void hfs_select(const void *call) { used->select(call); }
+EXPORTED int32_t hfs_select(const void *call) {
+    return failed([&] { used->select(call); });
+}
 
-EXPORTED void hfs_attend(const void *call) { used->attend(call); }
+EXPORTED int32_t hfs_attend(const void *call) {
+    return failed([&] { used->attend(call); });
+}

@@ -3,9 +3,14 @@
 
 #include "vectors.hpp"
 
+#include <algorithm>
+#include <atomic>
+#include <new>
 #include <vector>
 
-#ifdef _OPENMP
+#if defined(__SANITIZE_THREAD__)
+#include <thread>
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
@@ -68,22 +73,47 @@ constexpr int64_t VECTORS_AHEAD = 8; // vectors that are prefetched where positi
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-// Run task(i) for i in [0, count) on up to `threads` threads; a free thread takes the next task.
+// Run task(i) for i in [0, count) on up to `threads` threads; a free thread takes the next task. Where one has no memory,
+// those that were not begun are left out, and the caller is told: an exception that leaves a thread ends the process.
 template <typename Task> void in_parallel(int64_t count, int64_t threads, Task task) {
-#ifdef _OPENMP
-    if (threads > 1 && count > 1) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    if (threads <= 1 || count <= 1) {
         for (int64_t i = 0; i < count; i++) task(i);
         return;
     }
+    std::atomic<bool> failed{false};
+    const auto attempt = [&](int64_t i) {
+        if (failed) return;
+        try {
+            task(i);
+        } catch (...) {
+            failed = true;
+        }
+    };
+#if defined(__SANITIZE_THREAD__)
+    // ThreadSanitizer does not see how OpenMP's threads wait for each other.
+    std::atomic<int64_t> next{0};
+    const auto take = [&] {
+        for (int64_t i; (i = next++) < count;) attempt(i);
+    };
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < std::min(threads, count); i++) others.emplace_back(take);
+    take();
+    for (std::thread &other : others) other.join();
+#else
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < count; i++) attempt(i);
 #endif
-    for (int64_t i = 0; i < count; i++) task(i);
+    if (failed) throw std::bad_alloc();
 }
 
 // Memory that a thread keeps from call to call, one buffer for each `purpose`.
 template <typename T, int purpose> T *scratch(size_t count) {
     static thread_local std::vector<T> room;
+#if defined(__SANITIZE_ADDRESS__)
+    room = std::vector<T>(count); // AddressSanitizer sees no overrun of a buffer that is longer than asked for
+#else
     if (room.size() < count) room.resize(count);
+#endif
     return room.data();
 }
 
