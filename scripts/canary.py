@@ -50,7 +50,10 @@ TESTS = {
 }
 
 # What tests need beside the package's dependencies.
-TOOLS = ("hypothesis", "pytest", "pytest-timeout")
+TOOLS = ("hypothesis", "pytest", "pytest-timeout", "scipy", "setuptools")
+
+LIMIT = 1800
+"""Seconds that a test may take: compilers of slow machines need theirs."""
 
 
 def dependencies() -> dict[str, str]:
@@ -95,7 +98,17 @@ def tested(python: Path, files: list[str], report: Path) -> dict[str, Any]:
     """Run test files, and count. `report` is where pytest writes its own."""
     report.unlink(missing_ok=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *files]
+    command = [
+        str(python),
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--timeout={LIMIT}",
+        f"--junit-xml={report}",
+        *files,
+    ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=sys.stderr)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if not report.exists():
