@@ -13,12 +13,11 @@ from hf_sparse.patching import SupportReport, inspect, is_patched, patch, patche
 from hf_sparse.schema import CalibrationRecord
 from hf_sparse.selectors import ScoreSelector, Selector
 from hf_sparse.share import from_pretrained, push_to_hub, save_pretrained
+from hf_sparse.version import __version__
 
 if TYPE_CHECKING:
     from hf_sparse.calibration.calibrate import calibrate
     from hf_sparse.page.prompt import kept_keys
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AlwaysKept",

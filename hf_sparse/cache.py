@@ -6,7 +6,7 @@ room to spare, which grows geometrically, and what a layer gets is a view of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from itertools import count
 from typing import Any
@@ -26,6 +26,9 @@ from hf_sparse.kernels.quantised import QuantisedKeys
 # Storage grows to the length it needs and this share on top, at least `_LEAST_SPARE` tokens.
 _SPARE = 1 / 8
 _LEAST_SPARE = 256
+
+# What models and `generate` call the cache that they are given: transformers 5.24 gave it the shorter name.
+CACHE_NAMES = ("cache", "past_key_values")
 
 States = tuple[Tensor, Tensor]
 
@@ -413,6 +416,11 @@ def _version_of(states: Tensor | None) -> int | None:
         return None
     states = _stored(states)
     return None if states.is_inference() else states._version
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model or of `generate`, or `None`."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def grow_in_place(cache: Cache, nbits: int | None = None) -> None:

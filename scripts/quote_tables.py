@@ -16,7 +16,7 @@ QUOTE = re.compile(r"<!-- table: (\S+) (\d+) -->\n\n((?:\|.*\n)*)")
 
 def pages() -> list[Path]:
     """README.md and every page that is written by hand; model cards are generated with their tables in them."""
-    folders = ("", "frontier/", "memory/", "support/", "theory/", "notes/", "faults/")
+    folders = ("", "faults/", "frontier/", "memory/", "notes/", "support/", "theory/", "versions/")
     return [
         ROOT / "README.md",
         *(path for folder in folders for path in sorted(ROOT.glob(f"model_cards/{folder}*.md"))),

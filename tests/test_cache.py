@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -432,6 +432,25 @@ def test_a_patched_model_uses_it_by_itself(name: str) -> None:
     for cache in (out.past_key_values, model(ids).past_key_values):
         assert type(cache) is DynamicCache
         assert not any(isinstance(layer, SparseLayer) for layer in cache.layers)
+
+
+class ShortName(LlamaForCausalLM):
+    """A model that calls its cache as those of transformers 5.24 do."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, cache: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids, attention_mask, past_key_values=cache, **kwargs)
+
+
+def test_models_that_call_it_cache_get_one_and_are_given_one() -> None:
+    model = hf_sparse.patch(ShortName(tiny.config("llama")).eval(), SPARSE)
+    ids = tiny.tokens(1, 20)
+    for out in (model(ids), model(ids, cache=None)):
+        assert {type(layer) for layer in out.past_key_values.layers} == {SparseLayer}
+    mine = DynamicCache(config=model.config)
+    assert model(ids, None, mine).past_key_values is mine
+    assert model(ids[:, :1], cache=mine).past_key_values is mine
+    assert {type(layer) for layer in mine.layers} == {DynamicLayer}
+    assert hf_sparse.report(model).notes[0].startswith("1 forward passes with a cache that makes new tensors")
 
 
 def test_another_cache_is_used_where_asked_for() -> None:

@@ -120,7 +120,8 @@ def test_half_precision_with_all_keys_is_the_model(dtype: torch.dtype, selector:
 
 def test_continuous_batching_is_refused() -> None:
     model = sparse_model("llama", "topk")
-    with pytest.raises(ValueError, match="continuous batching") as caught:
+    # transformers 5.17 names the implementation that it lacks, later releases the way of running.
+    with pytest.raises(ValueError, match=r"continuous batching|paged\|hf_sparse") as caught:
         model.generate_batch([[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=2))
     assert "\n" not in str(caught.value)
 

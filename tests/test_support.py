@@ -47,7 +47,7 @@ def test_probes_prove_that_an_architecture_can_be_patched(architecture: str) -> 
 @pytest.mark.parametrize(
     ("architecture", "reason"),
     [
-        ("gptj", "does not go through transformers' AttentionInterface"),
+        ("falcon", "does not go through transformers' AttentionInterface"),
         ("mamba", "no attention"),
         ("bart", "not causal"),
         ("deepseek_v32", "chooses keys itself (it passes indices)"),

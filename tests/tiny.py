@@ -66,7 +66,6 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Models whose attention does not go through the attention interface, or is not causal self-attention alone.
 _UNSUPPORTED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gptj": ("GPTJConfig", "GPTJForCausalLM", {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 4}),
     "falcon": (
         "FalconConfig",
         "FalconForCausalLM",

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_sparse.cache import SparseLayer
 from hf_sparse.errors import UserError
 
-_CROPPED = (DynamicLayer, SparseLayer, DynamicSlidingWindowLayer, DummyLayer)
+# Layers that hold no keys are of a class of their own, which transformers 5.17 does not have yet.
+_CROPPED = (DynamicLayer, SparseLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 
 
 def refuse_cache(cache: object) -> None:

@@ -24,6 +24,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hf_sparse.attention import dense_passes
+from hf_sparse.cache import given_cache
 from hf_sparse.errors import UserError
 from hf_sparse.lossless.caches import crop, recording_past, refuse_cache, restored_after_errors
 from hf_sparse.lossless.pace import Pace
@@ -111,7 +112,7 @@ class _Text:
     ) -> None:
         _refuse(config, ids, kwargs)
         self.model, self.ids, self.kwargs, self.config = model, ids, kwargs, config
-        self.cache: Cache = kwargs["past_key_values"]
+        self.cache: Cache = given_cache(kwargs)
         self.scores: tuple[Tensor, ...] | None = () if _wants(config, "output_scores") else None
         self.logits: tuple[Tensor, ...] | None = () if _wants(config, "output_logits") else None
         self._processors, self._stopping, self._streamer = processors, stopping, streamer
@@ -235,4 +236,4 @@ def _refuse(config: Any, ids: Tensor, kwargs: Mapping[str, Any]) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if _wants(config, name):
             raise UserError(f"generate_lossless does not collect {name.removeprefix('output_').replace('_', ' ')}")
-    refuse_cache(kwargs.get("past_key_values"))
+    refuse_cache(given_cache(kwargs))

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -17,12 +17,17 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from hf_sparse.cache import SparseCache, SparseLayer, grow_in_place, set_cache_of_pass
+from hf_sparse.cache import CACHE_NAMES, SparseCache, SparseLayer, given_cache, grow_in_place, set_cache_of_pass
 
 # The method by which transformers' `generate` makes the cache that nobody passed to it.
 _METHOD = "_prepare_cache_for_generation"
 
-_CACHE = "past_key_values"
+
+class _Place(NamedTuple):
+    """Where a `forward` takes a cache: how many arguments come before it, and what it is called."""
+
+    before: int
+    name: str
 
 
 @dataclass
@@ -52,10 +57,10 @@ class _BeforeForward:
         concatenated_calls: Forward passes in which a cache made new tensors of all its keys and values.
         concatenated_bytes: What it copied for that.
         rounded_calls: Forward passes with a cache that holds keys and values in 8 bits.
-        place: How many arguments come before the cache in the model's `forward`; `None` if it takes none.
+        place: How many arguments come before the cache in the model's `forward`, and its name; `None` if it takes none.
     """
 
-    def __init__(self, place: int | None) -> None:
+    def __init__(self, place: _Place | None) -> None:
         self.place = place
         self.reset()
 
@@ -81,8 +86,9 @@ class _BeforeForward:
         if torch.compiler.is_compiling():
             return None  # A graph that counts is compiled for one count.
         cache = _given_cache(self.place, args, kwargs)
-        if cache is None and _makes_a_cache(self.place, model, args, kwargs):
-            return args, kwargs | {_CACHE: SparseCache(model.config)}
+        if cache is None and self.place is not None and _makes_a_cache(self.place, model, args, kwargs):
+            others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+            return args, others | {self.place.name: SparseCache(model.config)}
         self._count(cache)
         return None
 
@@ -100,10 +106,10 @@ class _HandOver:
     """Runs before the forward pass of a decoder, so that attention finds the keys in few bits that its cache keeps.
 
     Attributes:
-        place: How many arguments come before the cache in the decoder's `forward`.
+        place: How many arguments come before the cache in the decoder's `forward`, and its name.
     """
 
-    place: int | None
+    place: _Place | None
 
     def __call__(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -134,11 +140,11 @@ class _BeforeGeneration:
         return model
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        chosen = model_kwargs.get(_CACHE) is not None or generation_config.cache_implementation is not None
+        chosen = given_cache(model_kwargs) is not None or generation_config.cache_implementation is not None
         model = self._held()
         method = self._inner or MethodType(getattr(type(model), _METHOD), model)
         out = method(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get(_CACHE)
+        cache = given_cache(model_kwargs)
         if not chosen and isinstance(cache, Cache):
             grow_in_place(cache)
         return out
@@ -172,17 +178,17 @@ def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [taker for taker in takers if not any(m is not taker and m in takers for m in taker.modules())]
 
 
-def _given_cache(place: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _given_cache(place: _Place | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The cache that a forward call was given for the model's self-attention, by name or by place."""
-    cache = kwargs.get(_CACHE)
-    if cache is None and place is not None and place < len(args):
-        cache = args[place]
+    cache = given_cache(kwargs)
+    if cache is None and place is not None and place.before < len(args):
+        cache = args[place.before]
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def _makes_a_cache(place: int | None, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _makes_a_cache(place: _Place, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the model would make a dynamic cache in this forward pass, and nothing needs it to be one."""
-    if place is None or len(args) > place or torch.is_grad_enabled():
+    if len(args) > place.before or torch.is_grad_enabled():
         return False
     supports: Any = getattr(model, "_supports_default_dynamic_cache", None)
     if supports is not None and not supports():
@@ -197,10 +203,10 @@ def _takes_a_cache(model: PreTrainedModel) -> bool:
     return _place_of_cache(type(model).forward) is not None
 
 
-def _place_of_cache(forward: Callable[..., Any]) -> int | None:
-    """How many arguments come before the cache in a model's `forward`, or `None` if it takes none."""
+def _place_of_cache(forward: Callable[..., Any]) -> _Place | None:
+    """Where a model's `forward` takes its cache, or `None` if it takes none."""
     names = list(inspect.signature(forward).parameters)
-    return names.index(_CACHE) - 1 if _CACHE in names else None
+    return next((_Place(names.index(name) - 1, name) for name in CACHE_NAMES if name in names), None)
 
 
 def _states(layer: DynamicLayer) -> list[torch.Tensor]:

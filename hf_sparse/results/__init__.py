@@ -18,7 +18,7 @@ from hf_sparse.results.folders import (
     write_tables,
 )
 from hf_sparse.results.machine import device_name, find_device, is_main_process, my_share, process_state
-from hf_sparse.results.provenance import commit, identity, provenance, record_key, software
+from hf_sparse.results.provenance import commit, identity, provenance, record_key, software, versions
 from hf_sparse.results.records import Record, ResultFile, resume
 from hf_sparse.results.tables import Column, Table, known, make_table, markdown_table, text_table
 from hf_sparse.schema import DENSE
@@ -58,6 +58,7 @@ __all__ = [
     "resume",
     "software",
     "text_table",
+    "versions",
     "write_json",
     "write_summary",
     "write_tables",

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.results.machine import device_name
 from hf_sparse.results.records import Record
+from hf_sparse.version import __version__
 
 
 def record_key(**decisive: Any) -> str:
@@ -57,8 +58,12 @@ def provenance(info: Mapping[str, Any], model: PreTrainedModel | torch.Tensor, s
 
 def software() -> Record:
     """Versions and commit of the code that runs."""
-    versions = {name: version(name) for name in ("hf_sparse", "torch", "transformers")}
-    return {"versions": versions | {"python": platform.python_version()}, "commit": commit()}
+    return {"versions": versions() | {"python": platform.python_version()}, "commit": commit()}
+
+
+def versions() -> dict[str, str]:
+    """Package -> version: this one, and those that it computes with."""
+    return {"hf_sparse": __version__, **{name: version(name) for name in ("torch", "transformers")}}
 
 
 @cache

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -16,7 +15,7 @@ from hf_sparse.config import Origin, Policy
 from hf_sparse.config import files as policy_files
 from hf_sparse.config.hub_io import hub_errors
 from hf_sparse.errors import OutOfReachError, UserError, first_line
-from hf_sparse.results import check_writable, inside, leads_out, write_whole
+from hf_sparse.results import check_writable, inside, leads_out, versions, write_whole
 from hf_sparse.share.card import license_in, make_card, parse_card
 from hf_sparse.share.measured import Results, plots, quality
 
@@ -129,7 +128,7 @@ def make_bundle(
             base_model=lineage.name,
             revision=lineage.revision,
             weights=weights,
-            versions={name: version(name) for name in ("hf_sparse", "torch", "transformers")},
+            versions=versions(),
             quality=measured,
         )
     except ValueError as error:
