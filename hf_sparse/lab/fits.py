@@ -26,11 +26,10 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, repeats: ArrayLike) -> Interval:
+    def of(cls, repeats: FloatArray) -> Interval:
         """The interval of the mean of `repeats`, `(repeats,)`, two or more."""
-        values = np.asarray(repeats, np.float64)
-        mean = float(values.mean())
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+        mean = float(np.mean(repeats))
+        half = float(stats.sem(repeats) * stats.t.ppf((1 + CONFIDENCE) / 2, len(repeats) - 1))
         return cls(mean, mean - half, mean + half)
 
     def to_dict(self) -> dict[str, float]:

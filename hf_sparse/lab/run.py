@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,17 @@ from hf_sparse.lab import alpha, assumptions, collapse, depth, norms, phases, ro
 from hf_sparse.lab.experiment import CLAIMS, Cell, Experiment, Findings, Setting
 from hf_sparse.lab.fits import shortened
 from hf_sparse.lab.tables import figure_tables
-from hf_sparse.results import ROWS, Record, ResultFile, Table, device_name, record_key, resume, software, write_summary
+from hf_sparse.measure.run import Outcome, write_outcome
+from hf_sparse.results import ROWS, Record, ResultFile, Table, device_name, record_key, resume, software
 
 _SYNTHETIC = (windows, phases, workloads, assumptions)
 _ON_MODELS = (norms, rope, depth, collapse, alpha)
 
-EXPERIMENTS = tuple(
-    Experiment(module.__name__.rpartition(".")[2], module.cells, module.measure, module.conclude, module in _ON_MODELS)
+EXPERIMENTS = {
+    name: Experiment(name, module.cells, module.measure, module.conclude, module in _ON_MODELS)
     for module in (*_SYNTHETIC, *_ON_MODELS)
-)
+    for name in [module.__name__.rpartition(".")[2]]
+}
 
 
 def find_experiments(names: Sequence[str]) -> list[Experiment]:
@@ -33,11 +33,10 @@ def find_experiments(names: Sequence[str]) -> list[Experiment]:
     Raises:
         UserError: for an unknown name.
     """
-    by_name = {experiment.name: experiment for experiment in EXPERIMENTS}
     for name in names:
-        if name not in by_name:
-            raise UserError(f"experiment must be among {', '.join(by_name)}; got {name!r}")
-    return [by_name[name] for name in dict.fromkeys(names)] or list(EXPERIMENTS)
+        if name not in EXPERIMENTS:
+            raise UserError(f"experiment must be among {', '.join(EXPERIMENTS)}; got {name!r}")
+    return [EXPERIMENTS[name] for name in dict.fromkeys(names or EXPERIMENTS)]
 
 
 def run(experiments: Sequence[Experiment], setting: Setting, folder: Path) -> dict[str, Any]:
@@ -81,14 +80,13 @@ def write(
         The summary: that of `summarise`, and `about`: scale, seed and provenance.
     """
     summary = summarise(experiments, found) | {"about": about}
-    write_summary(folder, summary, all_tables(summary))
-    if find_spec("matplotlib") is None:
-        print('no plots are drawn without matplotlib: pip install "hf_sparse[plots]"', file=sys.stderr)
-        return summary
     subject = f": {about['model']['name']} ({about['dtype']})" if "model" in about else ""
-    for name, findings in found.items():
-        findings.plot.draw(CLAIMS[name]["title"] + subject, folder / f"{name}.png")
-    return summary
+
+    def draw(_: Record, plots: Path) -> None:
+        for name, findings in found.items():
+            findings.plot.draw(CLAIMS[name]["title"] + subject, plots / f"{name}.png")
+
+    return write_outcome(Outcome(summary, all_tables(summary)), folder, "", draw).summary
 
 
 def summarise(experiments: Sequence[Experiment], found: Mapping[str, Findings]) -> dict[str, Any]:

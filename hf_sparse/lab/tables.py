@@ -22,22 +22,14 @@ def figure_tables(name: str, figures: Mapping[str, Any]) -> list[Table]:
     tables: list[Table] = []
     single = []
     for what, value in figures.items():
-        records = _records(what, value)
-        if records:
-            header = list(records[0])
-            tables.append((header, [[_cell(record[column]) for column in header] for record in records]))
+        records = value
+        if isinstance(value, Mapping) and all(isinstance(entry, Mapping) for entry in value.values()):
+            records = [{what: key} | entry for key, entry in value.items()]
+        if isinstance(records, Sequence) and isinstance(records[0], Mapping):
+            tables.append((list(records[0]), [[_cell(cell) for cell in record.values()] for record in records]))
         else:
             single.append([what, _cell(value)])
     return [([name, "value"], single), *tables]
-
-
-def _records(name: str, value: Any) -> list[dict[str, Any]]:
-    """The records of a figure that is a list or a mapping of records; none of another."""
-    if isinstance(value, Mapping):
-        if not all(isinstance(entry, Mapping) for entry in value.values()):
-            return []
-        return [{name: key} | entry for key, entry in value.items()]
-    return list(value) if isinstance(value, Sequence) and isinstance(value[0], Mapping) else []
 
 
 def _cell(value: Any) -> str:
