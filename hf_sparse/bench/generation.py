@@ -78,13 +78,9 @@ class Generation:
         return [name for name in names if name not in self.left_out] + [SPARSE]
 
     def from_prompt(self, prompt: Tensor, rounds: Rounds, pads: int = 0) -> Found:
-        """Measure all methods after a prompt; see `_measure` for the result.
+        """Measure all methods after a prompt, int64 `(tokens,)`, behind `pads` pad tokens; see `_measure`.
 
-        Args:
-            prompt: int64 `(tokens,)`.
-            rounds: How often.
-            pads: Pad tokens before the prompt. With any, stock transformers form a mask of n x n, and SDPA kernels that
-                take no mask are left out.
+        With any, stock transformers form a mask of n x n, and SDPA kernels that take no mask are left out.
         """
         kernels = dense.backends(self.model.device) if pads else []
         short = prompt[:WARM_UP_TOKENS] if self.model.device.type == "cpu" else prompt
@@ -125,15 +121,7 @@ class Generation:
         quantities: tuple[str, ...],
         rounds: Rounds,
     ) -> Found:
-        """Warm up on the prompt `short`, and time every method on `prompt`.
-
-        Args:
-            caches: Method -> a function that gives the cache to start from, which belongs to the whole prompt.
-            prompt: int64 `(tokens,)`.
-            short: `prompt` or its start.
-            pads: Pad tokens before the prompt.
-            quantities: Which times to return.
-            rounds: How often.
+        """Warm up on `short`, the prompt or its start, and time every method, each with its cache, on `prompt`.
 
         Returns:
             Method -> `samples` (quantity -> seconds in each round), `warm_up` in seconds, `peak_mib` above what was in

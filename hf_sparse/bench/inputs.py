@@ -95,12 +95,7 @@ def gaussian(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) 
 
 
 def capture(model: PreTrainedModel, input_ids: Tensor, seed: int) -> LayerInputs:
-    """The inputs of the middle one of a model's full-attention layers on a text.
-
-    Args:
-        model: Not patched.
-        input_ids: int64 `(tokens,)`.
-        seed: For the record only: captured inputs are not random.
+    """The inputs of the middle one of a model's full-attention layers on a text, int64 `(tokens,)`.
 
     Raises:
         UserError: if the layer does more than softmax attention, which the dense baselines could not do.

@@ -113,14 +113,7 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: i
 def check_shape(
     shape: Shape, config: SparseAttentionConfig, dtype: torch.dtype, device: torch.device, *, weights: bool
 ) -> None:
-    """Refuse a model that could not be made or patched, before anything is measured.
-
-    Args:
-        shape: Of the model.
-        config: Of the patch.
-        dtype: Of the weights.
-        device: Where they would lie.
-        weights: Whether the weights are needed.
+    """Refuse a model that could not be made, if its `weights` are needed, or patched, before anything is measured.
 
     Raises:
         UserError: if the model cannot be patched with the configuration, or its weights do not fit into memory.

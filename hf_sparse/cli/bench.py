@@ -79,12 +79,7 @@ class BenchOptions:
     quick: Annotated[bool, typer.Option("--quick", help="Short lengths, nothing compiled: under two minutes.")] = False
 
     def settings(self, config: SparseAttentionConfig, seed: int, max_positions: int | None = None) -> BenchSettings:
-        """The settings of the run.
-
-        Args:
-            config: Of the patch. A selector that is given goes before its own.
-            seed: Of everything random.
-            max_positions: Tokens that the model takes; `None` for no limit.
+        """The settings of the run: a selector that is given goes before that of `config`.
 
         Raises:
             UserError: naming the option and what is allowed.

@@ -43,8 +43,7 @@ def measure(
         window: At least `max(lengths)` tokens.
         lengths: Tokens, rising.
         methods: From `error_methods`.
-        queries_per_length: Queries measured before each length, rounded up to whole groups of the selectors; `None` for
-            all that no shorter length has measured.
+        queries_per_length: Rounded up to whole groups of the selectors; `None` for all that no shorter length has.
         progress: Called after every layer.
 
     Returns:
@@ -99,17 +98,8 @@ def evaluate(
 ) -> list[Record]:
     """Measure every window that `results` does not hold yet, and return the records of all.
 
-    Under `accelerate launch` each process takes its share of the windows; all get all records.
-
-    Args:
-        model: The model, unpatched.
-        windows: One a document, of `max(lengths)` tokens.
-        lengths: Tokens, rising.
-        methods: From `error_methods`.
-        results: Where records are appended: for each window those of `measure`, with `key`, `command`, `config`, what
-            is known about the window, and `about`.
-        about: From `provenance`.
-        queries_per_length: As for `measure`.
+    Under `accelerate launch` each process takes its share of the windows; all get all records. Those are the records
+    of `measure`, with `key`, `command`, `config`, what is known about the window, and `about`, the `provenance`.
     """
     configs = {DENSE: None, **{name: config.to_dict() for name, config in methods.items()}}
     starts = _starts(lengths, queries_per_length, block_queries(methods))

@@ -49,16 +49,9 @@ def measure_each(
 ) -> list[Record]:
     """Measure every input under every method that `results` does not hold yet, and return the records of all.
 
-    Under `accelerate launch` each process takes its share; all get all records.
-
-    Args:
-        command: Name of the command.
-        inputs: What is read.
-        methods: Configurations by name.
-        results: Where records are appended: what `measure` returns, with `key`, `command`, `method`, `config`, what is
-            known about the input, and `about`.
-        about: From `provenance`.
-        measure: Takes an input and the name of a method.
+    Under `accelerate launch` each process takes its share; all get all records. A record is what `measure` returns for
+    an input and the name of a method, with `key`, `command`, `method`, `config`, what is known about the input, and
+    `about`, the `provenance`.
     """
     configs = {name: None if config is None else config.to_dict() for name, config in methods.items()}
     model = identity(about)

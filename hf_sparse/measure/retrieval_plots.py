@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_sparse.measure.plots import figure, style
+from hf_sparse.measure.plots import figure, save, style
 from hf_sparse.results import DENSE, Summary
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def plot_retrieval(summary: Summary, path: Path) -> None:
     if modes:
         _heat_maps(parts[0, 0], summary, methods)
     _against_density(parts[-1, 0], summary, methods)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=150)
+    save(drawing, path)
 
 
 def _heat_maps(part: Any, summary: Summary, methods: list[str]) -> None:

@@ -107,7 +107,7 @@ def make_prompts(
         windows: Texts at every length; their targets are not used.
         tokenizer: The model's tokenizer.
         tasks: Some of `TASKS`.
-        questions: Questions of each task about a text, at most `MAX_QUESTIONS`.
+        questions: Of each task about a text, at most `MAX_QUESTIONS`.
         seed: Of everything random.
         modes: Some of `MODES`.
 

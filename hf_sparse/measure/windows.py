@@ -94,12 +94,7 @@ def cut_windows(
 
 
 def check_lengths(lengths: Sequence[int], targets: int, max_positions: int | None) -> None:
-    """Refuse lengths that cannot be evaluated, before anything heavy is loaded.
-
-    Args:
-        lengths: Input tokens, which must rise.
-        targets: Predicted tokens at each length.
-        max_positions: Longest input the model was made for; `None` if unknown.
+    """Refuse lengths that do not rise, are too short for the targets or too long for the model (`None`: unknown).
 
     Raises:
         UserError: naming the value and what is allowed.

@@ -91,19 +91,13 @@ class Results:
 
 
 def results_beside(folder: Path, without: Collection[str] = ()) -> list[Results]:
-    """The results that lie in a folder of a policy, in subfolders named after the commands.
-
-    Args:
-        folder: The folder.
-        without: Commands whose results are not looked at.
+    """The results that lie in a folder of a policy, in subfolders named after the commands, `without` some of these.
 
     Raises:
         UserError: if one holds records without their summary, or a summary that cannot be read.
     """
     found = []
-    for kind in _RECORDS:
-        if kind in without:
-            continue
+    for kind in (kind for kind in _RECORDS if kind not in without):
         if (folder / kind / SUMMARY).is_file():
             found.append(folder / kind)
         elif (folder / kind / ROWS).exists():
