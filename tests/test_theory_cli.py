@@ -38,10 +38,9 @@ def rows_of(folder: Path) -> list[Any]:
 
 def again(folder: Path, names: list[str]) -> dict[str, Any]:
     """Summary, from the rows of a folder alone."""
-    rows = rows_of(folder)
-    found = {name: run.EXPERIMENTS[name].conclude([row for row in rows if row["experiment"] == name]) for name in names}
+    found = run.conclude(names, rows_of(folder))
     assert all(2 <= len(own.plot.lines) + len(own.plot.references) <= 4 for own in found.values())
-    return run.summarise([run.EXPERIMENTS[name] for name in names], found)
+    return run.summarise(found)
 
 
 def test_every_experiment_leaves_rows_figures_verdicts_and_a_page(everything: Path) -> None:

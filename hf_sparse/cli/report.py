@@ -204,15 +204,11 @@ def _theory(records: Sequence[Record], summary: Summary, folder: Path) -> _Found
     if not records:
         raise UserError(f"{folder} holds no {ROWS}, from which the tables of theory are made")
     names = summary["experiments"] if summary else dict.fromkeys(record["experiment"] for record in records)
-    experiments = lab.find_experiments(list(names))
     about = summary["about"] if summary else {"seed": records[0]["seed"]}
-    found = {
-        experiment.name: experiment.conclude([each for each in records if each["experiment"] == experiment.name])
-        for experiment in experiments
-    }
-    made = lab.summarise(experiments, found) | {"about": about}
+    found = lab.conclude(names, records)
+    made = lab.summarise(found) | {"about": about}
     show = partial(print_theory, {folder.resolve().name: made}, folder)
-    return _Found("theory", made, lab.all_tables(made), show, partial(lab.write, experiments, found, about, folder))
+    return _Found("theory", made, lab.all_tables(made), show, partial(lab.write, found, about, folder))
 
 
 def _calibration(folder: Path) -> _Found:
