@@ -16,19 +16,16 @@ from hf_sparse.cli.options import Json, Model
 from hf_sparse.config import Origin, Policy
 from hf_sparse.config import files as policy_files
 from hf_sparse.errors import OutOfReachError, UserError
-from hf_sparse.measure.plots import plot_attention_error, plot_perplexity
+from hf_sparse.measure.run import ATTENTION_ERROR, PERPLEXITY
 from hf_sparse.patching import check_calibration
-from hf_sparse.results import inside
+from hf_sparse.results import inside, plot_name
 from hf_sparse.share.bundle import CARD, CONFIG, Bundle, card_in, check_publishable, make_bundle
 from hf_sparse.share.measured import Results, results_beside
 from hf_sparse.share.publish import MESSAGE
 from hf_sparse.share.remote import Remote
 from hf_sparse.share.source import ModelSource
 
-_PLOTS: dict[str, tuple[str, Any]] = {
-    "perplexity": ("perplexity.png", plot_perplexity),
-    "attention-error": ("attention_error.png", plot_attention_error),
-}
+_DRAWN = {kind.command: kind for kind in (PERPLEXITY, ATTENTION_ERROR)}
 
 
 @dataclass(frozen=True)
@@ -111,9 +108,9 @@ def publish(
 
 
 def _draw(results: Results) -> None:
-    if results.kind in _PLOTS and find_spec("matplotlib") is not None:
-        name, draw = _PLOTS[results.kind]
-        draw(results.summary, results.folder / name)
+    kind = _DRAWN.get(results.kind)
+    if kind is not None and find_spec("matplotlib") is not None:
+        kind.draw(results.summary, results.folder / plot_name(kind.command))
 
 
 def _show(remote: Remote, files: list[dict[str, Any]], card: str, *, as_json: bool) -> None:

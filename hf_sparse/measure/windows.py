@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -111,3 +112,8 @@ def check_lengths(lengths: Sequence[int], targets: int, max_positions: int | Non
 
 def _listed(lengths: Sequence[int]) -> str:
     return ",".join(map(str, lengths)) or "none"
+
+
+def common_start(*texts: Sequence[int]) -> int:
+    """How many tokens at their start all texts share."""
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False)))
