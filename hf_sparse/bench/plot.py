@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_sparse.bench.tables import TITLES, break_even_text, time_text
 from hf_sparse.bench.tasks import SPARSE
-from hf_sparse.measure.plots import figure, length_axis, save, style
+from hf_sparse.measure.plots import figure, log_axis, save, style
 from hf_sparse.results import Summary
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def draw_method(
 
 def finish_panel(axes: Axes, lengths: set[int]) -> None:
     """Label the lengths, and put the legend below the panel."""
-    length_axis(axes, sorted(lengths), "n, tokens")
+    log_axis(axes, sorted(lengths), "n, tokens")
     axes.tick_params(axis="x", labelrotation=30)
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.25))
 

@@ -79,11 +79,7 @@ class BenchOptions:
     quick: Annotated[bool, typer.Option("--quick", help="Short lengths, nothing compiled: under two minutes.")] = False
 
     def settings(self, config: SparseAttentionConfig, seed: int, max_positions: int | None = None) -> BenchSettings:
-        """The settings of the run: a selector that is given goes before that of `config`.
-
-        Raises:
-            UserError: naming the option and what is allowed.
-        """
+        """The settings of the run, checked: a selector that is given goes before that of `config`."""
         lengths = {}
         for task in TASKS:
             text = getattr(self, task)

@@ -45,11 +45,7 @@ class Evaluation:
         return provenance(self.info, self.model, self.run.seed)
 
     def results(self, methods: Mapping[str, SparseAttentionConfig | None], part: str = "") -> ResultFile:
-        """The file of records in `part` of the folder.
-
-        Raises:
-            UserError: if a configuration does not suit the model.
-        """
+        """The file of records in `part` of the folder; a configuration that does not suit the model is refused."""
         # What depends on the model (layers, heads) is the same in all of them.
         if config := next(filter(None, methods.values()), None):
             check_config(self.model, config)

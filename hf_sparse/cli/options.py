@@ -157,11 +157,7 @@ class KeyOptions:
     )
 
     def config(self, policy: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
-        """The configuration: `policy` if there is one, but for the options that are not at their defaults.
-
-        Raises:
-            UserError: if a value is not allowed.
-        """
+        """The configuration: `policy` if there is one, but for the options that are not at their defaults."""
         defaults = SparseAttentionConfig()
         values: dict[str, Any] = {name: value for name, value in vars(self).items() if name in vars(defaults)}
         if self.dense_layers is not None:
@@ -192,11 +188,7 @@ class SparseOptions(KeyOptions):
 
 
 def read_policy(name: str | None, own: ReadPolicy | None) -> SparseAttentionConfig | None:
-    """The configuration of the policy called `name`, or else of the model's `own`; `None` if there is neither.
-
-    Raises:
-        UserError: if it cannot be read, or something in it is wrong.
-    """
+    """The configuration of the policy called `name`, or else of the model's `own`; `None` if there is neither."""
     try:
         policy = own if name is None else policy_files.load(name)
     except (OSError, ValueError) as error:
@@ -234,11 +226,7 @@ def share_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def parse_integers(option: str, text: str) -> list[int]:
-    """The whole numbers in `text`, separated by commas.
-
-    Raises:
-        UserError: naming `option`, if there is none, or something else.
-    """
+    """The whole numbers in `text`, separated by commas; if there are none, an error names `option`."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -249,11 +237,7 @@ def parse_integers(option: str, text: str) -> list[int]:
 
 
 def parse_shares(option: str, text: str | None) -> list[float]:
-    """The shares in `text`, separated by commas; none if `None`.
-
-    Raises:
-        UserError: naming `option`, if one is not a number.
-    """
+    """The shares in `text`, separated by commas; none if `None`."""
     try:
         return [] if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:

@@ -27,11 +27,7 @@ EXPERIMENTS = {
 
 
 def find_experiments(names: Sequence[str]) -> list[Experiment]:
-    """The experiments of these names; all if there are no names.
-
-    Raises:
-        UserError: for an unknown name.
-    """
+    """The experiments of these names; all if there are no names. An unknown one is refused."""
     for name in names:
         if name not in EXPERIMENTS:
             raise UserError(f"experiment must be among {', '.join(EXPERIMENTS)}; got {name!r}")

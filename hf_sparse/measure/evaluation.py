@@ -72,11 +72,7 @@ def measure_each(
 
 @contextmanager
 def applied(model: PreTrainedModel, config: SparseAttentionConfig | None) -> Iterator[None]:
-    """The model patched with `config` for the length of a `with` block, or as it is if `None`.
-
-    Raises:
-        UserError: if the model cannot be patched with it.
-    """
+    """The model patched with `config`, which must suit it, in a `with` block, or as it is if `None`."""
     if config is None:
         yield
         return
@@ -91,11 +87,7 @@ def applied(model: PreTrainedModel, config: SparseAttentionConfig | None) -> Ite
 
 
 def check_finite(nll: Tensor, document: str, model: PreTrainedModel) -> None:
-    """Refuse likelihoods that are not finite.
-
-    Raises:
-        UserError: naming the document and the dtype of the model.
-    """
+    """Refuse likelihoods that are not finite, with the names of document and dtype."""
     if not nll.isfinite().all():
         raise UserError(f"the likelihoods of {document} are not finite in {model.dtype}: try another --dtype")
 

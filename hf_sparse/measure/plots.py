@@ -65,11 +65,7 @@ def style(method: str, methods: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure, inches wide and high.
-
-    Raises:
-        UserError: without matplotlib.
-    """
+    """An empty figure, inches wide and high; a `UserError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -83,10 +79,10 @@ def save(drawing: Figure, path: Path) -> None:
     drawing.savefig(path, dpi=150)
 
 
-def length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
-    """Make x a log axis with a tick at each length."""
+def log_axis(axes: Axes, ticks: Sequence[int], label: str) -> None:
+    """Make x a log axis with these ticks."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(lengths), [f"{length:,}" for length in lengths])
+    axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(label)
     axes.grid(visible=True, alpha=0.25)
@@ -189,7 +185,7 @@ def _draw(
             axes.fill_between([row["length"] for row in dense], needed, color="#DDDDDD", zorder=0)
     # Panels of a column share their y axis: it is finished once all methods are drawn.
     for axes, panel, _ in places:
-        length_axis(axes, summary["lengths"], "context length (tokens)")
+        log_axis(axes, summary["lengths"], "context length (tokens)")
         panel.scale(axes)
         axes.set(title=panel.title, ylabel=panel.label)
     about, documents = summary["about"], len(summary["documents"])

@@ -95,11 +95,7 @@ def cut_windows(
 
 
 def check_lengths(lengths: Sequence[int], targets: int, max_positions: int | None) -> None:
-    """Refuse lengths that do not rise, are too short for the targets or too long for the model (`None`: unknown).
-
-    Raises:
-        UserError: naming the value and what is allowed.
-    """
+    """Refuse lengths that do not rise, are too short for the targets or too long for the model (`None`: unknown)."""
     if not lengths or min(lengths) < 2:
         raise UserError(f"lengths must be whole numbers of tokens, 2 or more; got {_listed(lengths)}")
     if list(lengths) != sorted(set(lengths)):

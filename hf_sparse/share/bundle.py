@@ -140,11 +140,7 @@ def make_bundle(
 
 
 def check_publishable(policy: Policy) -> None:
-    """Refuse a policy that others could not load.
-
-    Raises:
-        UserError: if it comes without weights and names no base model on the Hub.
-    """
+    """Refuse a policy that others could not load: one without weights that names no base model on the Hub."""
     if not policy.weights and not policy.base.is_on_hub:
         raise UserError(
             "a policy without weights is published with the Hub id of its base model: name it with base_model=... "
