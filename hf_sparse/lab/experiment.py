@@ -99,7 +99,7 @@ class Experiment:
     """One experiment: a module of this package.
 
     Attributes:
-        name: Name on the command line, in `claims.toml` and of the plot.
+        name: On the command line, in `claims.toml` and of the plot.
         cells: Lists what to measure.
         measure: Measures one cell: a dictionary without the cell's own entries, numbers finite. Everything random
             comes from `Setting.rng(cell)`.

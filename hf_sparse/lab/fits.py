@@ -41,11 +41,9 @@ class Interval:
 
 
 def slope(lengths: Sequence[int], errors: ArrayLike) -> Interval:
-    """The exponent e of errors ~ n^e, its mean and interval over the repeats.
+    """The exponent e of errors ~ n^e, `(lengths, repeats)`: its mean and interval over the repeats.
 
-    Args:
-        lengths: n, two or more.
-        errors: `(lengths, repeats)`; raised to the rounding error of a mass where they are below it.
+    Errors are raised to the rounding error of a mass where they are below it.
     """
     least = np.finfo(np.float64).eps
     return Interval.of(log_slope(lengths, np.maximum(np.asarray(errors, np.float64), least).T)[0])

@@ -17,9 +17,6 @@ class Plot:
     """Lines against a common x.
 
     Attributes:
-        xlabel: Label of the x axis.
-        ylabel: Label of the y axis.
-        x: Places on the x axis.
         lines: By label: y `(x,)`, or `(3, x)` for a band: low, middle, high.
         references: Lines to compare with, at most two, `(x,)`.
         log: The logarithmic axes; an x axis is one of lengths.

@@ -91,7 +91,7 @@ def error_methods(
     - `calibrated`: `config` itself, if it has laws per head. Laws are then matched over all heads and layers, and keep
       the selector of `config`, for which it was calibrated.
 
-    `None` stands for all laws and built-in selectors, `topk` first; with laws per head, for `calibrated` and all laws.
+    No names, `None`, are all laws and built-in selectors, `topk` first; with laws per head, `calibrated` and all laws.
 
     Raises:
         UserError: for an unknown name, or if a law cannot match the cost.

@@ -106,7 +106,9 @@ class Remote:
         return out
 
     def commit(self, folder: Path, message: str) -> str:
-        """The address of the commit, or pull request, that has `folder`: repository and branch are made if need be.
+        """The address of a commit, or pull request, that adds the files of `folder`.
+
+        Repository and branch are made if need be.
 
         Raises:
             UserError: if the Hub refuses. Nothing has been committed then.
