@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
@@ -16,27 +16,14 @@ from transformers import PreTrainedModel
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.methods import Methods
+from hf_sparse.measure.retrieval_prompts import Prompt
+from hf_sparse.measure.windows import Window
 from hf_sparse.monitor import SparsityReport
 from hf_sparse.patching import patched
 from hf_sparse.results import Record, ResultFile, identity, is_main_process, my_share, record_key, resume
 
-
-class Input(Protocol):
-    """What a model reads: a window or a prompt."""
-
-    @property
-    def length(self) -> int:
-        """Tokens, by which the work is shared."""
-
-    @property
-    def sha256(self) -> str:
-        """Hash of all tokens that decide a measurement."""
-
-    def about(self) -> Record:
-        """What records say of it."""
-
-
-InputT = TypeVar("InputT", bound=Input)
+InputT = TypeVar("InputT", Window, Prompt)
+"""What a model reads."""
 
 
 def measure_each(
