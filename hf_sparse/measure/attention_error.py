@@ -33,7 +33,7 @@ def measure(
     window: Window,
     lengths: Sequence[int],
     methods: Mapping[str, SparseAttentionConfig],
-    queries_per_length: int | None = QUERIES_PER_LENGTH,
+    queries_per_length: int = QUERIES_PER_LENGTH,
     progress: Callable[[], object] | None = None,
 ) -> list[Record]:
     """Attention errors of every layer and head in the first tokens of one window.
@@ -43,7 +43,7 @@ def measure(
         window: At least `max(lengths)` tokens.
         lengths: Tokens, rising.
         methods: From `error_methods`.
-        queries_per_length: Rounded up to whole groups of the selectors; `None` for all that no shorter length has.
+        queries_per_length: Queries measured before each length, rounded up to whole groups of the selectors.
         progress: Called after every layer.
 
     Returns:
@@ -80,11 +80,9 @@ def measure(
     ]
 
 
-def _starts(lengths: Sequence[int], queries_per_length: int | None, block: int) -> dict[int, int]:
+def _starts(lengths: Sequence[int], queries_per_length: int, block: int) -> dict[int, int]:
     """By length, the first query that is measured: the first of a block."""
-    shorter = [0, *lengths[:-1]]
-    wanted = shorter if queries_per_length is None else [max(0, length - queries_per_length) for length in lengths]
-    return {length: start // block * block for length, start in zip(lengths, wanted, strict=True)}
+    return {length: max(0, length - queries_per_length) // block * block for length in lengths}
 
 
 def evaluate(
@@ -94,7 +92,7 @@ def evaluate(
     methods: Mapping[str, SparseAttentionConfig],
     results: ResultFile,
     about: Record,
-    queries_per_length: int | None = QUERIES_PER_LENGTH,
+    queries_per_length: int = QUERIES_PER_LENGTH,
 ) -> list[Record]:
     """Measure every window that `results` does not hold yet, and return the records of all.
 
