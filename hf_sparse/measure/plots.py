@@ -112,12 +112,7 @@ def plot_perplexity(summary: Summary, path: Path) -> None:
     panels = [
         _Panel("Perplexity above dense", "sparse / dense - 1 (%)", _per_cent_above, _one_and_fifty_per_cent),
         _Panel("Perplexity", targets, lambda row: _exact(row["perplexity"]), lambda axes: None),
-        _Panel(
-            "Attended keys",
-            "kept / visible keys (%)",
-            lambda row: _exact(100 * row["density"]),
-            lambda axes: axes.set_ylim(bottom=0),
-        ),
+        _Panel("Attended keys", "kept / visible keys (%)", lambda row: _exact(100 * row["density"]), _from_zero),
     ]
     _draw(summary, "perplexity across context lengths", panels, path)
 
@@ -142,13 +137,7 @@ def plot_attention_error(summary: Summary, path: Path) -> None:
 
     title = "Keys kept (grey: needed for 95 % of the mass)"
     panels = [
-        _Panel(
-            title,
-            "keys per query and head",
-            lambda row: _exact(row["kept"]),
-            lambda axes: axes.set_yscale("log"),
-            band="keys_95",
-        ),
+        _Panel(title, "keys per query and head", lambda row: _exact(row["kept"]), _log_scale, band="keys_95"),
         error("Lost attention mass", "1 - retained mass", "lost_mass"),
         error("Error of a head's output", "error / norm of the output", "output_error"),
     ]
@@ -220,6 +209,14 @@ def _bars(estimates: Sequence[Estimate]) -> list[list[float]] | None:
     """Lengths of the error bars below and above; an interval may miss its value by rounding."""
     bars = [[max(0.0, value - low), max(0.0, high - value)] for value, low, high in estimates]
     return [list(side) for side in zip(*bars, strict=True)] if any(map(any, bars)) else None
+
+
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+
+
+def _from_zero(axes: Axes) -> None:
+    axes.set_ylim(bottom=0)
 
 
 def _one_and_fifty_per_cent(axes: Axes) -> None:
