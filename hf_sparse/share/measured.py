@@ -97,7 +97,9 @@ def results_beside(folder: Path, without: Collection[str] = ()) -> list[Results]
         UserError: if one holds records without their summary, or a summary that cannot be read.
     """
     found = []
-    for kind in (kind for kind in _RECORDS if kind not in without):
+    for kind in _RECORDS:
+        if kind in without:
+            continue
         if (folder / kind / SUMMARY).is_file():
             found.append(folder / kind)
         elif (folder / kind / ROWS).exists():
