@@ -17,7 +17,7 @@ import hf_sparse
 from hf_sparse.bench import memory
 from hf_sparse.cli.app import app
 from hf_sparse.measure import perplexity_summary
-from hf_sparse.measure.perplexity_tables import method_cells, overview_cells, perplexity_cells, verdict_cells
+from hf_sparse.measure.perplexity_summary import method_cells, overview_cells, perplexity_cells, verdict_cells
 from hf_sparse.results import markdown_table
 
 ROOT = Path(__file__).parents[1]

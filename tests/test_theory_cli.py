@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_sparse.lab import run
-from hf_sparse.lab.experiment import Experiment, Setting
+from hf_sparse.lab.experiment import Setting
 from hf_sparse.lab.inputs import Input
 from hf_sparse.results import markdown_table, record_key
 from tests.small import run_command
@@ -17,7 +17,6 @@ from tests.test_theory_synthetic import SIMULATED_EXPONENTS, SIMULATED_SLOPES
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = sorted(ROOT.glob("model_cards/theory/*/summary.json"))
-BY_NAME: dict[str, Experiment] = {experiment.name: experiment for experiment in run.EXPERIMENTS}
 ANSWERS = {"holds", "holds in part", "fails", "not testable here"}
 
 
@@ -39,10 +38,9 @@ def rows_of(folder: Path) -> list[Any]:
 
 def again(folder: Path, names: list[str]) -> dict[str, Any]:
     """Summary, from the rows of a folder alone."""
-    rows = rows_of(folder)
-    found = {name: BY_NAME[name].conclude([row for row in rows if row["experiment"] == name]) for name in names}
+    found = run.conclude(names, rows_of(folder))
     assert all(2 <= len(own.plot.lines) + len(own.plot.references) <= 4 for own in found.values())
-    return run.summarise([BY_NAME[name] for name in names], found)
+    return run.summarise(found)
 
 
 def test_every_experiment_leaves_rows_figures_verdicts_and_a_page(everything: Path) -> None:
@@ -61,7 +59,7 @@ def test_every_experiment_leaves_rows_figures_verdicts_and_a_page(everything: Pa
             assert {verdict["answer"] for verdict in verdicts} <= ANSWERS
             assert all(verdict["claim"] and verdict["evidence"] for verdict in verdicts)
         assert str(everything) not in (part / "rows.jsonl").read_text()
-    assert seen == set(BY_NAME)
+    assert seen == set(run.EXPERIMENTS)
 
 
 def test_a_second_run_measures_nothing_and_a_killed_one_goes_on(
@@ -124,7 +122,7 @@ def test_committed_synthetic_records_are_those_that_a_run_would_look_for() -> No
     folder = ROOT / "model_cards/theory/synthetic"
     keys = {
         record_key(command="theory", experiment=experiment.name, seed=0, cell=cell)
-        for experiment in run.EXPERIMENTS
+        for experiment in run.EXPERIMENTS.values()
         if not experiment.needs_model
         for cell in experiment.cells(Setting("full", 0))
     }
@@ -135,7 +133,7 @@ def test_committed_synthetic_records_are_those_that_a_run_would_look_for() -> No
 def test_a_committed_synthetic_record_is_measured_again_to_the_digit(name: str) -> None:
     record = next(row for row in rows_of(ROOT / "model_cards/theory/synthetic") if row["experiment"] == name)
     setting = Setting("full", 0)
-    measured = BY_NAME[name].measure(BY_NAME[name].cells(setting)[0], setting)
+    measured = run.EXPERIMENTS[name].measure(run.EXPERIMENTS[name].cells(setting)[0], setting)
     assert json.loads(json.dumps(measured)) == {key: record[key] for key in measured}
 
 

@@ -35,7 +35,6 @@ from hf_sparse.lab.tiny import random_model, random_tokens, tiny_setting
 from tests import tiny
 
 LENGTHS = (64, 192)
-BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +64,12 @@ def setting_of(model: PreTrainedModel, length: int) -> Setting:
 
 
 def measured(name: str, setting: Setting) -> list[Any]:
-    experiment = BY_NAME[name]
+    experiment = EXPERIMENTS[name]
     return [{**cell, **experiment.measure(cell, setting)} for cell in experiment.cells(setting)]
 
 
 def answers(name: str, records: list[Any]) -> list[str]:
-    experiment = BY_NAME[name]
+    experiment = EXPERIMENTS[name]
     return [verdict["answer"] for verdict in experiment.verdicts(experiment.conclude(records))]
 
 

@@ -17,7 +17,7 @@ from hf_sparse.lab.run import EXPERIMENTS
 from hf_sparse.lab.topk import NORMS, keys_90, softmax
 from hf_sparse.laws import total_cost
 
-SYNTHETIC = [experiment for experiment in EXPERIMENTS if not experiment.needs_model]
+SYNTHETIC = [experiment for experiment in EXPERIMENTS.values() if not experiment.needs_model]
 SMALL = Setting("small", 0)
 KINDS = [Input("logits", 1), Input("student-logits", 1, shape=5), Input("signs", 1), Input("normal", 1)]
 KINDS += [Input("student", 1, shape=5), Input("shared", 1, shape=0.5), Input("chain", 1, shape=0.5)]

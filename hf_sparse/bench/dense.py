@@ -50,24 +50,13 @@ def sdpa(inputs: AttentionCall, backend: str | None = None) -> Tensor:
         )
 
 
-class CachedStep:
-    """A decode step of stock transformers: the new key and value are concatenated to all others.
-
-    Args:
-        inputs: One query, whose own key is the last.
-    """
-
-    def __init__(self, inputs: AttentionCall) -> None:
-        self._inputs = inputs
-
-    def attend(self) -> Tensor:
-        """Append and attend: `(1, heads, 1, head_dim)`."""
-        inputs = self._inputs
-        layer = DynamicLayer()  # type: ignore[no-untyped-call]
-        layer.lazy_initialization(inputs.key, inputs.value)
-        layer.keys, layer.values = inputs.key[:, :, :-1], inputs.value[:, :, :-1]
-        key, value = layer.update(inputs.key[:, :, -1:], inputs.value[:, :, -1:])
-        return _transformers_sdpa(replace(inputs, key=key, value=value), None)
+def cached_step(inputs: AttentionCall) -> Tensor:
+    """A decode step of stock transformers: the last key and value are concatenated to all others, then attended to."""
+    layer = DynamicLayer()  # type: ignore[no-untyped-call]
+    layer.lazy_initialization(inputs.key, inputs.value)
+    layer.keys, layer.values = inputs.key[:, :, :-1], inputs.value[:, :, :-1]
+    key, value = layer.update(inputs.key[:, :, -1:], inputs.value[:, :, -1:])
+    return _transformers_sdpa(replace(inputs, key=key, value=value), None)
 
 
 class MaskedSdpa:

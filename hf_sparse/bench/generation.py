@@ -25,6 +25,7 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.diagnostics import observed
 from hf_sparse.errors import first_line
 from hf_sparse.lossless import generate_lossless
+from hf_sparse.measure.windows import common_start
 from hf_sparse.patching import base_model, patched, report
 
 WARM_UP_TOKENS = 256
@@ -78,17 +79,17 @@ class Generation:
         return [name for name in names if name not in self.left_out] + [SPARSE]
 
     def from_prompt(self, prompt: Tensor, rounds: Rounds, pads: int = 0) -> Found:
-        """Measure all methods after a prompt; see `_measure` for the result.
+        """Measure all methods after a prompt, int64 `(tokens,)`, behind `pads` pad tokens; see `_measure`.
 
-        Args:
-            prompt: int64 `(tokens,)`.
-            rounds: How often.
-            pads: Pad tokens before the prompt. With any, stock transformers form a mask of n x n, and SDPA kernels that
-                take no mask are left out.
+        With any, stock transformers form a mask of n x n, and SDPA kernels that take no mask are left out.
         """
         kernels = dense.backends(self.model.device) if pads else []
         short = prompt[:WARM_UP_TOKENS] if self.model.device.type == "cpu" else prompt
-        caches = {name: partial(self._empty_cache, name) for name in self.methods if name not in kernels}
+        caches: dict[str, Callable[[], Cache | None]] = {
+            name: partial(SparseCache, self.model.config.get_text_config()) if name == IN_PLACE else lambda: None
+            for name in self.methods
+            if name not in kernels
+        }
         return self._measure(caches, prompt, short, pads, ("first_token", "token"), rounds)
 
     def from_cache(self, prompt: Tensor, rounds: Rounds) -> Found:
@@ -100,10 +101,6 @@ class Generation:
         states = list(_captured(self.model, prompt, length) if self.real else _gaussian(self.model, length))
         caches = {name: partial(copy.deepcopy, self._full_cache(name, states)) for name in self.methods}
         return self._measure(caches, prompt, prompt, 0, ("token",), rounds)
-
-    def _empty_cache(self, name: str) -> Cache | None:
-        """The cache that `generate` is to be given for a prompt; `None` for its own."""
-        return SparseCache(self.model.config.get_text_config()) if name == IN_PLACE else None
 
     @torch.no_grad()
     def _full_cache(self, name: str, states: Sequence[tuple[Tensor, Tensor]]) -> Cache:
@@ -125,15 +122,7 @@ class Generation:
         quantities: tuple[str, ...],
         rounds: Rounds,
     ) -> Found:
-        """Warm up on the prompt `short`, and time every method on `prompt`.
-
-        Args:
-            caches: Method -> a function that gives the cache to start from, which belongs to the whole prompt.
-            prompt: int64 `(tokens,)`.
-            short: `prompt` or its start.
-            pads: Pad tokens before the prompt.
-            quantities: Which times to return.
-            rounds: How often.
+        """Warm up on `short`, the prompt or its start, and time every method, each with its cache, on `prompt`.
 
         Returns:
             Method -> `samples` (quantity -> seconds in each round), `warm_up` in seconds, `peak_mib` above what was in
@@ -169,7 +158,7 @@ class Generation:
         for name, samples in rounds.alternate({name: sampler(name) for name in working}).items():
             found[name]["samples"] = samples
         for facts in working.values() if self.real else ():
-            facts["same_tokens"] = _common_start(facts["tokens"], found[next(iter(caches))]["tokens"])
+            facts["same_tokens"] = common_start(facts["tokens"], found[next(iter(caches))]["tokens"])
         return found
 
     @torch.no_grad()
@@ -231,8 +220,3 @@ def _captured(model: PreTrainedModel, prompt: Tensor, length: int) -> Iterator[t
         key, value = found[layer]
         place = torch.arange(length, device=key.device) % key.shape[2]
         yield key[:, :, place], value[:, :, place]
-
-
-def _common_start(tokens: list[int], baseline: list[int]) -> int:
-    pairs = zip(tokens, baseline, strict=True)
-    return next((i for i, (one, other) in enumerate(pairs) if one != other), len(baseline))

@@ -54,17 +54,15 @@ class LayerInputs:
 
     def prefill(self, length: int, index: int = 0) -> AttentionCall:
         """Causal attention of `length` queries to as many keys. Each `index` gives other numbers."""
-        stop = torch.arange(1, length + 1, dtype=torch.int32, device=self.device)
-        return self._make(length, stop, offset=index)
+        return self._make(length, length, offset=index)
 
     def decode(self, length: int, index: int) -> AttentionCall:
         """One query that sees `length` keys, its own last. Each `index` gives other numbers."""
-        stop = torch.full((1,), length, dtype=torch.int32, device=self.device)
-        return self._make(length, stop, offset=index)
+        return self._make(1, length, offset=index)
 
-    def _make(self, length: int, stop: Tensor, offset: int) -> AttentionCall:
+    def _make(self, queries: int, length: int, offset: int) -> AttentionCall:
+        stop = torch.arange(length - queries + 1, length + 1, dtype=torch.int32, device=self.device)
         intervals = torch.stack([torch.zeros_like(stop), stop], dim=-1)[None, None]
-        queries = len(stop)
         if self.captured is None:
             heads, kv_heads, dim = self.shape
             generator = torch.Generator(self.device).manual_seed(self.seed + offset)
@@ -95,12 +93,7 @@ def gaussian(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) 
 
 
 def capture(model: PreTrainedModel, input_ids: Tensor, seed: int) -> LayerInputs:
-    """The inputs of the middle one of a model's full-attention layers on a text.
-
-    Args:
-        model: Not patched.
-        input_ids: int64 `(tokens,)`.
-        seed: For the record only: captured inputs are not random.
+    """The inputs of the middle one of a model's full-attention layers on a text, int64 `(tokens,)`.
 
     Raises:
         UserError: if the layer does more than softmax attention, which the dense baselines could not do.

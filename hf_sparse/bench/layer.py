@@ -101,7 +101,7 @@ def time_decode(inputs: LayerInputs, length: int, config: SparseAttentionConfig,
     methods = {
         SDPA: Method(_in_turn(sets), dense.sdpa),
         PACKED: Method(_in_turn(sets), attend_densely),
-        DYNAMIC: Method(_in_turn([dense.CachedStep(each) for each in sets]), dense.CachedStep.attend),
+        DYNAMIC: Method(_in_turn(sets), dense.cached_step),
     }
     for name in dense.backends(inputs.device):
         methods[name] = Method(_in_turn(sets), partial(dense.sdpa, backend=name), optional=True)

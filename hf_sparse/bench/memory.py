@@ -6,13 +6,12 @@ a later one takes.
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import linear_regression, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,7 +32,8 @@ from hf_sparse.call import AttentionCall
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines.common import masked_weights, weighted_values
 from hf_sparse.errors import UserError
-from hf_sparse.measure.plots import figure
+from hf_sparse.measure.plots import figure, save
+from hf_sparse.measure.statistics import log_slope
 from hf_sparse.patching import patch, report
 from hf_sparse.results import Summary, Table, device_name, software
 from hf_sparse.selectors import SELECTORS
@@ -65,17 +65,10 @@ def evaluate(
     repeats: int,
     seed: int,
 ) -> Summary:
-    """Measure on the CPU in float32.
+    """Measure single calls of `lengths` queries and keys, and `prefill` prompts of a model, on the CPU in float32.
 
-    Args:
-        lengths: Queries and keys of single calls, rising.
-        prefill: Tokens of the prompts of a whole model.
-        cached: Tokens in the caches of a whole model: see `measure_caches`.
-        shape: Of the layer and of the model.
-        config: Of the sparse methods. All layers of the model are sparse unless it names dense ones.
-        most_bytes: Memory that a single call may be expected to take.
-        repeats: Number of times that each prefill is measured.
-        seed: Of random inputs and weights.
+    `cached` are tokens in the caches of a whole model (`measure_caches`). All layers of the model are sparse unless the
+    configuration names dense ones. See `measure_calls` for `most_bytes`.
 
     Raises:
         UserError: for a shape or configuration that cannot be used, or where the system does not tell a process's peak
@@ -233,8 +226,8 @@ def summarise(calls: Sequence[Summary]) -> Summary:
 
 
 def _exponent(calls: Sequence[Summary], quantity: str) -> float:
-    x, y = ([math.log(each[name]) for each in calls] for name in ("length", quantity))
-    return round(linear_regression(x, y).slope, 3)
+    lengths, values = ([each[name] for each in calls] for name in ("length", quantity))
+    return round(float(log_slope(lengths, values)[0]), 3)
 
 
 def memory_tables(summary: Summary) -> list[Table]:
@@ -270,15 +263,7 @@ def _prefill_table(summary: Summary) -> Table:
 
 
 def plot_memory(summary: Summary, path: Path) -> None:
-    """Draw the peaks of single calls against length: dense attention, and every selector beside SDPA.
-
-    Args:
-        summary: From `evaluate`.
-        path: PNG file to write.
-
-    Raises:
-        UserError: without matplotlib.
-    """
+    """Draw the peaks of single calls against length: dense attention, and every selector beside SDPA."""
     series: dict[str, list[Summary]] = {}
     for each in summary["results"]:
         series.setdefault(each["method"], []).append(each)
@@ -295,5 +280,4 @@ def plot_memory(summary: Summary, path: Path) -> None:
     shape = summary["shape"]
     heads = f"{shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}"
     drawing.suptitle(f"One attention call, {heads}, {shape['dtype']}, CPU", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=150)
+    save(drawing, path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_sparse.bench.tables import TITLES, break_even_text, time_text
 from hf_sparse.bench.tasks import SPARSE
-from hf_sparse.measure.plots import figure, length_axis, style
+from hf_sparse.measure.plots import figure, log_axis, save, style
 from hf_sparse.results import Summary
 
 if TYPE_CHECKING:
@@ -22,13 +22,6 @@ def plot_bench(summary: Summary, path: Path) -> None:
     """Draw a panel for every task and quantity that was measured: medians with their intervals.
 
     A panel shows at most four lines: the sparse method, the baseline, and the fastest other dense methods.
-
-    Args:
-        summary: From `summary.summarise`.
-        path: PNG file to write.
-
-    Raises:
-        UserError: without matplotlib.
     """
     places = [place for place in TITLES if any((row["kind"], row["quantity"]) == place for row in summary["results"])]
     wide = min(2, len(places))
@@ -45,23 +38,13 @@ def plot_bench(summary: Summary, path: Path) -> None:
         # Older records do not say which instructions were used.
         names += [f"{about['threads']} threads", *filter(None, [about.get("cpu_capability", {}).get("torch")])]
     drawing.suptitle(", ".join(names), fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=150)
+    save(drawing, path)
 
 
 def draw_method(
     axes: Axes, methods: Sequence[str], method: str, results: list[Summary], value: str, exponent: float | None
 ) -> None:
-    """Draw the line of a method, with the fitted exponent of length in its label.
-
-    Args:
-        axes: Where to draw.
-        methods: All that are drawn.
-        method: One of them.
-        results: Each with a `length`, by length, and the interval `low` to `high` if it has one.
-        value: The key of what is drawn.
-        exponent: `None` if there is none.
-    """
+    """Draw the line of one of `methods`, with the intervals of `value` and the fitted exponent of length, if any."""
     bars: Any = None
     if all("low" in each for each in results):
         bars = [[abs(each[value] - each[end]) for each in results] for end in ("low", "high")]
@@ -78,7 +61,7 @@ def draw_method(
 
 def finish_panel(axes: Axes, lengths: set[int]) -> None:
     """Label the lengths, and put the legend below the panel."""
-    length_axis(axes, sorted(lengths), "n, tokens")
+    log_axis(axes, sorted(lengths), "n, tokens")
     axes.tick_params(axis="x", labelrotation=30)
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.25))
 

@@ -113,18 +113,7 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: i
 def check_shape(
     shape: Shape, config: SparseAttentionConfig, dtype: torch.dtype, device: torch.device, *, weights: bool
 ) -> None:
-    """Refuse a model that could not be made or patched, before anything is measured.
-
-    Args:
-        shape: Of the model.
-        config: Of the patch.
-        dtype: Of the weights.
-        device: Where they would lie.
-        weights: Whether the weights are needed.
-
-    Raises:
-        UserError: if the model cannot be patched with the configuration, or its weights do not fit into memory.
-    """
+    """Refuse a model that cannot be patched, or whose `weights`, if they are needed, do not fit into memory."""
     model = random_model(shape, dtype, torch.device("meta"), seed=0)
     check_config(model, config)
     needed, free = sum(weight.nbytes for weight in model.parameters()), available_bytes(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from statistics import fmean, linear_regression, median
 
 from hf_sparse.bench.tasks import BASELINES, LAYER_TASKS, PACKED, SPARSE
@@ -33,7 +34,8 @@ def summarise(rows: Sequence[Record]) -> Summary:
         `dense_below`: if both tasks of one layer were measured, the length from which neither is slower than the
         baseline; the longest measured length of a task that is slower there.
     """
-    results, skipped = [], []
+    results: list[Summary] = []
+    skipped = []
     for row in rows:
         place = {"kind": row["kind"], "length": row["length"]}
         for method, found in row["methods"].items():
@@ -61,12 +63,15 @@ def summarise(rows: Sequence[Record]) -> Summary:
         # The faster of two ways to attend to all keys.
         packed = any(each["method"] == PACKED for each in own)
         crossings[task] = break_even(own, PACKED if packed else BASELINES[task])
+    series: dict[tuple[str, str, str], list[Summary]] = {}
+    for row in results:
+        series.setdefault((row["kind"], row["method"], row["quantity"]), []).append(row)
     summary = {
         "about": {name: rows[-1][name] for name in _ABOUT if name in rows[-1]},
         "conditions": {row["kind"]: {name: row[name] for name in _CONDITIONS if name in row} for row in rows},
         "results": results,
         "skipped": skipped,
-        "exponents": [exponent(series) for series in _series(results)],
+        "exponents": [exponent(sorted(rows, key=itemgetter("length"))) for rows in series.values()],
         "break_even": crossings,
     }
     if all(task in crossings for task in LAYER_TASKS):
@@ -153,11 +158,3 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 def _median(values: Sequence[float]) -> dict[str, float]:
     low, high = median_interval(values)
     return {"median": median(values), "low": low, "high": high}
-
-
-def _series(results: Sequence[Summary]) -> list[list[Summary]]:
-    """The results of each task, method and quantity, by length."""
-    series: dict[tuple[str, str, str], list[Summary]] = {}
-    for row in results:
-        series.setdefault((row["kind"], row["method"], row["quantity"]), []).append(row)
-    return [sorted(rows, key=lambda row: row["length"]) for rows in series.values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from hf_sparse.bench.tasks import LAYER_TASKS, LOSSLESS, SPARSE
@@ -28,7 +27,9 @@ _UNITS = ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (float("inf"), 1.0, "s"))
 def bench_tables(summary: Summary) -> list[Table]:
     """A table for every task and quantity, in the order of `TITLES`, then the break-even lengths."""
     measured = {(row["kind"], row["quantity"]) for row in summary["results"]}
-    return [*(_table(summary, *place) for place in TITLES if place in measured), _break_even(summary)]
+    header = ["break-even", "against", f"n from which {SPARSE} is not slower"]
+    lines = [[task, found["against"], break_even_text(found)] for task, found in summary["break_even"].items()]
+    return [*(_table(summary, *place) for place in TITLES if place in measured), (header, lines)]
 
 
 def _table(summary: Summary, task: str, quantity: str) -> Table:
@@ -47,6 +48,10 @@ def _table(summary: Summary, task: str, quantity: str) -> Table:
         line = [text(found[method, n]) if (method, n) in found else "-" for n in lengths]
         if any(cell != "-" for cell in line):
             cells.append([name, *line, grows])
+
+    def over_lossless(row: Summary) -> str:
+        other = found.get((LOSSLESS, row["length"]))
+        return "-" if other is None else f"{row['median'] / other['median']:.2f}"
 
     for method in methods:
         add(method, method, lambda row: time_text(row["median"]), exponents.get(method, ""))
@@ -71,7 +76,7 @@ def _table(summary: Summary, task: str, quantity: str) -> Table:
     if LOSSLESS in methods and quantity == "token":
         for method in methods:
             if method != LOSSLESS:
-                add(f"{method} / {LOSSLESS}, medians", method, lambda row: _over_lossless(row, found))
+                add(f"{method} / {LOSSLESS}, medians", method, over_lossless)
         add(f"{LOSSLESS}: accepted of drafted", LOSSLESS, lambda row: "{accepted} of {drafted}".format(**row["drafts"]))
         add(f"{LOSSLESS}: tokens a check", LOSSLESS, lambda row: _tokens_a_check(row["drafts"]))
         add(f"{LOSSLESS}: tokens without a draft", LOSSLESS, lambda row: str(row["drafts"]["plain"]))
@@ -83,18 +88,8 @@ def _table(summary: Summary, task: str, quantity: str) -> Table:
     return [TITLES[task, quantity], *(f"n = {n:,}" for n in lengths), "grows as"], cells
 
 
-def _over_lossless(row: Summary, found: Mapping[tuple[str, int], Summary]) -> str:
-    other = found.get((LOSSLESS, row["length"]))
-    return "-" if other is None else f"{row['median'] / other['median']:.2f}"
-
-
 def _tokens_a_check(drafts: Summary) -> str:
     return f"{drafts['checked'] / drafts['checks']:.2f}" if drafts["checks"] else "-"
-
-
-def _break_even(summary: Summary) -> Table:
-    header = ["break-even", "against", f"n from which {SPARSE} is not slower"]
-    return header, [[task, found["against"], break_even_text(found)] for task, found in summary["break_even"].items()]
 
 
 def break_even_text(found: Summary) -> str:

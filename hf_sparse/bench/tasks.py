@@ -103,14 +103,9 @@ class BenchSettings:
 def task_lengths(
     task: str, given: Sequence[int] | None, new_tokens: int, max_positions: int | None, *, quick: bool
 ) -> list[int]:
-    """The lengths of a task: those that were given, or the default ones that the model takes.
+    """The lengths of a task: those `given`, or the default ones, `quick` or not, that fit into `max_positions`.
 
-    Args:
-        task: One of `TASKS`.
-        given: Lengths to check; `None` for the default ones.
-        new_tokens: Tokens generated after them.
-        max_positions: The most tokens that the model takes; `None` for no limit. One layer has none.
-        quick: Whether the default lengths are short.
+    After those of a model, `new_tokens` are generated; one layer has no limit.
 
     Raises:
         UserError: if the given lengths do not rise, or are too long for the model.

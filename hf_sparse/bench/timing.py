@@ -40,10 +40,8 @@ class Rounds:
     def alternate(self, samplers: Mapping[str, Callable[[], Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
         """Sample every method in turn, so that a machine whose speed drifts slows all of them alike.
 
-        Each round begins with another method, so that none always follows the same one.
-
-        Args:
-            samplers: Method -> does its work once, and gives what was measured by quantity.
+        Each round begins with another method, so that none always follows the same one. Samplers give what they
+        measured by quantity.
 
         Returns:
             Method -> quantity -> one value per round. Values of different methods in the same round are pairs.

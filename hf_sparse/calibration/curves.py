@@ -78,14 +78,10 @@ def error_curves(
     modules: Mapping[int, nn.Module],
     config: SparseAttentionConfig,
 ) -> list[ErrorCurve]:
-    """The curves of one text, measured in one pass of the dense model.
+    """The curves of one text, int64 `(length,)`, measured in one pass of the dense model.
 
-    Args:
-        model: Unpatched.
-        input_ids: int64 `(length,)`.
-        visible: From `visible_grid`: where to measure, a block of `GROUP_QUERIES` queries each.
-        modules: The attention modules to measure, by layer.
-        config: For the selector, `sink_keys` and `recent_keys`.
+    The attention modules, by layer, are measured on a block of `GROUP_QUERIES` queries at each place of `visible_grid`,
+    with the selector, `sink_keys` and `recent_keys` of the configuration.
     """
     found: list[ErrorCurve] = []
 

@@ -88,10 +88,7 @@ def interpolated(budgets: ArrayLike, errors: ArrayLike, kept: ArrayLike) -> Floa
 def cheapest(error: ArrayLike, cost: ArrayLike, price: float) -> IntArray:
     """The law of each head with the least `error + price * cost`: indices, `(heads,)`.
 
-    Args:
-        error: `(heads, laws)`.
-        cost: Kept keys of a law, `(laws,)`; infinite for a law that may not be chosen.
-        price: Error that a key must save to be worth keeping.
+    Errors are `(heads, laws)`; costs, `(laws,)`, are kept keys, infinite for a law that may not be chosen.
     """
     best: IntArray = np.argmin(np.asarray(error) + price * np.asarray(cost), axis=-1)
     return best
@@ -140,12 +137,9 @@ class LawFit:
         self.risk: FloatArray = self.error * np.array([sensitivity[layer] for layer, _ in self.heads])[:, None]
 
     def choose(self, price: float, weights: NDArray[Any] | None = None, family: str = "power") -> IntArray:
-        """The best law of each head: indices of `laws`, `(heads,)`.
+        """The law of one of `FAMILIES` that is best for each head: indices of `laws`, `(heads,)`.
 
-        Args:
-            price: Nats a token that a key must save to be worth it.
-            weights: Weight of each document, `(documents,)`; equal if `None`.
-            family: Which of `FAMILIES` to choose from.
+        A key must save `price` nats a token. Documents have `weights`, `(documents,)`; equal ones if `None`.
         """
         allowed = np.where(self.laws.family(family), self.cost, np.inf)
         return cheapest(np.average(self.risk, axis=0, weights=weights), allowed, price)

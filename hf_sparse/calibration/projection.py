@@ -13,15 +13,8 @@ _NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 def output_weights(attention: nn.Module, heads: int, value_dim: int) -> Tensor:
     """The slices W_h of the output projection: the layer adds the sum of W_h o_h to the residual stream. float32.
 
-    Where no projection is found under a usual name, the identity: heads then count by the size of their outputs.
-
-    Args:
-        attention: The attention module.
-        heads: Query heads.
-        value_dim: Size of a head's output.
-
-    Returns:
-        `(heads, hidden, value_dim)`.
+    They are `(heads, hidden, value_dim)`, `value_dim` the size of a head's output. Where no projection is found under a
+    usual name, the identity: heads then count by the size of their outputs.
     """
     width = heads * value_dim
     projection = next((m for name in _NAMES if isinstance(m := getattr(attention, name, None), nn.Module)), None)

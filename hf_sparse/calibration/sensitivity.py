@@ -35,18 +35,10 @@ def divergences(
     support: SupportReport,
     config: SparseAttentionConfig,
 ) -> Iterator[tuple[int, float]]:
-    """KL divergence (nats a token) from the dense model's predictions, with one layer sparse at a time.
+    """Layer and KL divergence (nats a token) from the dense model's predictions, with one of `layers` sparse at a time.
 
-    Args:
-        model: Unpatched.
-        input_ids: int64 `(length,)`.
-        count: Last positions whose predictions are compared.
-        layers: Layers to probe.
-        support: From `inspect`: all attention layers of the model.
-        config: For the selector, `sink_keys` and `recent_keys`.
-
-    Yields:
-        Layer and divergence, as they are measured.
+    Predictions are those of the last `count` positions of a text, int64 `(length,)`. Selector, `sink_keys` and
+    `recent_keys` are those of the configuration.
     """
     if not layers:
         return
@@ -83,10 +75,8 @@ def layer_sensitivity(
 ) -> dict[int, float]:
     """Nats a token that a relative error of 1 in a layer's output costs the model, to first order.
 
-    Args:
-        curves: Error curves of the texts that were probed.
-        divergence: From `divergences`, the mean over these texts.
-        visible: Fewest and most visible keys of the positions that were compared.
+    It follows from the error curves of the texts that were probed, the mean of their `divergences`, and the fewest and
+    most `visible` keys of the positions that were compared.
     """
     out = {}
     for layer, nats in divergence.items():

@@ -55,12 +55,9 @@ class Solver:
         return density(self.config_at(price), self.layers, [length])
 
     def price(self, target: Target, length: int, ratio: Callable[[SparseAttentionConfig], float]) -> float:
-        """The price of a key at which the laws meet `target`; where none does, the one that comes nearest.
+        """The price of a key at which the laws meet `target` at `length` tokens, or come nearest to it.
 
-        Args:
-            target: What to meet.
-            length: Tokens of the input at which to meet it.
-            ratio: Measures the ratio of perplexities of a configuration to the dense model.
+        `ratio` measures the perplexity of a configuration over that of the dense model.
         """
         match target.metric:
             case "density":

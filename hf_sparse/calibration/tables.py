@@ -6,7 +6,7 @@ import numpy as np
 
 from hf_sparse.calibration.calibrate import Calibration
 from hf_sparse.config import SparseAttentionConfig
-from hf_sparse.measure.perplexity_tables import perplexity_cells
+from hf_sparse.measure.perplexity_summary import perplexity_cells
 from hf_sparse.results import Table
 
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from hf_sparse.bench.plot import plot_bench
-from hf_sparse.bench.run import BenchModel, evaluate, loaded, with_random_weights
+from hf_sparse.bench.run import evaluate, loaded, with_random_weights
 from hf_sparse.bench.shapes import SHAPES, parse_shape
 from hf_sparse.bench.summary import summarise
 from hf_sparse.bench.tables import bench_tables
 from hf_sparse.bench.tasks import COMMAND, FLEX, LAYER_TASKS, OPTIONAL, TASKS, BenchSettings, task_lengths
 from hf_sparse.bench.timing import Rounds
+from hf_sparse.cli.evaluate import begin
 from hf_sparse.cli.options import Policy, RunOptions, SparseOptions, parse_integers, read_policy
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.run import Kind
-from hf_sparse.results import ROWS, ResultFile, Summary, check_folder, default_folder, find_device, process_state
+from hf_sparse.results import ROWS, ResultFile, Summary, find_device
 from hf_sparse.selectors import SELECTORS, parse_selector
-from hf_sparse.share.source import ModelSource, check_loading, max_positions
+from hf_sparse.share.source import ModelSource, max_positions
 
 _DEFAULT_SHAPE, _DEFAULT_LAYERS = "smollm2-135m", 2
 _LENGTHS_HELP = "{}; none to leave it out."
@@ -79,16 +79,7 @@ class BenchOptions:
     quick: Annotated[bool, typer.Option("--quick", help="Short lengths, nothing compiled: under two minutes.")] = False
 
     def settings(self, config: SparseAttentionConfig, seed: int, max_positions: int | None = None) -> BenchSettings:
-        """The settings of the run.
-
-        Args:
-            config: Of the patch. A selector that is given goes before its own.
-            seed: Of everything random.
-            max_positions: Tokens that the model takes; `None` for no limit.
-
-        Raises:
-            UserError: naming the option and what is allowed.
-        """
+        """The settings of the run, checked: a selector that is given goes before that of `config`."""
         lengths = {}
         for task in TASKS:
             text = getattr(self, task)
@@ -104,36 +95,35 @@ class BenchOptions:
         return BenchSettings(lengths, config, self.new_tokens, frozenset(left_out), rounds, seed, self.lossless)
 
 
-def run_bench(name: str | None, bench: BenchOptions, run: RunOptions, sparse: SparseOptions) -> None:
-    """Check everything that a user can get wrong, measure, write the results and print them.
-
-    Args:
-        name: Hub id, folder or `.gguf` file; `None` for random weights of a shape.
-        bench: What is measured.
-        run: How to run.
-        sparse: The configuration of the patch.
-
-    Raises:
-        UserError: for whatever is wrong.
-    """
-    _refuse_unused(name, bench, run)
-    device = run.device or str(process_state().device)
-    check_loading(run.dtype, device)
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
-    if name is None:
-        settings = bench.settings(sparse.config(), run.seed)
-        model, folder = _random_model(settings, bench, run, find_device(device))
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, folder or .gguf file.", show_default="random weights of --shape")
+    ] = None,
+    *,
+    options: BenchOptions,
+    run: RunOptions,
+    sparse: SparseOptions,
+) -> None:
+    """Time sparse beside dense attention, in one layer and in generation; from which length is it faster?"""
+    _refuse_unused(model, options, run)
+    run.prepare()
+    if model is None:
+        settings = options.settings(sparse.config(), run.seed)
+        shape, device = options.shape or _DEFAULT_SHAPE, find_device(run.place)
+        part = parse_shape(shape).part(options.layers or _DEFAULT_LAYERS)
+        name = shape.replace("/", "-")
+        folder = run.folder({"name": name}, COMMAND)
+        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+        dtype = usual if run.dtype == "auto" else getattr(torch, run.dtype)
+        measured = with_random_weights(settings, name, part, dtype, device)
     else:
-        source = ModelSource.find(name, run.revision)
-        if not source.support.supported:
-            raise UserError(str(source.support))
-        config = sparse.config(read_policy(bench.policy, source.policy))
-        settings = bench.settings(config, run.seed, max_positions(source.config))
-        folder = _checked_folder(run, source.info())
-        model = loaded(settings, source, bench.text, run.dtype, device)
+        source = ModelSource.find(model, run.revision)
+        _, folder = begin(source, COMMAND, run)
+        config = sparse.config(read_policy(options.policy, source.policy))
+        settings = options.settings(config, run.seed, max_positions(source.config))
+        measured = loaded(settings, source, options.text, run.dtype, run.place)
     results = ResultFile(folder / ROWS)
-    records = evaluate(model, results)
+    records = evaluate(measured, results)
     outcome = BENCH.conclude(records, results, run.seed)
     summary = outcome.summary
     print(json.dumps(summary) if run.as_json else outcome)
@@ -148,28 +138,10 @@ def _comment(summary: Summary) -> str:
     )
 
 
-def _random_model(
-    settings: BenchSettings, bench: BenchOptions, run: RunOptions, device: torch.device
-) -> tuple[BenchModel, Path]:
-    shape = bench.shape or _DEFAULT_SHAPE
-    part = parse_shape(shape).part(bench.layers or _DEFAULT_LAYERS)
-    name = shape.replace("/", "-")
-    folder = _checked_folder(run, {"name": name})
-    usual = torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = usual if run.dtype == "auto" else getattr(torch, run.dtype)
-    return with_random_weights(settings, name, part, dtype, device), folder
-
-
-def _checked_folder(run: RunOptions, model: dict[str, Any]) -> Path:
-    folder = run.output or default_folder(model["name"], COMMAND)
-    check_folder(folder, COMMAND, model)
-    return folder
-
-
-def _refuse_unused(name: str | None, bench: BenchOptions, run: RunOptions) -> None:
+def _refuse_unused(name: str | None, options: BenchOptions, run: RunOptions) -> None:
     """Refuse options that would change nothing."""
-    of_a_model = {"policy": bench.policy, "text": bench.text, "revision": run.revision}
-    of_a_shape = {"shape": bench.shape, "layers": bench.layers}
+    of_a_model = {"policy": options.policy, "text": options.text, "revision": run.revision}
+    of_a_shape = {"shape": options.shape, "layers": options.layers}
     rule = "needs a MODEL" if name is None else f"makes a model: leave it out with {name}"
     for option, value in (of_a_model if name is None else of_a_shape).items():
         if value is not None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hf_sparse.calibration.calibrate import Calibration, run_calibration
+from hf_sparse.calibration.calibrate import run_calibration
 from hf_sparse.calibration.tables import calibration_tables
 from hf_sparse.calibration.target import Target
 from hf_sparse.calibration.texts import LONGEST, split
 from hf_sparse.cli.evaluate import begin
-from hf_sparse.cli.options import Documents, KeyOptions, RunOptions, TextOptions
+from hf_sparse.cli.options import Documents, KeyOptions, Model, RunOptions, TextOptions
 from hf_sparse.errors import UserError
 from hf_sparse.measure.run import Outcome
 from hf_sparse.results import CALIBRATE, process_state, write_tables
@@ -54,24 +54,12 @@ class CalibrationOptions(KeyOptions, TextOptions):
     ] = None
 
 
-def run_calibrate(name: str, options: CalibrationOptions, run: RunOptions) -> tuple[Calibration, Outcome, Path]:
-    """Check all arguments, the cheap first, then load the model, calibrate it and write the result.
-
-    Args:
-        name: The model.
-        options: What to fit laws to, and for what.
-        run: How to run.
-
-    Returns:
-        The result, the same as tables, and the folder with all files.
-
-    Raises:
-        UserError: for a user's mistake.
-    """
+def calibrate(model: Model, options: CalibrationOptions, run: RunOptions) -> None:
+    """Fit a law for every head to a target, and check it on held-out texts; exit code 1 if the target is not met."""
     if process_state().num_processes > 1:
         raise UserError("calibrate runs in one process: leave the launcher out")
     target, config = Target.parse(options.target), options.config()
-    source = ModelSource.find(name, run.revision)
+    source = ModelSource.find(model, run.revision)
     info, folder = begin(source, CALIBRATE, run)
     tokens = 1 + max(options.length or LONGEST, target.length or 0)
     texts = options.load(tokens)
@@ -94,4 +82,9 @@ def run_calibrate(name: str, options: CalibrationOptions, run: RunOptions) -> tu
     )
     outcome = Outcome(result.to_dict(), calibration_tables(result))
     write_tables(folder, outcome.tables)
-    return result, outcome, folder
+    if run.as_json:
+        print(json.dumps(outcome.summary))
+    else:
+        print(f"{outcome}\n\nintervals: 95 %, bootstrap over {result.check['resampled']}")
+        print(f"measurements, calibration.json and sparse_config.json: {folder}")
+    raise typer.Exit(0 if result.met else 1)

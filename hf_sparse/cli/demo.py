@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
 import hf_sparse
-from hf_sparse.cli.evaluate import Evaluation, check, run_attention_error, run_perplexity
+from hf_sparse.cli.evaluate import Evaluation, check
+from hf_sparse.cli.measure import run_attention_error, run_perplexity
 from hf_sparse.cli.options import DataOptions, RunOptions
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure.methods import error_methods, perplexity_methods
@@ -32,18 +34,11 @@ _NEW_TOKENS = 24
 _PERPLEXITY, _ATTENTION_ERROR = "perplexity", "attention-error"
 
 
-def run_demo(name: str, run: RunOptions) -> None:
-    """Patch, generate, report, and measure perplexity and attention error; print a screenful.
-
-    Args:
-        name: The model.
-        run: How to run.
-
-    Raises:
-        UserError: if the model cannot be found, reached, read or patched, or takes fewer tokens than the longest of
-            the demo's lengths.
-    """
-    source = ModelSource.find(name, run.revision)
+def demo(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.")] = DEMO_MODEL, *, run: RunOptions
+) -> None:
+    """Patch a model in one line, let it write, and measure what the patch costs; minutes on a small CPU."""
+    source = ModelSource.find(model, run.revision)
     data = DataOptions(documents=1)
     evaluation = check(source, "demo", data, run, _LENGTHS, _TARGETS, (_PERPLEXITY, _ATTENTION_ERROR))
     silent = run.as_json or not is_main_process()

@@ -37,13 +37,8 @@ class MemoryOptions:
     as_json: Json = False
 
 
-def run_memory(options: MemoryOptions, sparse: SparseOptions) -> None:
-    """Measure, write summary, tables and plot, and print them.
-
-    Raises:
-        UserError: where peak memory cannot be read, for a shape, configuration or engine that cannot be used, or if
-            results cannot go into the folder.
-    """
+def memory(options: MemoryOptions, sparse: SparseOptions) -> None:
+    """Peak memory of one attention call, of a whole prefill, and of caches, dense and sparse (Linux, CPU)."""
     lengths = parse_integers("--lengths", options.lengths)
     prefill, cached = (
         [] if text == "none" else parse_integers(option, text)

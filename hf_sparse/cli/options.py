@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
 
 from hf_sparse.config import Policy as ReadPolicy
@@ -18,10 +19,10 @@ from hf_sparse.config import files as policy_files
 from hf_sparse.engines import AUTO
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document, load_documents
-from hf_sparse.results import process_state
+from hf_sparse.results import check_folder, default_folder, is_main_process, process_state
 from hf_sparse.schema import shown
 from hf_sparse.selectors import parse_selector
-from hf_sparse.share.source import check_device
+from hf_sparse.share.source import check_device, check_loading
 
 Model = Annotated[
     str, typer.Argument(help="Hub id, folder or .gguf file, of a model or a sparse_config.json.", show_default=False)
@@ -82,6 +83,21 @@ class RunOptions:
         """The device for the model: the best there is, unless one is given."""
         return self.device or str(process_state().device)
 
+    def prepare(self) -> None:
+        """Set the number of threads, and refuse a dtype that no model is loaded in."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        check_loading(self.dtype, self.place)
+
+    def folder(self, info: Mapping[str, Any], command: str, parts: Sequence[str] = ()) -> Path:
+        """The folder for the results of a model, its parts or the whole checked by `check_folder`."""
+        folder = self.output or default_folder(info["name"], command)
+        # Processes that try to write into the same folder at once would be in each other's way.
+        if is_main_process():
+            for place, part in [(folder / part, part) for part in parts] or [(folder, command)]:
+                check_folder(place, part, info)
+        return folder
+
 
 @dataclass(frozen=True)
 class TextOptions:
@@ -141,11 +157,7 @@ class KeyOptions:
     )
 
     def config(self, policy: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
-        """The configuration: `policy` if there is one, but for the options that are not at their defaults.
-
-        Raises:
-            UserError: if a value is not allowed.
-        """
+        """The configuration: `policy` if there is one, but for the options that are not at their defaults."""
         defaults = SparseAttentionConfig()
         values: dict[str, Any] = {name: value for name, value in vars(self).items() if name in vars(defaults)}
         if self.dense_layers is not None:
@@ -176,11 +188,7 @@ class SparseOptions(KeyOptions):
 
 
 def read_policy(name: str | None, own: ReadPolicy | None) -> SparseAttentionConfig | None:
-    """The configuration of the policy called `name`, or else of the model's `own`; `None` if there is neither.
-
-    Raises:
-        UserError: if it cannot be read, or something in it is wrong.
-    """
+    """The configuration of the policy called `name`, or else of the model's `own`; `None` if there is neither."""
     try:
         policy = own if name is None else policy_files.load(name)
     except (OSError, ValueError) as error:
@@ -218,11 +226,7 @@ def share_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def parse_integers(option: str, text: str) -> list[int]:
-    """The whole numbers in `text`, separated by commas.
-
-    Raises:
-        UserError: naming `option`, if there is none, or something else.
-    """
+    """The whole numbers in `text`, separated by commas; if there are none, an error names `option`."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -233,11 +237,7 @@ def parse_integers(option: str, text: str) -> list[int]:
 
 
 def parse_shares(option: str, text: str | None) -> list[float]:
-    """The shares in `text`, separated by commas; none if `None`.
-
-    Raises:
-        UserError: naming `option`, if one is not a number.
-    """
+    """The shares in `text`, separated by commas; none if `None`."""
     try:
         return [] if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:

@@ -12,21 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_sparse.cli.options import Json, Model
 from hf_sparse.config import Origin, Policy
 from hf_sparse.config import files as policy_files
 from hf_sparse.errors import OutOfReachError, UserError
-from hf_sparse.measure.plots import plot_attention_error, plot_perplexity
+from hf_sparse.measure.run import ATTENTION_ERROR, PERPLEXITY
 from hf_sparse.patching import check_calibration
-from hf_sparse.results import inside
+from hf_sparse.results import inside, plot_name
 from hf_sparse.share.bundle import CARD, CONFIG, Bundle, card_in, check_publishable, make_bundle
 from hf_sparse.share.measured import Results, results_beside
+from hf_sparse.share.publish import MESSAGE
 from hf_sparse.share.remote import Remote
 from hf_sparse.share.source import ModelSource
 
-_PLOTS: dict[str, tuple[str, Any]] = {
-    "perplexity": ("perplexity.png", plot_perplexity),
-    "attention-error": ("attention_error.png", plot_attention_error),
-}
+_DRAWN = {kind.command: kind for kind in (PERPLEXITY, ATTENTION_ERROR)}
 
 
 @dataclass(frozen=True)
@@ -55,56 +54,50 @@ class BundleOptions:
     ] = None
 
 
-def run_card(model: str, options: BundleOptions, output: Path | None, as_json: bool) -> None:
-    """Write policy, card and plots into a folder.
-
-    Args:
-        model: The model, or the folder of a policy.
-        options: What goes beside the policy.
-        output: The folder; `model` itself if `None`.
-        as_json: Print what was written as JSON.
-
-    Raises:
-        UserError: for whatever is wrong.
-    """
+def card(
+    model: Model,
+    bundle: BundleOptions,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="MODEL, if it is a folder with a policy")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write sparse_config.json, model card and plots from results; on a folder that has them, write them anew."""
     if output is None and not _is_policy_folder(model):
         raise UserError(f"{model or repr(model)} is not a folder with a {policy_files.NAME}: pass --output")
     folder = Path(model) if output is None else output
-    bundle = _bundle(model, options, in_place=output is None, beside=folder)
-    bundle.write(folder, folder.resolve().name, card_in(folder), _draw)
+    made = _bundle(model, bundle, in_place=output is None, beside=folder)
+    made.write(folder, folder.resolve().name, card_in(folder), _draw)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     print(json.dumps({"folder": str(folder), "files": files}) if as_json else "\n".join([f"{folder}:", *files]))
 
 
-def run_publish(
-    model: str, options: BundleOptions, remote: Remote, message: str, *, weights: bool, dry_run: bool, as_json: bool
+def publish(
+    model: Model,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name, or name.", show_default=False)],
+    bundle: BundleOptions,
+    weights: Annotated[bool, typer.Option("--weights", help="Publish weights and tokenizer, too.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to, made if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = MESSAGE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Publish, or show what would be.
-
-    Args:
-        model: The model, or the folder or repository of a policy.
-        options: What goes beside the policy.
-        remote: Where to publish.
-        message: Of the commit.
-        weights: Whether to publish weights and tokenizer.
-        dry_run: Show everything and upload nothing; the Hub is looked at if it is in reach.
-        as_json: Print JSON.
-
-    Raises:
-        UserError: for whatever is wrong.
-    """
-    bundle = _bundle(model, options, weights=weights)
-    check_publishable(bundle.policy)
+    """Publish a policy and its model card on the Hub, in one commit."""
+    remote = Remote(repo_id, revision=revision, create_pr=create_pr, private=private or None)
+    made = _bundle(model, bundle, weights=weights)
+    check_publishable(made.policy)
     try:
         remote = remote.look(anonymous=dry_run)
     except OutOfReachError as error:
         if not dry_run:
             raise
         print(f"{error}; shown as for a new repository", file=sys.stderr)
-    card = card_in(Path(model)) if remote.card is None and _is_policy_folder(model) else remote.card
-    with TemporaryDirectory() as made:
-        folder = Path(made)
-        bundle.write(folder, remote.repo_id, card)
+    existing = card_in(Path(model)) if remote.card is None and _is_policy_folder(model) else remote.card
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        made.write(folder, remote.repo_id, existing)
         files = [{"path": name, "bytes": path.stat().st_size} for name, path in remote.additions(folder)]
         if dry_run:
             _show(remote, files, (folder / CARD).read_text(encoding="utf-8"), as_json=as_json)
@@ -115,9 +108,9 @@ def run_publish(
 
 
 def _draw(results: Results) -> None:
-    if results.kind in _PLOTS and find_spec("matplotlib") is not None:
-        name, draw = _PLOTS[results.kind]
-        draw(results.summary, results.folder / name)
+    kind = _DRAWN.get(results.kind)
+    if kind is not None and find_spec("matplotlib") is not None:
+        kind.draw(results.summary, results.folder / plot_name(kind.command))
 
 
 def _show(remote: Remote, files: list[dict[str, Any]], card: str, *, as_json: bool) -> None:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from hf_sparse.bench import memory
 from hf_sparse.calibration.calibrate import Calibration
 from hf_sparse.calibration.tables import calibration_tables
 from hf_sparse.cli.bench import BENCH
+from hf_sparse.cli.options import Json
 from hf_sparse.cli.theory import print_theory
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.config import files as policy_files
@@ -40,18 +43,22 @@ from hf_sparse.results import (
 _KINDS = {kind.command: kind for kind in (PERPLEXITY, ATTENTION_ERROR, RETRIEVAL, BENCH)}
 
 
-def run_report(folder: Path, *, write: bool, as_json: bool) -> None:
-    """Print what a command found, from the records that it wrote; from its summary where it wrote no records.
-
-    Args:
-        folder: The folder of the results.
-        write: Write summary, tables and plots anew, too.
-        as_json: Print the summary.
-
-    Raises:
-        UserError: if the folder holds no results, or records that no summary can be made of.
-    """
-    found = _found(folder)
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Folder that a command wrote its results into.", show_default=False)],
+    write: Annotated[bool, typer.Option("--write", help="Write summary, tables and plots anew.")] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Write a self-contained HTML page of all results in the folder and those inside it."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the tables of a folder of results again, made anew from its records; or make a page of them."""
+    if page is not None:
+        if write or as_json:
+            raise UserError("--page takes neither --write nor --json")
+        _write_page(run_dir, page)
+        return
+    found = _found(run_dir)
     if write:
         found.write()
     if as_json:
@@ -60,16 +67,8 @@ def run_report(folder: Path, *, write: bool, as_json: bool) -> None:
         found.show()
 
 
-def write_page(folder: Path, page: Path) -> None:
-    """Write an HTML page of the results in a folder and in those inside it, and of the policy that lies with them.
-
-    Args:
-        folder: A folder that a command wrote, or one that holds such folders, as that of a model card does.
-        page: The file to write.
-
-    Raises:
-        UserError: if there are no results, or some that no tables can be made of.
-    """
+def _write_page(folder: Path, page: Path) -> None:
+    """Write an HTML page of the results in a folder and in those inside it, and of the policy that lies with them."""
     names = {ROWS, SUMMARY, CALIBRATION}
     folders = sorted({path.parent for path in folder.rglob("*") if path.name in names})
     sections = [_section(each, each.relative_to(folder)) for each in folders]
@@ -205,15 +204,11 @@ def _theory(records: Sequence[Record], summary: Summary, folder: Path) -> _Found
     if not records:
         raise UserError(f"{folder} holds no {ROWS}, from which the tables of theory are made")
     names = summary["experiments"] if summary else dict.fromkeys(record["experiment"] for record in records)
-    experiments = lab.find_experiments(list(names))
     about = summary["about"] if summary else {"seed": records[0]["seed"]}
-    found = {
-        experiment.name: experiment.conclude([each for each in records if each["experiment"] == experiment.name])
-        for experiment in experiments
-    }
-    made = lab.summarise(experiments, found) | {"about": about}
+    found = lab.conclude(names, records)
+    made = lab.summarise(found) | {"about": about}
     show = partial(print_theory, {folder.resolve().name: made}, folder)
-    return _Found("theory", made, lab.all_tables(made), show, partial(lab.write, experiments, found, about, folder))
+    return _Found("theory", made, lab.all_tables(made), show, partial(lab.write, found, about, folder))
 
 
 def _calibration(folder: Path) -> _Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 from collections.abc import Callable
@@ -62,15 +63,8 @@ class TheoryOptions:
     ] = None
 
 
-def run_theory(options: TheoryOptions, run: RunOptions) -> tuple[dict[str, Any], Path]:
-    """Run the synthetic experiments, and those on models for each model.
-
-    Returns:
-        The summary of each part by its name, `synthetic` or that of a model, and the folder with a folder for each.
-
-    Raises:
-        UserError: for whatever is wrong, before anything is measured.
-    """
+def theory(options: TheoryOptions, run: RunOptions) -> None:
+    """The claims about n^C-sparse attention as experiments: which hold, in which norm, for which inputs and models."""
     if find_spec("scipy") is None:
         raise UserError('the theory lab needs scipy: pip install "hf_sparse[theory]"')
     from hf_sparse.lab import run as lab
@@ -98,7 +92,10 @@ def run_theory(options: TheoryOptions, run: RunOptions) -> tuple[dict[str, Any],
         summaries[SYNTHETIC] = lab.run(synthetic, Setting(options.scale, run.seed), folder / SYNTHETIC)
     for name, load in settings.items():
         summaries[name] = lab.run(on_models, load(), folder / name)
-    return summaries, folder
+    if run.as_json:
+        print(json.dumps(summaries))
+    else:
+        print_theory(summaries, folder)
 
 
 def _settings(

@@ -83,11 +83,7 @@ def measure(cell: Cell, setting: Setting) -> Record:
 
 
 def detect(logits: Tensor, visible: Tensor) -> dict[str, list[float]]:
-    """The quantities of the detectors, means over the queries.
-
-    Args:
-        logits: `(heads, queries, keys)`; -inf for keys that a query does not see.
-        visible: Keys that a query sees, all from the first one on, `(queries,)`; more than `SINKS` + 1.
+    """The quantities of the detectors, means over the queries; arguments are those of `Sample`.
 
     Returns:
         Lists over the heads: `above`, entries above `EPSILON`; `largest`, the largest entry; `effective`, e^H with H

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,25 +68,20 @@ def measure(cell: Cell, setting: Setting) -> Record:
 @contextmanager
 def without(model: PreTrainedModel, *, residual: bool, norm: bool) -> Iterator[None]:
     """Run a Llama without its feed-forward parts, and without residual connections, normalisations, both or neither."""
-    inputs: dict[nn.Module, Tensor] = {}
 
-    def keep(attention: nn.Module) -> Any:
-        return lambda _, arguments: inputs.update({attention: arguments[0]})
+    def attend(block: Any, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        inputs = hidden_states if norm else block.input_layernorm(hidden_states)
+        output: Tensor = block.self_attn(hidden_states=inputs, **arguments)[0]
+        return output if residual else hidden_states + output
 
-    def subtract(attention: nn.Module, _: object, result: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        # The layer adds its input to this output afterwards.
-        return (result[0] - inputs.pop(attention), *result[1:])
-
-    with ExitStack() as stack:
-        for layer in probe.layers_of(model):
-            before = layer.block.input_layernorm
-            stack.callback(layer.block.mlp.register_forward_hook(lambda _, __, result: torch.zeros_like(result)).remove)
-            if residual:
-                stack.callback(before.register_forward_pre_hook(keep(layer.attention)).remove)
-                stack.callback(layer.attention.register_forward_hook(subtract).remove)
-            if norm:
-                stack.callback(before.register_forward_hook(lambda _, arguments, __: arguments[0]).remove)
+    blocks = [layer.block for layer in probe.layers_of(model)]
+    try:
+        for block in blocks:
+            block.forward = partial(attend, block)
         yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 @torch.no_grad()
@@ -166,14 +162,10 @@ def conclude(records: Sequence[Record]) -> Findings:
     """How errors grow with depth, and the part of residual connections and normalisation in it."""
     model = next(record for record in records if record["part"] == "model")
     own = [record for record in records if record["part"] == "random"]
-    repeats = {
-        kind: [summary(record) for record in own if (record["residual"], record["norm"]) == switches]
-        for kind, switches in KINDS.items()
-    }
-    random = {
-        kind: {name: float(np.median([entry[name] for entry in found])) for name in found[0]}
-        for kind, found in repeats.items()
-    }
+    random = {}
+    for kind, switches in KINDS.items():
+        found = [summary(record) for record in own if (record["residual"], record["norm"]) == switches]
+        random[kind] = {name: float(np.median([entry[name] for entry in found])) for name in found[0]}
     single = np.array(model["single"])
     squares = np.square(single[:, -1])
     worst = int(squares.argmax())

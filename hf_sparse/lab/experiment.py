@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from hf_sparse.lab.plots import Plot
-from hf_sparse.lab.tables import words
 from hf_sparse.measure.windows import Window
 from hf_sparse.results import Record, record_key
 
@@ -34,7 +33,7 @@ class Setting:
         scale: `small`, a check of minutes, or `full`.
         seed: Of everything random.
         model: For experiments that need one: unpatched.
-        windows: The texts that the model reads: one of every document at every length.
+        windows: What the model reads: one of every document at every length.
         about: Provenance of the model.
     """
 
@@ -49,13 +48,19 @@ class Setting:
         return np.random.default_rng(np.random.SeedSequence([self.seed, int(record_key(**cell), 16)]))
 
 
-def judge(claim: Mapping[str, Any], held: Any, quantities: Mapping[str, Any]) -> dict[str, str]:
-    """The verdict on a claim of `claims.toml`, as JSON.
+def words(value: Any) -> str:
+    """A quantity for readers: three significant digits, whole numbers in full, the entries of a mapping by name."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {words(entry)}" for name, entry in value.items())
+    if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    Args:
-        claim: The claim.
-        held: Whether it held: a bool, one for each of several cases, or the share of cases; `None`: not testable.
-        quantities: What its evidence and place are taken from.
+
+def judge(claim: Mapping[str, Any], held: Any, quantities: Mapping[str, Any]) -> dict[str, str]:
+    """The verdict on a claim of `claims.toml`, as JSON; its evidence and place are taken from `quantities`.
+
+    Whether the claim `held` is a bool, one for each of several cases, or the share of cases; `None`: not testable.
     """
     answer = "not testable here"
     if held is not None:
@@ -94,7 +99,7 @@ class Experiment:
     """One experiment: a module of this package.
 
     Attributes:
-        name: Name on the command line, in `claims.toml` and of the plot.
+        name: On the command line, in `claims.toml` and of the plot.
         cells: Lists what to measure.
         measure: Measures one cell: a dictionary without the cell's own entries, numbers finite. Everything random
             comes from `Setting.rng(cell)`.

@@ -26,11 +26,10 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, repeats: ArrayLike) -> Interval:
+    def of(cls, repeats: FloatArray) -> Interval:
         """The interval of the mean of `repeats`, `(repeats,)`, two or more."""
-        values = np.asarray(repeats, np.float64)
-        mean = float(values.mean())
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+        mean = float(np.mean(repeats))
+        half = float(stats.sem(repeats) * stats.t.ppf((1 + CONFIDENCE) / 2, len(repeats) - 1))
         return cls(mean, mean - half, mean + half)
 
     def to_dict(self) -> dict[str, float]:
@@ -42,11 +41,9 @@ class Interval:
 
 
 def slope(lengths: Sequence[int], errors: ArrayLike) -> Interval:
-    """The exponent e of errors ~ n^e, its mean and interval over the repeats.
+    """The exponent e of errors ~ n^e, `(lengths, repeats)`: its mean and interval over the repeats.
 
-    Args:
-        lengths: n, two or more.
-        errors: `(lengths, repeats)`; raised to the rounding error of a mass where they are below it.
+    Errors are raised to the rounding error of a mass where they are below it.
     """
     least = np.finfo(np.float64).eps
     return Interval.of(log_slope(lengths, np.maximum(np.asarray(errors, np.float64), least).T)[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_sparse.measure.plots import figure, length_axis, style
+from hf_sparse.measure.plots import figure, log_axis, style
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,6 @@ class Plot:
     """Lines against a common x.
 
     Attributes:
-        xlabel: Label of the x axis.
-        ylabel: Label of the y axis.
-        x: Places on the x axis.
         lines: By label: y `(x,)`, or `(3, x)` for a band: low, middle, high.
         references: Lines to compare with, at most two, `(x,)`.
         log: The logarithmic axes; an x axis is one of lengths.
@@ -33,11 +30,7 @@ class Plot:
     log: str = "xy"
 
     def draw(self, title: str, path: Path) -> None:
-        """Write a PNG file.
-
-        Raises:
-            UserError: without matplotlib.
-        """
+        """Write a PNG file."""
         page = figure(7.4, 4.8)
         axes = page.subplots()
         for label, y in self.lines.items():
@@ -48,7 +41,7 @@ class Plot:
         for (label, y), dashes in zip(self.references.items(), ("--", ":"), strict=False):
             axes.plot(self.x, np.asarray(y), color="#000000", linestyle=dashes, label=label)
         if "x" in self.log:
-            length_axis(axes, [int(x) for x in self.x], self.xlabel)
+            log_axis(axes, [int(x) for x in self.x], self.xlabel)
         if "y" in self.log:
             axes.set_yscale("log")
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel)

@@ -161,14 +161,9 @@ def visit_samples(
 ) -> list[Record]:
     """Run the model dense over a window and look at some queries of every layer at every number of visible keys.
 
-    Layers whose sliding window hides keys at the largest n are left out: to them n does not grow with the text.
-
-    Args:
-        cell: Names the window (see `window_cell`) and gives `rows`, the number of queries at each n: they are spread
-            evenly between `NEAR` n and n, and few enough to be different ones.
-        setting: Has the model, unpatched, and the window. Attention is causal, so one pass serves all `lengths`.
-        look: Called for every layer and n.
-        lengths: n, rising, at most the length of the window.
+    The cell names the window (see `window_cell`) and gives `rows`, the number of queries at each n of the rising
+    `lengths`: they are spread evenly between `NEAR` n and n. Attention is causal, so one pass serves all n. Layers
+    whose sliding window hides keys at the largest n are left out: to them n does not grow with the text.
 
     Returns:
         What `look` returns, numbers shortened, with `layer` and `n`.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +11,27 @@ from tqdm import tqdm
 
 from hf_sparse.errors import UserError
 from hf_sparse.lab import alpha, assumptions, collapse, depth, norms, phases, rope, windows, workloads
-from hf_sparse.lab.experiment import CLAIMS, Cell, Experiment, Findings, Setting
+from hf_sparse.lab.experiment import CLAIMS, Cell, Experiment, Findings, Setting, words
 from hf_sparse.lab.fits import shortened
-from hf_sparse.lab.tables import figure_tables
-from hf_sparse.results import ROWS, Record, ResultFile, Table, device_name, record_key, resume, software, write_summary
+from hf_sparse.measure.run import Outcome, write_outcome
+from hf_sparse.results import ROWS, Record, ResultFile, Table, device_name, record_key, resume, software
 
 _SYNTHETIC = (windows, phases, workloads, assumptions)
 _ON_MODELS = (norms, rope, depth, collapse, alpha)
 
-EXPERIMENTS = tuple(
-    Experiment(module.__name__.rpartition(".")[2], module.cells, module.measure, module.conclude, module in _ON_MODELS)
+EXPERIMENTS = {
+    name: Experiment(name, module.cells, module.measure, module.conclude, module in _ON_MODELS)
     for module in (*_SYNTHETIC, *_ON_MODELS)
-)
+    for name in [module.__name__.rpartition(".")[2]]
+}
 
 
 def find_experiments(names: Sequence[str]) -> list[Experiment]:
-    """The experiments of these names; all if there are no names.
-
-    Raises:
-        UserError: for an unknown name.
-    """
-    by_name = {experiment.name: experiment for experiment in EXPERIMENTS}
+    """The experiments of these names; all if there are no names. An unknown one is refused."""
     for name in names:
-        if name not in by_name:
-            raise UserError(f"experiment must be among {', '.join(by_name)}; got {name!r}")
-    return [by_name[name] for name in dict.fromkeys(names)] or list(EXPERIMENTS)
+        if name not in EXPERIMENTS:
+            raise UserError(f"experiment must be among {', '.join(EXPERIMENTS)}; got {name!r}")
+    return [EXPERIMENTS[name] for name in dict.fromkeys(names or EXPERIMENTS)]
 
 
 def run(experiments: Sequence[Experiment], setting: Setting, folder: Path) -> dict[str, Any]:
@@ -46,18 +40,11 @@ def run(experiments: Sequence[Experiment], setting: Setting, folder: Path) -> di
     Records that the folder has already are not measured again.
     """
     results = ResultFile(folder / ROWS)
-    found = {}
-    for experiment in experiments:
-        records = _measured(experiment, setting, results)
-        with results.summed_up():
-            found[experiment.name] = experiment.conclude(records)
-    about = {
-        "scale": setting.scale,
-        "seed": setting.seed,
-        "device_name": device_name(torch.device("cpu")),
-        **software(),
-    }
-    return write(experiments, found, about | setting.about, folder)
+    records = [record for experiment in experiments for record in _measured(experiment, setting, results)]
+    with results.summed_up():
+        found = conclude([experiment.name for experiment in experiments], records)
+    about = {"scale": setting.scale, "seed": setting.seed, "device_name": device_name(torch.device("cpu"))}
+    return write(found, about | software() | setting.about, folder)
 
 
 def _measured(experiment: Experiment, setting: Setting, results: ResultFile) -> list[Record]:
@@ -72,41 +59,46 @@ def _measured(experiment: Experiment, setting: Setting, results: ResultFile) -> 
     return resume(results, cells, measure)
 
 
-def write(
-    experiments: Sequence[Experiment], found: Mapping[str, Findings], about: Record, folder: Path
-) -> dict[str, Any]:
-    """Write `summary.json`, `tables.md` and the plot of each experiment from its findings, by its name.
+def conclude(names: Iterable[str], records: Sequence[Record]) -> dict[str, Findings]:
+    """The findings of experiments by their names, each from its records."""
+    return {
+        name: EXPERIMENTS[name].conclude([record for record in records if record["experiment"] == name])
+        for name in names
+    }
+
+
+def write(found: Mapping[str, Findings], about: Record, folder: Path) -> dict[str, Any]:
+    """Write `summary.json`, `tables.md` and the plot of each experiment.
 
     Returns:
         The summary: that of `summarise`, and `about`: scale, seed and provenance.
     """
-    summary = summarise(experiments, found) | {"about": about}
-    write_summary(folder, summary, all_tables(summary))
-    if find_spec("matplotlib") is None:
-        print('no plots are drawn without matplotlib: pip install "hf_sparse[plots]"', file=sys.stderr)
-        return summary
+    summary = summarise(found) | {"about": about}
     subject = f": {about['model']['name']} ({about['dtype']})" if "model" in about else ""
-    for name, findings in found.items():
-        findings.plot.draw(CLAIMS[name]["title"] + subject, folder / f"{name}.png")
-    return summary
+
+    def draw(_: Record, plots: Path) -> None:
+        for name, findings in found.items():
+            findings.plot.draw(CLAIMS[name]["title"] + subject, plots / f"{name}.png")
+
+    return write_outcome(Outcome(summary, all_tables(summary)), folder, "", draw).summary
 
 
-def summarise(experiments: Sequence[Experiment], found: Mapping[str, Findings]) -> dict[str, Any]:
+def summarise(found: Mapping[str, Findings]) -> dict[str, Any]:
     """Verdicts, and the figures of each experiment; follows from the records alone."""
     verdicts = [
-        {"experiment": experiment.name, **verdict}
-        for experiment in experiments
-        for verdict in experiment.verdicts(found[experiment.name])
+        {"experiment": name, **verdict}
+        for name, findings in found.items()
+        for verdict in EXPERIMENTS[name].verdicts(findings)
     ]
-    if not any(experiment.needs_model for experiment in experiments):
+    if not any(EXPERIMENTS[name].needs_model for name in found):
         untested = {"experiment": "-", "source": "machine summary", "answer": "not testable here", "where": "-"}
         verdicts += [untested | {"claim": claim["text"], "evidence": claim["why"]} for claim in CLAIMS["untested"]]
     described = {}
-    for experiment in experiments:
-        about = {name: CLAIMS[experiment.name][name] for name in ("title", "claim", "source")}
-        figures = found[experiment.name].figures
+    for name, findings in found.items():
+        about = {part: CLAIMS[name][part] for part in ("title", "claim", "source")}
         # Figures of synthetic inputs are rounded where they are made, and hold whole numbers.
-        described[experiment.name] = about | {"figures": shortened(figures) if experiment.needs_model else figures}
+        figures = shortened(findings.figures) if EXPERIMENTS[name].needs_model else findings.figures
+        described[name] = about | {"figures": figures}
     return {"verdicts": verdicts, "experiments": described}
 
 
@@ -119,5 +111,28 @@ def all_tables(summary: Mapping[str, Any]) -> list[Table]:
         (["claim", "experiment", "evidence"], [[v["claim"], v["experiment"], v["evidence"]] for v in verdicts]),
     ]
     for name, about in summary["experiments"].items():
-        tables += figure_tables(name, about["figures"])
+        tables += _figure_tables(name, about["figures"])
     return tables
+
+
+def _figure_tables(name: str, figures: Mapping[str, Any]) -> list[Table]:
+    """The figures of an experiment: a table of each that has several records, and one of all the others."""
+    tables: list[Table] = []
+    single = []
+    for what, value in figures.items():
+        records = value
+        if isinstance(value, Mapping) and all(isinstance(entry, Mapping) for entry in value.values()):
+            records = [{what: key} | entry for key, entry in value.items()]
+        if isinstance(records, Sequence) and isinstance(records[0], Mapping):
+            tables.append((list(records[0]), [[_cell(cell) for cell in record.values()] for record in records]))
+        else:
+            single.append([what, _cell(value)])
+    return [([name, "value"], single), *tables]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping) and value.keys() == {"value", "low", "high"}:
+        return "{} [{}, {}]".format(*(words(value[end]) for end in ("value", "low", "high")))
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(entry) for entry in value)
+    return "-" if value is None else words(value)

@@ -124,9 +124,7 @@ def logit_spread(logits: Tensor, visible: Tensor) -> dict[str, list[float]]:
       deviation have the same normaliser;
     - `spread`: largest minus smallest logit.
 
-    Args:
-        logits: `(heads, queries, keys)`.
-        visible: Keys that a query sees, all from the first one on, `(queries,)`.
+    Logits are `(heads, queries, keys)`; a query sees `visible` keys, `(queries,)`, all from the first one on.
     """
     keys = torch.arange(logits.shape[-1])
     seen = keys < visible[:, None]

@@ -47,12 +47,9 @@ def softmax(logits: NDArray[Any]) -> FloatArray:
 
 
 def top_k_errors(weights: FloatArray, values: NDArray[Any], kept: Sequence[int]) -> tuple[FloatArray, FloatArray]:
-    """Errors of keeping the `kept` largest entries, for several k at once.
+    """Errors of keeping the `kept` largest entries, `(windows,)` numbers from 1 to keys, for several k at once.
 
-    Args:
-        weights: p, `(keys,)`.
-        values: `(keys, value_dim)`.
-        kept: `(windows,)`: keys that each window keeps, 1 to keys.
+    The weights p are `(keys,)`, values `(keys, value_dim)`.
 
     Returns:
         The errors in the order of `NORMS`, `(norms, windows)`, and the output of each renormalised window minus the

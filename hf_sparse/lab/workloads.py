@@ -41,12 +41,10 @@ INPUTS = (Input("logits", 1), Input("logits", 3), Input("logits", 1, growth=0.5)
 
 
 def workload_lengths(name: str, lengths: Sequence[int]) -> list[int]:
-    """The lengths of a workload, each as often as it occurs.
+    """The lengths of a workload, of the rising `lengths`, each as often as it occurs.
 
-    Args:
-        name: `even` has each length once; in `short` a length is half as frequent as the one before, so that powers of
-            two all have the same number of tokens; in `long` twice as frequent.
-        lengths: The lengths, rising.
+    `even` has each length once; in `short` a length is half as frequent as the one before, so that powers of two all
+    have the same number of tokens; in `long` twice as frequent.
     """
     last = len(lengths) - 1
     return [n for i, n in enumerate(lengths) for _ in range({"even": 1, "short": 2 ** (last - i), "long": 2**i}[name])]

@@ -33,7 +33,7 @@ def measure(
     window: Window,
     lengths: Sequence[int],
     methods: Mapping[str, SparseAttentionConfig],
-    queries_per_length: int | None = QUERIES_PER_LENGTH,
+    queries_per_length: int = QUERIES_PER_LENGTH,
     progress: Callable[[], object] | None = None,
 ) -> list[Record]:
     """Attention errors of every layer and head in the first tokens of one window.
@@ -43,8 +43,7 @@ def measure(
         window: At least `max(lengths)` tokens.
         lengths: Tokens, rising.
         methods: From `error_methods`.
-        queries_per_length: Queries measured before each length, rounded up to whole groups of the selectors; `None` for
-            all that no shorter length has measured.
+        queries_per_length: Queries measured before each length, rounded up to whole groups of the selectors.
         progress: Called after every layer.
 
     Returns:
@@ -81,11 +80,9 @@ def measure(
     ]
 
 
-def _starts(lengths: Sequence[int], queries_per_length: int | None, block: int) -> dict[int, int]:
+def _starts(lengths: Sequence[int], queries_per_length: int, block: int) -> dict[int, int]:
     """By length, the first query that is measured: the first of a block."""
-    shorter = [0, *lengths[:-1]]
-    wanted = shorter if queries_per_length is None else [max(0, length - queries_per_length) for length in lengths]
-    return {length: start // block * block for length, start in zip(lengths, wanted, strict=True)}
+    return {length: max(0, length - queries_per_length) // block * block for length in lengths}
 
 
 def evaluate(
@@ -95,21 +92,12 @@ def evaluate(
     methods: Mapping[str, SparseAttentionConfig],
     results: ResultFile,
     about: Record,
-    queries_per_length: int | None = QUERIES_PER_LENGTH,
+    queries_per_length: int = QUERIES_PER_LENGTH,
 ) -> list[Record]:
     """Measure every window that `results` does not hold yet, and return the records of all.
 
-    Under `accelerate launch` each process takes its share of the windows; all get all records.
-
-    Args:
-        model: The model, unpatched.
-        windows: One a document, of `max(lengths)` tokens.
-        lengths: Tokens, rising.
-        methods: From `error_methods`.
-        results: Where records are appended: for each window those of `measure`, with `key`, `command`, `config`, what
-            is known about the window, and `about`.
-        about: From `provenance`.
-        queries_per_length: As for `measure`.
+    Under `accelerate launch` each process takes its share of the windows; all get all records. Those are the records
+    of `measure`, with `key`, `command`, `config`, what is known about the window, and `about`, the `provenance`.
     """
     configs = {DENSE: None, **{name: config.to_dict() for name, config in methods.items()}}
     starts = _starts(lengths, queries_per_length, block_queries(methods))

@@ -18,10 +18,7 @@ _HALVINGS = 40
 def kept_keys(config: SparseAttentionConfig, layers: Sequence[LayerSupport], lengths: Sequence[int]) -> float:
     """Keys that prefills of `lengths` tokens attend to, summed over the queries and heads of `layers`.
 
-    Args:
-        config: With `dense_layers` spelled out: see `with_dense_layers`.
-        layers: The layers that count.
-        lengths: Tokens, a prefill each.
+    The `dense_layers` of the configuration are spelled out: see `with_dense_layers`.
     """
     per_head: dict[tuple[Budget | None, int | None], float] = {}
     total = 0.0
@@ -58,12 +55,6 @@ def matched(
     A power law has the default exponent. The default layers are dense if that leaves some of the cost to the others;
     otherwise only the sliding-window layers of a hybrid model are. The clamps of `config` stay; where they alone cost
     more, the smallest law is used.
-
-    Args:
-        config: Laws of any kind, per head or not.
-        support: The model.
-        lengths: Tokens.
-        law: The law to find the parameter of.
     """
     wanted = kept_keys(with_dense_layers(config, support), support.layers, lengths)
 

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
@@ -16,27 +16,14 @@ from transformers import PreTrainedModel
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure.methods import Methods
+from hf_sparse.measure.retrieval_prompts import Prompt
+from hf_sparse.measure.windows import Window
 from hf_sparse.monitor import SparsityReport
 from hf_sparse.patching import patched
 from hf_sparse.results import Record, ResultFile, identity, is_main_process, my_share, record_key, resume
 
-
-class Input(Protocol):
-    """What a model reads: a window or a prompt."""
-
-    @property
-    def length(self) -> int:
-        """Tokens, by which the work is shared."""
-
-    @property
-    def sha256(self) -> str:
-        """Hash of all tokens that decide a measurement."""
-
-    def about(self) -> Record:
-        """What records say of it."""
-
-
-InputT = TypeVar("InputT", bound=Input)
+InputT = TypeVar("InputT", Window, Prompt)
+"""What a model reads."""
 
 
 def measure_each(
@@ -49,16 +36,9 @@ def measure_each(
 ) -> list[Record]:
     """Measure every input under every method that `results` does not hold yet, and return the records of all.
 
-    Under `accelerate launch` each process takes its share; all get all records.
-
-    Args:
-        command: Name of the command.
-        inputs: What is read.
-        methods: Configurations by name.
-        results: Where records are appended: what `measure` returns, with `key`, `command`, `method`, `config`, what is
-            known about the input, and `about`.
-        about: From `provenance`.
-        measure: Takes an input and the name of a method.
+    Under `accelerate launch` each process takes its share; all get all records. A record is what `measure` returns for
+    an input and the name of a method, with `key`, `command`, `method`, `config`, what is known about the input, and
+    `about`, the `provenance`.
     """
     configs = {name: None if config is None else config.to_dict() for name, config in methods.items()}
     model = identity(about)
@@ -79,11 +59,7 @@ def measure_each(
 
 @contextmanager
 def applied(model: PreTrainedModel, config: SparseAttentionConfig | None) -> Iterator[None]:
-    """The model patched with `config` for the length of a `with` block, or as it is if `None`.
-
-    Raises:
-        UserError: if the model cannot be patched with it.
-    """
+    """The model patched with `config`, which must suit it, in a `with` block, or as it is if `None`."""
     if config is None:
         yield
         return
@@ -98,11 +74,7 @@ def applied(model: PreTrainedModel, config: SparseAttentionConfig | None) -> Ite
 
 
 def check_finite(nll: Tensor, document: str, model: PreTrainedModel) -> None:
-    """Refuse likelihoods that are not finite.
-
-    Raises:
-        UserError: naming the document and the dtype of the model.
-    """
+    """Refuse likelihoods that are not finite, with the names of document and dtype."""
     if not nll.isfinite().all():
         raise UserError(f"the likelihoods of {document} are not finite in {model.dtype}: try another --dtype")
 

@@ -64,7 +64,11 @@ def layer_errors(
             columns["density"] = [kept / mean_visible for kept in columns["kept"]]
         else:
             columns |= _statistics(metric, per_head)
-    return {method: _rounded(columns) for method, columns in out.items()}
+    # Six significant digits are more than float32 attention is good for.
+    return {
+        method: {name: [float(f"{value:.6g}") for value in column] for name, column in columns.items()}
+        for method, columns in out.items()
+    }
 
 
 def block_queries(methods: Mapping[str, SparseAttentionConfig]) -> int:
@@ -129,8 +133,3 @@ def _budgets(config: SparseAttentionConfig, layer: int, inputs: AttentionCall) -
         return inputs.visible.unsqueeze(1)
     kept = config.budget(layer)(inputs.visible)
     return kept.unsqueeze(1) if kept.dim() == 2 else kept.transpose(0, 1)
-
-
-def _rounded(columns: Columns) -> Columns:
-    """Six significant digits, which is more than float32 attention is good for."""
-    return {name: [float(f"{value:.6g}") for value in column] for name, column in columns.items()}

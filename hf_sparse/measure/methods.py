@@ -1,4 +1,8 @@
-"""The methods that evaluations compare: selectors with the law of a configuration, and other laws at equal cost."""
+"""The methods that evaluations compare: selectors with the law of a configuration, and other laws at equal cost.
+
+Functions that make methods take their names, the configuration that they are made from, the lengths of the inputs in
+tokens, over which costs are made equal, and the model's `SupportReport`.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +58,6 @@ def perplexity_methods(
       at a time from the cache, as in generation;
     - `8-bit`: `config` itself, and `dense-8-bit` dense attention, to keys and values that a cache holds in 8 bits.
 
-    Args:
-        names: Methods.
-        config: What they are made from.
-        lengths: Tokens of the windows.
-        support: The model.
-
     Raises:
         UserError: for an unknown name, or if a law cannot match the cost.
     """
@@ -100,12 +98,7 @@ def error_methods(
     - `calibrated`: `config` itself, if it has laws per head. Laws are then matched over all heads and layers, and keep
       the selector of `config`, for which it was calibrated.
 
-    Args:
-        names: Methods. `None` for all laws and built-in selectors, `topk` first; with laws per head, for `calibrated`
-            and all laws.
-        config: What they are made from.
-        lengths: Tokens.
-        support: The model.
+    No names, `None`, are all laws and built-in selectors, `topk` first; with laws per head, `calibrated` and all laws.
 
     Raises:
         UserError: for an unknown name, or if a law cannot match the cost.

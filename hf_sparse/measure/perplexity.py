@@ -29,13 +29,10 @@ _LOGIT_ROWS = 64
 
 @torch.no_grad()
 def token_nll(model: PreTrainedModel, input_ids: Tensor, targets: Tensor, cache: Cache | None = None) -> Tensor:
-    """Negative log-likelihood of each target, in nats: float64 `(targets,)` on the CPU.
+    """Negative log-likelihood, in nats, float64 `(targets,)` on the CPU, of what the last positions should predict.
 
-    Args:
-        model: Any causal language model.
-        input_ids: int64 `(length,)`.
-        targets: int64 `(targets,)`: what the last positions of `input_ids` should predict.
-        cache: An empty one that keys and values are put into, and read from; `None` for none.
+    Input is int64 `(length,)`, targets are int64 `(targets,)`. Keys and values are put into `cache`, if there is one,
+    which must be empty, and read from there.
     """
     read = {"input_ids": input_ids[None].to(model.device), "past_key_values": cache}
     output = model(**read, use_cache=cache is not None, logits_to_keep=len(targets))
@@ -59,16 +56,9 @@ def prefill(model: PreTrainedModel, input_ids: Tensor) -> Cache | None:
 
 @torch.no_grad()
 def decoded_nll(model: PreTrainedModel, cache: Cache | None, input_ids: Tensor, targets: Tensor) -> Tensor:
-    """The negative log-likelihoods of `targets` as in generation: one pass over `input_ids`, then a call for each.
+    """The same as in generation: one pass over `input_ids`, then a call for each of the targets that follow.
 
-    Args:
-        model: Any causal language model with a cache.
-        cache: What the model has read before, which is extended; `None` for nothing.
-        input_ids: int64 `(length,)`: tokens to read in one pass.
-        targets: int64 `(targets,)`: the tokens that follow.
-
-    Returns:
-        float64 `(targets,)` on the CPU, in nats.
+    The cache holds what the model has read before, and is extended; `None` for nothing.
     """
     out = torch.empty(len(targets), dtype=torch.float64)
     step = input_ids
@@ -96,7 +86,7 @@ def measure(
         config: What to patch it with.
         decode: Whether the positions that predict the targets are read one at a time. Only these are counted then.
         nbits: Of a `SparseCache` that keys and values are read from in one pass; `None` for no cache.
-        sliding_layers: Sliding-window layers of a hybrid model, which `sparse_density` leaves out.
+        sliding_layers: Left out of `sparse_density`.
 
     Returns:
         `tokens`; `nll`, their sum in nats; `block_nll`, sums over blocks of `block_tokens`; `density` (kept / visible

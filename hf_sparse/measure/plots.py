@@ -68,11 +68,7 @@ def style(method: str, methods: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure, inches wide and high.
-
-    Raises:
-        UserError: without matplotlib.
-    """
+    """An empty figure, inches wide and high; a `UserError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -80,13 +76,15 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def length_axis(axes: Axes, lengths: Sequence[int], label: str) -> None:
-    """Make x a log axis with a tick at each length."""
+def save(drawing: Figure, path: Path) -> None:
+    """Write a drawing to a PNG file, whose folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=150)
+
+
+def log_axis(axes: Axes, ticks: Sequence[int], label: str) -> None:
+    """Make x a log axis with these ticks."""
     axes.set_xscale("log", base=2)
-    _x_axis(axes, lengths, label)
-
-
-def _x_axis(axes: Axes, ticks: Sequence[int], label: str) -> None:
     axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(label)
@@ -101,7 +99,6 @@ class _Panel:
     Attributes:
         value: What is drawn of a row of the summary.
         scale: Finishes the y axis, once everything is drawn.
-        by_depth: Whether x is the depth in the longest text, and not the length.
         band: Metric of dense attention under which the panel is shaded.
     """
 
@@ -109,7 +106,6 @@ class _Panel:
     label: str
     value: Callable[[Summary], Estimate]
     scale: Callable[[Axes], object]
-    by_depth: bool = False
     band: str | None = None
 
 
@@ -129,7 +125,8 @@ def plot_attention_error(summary: Summary, path: Path) -> None:
 
     def error(title: str, label: str, metric: str) -> _Panel:
         def value(row: Summary) -> Estimate:
-            return _estimate(row[metric]["mean"]) if row["method"] != DENSE else _exact(0.0)
+            mean = {"value": 0.0, "low": 0.0, "high": 0.0} if row["method"] == DENSE else row[metric]["mean"]
+            return mean["value"], mean["low"], mean["high"]
 
         smallest = min((value(row)[0] for row in summary["results"] if value(row)[0] > 0), default=1.0)
         threshold = 10.0 ** math.floor(math.log10(smallest))
@@ -180,32 +177,23 @@ def _draw(
             axes.fill_between([row["length"] for row in dense], needed, color="#DDDDDD", zorder=0)
     # Panels of a column share their y axis: it is finished once all methods are drawn.
     for axes, panel, _ in places:
-        if panel.by_depth:
-            _x_axis(axes, range(0, 101, 25), "depth of the code in the text (%)")
-        else:
-            length_axis(axes, summary["lengths"], "context length (tokens)")
+        log_axis(axes, summary["lengths"], "context length (tokens)")
         panel.scale(axes)
         axes.set(title=panel.title, ylabel=panel.label)
     about, documents = summary["about"], len(summary["documents"])
     model = f"{about['model']['name']} ({about['dtype']})"
     drawing.suptitle(f"{model}: {what}, {documents} document{'s'[: documents > 1]}", fontsize=11)
     drawing.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=150)
+    save(drawing, path)
 
 
 def _draw_method(
     axes: Axes, panel: _Panel, summary: Summary, method: str, aside: float, look: Mapping[str, Any]
 ) -> Any:
     """The line of a method in a panel, moved to the right by the share `aside` of the x axis."""
-    lengths = summary["lengths"]
-    if panel.by_depth:
-        rows = [row for row in summary["depths"] if (row["method"], row["length"]) == (method, lengths[-1])]
-        x = [100 * (row["depth"] + aside) for row in rows]
-    else:
-        rows = [row for row in summary["results"] if row["method"] == method]
-        octaves = math.log2(lengths[-1] / lengths[0]) or 1.0
-        x = [row["length"] * 2 ** (octaves * aside) for row in rows]
+    rows = [row for row in summary["results"] if row["method"] == method]
+    octaves = math.log2(summary["lengths"][-1] / summary["lengths"][0]) or 1.0
+    x = [row["length"] * 2 ** (octaves * aside) for row in rows]
     y = list(map(panel.value, rows))
     order, line = (3, "--") if method == DENSE else (2, "-")
     return axes.errorbar(x, [value for value, *_ in y], yerr=_bars(y), capsize=2, linestyle=line, zorder=order, **look)
@@ -213,10 +201,6 @@ def _draw_method(
 
 def _exact(value: float) -> Estimate:
     return value, value, value
-
-
-def _estimate(row: Summary, factor: float = 1.0) -> Estimate:
-    return factor * row["value"], factor * row["low"], factor * row["high"]
 
 
 def _per_cent_above(row: Summary) -> Estimate:
@@ -236,10 +220,6 @@ def _log_scale(axes: Axes) -> None:
 
 def _from_zero(axes: Axes) -> None:
     axes.set_ylim(bottom=0)
-
-
-def _all_per_cent(axes: Axes) -> None:
-    axes.set_ylim(-3, 103)
 
 
 def _one_and_fifty_per_cent(axes: Axes) -> None:

@@ -42,12 +42,8 @@ def after_questions(
 ) -> Iterator[tuple[int, Cache, Tensor]]:
     """The place of each question, the cache of its own after it was read, and the logits `(1, vocabulary)` that follow.
 
-    Args:
-        model: Any causal language model.
-        cache: What was read before, which stays as it is.
-        ids: int64 `(length,)`: the end of the text, read in one pass; in mode `"prefill"` together with the question.
-        questions: All questions. In mode `"decode"` they are read side by side, a token of each in a call.
-        mode: One of `MODES`.
+    The end of the text, int64 `(length,)`, is read in one pass; in mode `"prefill"` together with the question. In mode
+    `"decode"` the questions are read side by side, a token of each in a call. `cache` stays as it is.
     """
     if mode == "prefill":
         for place, question in enumerate(questions):
@@ -86,14 +82,8 @@ def candidates_nll(
 ) -> Tensor:
     """Nats of each answer after `cache`, which stays as it is: float64 `(candidates,)` on the CPU.
 
-    Answers of the same length are read side by side: in mode `"prefill"` in one pass, else a token of each in a call.
-
-    Args:
-        model: Any causal language model.
-        cache: What was read before.
-        logits: `(1, vocabulary)`: what the model predicts after that.
-        candidates: int64 `(tokens,)` each.
-        mode: One of `MODES`.
+    Answers, int64 `(tokens,)` each, of the same length are read side by side: in mode `"prefill"` in one pass,
+    else a token of each in a call. `logits`, `(1, vocabulary)`, predict their first token.
     """
     nll = torch.empty(len(candidates), dtype=torch.float64)
     for length in {len(ids) for ids in candidates}:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_sparse.measure.plots import figure, style
+from hf_sparse.measure.plots import figure, log_axis, save, style
 from hf_sparse.results import DENSE, Summary
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def plot_retrieval(summary: Summary, path: Path) -> None:
     if modes:
         _heat_maps(parts[0, 0], summary, methods)
     _against_density(parts[-1, 0], summary, methods)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=150)
+    save(drawing, path)
 
 
 def _heat_maps(part: Any, summary: Summary, methods: list[str]) -> None:
@@ -95,14 +94,6 @@ def _against_density(part: Figure, summary: Summary, methods: list[str]) -> None
 
 
 def _finish(axes: Axes, title: str, label: str) -> None:
-    ticks = [2, 5, 10, 20, 50, 100]
-    axes.set_xscale("log")
-    axes.set_xlim(1.5, 115)
-    axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_ylim(-3, 103)
-    axes.grid(visible=True, alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    log_axis(axes, [2, 5, 10, 20, 50, 100], "kept / visible keys (%)")
+    axes.set(xlim=(1.5, 115), ylim=(-3, 103), ylabel=label)
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel("kept / visible keys (%)")
-    axes.set_ylabel(label)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_sparse.errors import UserError
 from hf_sparse.measure.retrieval_tasks import MAX_QUESTIONS, OF_WORDS, TASKS, Asked, Made
-from hf_sparse.measure.windows import Window
+from hf_sparse.measure.windows import Window, common_start
 from hf_sparse.results import Record
 
 MODES = ("prefill", "decode")
@@ -107,7 +107,7 @@ def make_prompts(
         windows: Texts at every length; their targets are not used.
         tokenizer: The model's tokenizer.
         tasks: Some of `TASKS`.
-        questions: Questions of each task about a text, at most `MAX_QUESTIONS`.
+        questions: Of each task about a text, at most `MAX_QUESTIONS`.
         seed: Of everything random.
         modes: Some of `MODES`.
 
@@ -213,13 +213,8 @@ def _question(tokenizer: PreTrainedTokenizerBase, asked: Asked, after: str) -> Q
     begun = asked.question + after + asked.begun
     without, *whole = (_ids(tokenizer, begun + answer) for answer in ("", *asked.answers))
     # A tokenizer may join the last word and the space after it: the answer begins where the tokens part.
-    same = min(_common(without, ids) for ids in whole)
+    same = common_start(without, *whole)
     return Question(asked.depth, asked.parts, torch.tensor(without[:same]), [torch.tensor(ids[same:]) for ids in whole])
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens at the start that two texts share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -84,22 +84,21 @@ Maker = Callable[[random.Random, int, Sequence[str]], Made]
 
 def single(rng: random.Random, count: int, words: Sequence[str]) -> Made:
     """Sentences that have nothing in common, each of which says a number; it is asked how one of them ends."""
-    numbers = _numbers(rng, count)
     question = "\n\nOne sentence in the text ends with a number. Repeat it."
-    said = list(zip(_depths(count), rng.sample(_SENTENCES, count), numbers, strict=False))
-    asked = [Asked(question, begun, *_answers(rng, [code], numbers), depth) for depth, begun, code in said]
-    return Made(asked, [(depth, f"\n{begun} {code}.\n") for depth, begun, code in said])
+    return _needles(rng, count, [(begun, question) for begun in _SENTENCES])
 
 
 def multikey(rng: random.Random, count: int, words: Sequence[str]) -> Made:
     """Codes of different names in the same words: each is asked for among all the others."""
-    numbers, names = _numbers(rng, count), rng.sample(NAMES, count)
-    said = list(zip(_depths(count), names, numbers, strict=False))
-    asked = [
-        Asked(f"\n\nWhat is the code for {name}?", _begun(name), *_answers(rng, [code], numbers), depth)
-        for depth, name, code in said
-    ]
-    return Made(asked, [(depth, f"\n{_begun(name)} {code}.\n") for depth, name, code in said])
+    return _needles(rng, count, [(_begun(name), f"\n\nWhat is the code for {name}?") for name in NAMES])
+
+
+def _needles(rng: random.Random, count: int, kinds: Sequence[tuple[str, str]]) -> Made:
+    """Sentences that end with a number, some of `kinds`: how a sentence begins, and how its number is asked for."""
+    numbers = _numbers(rng, count)
+    said = list(zip(_depths(count), rng.sample(kinds, count), numbers, strict=False))
+    asked = [Asked(question, begun, *_answers(rng, [code], numbers), depth) for depth, (begun, question), code in said]
+    return Made(asked, [(depth, f"\n{begun} {code}.\n") for depth, (begun, _), code in said])
 
 
 def multivalue(rng: random.Random, count: int, words: Sequence[str]) -> Made:

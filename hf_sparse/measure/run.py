@@ -14,7 +14,6 @@ from hf_sparse.measure import (
     attention_tables,
     perplexity,
     perplexity_summary,
-    perplexity_tables,
     plots,
     retrieval,
     retrieval_plots,
@@ -63,7 +62,9 @@ class Kind:
         return write_outcome(outcome, results.path.parent, plot_name(self.command), self.draw)
 
 
-PERPLEXITY = Kind(perplexity.COMMAND, perplexity_summary.summarise, perplexity_tables.all_tables, plots.plot_perplexity)
+PERPLEXITY = Kind(
+    perplexity.COMMAND, perplexity_summary.summarise, perplexity_summary.all_tables, plots.plot_perplexity
+)
 ATTENTION_ERROR = Kind(
     attention_error.COMMAND, attention_summary.summarise, attention_tables.all_tables, plots.plot_attention_error
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -94,16 +95,7 @@ def cut_windows(
 
 
 def check_lengths(lengths: Sequence[int], targets: int, max_positions: int | None) -> None:
-    """Refuse lengths that cannot be evaluated, before anything heavy is loaded.
-
-    Args:
-        lengths: Input tokens, which must rise.
-        targets: Predicted tokens at each length.
-        max_positions: Longest input the model was made for; `None` if unknown.
-
-    Raises:
-        UserError: naming the value and what is allowed.
-    """
+    """Refuse lengths that do not rise, are too short for the targets or too long for the model (`None`: unknown)."""
     if not lengths or min(lengths) < 2:
         raise UserError(f"lengths must be whole numbers of tokens, 2 or more; got {_listed(lengths)}")
     if list(lengths) != sorted(set(lengths)):
@@ -116,3 +108,8 @@ def check_lengths(lengths: Sequence[int], targets: int, max_positions: int | Non
 
 def _listed(lengths: Sequence[int]) -> str:
     return ",".join(map(str, lengths)) or "none"
+
+
+def common_start(*texts: Sequence[int]) -> int:
+    """How many tokens at their start all texts share."""
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False)))

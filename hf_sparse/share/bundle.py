@@ -104,12 +104,12 @@ def make_bundle(
     """The files of a policy for a model: what the policy says of its base follows from where the model lies.
 
     Args:
-        policy: The policy; its quality is replaced by that of `results` if there are any.
+        policy: Its quality is replaced by that of `results` if there are any.
         origin: Where the model came from.
         results: Folders of results.
         base: What the caller says of the base model, before anything else.
         weights: Whether weights lie, or will lie, beside the policy.
-        license: Licence of the base model; `None` to look it up in its card.
+        license: Of the base model; `None` to look it up in its card.
         model: The model whose weights are written, or `None`.
         tokenizer: The tokenizer that is written with them.
 
@@ -139,11 +139,7 @@ def make_bundle(
 
 
 def check_publishable(policy: Policy) -> None:
-    """Refuse a policy that others could not load.
-
-    Raises:
-        UserError: if it comes without weights and names no base model on the Hub.
-    """
+    """Refuse a policy that others could not load: one without weights that names no base model on the Hub."""
     if not policy.weights and not policy.base.is_on_hub:
         raise UserError(
             "a policy without weights is published with the Hub id of its base model: name it with base_model=... "

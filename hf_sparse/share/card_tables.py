@@ -28,12 +28,7 @@ _TIMES = {
 
 
 def measured(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator[str]:
-    """Headings, tables and images.
-
-    Args:
-        records: Of one policy.
-        plots: Paths of images beside the card.
-    """
+    """Headings, tables and images, for the records of one policy and the paths of plots beside the card."""
     yield "### Measured"
     if not records:
         yield "Nothing was measured with this configuration yet."

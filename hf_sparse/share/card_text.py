@@ -26,14 +26,7 @@ _TARGETS = {
 
 
 def section(policy: Policy, name: str, plots: Sequence[str] = (), license: str | None = None) -> str:
-    """The section, between its markers.
-
-    Args:
-        policy: What it is about.
-        name: What `from_pretrained` is to be given.
-        plots: Paths of images beside the card.
-        license: Licence of the base model, if it is known.
-    """
+    """The section, between its markers: arguments as for `hf_sparse.share.card.make_card`."""
     base = "a model"
     if policy.base.is_on_hub:
         base = f"[{policy.base_model}](https://huggingface.co/{policy.base_model})"

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
-from hf_sparse.results import ROWS, SUMMARY, TABLES, command_of, inside, write_whole
+from hf_sparse.results import ROWS, SUMMARY, TABLES, Summary, command_of, inside, write_whole
 from hf_sparse.schema import DENSE, QualityRecord
 from hf_sparse.selectors import selector_name
 
@@ -38,7 +38,7 @@ class Results:
 
     kind: str
     folder: Path
-    summary: Mapping[str, Any]
+    summary: Summary
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Results:
@@ -91,11 +91,7 @@ class Results:
 
 
 def results_beside(folder: Path, without: Collection[str] = ()) -> list[Results]:
-    """The results that lie in a folder of a policy, in subfolders named after the commands.
-
-    Args:
-        folder: The folder.
-        without: Commands whose results are not looked at.
+    """The results that lie in a folder of a policy, in subfolders named after the commands, `without` some of these.
 
     Raises:
         UserError: if one holds records without their summary, or a summary that cannot be read.

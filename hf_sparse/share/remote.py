@@ -53,10 +53,7 @@ class Remote:
         return HfApi(token=self.token)
 
     def look(self, *, anonymous: bool = False) -> Remote:
-        """The same with what is on the Hub, where nothing is changed.
-
-        Args:
-            anonymous: Whether to look without a token, too.
+        """The same with what is on the Hub, where nothing is changed; `anonymous` also without a token.
 
         Raises:
             UserError: without a token, out of reach of the Hub, or if something else is there.
@@ -109,14 +106,9 @@ class Remote:
         return out
 
     def commit(self, folder: Path, message: str) -> str:
-        """Commit `folder` at once, making repository and branch if need be.
+        """The address of a commit, or pull request, that adds the files of `folder`.
 
-        Args:
-            folder: What to publish.
-            message: Of the commit.
-
-        Returns:
-            The address of the commit, or of the pull request.
+        Repository and branch are made if need be.
 
         Raises:
             UserError: if the Hub refuses. Nothing has been committed then.

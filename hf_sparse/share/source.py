@@ -199,28 +199,20 @@ def describe(name: str, revision: str | None, config: PreTrainedConfig) -> dict[
 
 
 def check_loading(dtype: str, device_map: str | None) -> None:
-    """Refuse a dtype or a device that `ModelSource.model` does not take.
-
-    Raises:
-        UserError: naming it, and what there is.
-    """
+    """Refuse a dtype or a device that `ModelSource.model` does not take, and say what there is."""
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     check_device(device_map)
 
 
 def check_device(device_map: str | None) -> None:
-    """Refuse a device that is not here: see `check_loading`."""
+    """Refuse a device that is not here."""
     if device_map not in (None, "auto"):
         find_device(device_map)
 
 
 def check_config(model: PreTrainedModel, config: SparseAttentionConfig) -> None:
-    """Refuse a configuration that a model cannot be patched with.
-
-    Raises:
-        UserError: with the reason.
-    """
+    """Refuse a configuration that a model cannot be patched with, and say why."""
     try:
         with patched(model, config):
             pass

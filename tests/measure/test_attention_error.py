@@ -118,7 +118,7 @@ def eager_weights(name: str, ids: Tensor) -> tuple[Tensor, ...]:
 def test_errors_on_a_model_are_those_of_its_own_weights(name: str) -> None:
     length = 100
     text = window(length)
-    rows = {row["method"]: row for row in measure(tiny.model(name), text, [length], {"m": BARE}, None)}
+    rows = {row["method"]: row for row in measure(tiny.model(name), text, [length], {"m": BARE}, length)}
     weights = eager_weights(name, text.input_ids)
     heads = weights[0].shape[0]
     assert rows["m"]["rows"] == length
@@ -159,13 +159,12 @@ def test_one_pass_gives_every_length_its_own_result(model: PreTrainedModel) -> N
 
 
 def test_queries_per_length_are_rounded_up_to_groups(model: PreTrainedModel) -> None:
-    def rows(queries_per_length: int | None) -> list[int]:
+    def rows(queries_per_length: int) -> list[int]:
         return [row["rows"] for row in measure(model, window(), LENGTHS, {}, queries_per_length)]
 
     assert rows(1) == [64, 150 - 128]
     assert rows(64) == [64, 150 - 64]
     assert rows(1000) == [64, 150]
-    assert rows(None) == [64, 150 - 64]
 
 
 def test_a_model_is_left_as_it_was(model: PreTrainedModel) -> None:

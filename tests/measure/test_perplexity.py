@@ -21,8 +21,7 @@ from hf_sparse.measure.data import Document
 from hf_sparse.measure.equal_cost import kept_keys, with_dense_layers
 from hf_sparse.measure.methods import PERPLEXITY_METHODS, perplexity_methods
 from hf_sparse.measure.perplexity import evaluate, measure, token_nll
-from hf_sparse.measure.perplexity_summary import summarise
-from hf_sparse.measure.perplexity_tables import method_cells, perplexity_cells, verdict_cells
+from hf_sparse.measure.perplexity_summary import method_cells, perplexity_cells, summarise, verdict_cells
 from hf_sparse.measure.windows import Window, cut_windows
 from hf_sparse.results import Record, ResultFile, provenance, record_key
 from hf_sparse.share.source import describe
