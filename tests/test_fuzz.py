@@ -62,7 +62,7 @@ def test_an_engine_that_is_a_little_off_is_seen(kind: str, monkeypatch: pytest.M
 
 
 def test_an_error_of_another_kind_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(**_: Any) -> None:
         raise KeyError("alpha")
 
     monkeypatch.setattr("tests.fuzz_kinds.SparseAttentionConfig", fail)
