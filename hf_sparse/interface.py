@@ -59,7 +59,7 @@ def sparse_attention_forward(
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             parts = (query, key, value, mask, s_aux, scaling, softcap, autocast, state.handle, layer)
             return compiled.attend(*parts), None
-    elif torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    elif torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         # What is kept would be written down once and for all.
         raise ValueError(
             f"torch.jit.trace cannot follow which keys {type(module).__name__} keeps (layer {state.layer}): use "

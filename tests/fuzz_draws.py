@@ -40,10 +40,15 @@ ALLOWED: dict[str, list[Any]] = {
 }
 
 
+_SHORT = {"alpha": 1.5, "min_keys": 2, "dense_below": 0, "dense_layers": ()}
+
+
 def fields(draw: Random) -> dict[str, Any]:
     """Fields of a configuration: in half of the draws, one or two of them odd."""
     chosen = draw.sample(sorted(ALLOWED), draw.randint(0, 6))
-    out = {name: draw.choice(ALLOWED[name]) for name in chosen}
+    # Mostly so that keys of a short text are dropped.
+    out: dict[str, Any] = dict(_SHORT) if draw.random() < 0.8 else {}
+    out |= {name: draw.choice(ALLOWED[name]) for name in chosen}
     if out.get("law") in ("fixed", "fraction") and draw.random() < 0.8:
         name = {"fixed": "keys", "fraction": "fraction"}[out["law"]]
         out[name] = draw.choice(ALLOWED[name][1:])

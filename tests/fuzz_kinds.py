@@ -108,7 +108,7 @@ def config(draw: Random) -> None:
     try:
         with hf_sparse.patched(own, built):
             ours = tiny.logits(own, ids)
-            hf_sparse.patch(own, engine="reference")
+            hf_sparse.patch(own, replace(built, engine="reference"))
             same(ours, tiny.logits(own, ids), "engines")
     except (ValueError, TypeError) as error:
         raise refused(error, *given) from None
@@ -277,7 +277,8 @@ def caches(draw: Random) -> None:
     except RuntimeError as error:  # such as a sliding layer that is to be cropped
         raise RefusedError(f"as the dense model does: {error}") from None
     found = []
-    for chosen, past in ((ALL_KEYS, other()), (settings, other()), (settings, stock())):
+    reference = replace(settings, engine="reference")
+    for chosen, past in ((ALL_KEYS, other()), (settings, other()), (reference, stock())):
         with hf_sparse.patched(own, chosen):
             found.append(run(past))
     require(not hf_sparse.is_patched(own), "half patched")

@@ -50,7 +50,7 @@ def tried(name: str) -> None:
 @pytest.mark.parametrize("name", LEDGER)
 def test_what_is_in_the_ledger_fails_as_it_says(name: str) -> None:
     kind, said, _ = FAILURES[name]
-    with pytest.raises(kind, match=re.escape(said)):
+    with pytest.raises(kind, match=re.escape(said) or None):
         tried(name)
 
 
