@@ -235,7 +235,8 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if self._storage is None or tokens_to_remove > 0:
             super().crop(tokens_to_remove)
         else:
-            self._length = max(0, self._length + tokens_to_remove)
+            # `generate` of transformers 5.17 counts rejected tokens in a tensor, for which a graph cannot be compiled.
+            self._length = max(0, self._length + int(tokens_to_remove))
         self._without_hidden = None
         quantised.crop(self.get_seq_length())
         self.quantised = quantised  # What was set by the crop are the same keys.

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.results.tables import markdown_table
+from hf_sparse.results import commit, markdown_table
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "model_cards/versions"
@@ -189,7 +189,8 @@ def main() -> None:
         python = args.folder.absolute() / re.sub(r"[ ,]+", "-", name) / "bin/python"
         asked = requirements(name, args.torch, args.transformers)
         print(f"{name}: {' '.join(asked)}", file=sys.stderr, flush=True)
-        record: dict[str, Any] = {"environment": name, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        record: dict[str, Any] = {"environment": name, "time": now, "commit": commit()}
         if why := install(python, asked):
             record["failure"] = f"does not install: {why}"
         else:

@@ -151,6 +151,13 @@ def test_running_keys_in_8_bits_are_those_of_the_keys(change: str | None) -> Non
         assert_those_of(keys, layer.quantised)
 
 
+def test_tokens_to_remove_may_be_a_tensor() -> None:
+    layer = SparseLayer()
+    layer.update(*states(8))
+    layer.crop(torch.tensor(-3))
+    assert (layer.get_seq_length(), type(layer.get_seq_length())) == (5, int)
+
+
 def test_a_layer_knows_what_it_holds() -> None:
     layer = SparseLayer()
     keys, _ = layer.update(*states(300))

@@ -29,6 +29,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.lossless.caches import crop, recording_past, refuse_cache, restored_after_errors
 from hf_sparse.lossless.pace import Pace
 from hf_sparse.patching import base_model, is_patched
+from hf_sparse.patching.caches import with_cache
 from hf_sparse.patching.patcher import drafts_of
 
 _REASON = "prompt or check of generate_lossless"
@@ -86,6 +87,8 @@ def generate_lossless(
         text = _Text(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer)
         return text.continued(Pace(gamma))
 
+    if (cache := given_cache(kwargs)) is not None:
+        kwargs = with_cache(base, kwargs, cache)
     # `generate` itself does not hand a streamer on to such a function.
     generate: Any = model.generate
     return generate(inputs, streamer=streamer, custom_generate=decode, **kwargs)

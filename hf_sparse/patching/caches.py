@@ -6,7 +6,7 @@ All hooks hang on the model itself, go when it is unpatched, and are copied and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, NamedTuple
@@ -87,8 +87,7 @@ class _BeforeForward:
             return None  # A graph that counts is compiled for one count.
         cache = _given_cache(self.place, args, kwargs)
         if cache is None and self.place is not None and _makes_a_cache(self.place, model, args, kwargs):
-            others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-            return args, others | {self.place.name: SparseCache(model.config)}
+            return args, with_cache(model, kwargs, SparseCache(model.config))
         self._count(cache)
         return None
 
@@ -197,6 +196,13 @@ def _makes_a_cache(place: _Place, model: PreTrainedModel, args: tuple[Any, ...],
     return bool(
         getattr(model.config.get_text_config(decoder=True), "use_cache", False) if use_cache is None else use_cache
     )
+
+
+def with_cache(model: PreTrainedModel, kwargs: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
+    """Arguments with `cache` among them, under the name that `model` has for it, in place of any other."""
+    place = _place_of_cache(type(model).forward)
+    others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+    return others if place is None else others | {place.name: cache}
 
 
 def _takes_a_cache(model: PreTrainedModel) -> bool:
