@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -119,9 +120,7 @@ def test_an_interrupt_in_generate(inside: bool) -> None:
 
     def interrupted() -> None:
         with hf_sparse.patched(model, SPARSE) if inside else nullcontext():
-            count = iter(range(100))
-            attention = model.model.layers[2].self_attn
-            with hooked(attention, lambda *_: next(count) == 5 and signal.raise_signal(signal.SIGINT)):
+            with hooked(model.model.layers[2].self_attn, interrupt_after(5)):
                 generated(model)
 
     if not inside:
@@ -133,6 +132,17 @@ def test_an_interrupt_in_generate(inside: bool) -> None:
     hf_sparse.unpatch(model)
     assert attributes(model) == hung
     assert generated(model) == dense
+
+
+def interrupt_after(calls: int) -> Callable[..., None]:
+    """A hook that does what Ctrl-C does, after so many calls."""
+    count = itertools.count()
+
+    def hook(*_: Any) -> None:
+        if next(count) == calls:
+            raise KeyboardInterrupt
+
+    return hook
 
 
 @contextmanager
