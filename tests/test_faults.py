@@ -119,9 +119,9 @@ def test_an_interrupt_in_generate(inside: bool) -> None:
     tokens = generated(hf_sparse.patch(tiny.model("llama", num_hidden_layers=4), SPARSE))
 
     def interrupted() -> None:
-        with hf_sparse.patched(model, SPARSE) if inside else nullcontext():
-            with hooked(model.model.layers[2].self_attn, interrupt_after(5)):
-                generated(model)
+        block = hf_sparse.patched(model, SPARSE) if inside else nullcontext()
+        with block, hooked(model.model.layers[2].self_attn, interrupt_after(5)):
+            generated(model)
 
     if not inside:
         hf_sparse.patch(model, SPARSE)
