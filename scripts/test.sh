@@ -22,4 +22,4 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 # no test may depend on the networ
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy" hf_sparse
-"$bin/pytest" -n auto "$@"
+"$bin/pytest" -n auto --dist worksteal "$@"
