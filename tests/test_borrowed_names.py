@@ -22,7 +22,8 @@ import hf_sparse
 
 ROOT = Path(hf_sparse.__file__).parent
 PAGE = ROOT.parent / "model_cards/versions/README.md"
-LISTED = sorted(set(re.findall(r"`((?:transformers|torch|lm_eval)\.[\w.<>]+)`", PAGE.read_text(encoding="utf-8"))))
+TABLE = PAGE.read_text(encoding="utf-8").partition("## Private names")[2]
+LISTED = sorted(set(re.findall(r"`((?:transformers|torch|lm_eval)\.[\w.<>]+)`", TABLE)))
 
 # Looked for with a default.
 OPTIONAL = {"transformers.cache_utils.DummyLayer"}
