@@ -526,7 +526,7 @@ def test_every_command_names_the_machine_alike(
     none = "--prefill none --cached none --generate none --decode"
     for command in (
         f"bench --shape 4/2/16 --device cpu {none} 64",
-        "memory --lengths 64 --prefill none --heads 4 --kv-heads 2 --head-dim 16",
+        "memory --lengths 64 --prefill none --cached none --heads 4 --kv-heads 2 --head-dim 16",
         "perplexity tiny-llama --text texts --device cpu --lengths 48 --targets 40 --methods window",
         "attention-error tiny-llama --text texts --device cpu --lengths 48,96",
         "theory --experiment workloads --device cpu",

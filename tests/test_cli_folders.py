@@ -27,7 +27,7 @@ COMMANDS = [
     "theory",
     "theory --experiment norms",
     "theory --experiment norms --model deep-llama --text texts --lengths 64 --device cpu",
-    "memory --lengths 64,128 --prefill none",
+    "memory --lengths 64,128 --prefill none --cached none",
     "card tiny-llama",
 ]
 NEVER = (
