@@ -23,6 +23,13 @@ SPARSE = SparseAttentionConfig(
 )
 EXACT = ("topk", "window")  # selectors whose queries do not share their keys
 
+# How several tests write.
+GENERATIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "beams returned": {"num_beams": 4, "num_return_sequences": 3},
+}
+
 # Asked for in some tests, where it makes engines work on all keys but one.
 by_design = pytest.mark.filterwarnings("ignore:max_keys=39 makes the kept keys grow no faster")
 every_architecture = pytest.mark.parametrize("name", tiny.ARCHITECTURES)

@@ -25,7 +25,7 @@ from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.selectors import importance
 from hf_sparse.selectors.grouped import Grouped
 from tests import tiny
-from tests.sparse import SPARSE, generated, sparse_model
+from tests.sparse import GENERATIONS, SPARSE, generated, sparse_model
 
 HEADS, DIM = 2, 8
 
@@ -491,13 +491,6 @@ def test_what_other_caches_cost_is_counted() -> None:
     assert str(hf_sparse.report(model)).endswith(note)
     hf_sparse.patch(model, alpha=9.0)
     assert hf_sparse.report(model).notes == ()
-
-
-GENERATIONS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "beams": {"num_beams": 3},
-    "beams returned": {"num_beams": 4, "num_return_sequences": 3},
-}
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

@@ -23,7 +23,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.int8 import Int8States
 from tests import calls, tiny
-from tests.sparse import EXACT, assert_same, deviation, generated, sparse_model
+from tests.sparse import EXACT, GENERATIONS, assert_same, deviation, generated, sparse_model
 
 HEADS, DIM = 2, 64
 STEPS = [40, 1, 1, 5, 13]
@@ -247,13 +247,6 @@ def test_padding_inside_of_a_text_is_left_out_in_8_bits(selector: str) -> None:
     in_full = SparseCache(model.config)
     read(model, ids, in_full, [40, *[1] * 8], mask)
     assert cache.nbytes < 0.5 * in_full.nbytes
-
-
-GENERATIONS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "beams": {"num_beams": 3},
-    "beams returned": {"num_beams": 4, "num_return_sequences": 3},
-}
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
