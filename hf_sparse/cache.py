@@ -44,7 +44,7 @@ class SparseCache(DynamicCache):
 
     Args:
         config: The model's configuration.
-        nbits: Bits of a component of a key or value in layers with full attention: 8, with a scale for each vector
+        nbits: Bits of a component of a key or value in layers with full attention: 8, with a scale for every 32 of them
             (`Int8States`), or `None` for the dtype of the model. A prefill attends to what is stored, as decoding does.
         offloading: Keep layers on the CPU and bring each to its device in time, as `DynamicCache` does.
         offload_only_non_sliding: Leave layers with a sliding window where they are.

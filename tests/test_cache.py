@@ -73,7 +73,7 @@ def test_tokens_are_appended_in_place() -> None:
     assert torch.equal(keys[:, :, -1:], states(1, seed=1999)[0])
 
 
-CHANGES: dict[str, Callable[[Any], None]] = {
+ARRANGED: dict[str, Callable[[Any], None]] = {
     "crop": lambda layer: layer.crop(-5),
     "crop nothing": lambda layer: layer.crop(0),
     "reorder": lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
@@ -82,6 +82,9 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "select by mask": lambda layer: layer.batch_select_indices(torch.tensor([False, True])),
     "offload": lambda layer: (layer.offload(), layer.prefetch()),
     "reset": lambda layer: layer.reset(),
+}
+CHANGES: dict[str, Callable[[Any], None]] = {
+    **ARRANGED,
     "write": lambda layer: (layer.keys[:, :, 3:9].mul_(3), layer.values.add_(1)),
     "assign": lambda layer: (setattr(layer, "keys", layer.keys * 2), setattr(layer, "values", layer.values + 1)),
     "write values": lambda layer: layer.values.add_(1),

@@ -24,6 +24,7 @@ from hf_sparse.kernels import cpu
 from hf_sparse.kernels.int8 import Int8States
 from tests import calls, tiny
 from tests.sparse import EXACT, GENERATIONS, assert_same, deviation, generated, sparse_model
+from tests.test_cache import ARRANGED
 
 HEADS, DIM = 2, 64
 STEPS = [40, 1, 1, 5, 13]
@@ -138,24 +139,13 @@ def test_what_is_no_number_is_not_hidden(bad: float) -> None:
     assert bool(whole.isfinite().all())
 
 
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "crop": lambda layer: layer.crop(-5),
-    "reorder": lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
-    "repeat": lambda layer: layer.batch_repeat_interleave(3),
-    "select": lambda layer: layer.batch_select_indices(torch.tensor([1])),
-    "select by mask": lambda layer: layer.batch_select_indices(torch.tensor([False, True])),
-    "offload": lambda layer: (layer.offload(), layer.prefetch()),
-    "reset": lambda layer: layer.reset(),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", ARRANGED)
 def test_a_layer_changes_as_one_in_full_does(change: str) -> None:
     ours, full = SparseLayer(nbits=8), RoundedLayer()
     for layer in (ours, full):
         layer.update(*states(37))
         layer.update(*states(1, seed=1))
-        CHANGES[change](layer)
+        ARRANGED[change](layer)
     batch = 2 if full.keys is None else full.keys.shape[0]
     for seed, length in enumerate([1, 300, 1]):
         for layer in (ours, full):

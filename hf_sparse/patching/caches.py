@@ -5,6 +5,7 @@ All hooks hang on the model itself, go when it is unpatched, and are copied and 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -209,6 +210,7 @@ def _takes_a_cache(model: PreTrainedModel) -> bool:
     return _place_of_cache(type(model).forward) is not None
 
 
+@functools.cache
 def _place_of_cache(forward: Callable[..., Any]) -> _Place | None:
     """Where a model's `forward` takes its cache, or `None` if it takes none."""
     names = list(inspect.signature(forward).parameters)
