@@ -321,6 +321,13 @@ def _attend_sparsely(
         sparse = sparse.dequantized()
         if call.key.is_cuda:
             state.counters.slow[_DEQUANTIZED] += 1
+    if queries == 1 and not want_weights:
+        # As below, without what only many queries need: for a decoded token, it would take as long as its attention.
+        with _without_autocast(call):
+            selection = selectors.select(selector, sparse, budgets, state.config.always)
+            out = engines.attend(state.engine, sparse, selection)
+        state.counters.count(ranges.queries, ranges.total, heads, plan.dense_queries, [selection.kept(heads)])
+        return out, None
     size = selector.group_queries
     if size > 1 and queries > 1 and not want_weights and (start := leading_dense(call, plan, size)):
         outs.append(dense.attend(call.queries(0, start).visible_part()))

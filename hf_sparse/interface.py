@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_sparse import compiled
 from hf_sparse.attention import NAME, REFUSED, STATE, LayerState, attend_under
-from hf_sparse.cache import SparseLayer, written_layer
+from hf_sparse.cache import written_layer
 from hf_sparse.visibility import interval_mask
 
 
@@ -51,39 +51,34 @@ def sparse_attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
     want_weights = bool(kwargs.get("output_attentions"))
-    held = None
     if torch.compiler.is_compiling():
         held = written_layer()
         if not (dropout or want_weights):
             layer, kind = None if held is None else held.handle, query.device.type
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            parts = (query, key, value, mask, s_aux, scaling, softcap, autocast, state.handle, layer)
-            return compiled.attend(*parts), None
-    elif torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            numbers = (scaling, softcap, autocast, state.handle)
+            return compiled.attend(query, key, value, mask, s_aux, *numbers, layer), None
+        found = _out_of_the_graph(
+            mask,
+            state,
+            query,
+            key,
+            value,
+            scaling=scaling,
+            softcap=softcap,
+            sinks=s_aux,
+            dropout=dropout,
+            quantised=None if held is None else held.quantised,
+            held=held,
+            want_weights=want_weights,
+        )
+        return found[0], found[1]
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         # What is kept would be written down once and for all.
         raise ValueError(
             f"torch.jit.trace cannot follow which keys {type(module).__name__} keeps (layer {state.layer}): use "
             "torch.compile or torch.export, or unpatch the model"
         )
-    out, weights = _as_it_runs(state, held, query, key, value, mask, scaling, softcap, s_aux, dropout, want_weights)
-    return out, weights
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _as_it_runs(
-    state: LayerState,
-    held: SparseLayer | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout: float,
-    want_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The call outside of any graph: a compiled model leaves its graph for it."""
     return attend_under(
         mask,
         state,
@@ -92,12 +87,14 @@ def _as_it_runs(
         value,
         scaling=scaling,
         softcap=softcap,
-        sinks=sinks,
+        sinks=s_aux,
         dropout=dropout,
-        quantised=None if held is None else held.quantised,
-        held=held,
         want_weights=want_weights,
     )
+
+
+_out_of_the_graph = torch.compiler.disable(attend_under)  # type: ignore[no-untyped-call]
+"""The same as a compiled model calls it, which leaves its graph for it."""
 
 
 def _checked(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[LayerState, Tensor]:

@@ -71,19 +71,20 @@ class Grouped(Selector):
 
 def _compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> SharedSelection:
     batch, heads, queries, _ = call.query.shape
-    ranges = call.ranges
+    ranges, most = call.ranges, int(budgets.max())
+    budgets = budgets.expand(batch, heads, queries)
     positions, runs = cpu.select(
         call.scaled_query,
         call.quantised_up_to(ranges.last_visible, cpu.LAYOUT),
         (ranges.first, ranges.stop),
-        budgets.expand(batch, heads, queries),
+        budgets,
         size=size,
-        width=sum(_widths(ranges, int(budgets.max()), always, size)),
+        width=sum(_widths(ranges, most, always, size)),
         sink_keys=always.sink_keys,
         recent_keys=always.recent_keys,
         softcap=call.softcap,
     )
-    return SharedSelection(positions, runs, size)
+    return SharedSelection(positions, runs, size, budgets)
 
 
 def by_triton(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> SharedSelection:

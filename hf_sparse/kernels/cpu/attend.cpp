@@ -176,7 +176,6 @@ class Attention {
         float *copies = scratch<float, 17>(direct ? 0 : CHUNK * padded);
         const float *values[CHUNK];
         for (int64_t i = 0; i < width; i++) {
-            if (!direct && i + VECTORS_AHEAD < width) call.value.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
             values[i] = direct ? call.value.vector(batch, kv_head, own[i], nullptr) : value(own[i], copies + i * padded);
         }
         for (int64_t p = 0; p < pairs; p++) {
@@ -187,12 +186,13 @@ class Attention {
         }
     }
 
-    // Scores (pairs, CHUNK) for the keys at `own`.
+    // Scores (pairs, CHUNK) for the keys at `own`, whose values are wanted next.
     void find_few_scores(const float *const *queries, const int64_t *own, int64_t width, float *out) const {
         const int64_t dim = call.key.dim;
         float *buffer = scratch<float, 1>(dim);
         for (int64_t i = 0; i < width; i++) {
             if (i + VECTORS_AHEAD < width) call.key.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
+            call.value.prefetch(batch, kv_head, own[i]);
             const float *vector = call.key.vector(batch, kv_head, own[i], buffer);
             for (int64_t p = 0; p < pairs; p++) {
                 Floats sums{};
@@ -211,7 +211,6 @@ class Attention {
         float *to = sum_of + p * padded + part;
         for (int j = 0; j < parts; j++) sums[j] = load(to + j * LANES);
         for (int64_t i = 0; i < count; i++) {
-            if (i + VECTORS_AHEAD < count) __builtin_prefetch(values[i + VECTORS_AHEAD] + part);
             if (weights[i] == 0) continue;
             for (int j = 0; j < parts; j++) sums[j] += load(values[i] + part + j * LANES) * weights[i];
         }
