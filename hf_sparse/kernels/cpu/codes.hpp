@@ -41,16 +41,20 @@ struct QuantisedKeys {
 constexpr int32_t QUERY_MOST = 63; // largest component of a rounded query
 constexpr int64_t SEGMENT = 16;    // 2 * SEGMENT * 15 * QUERY_MOST < 2^15
 
+constexpr int64_t BYTES_AHEAD = 2048; // bytes of codes that are prefetched before they are unpacked
+
 // Keys of the tiles in [from, to), a byte for each component: (to - from, dim / JOINED, TILE, JOINED).
 inline void unpack(const Codes &codes, int64_t dim, int64_t from, int64_t to, uint8_t *out) {
     const uint8_t *bytes = codes.bytes + from * TILE * dim / 2;
     const int64_t count = (to - from) * dim / 8;
-    for (int64_t i = 0; i < count; i++, bytes += TILE * 4, out += 2 * TILE * 4)
+    for (int64_t i = 0; i < count; i++, bytes += TILE * 4, out += 2 * TILE * 4) {
+        __builtin_prefetch(bytes + BYTES_AHEAD);
 #if defined(__aarch64__)
         neon::unpack(bytes, out);
 #else
         for (int j = 0; j < TILE * 4; j++) out[j] = bytes[j] & 15, out[TILE * 4 + j] = bytes[j] >> 4;
 #endif
+    }
 }
 
 // Tiles whose products are found side by side: with few queries, one tile's would wait for each other.

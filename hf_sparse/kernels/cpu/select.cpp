@@ -9,8 +9,10 @@ using namespace HFS;
 
 namespace {
 
-// Tiles of keys that are unpacked at a time, and that a thread takes where all threads share a group.
-constexpr int64_t CHUNK_TILES = 32, PART_TILES = 256;
+// Tiles of keys that are unpacked at a time: many for many pairs, and few for few of them, so that memory is not idle
+// while their weights are found.
+constexpr int64_t CHUNK_TILES = 32, FEW_CHUNK_TILES = 4;
+constexpr int64_t PART_TILES = 256; // tiles that a thread takes where all threads share a group
 
 template <int count> using Sets = std::vector<std::unique_ptr<PairSet<count>>>;
 
@@ -25,17 +27,18 @@ template <int count> Sets<count> sets_of(const Group &group, int64_t dim) {
     return sets;
 }
 
-// Importance of the tiles in [from, to).
+// Importance of the tiles in [from, to), of which `chunk` are unpacked at a time.
 template <int count>
-void find_importance(const Group &group, const Sets<count> &sets, int64_t dim, int64_t from, int64_t to, float *out) {
+void find_importance(const Group &group, const Sets<count> &sets, int64_t dim, int64_t from, int64_t to, int64_t chunk,
+                     float *out) {
     std::fill(out, out + (to - from) * TILE, 0.0f);
 #if defined(HFS_AMX)
     std::optional<amx::Registers> registers;
     if (RoundedQueries<count>::by_matrix_unit(dim)) registers.emplace();
 #endif
-    uint8_t *keys = scratch<uint8_t, 22>(CHUNK_TILES * TILE * dim);
-    for (int64_t at = from; at < to; at += CHUNK_TILES) {
-        const int64_t end = std::min(to, at + CHUNK_TILES);
+    uint8_t *keys = scratch<uint8_t, 22>(chunk * TILE * dim);
+    for (int64_t at = from; at < to; at += chunk) {
+        const int64_t end = std::min(to, at + chunk);
         unpack(group.codes, dim, at, end, keys);
         for (const auto &set : sets) set->add(keys, at, end, out + (at - from) * TILE);
     }
@@ -49,7 +52,7 @@ void select_many(const Call &call) {
         if (group.ranking_wanted()) {
             const int64_t from = group.first_tile(), to = group.last_tile();
             importance = scratch<float, 23>((to - from) * TILE);
-            find_importance<SET>(group, sets_of<SET>(group, call.dim), call.dim, from, to, importance);
+            find_importance<SET>(group, sets_of<SET>(group, call.dim), call.dim, from, to, CHUNK_TILES, importance);
         }
         group.write(importance);
     });
@@ -83,7 +86,7 @@ template <int count> void select_few(const Call &call) {
         const Part &part = parts[index];
         const Group &group = *groups[part.group];
         float *to = importance[part.group] + (part.from - group.first_tile()) * TILE;
-        find_importance<count>(group, sets[part.group], call.dim, part.from, part.to, to);
+        find_importance<count>(group, sets[part.group], call.dim, part.from, part.to, FEW_CHUNK_TILES, to);
     });
     in_parallel(number, call.threads, [&](int64_t i) { groups[i]->write(importance[i]); });
 }
