@@ -32,11 +32,8 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 }
 every_kind_of_cache = pytest.mark.parametrize("kind", CACHES)
 # Half a minute each: another test reads a model that inductor has compiled.
-by_inductor = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not compiler_present(), reason="no C++ compiler, or no headers of Python"),
-]
-inductor = pytest.param("inductor", marks=by_inductor)
+needs_inductor = pytest.mark.skipif(not compiler_present(), reason="no C++ compiler, or no headers of Python")
+inductor = pytest.param("inductor", marks=[pytest.mark.slow, needs_inductor])
 
 
 @pytest.fixture(autouse=True)
@@ -278,8 +275,9 @@ def test_generate_gives_the_same_tokens(way: str) -> None:
     assert generated(model, **WAYS[way]) == expected
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=by_inductor) for name in ("llama", "gemma3")])
-@pytest.mark.parametrize("selector", ["topk", "grouped"])
+@pytest.mark.slow
+@needs_inductor
+@pytest.mark.parametrize(("name", "selector"), [("llama", "grouped"), ("gemma3", "topk")])
 def test_reduce_overhead_gives_the_same_tokens(name: str, selector: str) -> None:
     """On a CPU, which has no CUDA graphs to make of it."""
     model = sparse_model(name, selector)
