@@ -27,6 +27,7 @@ from hf_sparse.errors import first_line
 from hf_sparse.lossless import generate_lossless
 from hf_sparse.measure.windows import common_start
 from hf_sparse.patching import base_model, is_patched, patch, patched, report
+from hf_sparse.patching.caches import cache_argument
 
 WARM_UP_TOKENS = 256
 """Length of a prompt that loads all that a first call loads, on the CPU, where nothing is compiled."""
@@ -185,7 +186,7 @@ class Generation:
         ids, mask = (functional.pad(x, (pads, 0))[None].to(device) for x in (prompt, torch.ones_like(prompt)))
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if cache is not None:
-            arguments["past_key_values"] = cache
+            arguments |= cache_argument(self.model, cache)
         elif name == STATIC:
             arguments["cache_implementation"] = "static"
         generate = partial(generate_lossless, model) if name == LOSSLESS else model.generate
