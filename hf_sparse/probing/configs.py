@@ -75,6 +75,9 @@ _THREE_AXES = (
 
 # What cannot be told from the names of fields: model type -> fields.
 _EXTRA: dict[str, dict[str, Any]] = {
+    # The tokens of images and sounds are the last ones of the vocabulary.
+    "apertus1p5": {"image_token_offset": VOCAB - 16, "audio_token_offset": VOCAB - 8},
+    "apertus1p5_vision_tokenizer": {"codebook_size": 8},
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": SPECIAL}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
@@ -117,6 +120,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": _MAMBA | {"layer_types": ["linear_attention", "full_attention"]},
+    "hy_v4_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1]}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 8},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "num_hidden_layers": 2},
@@ -141,6 +145,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 16), "max_position_embeddings": 256},
     "step3p5": {"sliding_window": WINDOW},
     "unlimited_ocr_text": {"num_key_value_heads": _HEADS},
+    "wavtokenizer_encoder": {"codebook_dim": _HIDDEN, "codebook_size": 8},
     "xlstm": {"chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": _ZAMBA,
