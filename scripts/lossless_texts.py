@@ -26,6 +26,7 @@ import hf_sparse
 from hf_sparse.bench.generation import Clock
 from hf_sparse.measure.data import load_documents
 from hf_sparse.measure.windows import cut_windows
+from hf_sparse.patching.caches import cache_argument
 from hf_sparse.results import ResultFile, provenance, record_key, resume, text_table
 from hf_sparse.share.source import ModelSource
 
@@ -46,10 +47,10 @@ def continued(generate: Callable[..., Tensor], ids: Tensor, args: argparse.Names
 def compared(model: PreTrainedModel, prompt: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Both texts after one prompt, int64 `(tokens,)`."""
     ids, cache = prompt[None].to(model.device), hf_sparse.SparseCache(model.config.get_text_config())
-    model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
-    dense, dense_seconds = continued(partial(model.generate, past_key_values=copy.deepcopy(cache)), ids, args)
+    model(ids[:, :-1], **cache_argument(model, cache), logits_to_keep=1)
+    dense, dense_seconds = continued(partial(model.generate, **cache_argument(model, copy.deepcopy(cache))), ids, args)
     with hf_sparse.patched(model):
-        lossless = partial(hf_sparse.generate_lossless, model, past_key_values=copy.deepcopy(cache))
+        lossless = partial(hf_sparse.generate_lossless, model, **cache_argument(model, copy.deepcopy(cache)))
         ours, seconds = continued(lossless, ids, args)
         drafts = asdict(hf_sparse.report(model).drafts)
     same = next((i for i, (one, other) in enumerate(zip(dense, ours, strict=True)) if one != other), len(dense))
@@ -57,10 +58,10 @@ def compared(model: PreTrainedModel, prompt: Tensor, args: argparse.Namespace) -
     if same < len(dense):
         text = torch.cat([ids, torch.tensor([dense[:same]], device=ids.device)], dim=1)
         for name, queries in (("gap", 1), ("gap_in_check", min(5, same + 1))):
-            past = copy.deepcopy(cache)
+            past = cache_argument(model, copy.deepcopy(cache))
             if text.shape[1] - queries > ids.shape[1] - 1:
-                model(text[:, ids.shape[1] - 1 : -queries], past_key_values=past)
-            logits = model(text[:, -queries:], past_key_values=past).logits[0, -1]
+                model(text[:, ids.shape[1] - 1 : -queries], **past)
+            logits = model(text[:, -queries:], **past).logits[0, -1]
             found[name] = float(logits[dense[same]] - logits[ours[same]])
     return found
 

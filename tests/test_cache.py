@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -461,6 +463,13 @@ def test_models_that_call_it_cache_get_one_and_are_given_one() -> None:
     assert model(ids[:, :1], cache=mine).past_key_values is mine
     assert {type(layer) for layer in mine.layers} == {DynamicLayer}
     assert hf_sparse.report(model).notes[0].startswith("1 forward passes with a cache that makes new tensors")
+
+
+def test_own_calls_give_models_a_cache_by_their_own_name_for_it() -> None:
+    """From transformers 5.24 on, the longer name is deprecated, in what is passed and in what comes back."""
+    for folder in ("hf_sparse", "scripts"):
+        for path in (Path(__file__).parents[1] / folder).rglob("*.py"):
+            assert not re.findall(r"past_key_values\s*=|\.past_key_values", path.read_text(encoding="utf-8")), path
 
 
 def test_another_cache_is_used_where_asked_for() -> None:

@@ -31,14 +31,9 @@ CACHES: dict[str, Callable[[Any], Any]] = {
     "stock": lambda config: DynamicCache(config=config),
 }
 every_kind_of_cache = pytest.mark.parametrize("kind", CACHES)
-# Half a minute: another test reads a model that inductor has compiled.
-inductor = pytest.param(
-    "inductor",
-    marks=[
-        pytest.mark.slow,
-        pytest.mark.skipif(not compiler_present(), reason="no C++ compiler, or no headers of Python"),
-    ],
-)
+# Half a minute each: another test reads a model that inductor has compiled.
+needs_inductor = pytest.mark.skipif(not compiler_present(), reason="no C++ compiler, or no headers of Python")
+inductor = pytest.param("inductor", marks=[pytest.mark.slow, needs_inductor])
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +273,17 @@ def test_generate_gives_the_same_tokens(way: str) -> None:
     expected = generated(model, **WAYS[way])
     model.forward = whole(model.forward)
     assert generated(model, **WAYS[way]) == expected
+
+
+@pytest.mark.slow
+@needs_inductor
+@pytest.mark.parametrize(("name", "selector"), [("llama", "grouped"), ("gemma3", "topk")])
+def test_reduce_overhead_gives_the_same_tokens(name: str, selector: str) -> None:
+    """On a CPU, which has no CUDA graphs to make of it."""
+    model = sparse_model(name, selector)
+    expected = generated(model)
+    model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    assert generated(model) == expected
 
 
 def test_layers_compiled_one_by_one_find_their_cache() -> None:

@@ -41,6 +41,31 @@ def test_a_quantised_cache_with_all_keys_is_that_of_the_model(bits: int) -> None
     assert generated(hf_sparse.patch(model, SPARSE, alpha=1e9), **options) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_in_few_bits_with_all_keys_are_those_of_the_model(bits: int, dtype: torch.dtype) -> None:
+    """Weights of torchao, made before the patch or after it."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    # The other kind of 4 bits that torchao has needs a GPU.
+    config = {
+        4: quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(16)),
+        8: quantization.Int8WeightOnlyConfig(),
+    }[bits]
+    ids = tiny.tokens(1, 60)
+    model, after = tiny.model("llama", dtype), hf_sparse.patch(tiny.model("llama", dtype), SPARSE)
+    of_the_weights = tiny.logits(model, ids)
+    for each in (model, after):
+        quantization.quantize_(each, config)
+    dense, tokens = tiny.logits(model, ids), generated(model)
+    assert not torch.equal(dense, of_the_weights)
+    with hf_sparse.patched(model, SPARSE, alpha=1e9):
+        assert_same(tiny.logits(model, ids), dense)
+        assert generated(model) == tokens
+    sparse = tiny.logits(hf_sparse.patch(model, SPARSE), ids)
+    assert not torch.allclose(sparse, dense, atol=0.1)
+    assert torch.equal(tiny.logits(after, ids), sparse)
+
+
 def test_parts_on_the_cpu_and_on_the_disk(tmp_path: Path) -> None:
     """A `device_map` with offloading to the disk. Saved, patched or not, the model is whole."""
     pytest.importorskip("accelerate")

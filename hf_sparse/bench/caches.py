@@ -15,6 +15,7 @@ from hf_sparse.bench.timing import mebibytes, resident
 from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.patching import patch
+from hf_sparse.patching.caches import cache_argument
 from hf_sparse.results import Summary, Table
 
 IN_8_BITS = f"{SPARSE}, nbits=8"
@@ -92,7 +93,7 @@ def _full_cache(model: PreTrainedModel, method: str, length: int, shape: Shape, 
         for start in range(0, length - 1, _PIECE):
             new = min(_PIECE, length - 1 - start)
             cache.update(states(new), states(new), layer)
-    model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache)
+    model(torch.zeros(1, 1, dtype=torch.int64), **cache_argument(model, cache))
     return cache
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_sparse.bench import dense
 from hf_sparse.bench.layer import Found
-from hf_sparse.bench.tasks import DYNAMIC, IN_PLACE, LOSSLESS, SPARSE, STATIC
+from hf_sparse.bench.tasks import COMPILED, DYNAMIC, IN_PLACE, LOSSLESS, SPARSE, STATIC
 from hf_sparse.bench.timing import Rounds, mebibytes, synchronize, with_peak
 from hf_sparse.cache import SparseCache
 from hf_sparse.config import SparseAttentionConfig
@@ -26,13 +26,17 @@ from hf_sparse.diagnostics import observed
 from hf_sparse.errors import first_line
 from hf_sparse.lossless import generate_lossless
 from hf_sparse.measure.windows import common_start
-from hf_sparse.patching import base_model, patched, report
+from hf_sparse.patching import base_model, is_patched, patch, patched, report
+from hf_sparse.patching.caches import cache_argument
 
 WARM_UP_TOKENS = 256
 """Length of a prompt that loads all that a first call loads, on the CPU, where nothing is compiled."""
 
 # Tokens of text whose keys and values fill a real model's cache, repeated.
 _CAPTURED_TOKENS = 2048
+
+# Calls after which a compiled model compiles nothing anew: what differs between calls is no constant of a graph then.
+_COMPILING_CALLS = 3
 
 
 class Clock(BaseStreamer):
@@ -62,6 +66,7 @@ class Generation:
         real: Whether the model is trained: its tokens are compared then, and caches hold its own keys.
         left_out: Methods that are not measured.
         lossless: Whether `IN_PLACE` and `LOSSLESS` are measured.
+        compiled: Whether all of `COMPILED` are measured after full caches.
     """
 
     model: PreTrainedModel
@@ -70,6 +75,8 @@ class Generation:
     real: bool
     left_out: frozenset[str] = frozenset()
     lossless: bool = False
+    compiled: bool = False
+    _copies: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def methods(self) -> list[str]:
@@ -99,7 +106,11 @@ class Generation:
         """
         length = len(prompt) - 1
         states = list(_captured(self.model, prompt, length) if self.real else _gaussian(self.model, length))
-        caches = {name: partial(copy.deepcopy, self._full_cache(name, states)) for name in self.methods}
+        full = {name: self._full_cache(name, states) for name in self.methods}
+        if self.compiled:
+            self._copies.update(self._compiled_copies())
+            full |= {name: full[plain] for name, plain in COMPILED.items() if plain in full}
+        caches = {name: partial(copy.deepcopy, cache) for name, cache in full.items()}
         return self._measure(caches, prompt, prompt, 0, ("token",), rounds)
 
     @torch.no_grad()
@@ -128,15 +139,16 @@ class Generation:
             Method -> `samples` (quantity -> seconds in each round), `warm_up` in seconds, `peak_mib` above what was in
             use before the call (the model, and the full cache if there was one), `density`, and `tokens`; for
             `LOSSLESS` `drafts`, its counters; for a real model `same_tokens`, the number of leading tokens equal to the
-            baseline's; or `skipped`: the reason why an SDPA kernel does not run.
+            baseline's; or `skipped`: the reason why an SDPA kernel does not run, or a model is not compiled whole.
         """
         found: Found = {}
         for name, cache in caches.items():
             begin = perf_counter()
             try:
-                self._generate(name, short, pads, cache())
+                for _ in range(_COMPILING_CALLS if name in COMPILED else 1):
+                    self._generate(name, short, pads, cache())
             except RuntimeError as error:
-                if name not in dense.backends(self.model.device):
+                if name not in (*dense.backends(self.model.device), *COMPILED):
                     raise
                 found[name] = {"skipped": f"{type(error).__name__}: {first_line(error)}"}
                 continue
@@ -155,8 +167,10 @@ class Generation:
             return sample
 
         working = {name: facts for name, facts in found.items() if "skipped" not in facts}
-        for name, samples in rounds.alternate({name: sampler(name) for name in working}).items():
-            found[name]["samples"] = samples
+        # What is compiled only now would be measured with the tokens.
+        with torch.compiler.set_stance("fail_on_recompile" if COMPILED.keys() & working.keys() else "default"):
+            for name, samples in rounds.alternate({name: sampler(name) for name in working}).items():
+                found[name]["samples"] = samples
         for facts in working.values() if self.real else ():
             facts["same_tokens"] = common_start(facts["tokens"], found[next(iter(caches))]["tokens"])
         return found
@@ -166,15 +180,16 @@ class Generation:
         self, name: str, prompt: Tensor, pads: int, cache: Cache | None
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Seconds to the `first_token` and per later `token`; the other facts about one call."""
-        device = self.model.device
+        model: Any = self._copies.get(name, self.model)
+        device = model.device
         clock = Clock(device)
         ids, mask = (functional.pad(x, (pads, 0))[None].to(device) for x in (prompt, torch.ones_like(prompt)))
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if cache is not None:
-            arguments["past_key_values"] = cache
+            arguments |= cache_argument(self.model, cache)
         elif name == STATIC:
             arguments["cache_implementation"] = "static"
-        generate: Any = partial(generate_lossless, self.model) if name == LOSSLESS else self.model.generate
+        generate = partial(generate_lossless, model) if name == LOSSLESS else model.generate
         with self._set_up(name):
             synchronize(device)
             begin = perf_counter()
@@ -186,19 +201,35 @@ class Generation:
                 **arguments,
             )
             facts: dict[str, Any] = {"density": 1.0}
-            if name in (SPARSE, LOSSLESS):
-                facts["density"] = report(self.model).density
+            if is_patched(model):
+                facts["density"] = report(model).density
             if name == LOSSLESS:
-                facts["drafts"] = asdict(report(self.model).drafts)
+                facts["drafts"] = asdict(report(model).drafts)
         _, first, *later = clock.times  # the prompt comes first
         times = {"first_token": first - begin, "token": (later[-1] - first) / len(later)}
         return times, {**facts, "tokens": out[0, ids.shape[1] :].tolist()}
 
     def _set_up(self, name: str) -> AbstractContextManager[object]:
         """A context in which the model attends by a method."""
+        if name in COMPILED:
+            return nullcontext()
         if name in (SPARSE, LOSSLESS):
             return patched(self.model, self.config)
         return dense.pinned(name if name in dense.backends(self.model.device) else None)
+
+    def _compiled_copies(self) -> dict[str, Any]:
+        """A copy of the model for each of `COMPILED`, with the same weights, not compiled yet for any cache.
+
+        One of them is patched once and for all: for another patch, it would be compiled anew.
+        """
+        torch.compiler.reset()
+        weights = {id(x): x for x in (*self.model.parameters(), *self.model.buffers())}
+        models = {name: copy.deepcopy(self.model, dict(weights)) for name in COMPILED}
+        for name, model in models.items():
+            if COMPILED[name] == SPARSE:
+                patch(model, self.config)
+            model.forward = torch.compile(model.forward, fullgraph=True)
+        return models
 
 
 def _gaussian(model: PreTrainedModel, length: int) -> Iterator[tuple[Tensor, Tensor]]:

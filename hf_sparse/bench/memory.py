@@ -35,6 +35,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.measure.plots import figure, save
 from hf_sparse.measure.statistics import log_slope
 from hf_sparse.patching import patch, report
+from hf_sparse.patching.caches import cache_argument
 from hf_sparse.results import Summary, Table, device_name, software
 from hf_sparse.selectors import SELECTORS
 from hf_sparse.visibility import interval_to_mask
@@ -187,7 +188,7 @@ def prefill_peak(
 
 def _prefill(model: PreTrainedModel, method: str, ids: torch.Tensor) -> object:
     if method == SDPA:
-        return model(input_ids=ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+        return model(input_ids=ids, **cache_argument(model, DynamicCache(config=model.config)), logits_to_keep=1)
     mask = torch.ones_like(ids)
     return model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False)  # type: ignore[operator]
 

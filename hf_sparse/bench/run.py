@@ -54,6 +54,7 @@ class BenchModel:
             return {"config": replace(settings.config, dense_below=0).to_dict(), **self.inputs.describe(), **effort}
         assert self.generation is not None
         effort |= {"lossless": True} if settings.lossless else {}
+        effort |= {"compiled": True} if settings.compiled and task == "cached" else {}
         return {"config": self.generation.config.to_dict(), "new_tokens": settings.new_tokens, **effort}
 
     def time(self, task: str, length: int) -> Found:
@@ -89,9 +90,7 @@ def with_random_weights(
     if lengths:
         sparse = config if config.dense_layers is not None else replace(config, dense_layers=())
         made = random_model(shape, dtype, device, settings.seed)
-        generation = Generation(
-            made, sparse, settings.new_tokens, real=False, left_out=settings.left_out, lossless=settings.lossless
-        )
+        generation = _generation(made, replace(settings, config=sparse), real=False)
     return BenchModel(
         settings,
         _about({"name": name, **asdict(shape)}, torch.empty(0, dtype=dtype, device=device), settings.seed),
@@ -115,14 +114,11 @@ def loaded(settings: BenchSettings, source: ModelSource, text: str | None, dtype
     prompts = {window.length: window.input_ids for window in windows}
     made = source.model(dtype=dtype, device_map=device)
     check_config(made, settings.config)
-    generation = Generation(
-        made, settings.config, settings.new_tokens, real=True, left_out=settings.left_out, lossless=settings.lossless
-    )
     return BenchModel(
         settings,
         _about({**info, "text_sha256": document.sha256}, made, settings.seed),
         capture(made, prompts[captured], settings.seed) if settings.times_layer else None,
-        generation if settings.prompt_lengths else None,
+        _generation(made, settings, real=True) if settings.prompt_lengths else None,
         prompts,
     )
 
@@ -165,6 +161,18 @@ def cpu_capability(device: torch.device) -> dict[str, str | int | None] | None:
         "kernels": about,
         "kernel_vector_bits": None if about is None else 32 * cpu.lanes(),
     }
+
+
+def _generation(model: PreTrainedModel, settings: BenchSettings, *, real: bool) -> Generation:
+    return Generation(
+        model,
+        settings.config,
+        settings.new_tokens,
+        real,
+        left_out=settings.left_out,
+        lossless=settings.lossless,
+        compiled=settings.compiled,
+    )
 
 
 def _about(model: Record, weights: PreTrainedModel | Tensor, seed: int) -> Record:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_sparse.bench.tasks import LAYER_TASKS, LOSSLESS, SPARSE
+from hf_sparse.bench.tasks import COMPILED, LAYER_TASKS, LOSSLESS, SPARSE
 from hf_sparse.bench.timing import HOST
 from hf_sparse.results import Summary, Table
 
@@ -49,9 +49,13 @@ def _table(summary: Summary, task: str, quantity: str) -> Table:
         if any(cell != "-" for cell in line):
             cells.append([name, *line, grows])
 
-    def over_lossless(row: Summary) -> str:
-        other = found.get((LOSSLESS, row["length"]))
-        return "-" if other is None else f"{row['median'] / other['median']:.2f}"
+    def add_over(method: str, other: str) -> None:
+        medians = {row["length"]: row["median"] for row in results if row["method"] == other}
+
+        def text(row: Summary) -> str:
+            return f"{row['median'] / medians[row['length']]:.2f}" if row["length"] in medians else "-"
+
+        add(f"{method} / {other}, medians", method, text)
 
     for method in methods:
         add(method, method, lambda row: time_text(row["median"]), exponents.get(method, ""))
@@ -76,10 +80,15 @@ def _table(summary: Summary, task: str, quantity: str) -> Table:
     if LOSSLESS in methods and quantity == "token":
         for method in methods:
             if method != LOSSLESS:
-                add(f"{method} / {LOSSLESS}, medians", method, over_lossless)
+                add_over(method, LOSSLESS)
         add(f"{LOSSLESS}: accepted of drafted", LOSSLESS, lambda row: "{accepted} of {drafted}".format(**row["drafts"]))
         add(f"{LOSSLESS}: tokens a check", LOSSLESS, lambda row: _tokens_a_check(row["drafts"]))
         add(f"{LOSSLESS}: tokens without a draft", LOSSLESS, lambda row: str(row["drafts"]["plain"]))
+    for compiled, plain in COMPILED.items():
+        if compiled in methods:
+            add_over(plain, compiled)
+            if plain != SPARSE:
+                add_over(compiled, f"{SPARSE}, compiled")
     if quantity == summary["break_even"][task]["quantity"]:  # once for each task, not for each quantity
         for method in methods:
             add(f"{method}: peak MiB", method, lambda row: "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}")

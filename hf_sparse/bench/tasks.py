@@ -26,6 +26,9 @@ DYNAMIC, STATIC = "dynamic-cache", "static-cache"
 IN_PLACE, LOSSLESS = "in-place-cache", "lossless"
 """Stock attention with the cache of a patched model, and its lossless generation: measured if asked for."""
 
+COMPILED = {f"{name}, compiled": name for name in (DYNAMIC, STATIC, SPARSE)}
+"""The same under `torch.compile`, in models after full caches, if asked for -> what is compiled."""
+
 OPTIONAL = (MASKED, FLEX, STATIC)
 """Dense methods that can be left out."""
 
@@ -68,6 +71,7 @@ class BenchSettings:
         rounds: How often each task is repeated.
         seed: Of random weights, inputs and prompts.
         lossless: Whether models also generate with `IN_PLACE` and `LOSSLESS`.
+        compiled: Whether models after full caches also generate by each of `COMPILED`.
 
     Raises:
         UserError: if nothing is left to measure, or a method cannot be left out.
@@ -80,6 +84,7 @@ class BenchSettings:
     rounds: Rounds
     seed: int
     lossless: bool = False
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if not any(self.lengths.values()):
@@ -87,6 +92,8 @@ class BenchSettings:
             raise UserError(f"nothing is left to measure: give lengths to one of {options}")
         if unknown := sorted(self.left_out - set(OPTIONAL)):
             raise UserError(f"leave-out takes some of {', '.join(OPTIONAL)}; got {unknown[0]!r}")
+        if self.compiled and not self.lengths["cached"]:
+            raise UserError("--compiled needs lengths of --cached: models are compiled after full caches")
 
     @property
     def times_layer(self) -> bool:

@@ -76,6 +76,9 @@ class BenchOptions:
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Model: also lossless generation, and dense with the cache it uses.")
     ] = False
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Model, after cached tokens: also under torch.compile, dense and sparse.")
+    ] = False
     quick: Annotated[bool, typer.Option("--quick", help="Short lengths, nothing compiled: under two minutes.")] = False
 
     def settings(self, config: SparseAttentionConfig, seed: int, max_positions: int | None = None) -> BenchSettings:
@@ -92,7 +95,8 @@ class BenchOptions:
         if selector != SparseAttentionConfig.selector:
             config = replace(config, selector=selector)
         rounds = Rounds(self.repeats, self.seconds)
-        return BenchSettings(lengths, config, self.new_tokens, frozenset(left_out), rounds, seed, self.lossless)
+        options = (frozenset(left_out), rounds, seed, self.lossless, self.compiled)
+        return BenchSettings(lengths, config, self.new_tokens, *options)
 
 
 def bench(

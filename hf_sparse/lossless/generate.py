@@ -29,7 +29,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.lossless.caches import crop, recording_past, refuse_cache, restored_after_errors
 from hf_sparse.lossless.pace import Pace
 from hf_sparse.patching import base_model, is_patched
-from hf_sparse.patching.caches import with_cache
+from hf_sparse.patching.caches import cache_argument, with_cache
 from hf_sparse.patching.patcher import drafts_of
 
 _REASON = "prompt or check of generate_lossless"
@@ -140,7 +140,7 @@ class _Text:
             sequences=self.ids,  # type: ignore[arg-type]
             scores=self.scores,  # type: ignore[arg-type]
             logits=self.logits,  # type: ignore[arg-type]
-            past_key_values=self.cache,
+            **cache_argument(GenerateDecoderOnlyOutput, self.cache),  # type: ignore[arg-type]
         )
 
     def _add(self, pace: Pace) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel
 
-from hf_sparse.cache import SparseCache
+from hf_sparse.cache import SparseCache, given_cache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure.evaluation import applied, check_finite, measure_each, sum_counts
 from hf_sparse.measure.methods import DECODED, IN_8_BITS, Methods
 from hf_sparse.measure.windows import Window
 from hf_sparse.patching import inspect, report
+from hf_sparse.patching.caches import cache_argument
 from hf_sparse.results import Record, ResultFile
 
 COMMAND = "perplexity"
@@ -34,8 +35,8 @@ def token_nll(model: PreTrainedModel, input_ids: Tensor, targets: Tensor, cache:
     Input is int64 `(length,)`, targets are int64 `(targets,)`. Keys and values are put into `cache`, if there is one,
     which must be empty, and read from there.
     """
-    read = {"input_ids": input_ids[None].to(model.device), "past_key_values": cache}
-    output = model(**read, use_cache=cache is not None, logits_to_keep=len(targets))
+    options = {"use_cache": cache is not None, "logits_to_keep": len(targets)}
+    output = model(input_ids=input_ids[None].to(model.device), **cache_argument(model, cache), **options)
     logits: Tensor = output.logits[0, -len(targets) :]
     out = torch.empty(len(targets), dtype=torch.float64)
     for start in range(0, len(targets), _LOGIT_ROWS):
@@ -50,7 +51,7 @@ def prefill(model: PreTrainedModel, input_ids: Tensor) -> Cache | None:
     if not len(input_ids):
         return None
     output = model(input_ids=input_ids[None].to(model.device), use_cache=True, logits_to_keep=1)
-    cache: Cache = output.past_key_values
+    cache: Cache = given_cache(output)
     return cache
 
 
@@ -63,8 +64,9 @@ def decoded_nll(model: PreTrainedModel, cache: Cache | None, input_ids: Tensor, 
     out = torch.empty(len(targets), dtype=torch.float64)
     step = input_ids
     for i in range(len(targets)):
-        output = model(input_ids=step[None].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, step = output.past_key_values, targets[i : i + 1]
+        ids, options = step[None].to(model.device), cache_argument(model, cache)
+        output = model(input_ids=ids, **options, use_cache=True, logits_to_keep=1)
+        cache, step = given_cache(output), targets[i : i + 1]
         out[i] = cross_entropy(output.logits[0, -1:].float(), step.to(output.logits.device))
     return out
 

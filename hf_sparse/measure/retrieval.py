@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse.cache import given_cache
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure.evaluation import applied, check_finite, measure_each, sum_counts
 from hf_sparse.measure.methods import Methods
 from hf_sparse.measure.perplexity import prefill
 from hf_sparse.measure.retrieval_prompts import Prompt, Question
 from hf_sparse.patching import report
+from hf_sparse.patching.caches import cache_argument
 from hf_sparse.results import Record, ResultFile
 from hf_sparse.selectors import find_selector
 from hf_sparse.selectors.grouped import GROUP_QUERIES
@@ -33,8 +35,9 @@ COMMAND = "retrieval"
 @torch.no_grad()
 def read(model: PreTrainedModel, cache: Cache | None, ids: Tensor) -> tuple[Cache, Tensor]:
     """Read int64 `(batch, length)` in one pass; gives the cache, extended, and logits `(batch, vocabulary)`."""
-    output = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return output.past_key_values, output.logits[:, -1].float()
+    options = cache_argument(model, cache)
+    output = model(input_ids=ids.to(model.device), **options, use_cache=True, logits_to_keep=1)
+    return given_cache(output), output.logits[:, -1].float()
 
 
 def after_questions(
@@ -93,8 +96,9 @@ def candidates_nll(
         if length > 1:
             own = copy.deepcopy(cache)
             own.batch_repeat_interleave(len(places))
+            options = cache_argument(model, own)
             for part in torch.split(ids[:, :-1], length if mode == "prefill" else 1, dim=1):
-                predicted.append(model(input_ids=part.to(model.device), past_key_values=own, use_cache=True).logits)
+                predicted.append(model(input_ids=part.to(model.device), **options, use_cache=True).logits)
         likely = torch.cat([x.float().log_softmax(-1).cpu() for x in predicted], dim=1)
         nll[places] = -likely.gather(2, ids[..., None]).double().sum((1, 2))
     return nll

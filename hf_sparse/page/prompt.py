@@ -20,6 +20,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.monitor import LayerCounters
 from hf_sparse.page.render import Section, render
 from hf_sparse.patching import base_model, is_patched, states
+from hf_sparse.patching.caches import cache_argument
 from hf_sparse.visibility import interval_to_mask
 
 
@@ -88,7 +89,7 @@ def kept_keys(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     found: dict[int, Tensor] = {}
     dense = [state.layer for state in states(base_model(model)).values() if state.dense_reason is not None]
     ids = ids.to(model.device)
-    cache = SparseCache(model.config)
+    cache = cache_argument(base_model(model), SparseCache(model.config))
 
     def look(state: LayerState) -> Observer:
         def observe(layer: int, call: AttentionCall) -> None:
@@ -98,8 +99,8 @@ def kept_keys(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
         return observe
 
     with _watched(model, look):
-        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :-1], **cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, -1:], **cache, use_cache=True)
     if not found:
         raise UserError(f"all layers of {type(model).__name__} run dense: there is nothing to look at")
     return KeptKeys(_texts(tokenizer, prompt, ids[0].tolist()), found, dense)

@@ -201,9 +201,13 @@ def _makes_a_cache(place: _Place, model: PreTrainedModel, args: tuple[Any, ...],
 
 def with_cache(model: PreTrainedModel, kwargs: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
     """Arguments with `cache` among them, under the name that `model` has for it, in place of any other."""
-    place = _place_of_cache(type(model).forward)
-    others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-    return others if place is None else others | {place.name: cache}
+    return {name: value for name, value in kwargs.items() if name not in CACHE_NAMES} | cache_argument(model, cache)
+
+
+def cache_argument(taker: PreTrainedModel | type, cache: Cache | None) -> dict[str, Cache | None]:
+    """`cache` as the keyword argument that a model, or a class, has for it; nothing if it takes none."""
+    place = _place_of_cache(taker if isinstance(taker, type) else type(taker).forward)
+    return {} if place is None else {place.name: cache}
 
 
 def _takes_a_cache(model: PreTrainedModel) -> bool:

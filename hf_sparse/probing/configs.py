@@ -50,6 +50,7 @@ _SHARED = {
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
 }
+_ASSISTANT_TEXT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _ZAMBA = {
     "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
     "num_hidden_layers": 6,
@@ -74,6 +75,9 @@ _THREE_AXES = (
 
 # What cannot be told from the names of fields: model type -> fields.
 _EXTRA: dict[str, dict[str, Any]] = {
+    # The tokens of images and sounds are the last ones of the vocabulary.
+    "apertus1p5": {"image_token_offset": VOCAB - 16, "audio_token_offset": VOCAB - 8},
+    "apertus1p5_vision_tokenizer": {"codebook_size": 8},
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": SPECIAL}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
@@ -82,9 +86,33 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": _KV_HEADS, "clip_qkv": 8.0}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_hidden_layers": 2, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    # Its layers in the middle run twice.
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_hidden_layers": 6,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+    },
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": _SHARED | {"activation_sparsity_pattern": None},
+    "gemma4_assistant": {
+        "text_config": {
+            **_ASSISTANT_TEXT,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_hidden_layers": 2,
+            "num_kv_shared_layers": 2,
+            "num_attention_heads": _HEADS,
+            "num_key_value_heads": _KV_HEADS,
+            "head_dim": _HEAD_DIM,
+            "global_head_dim": _HEAD_DIM,
+            "hidden_size": _HIDDEN,
+            "intermediate_size": _HIDDEN,
+            "sliding_window": WINDOW,
+            "vocab_size": VOCAB,
+        }
+    },
     "gemma4_text": _SHARED,
     "gemma4_unified_text": _SHARED,
     "glm4v_moe_text": {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
@@ -92,6 +120,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": _MAMBA | {"layer_types": ["linear_attention", "full_attention"]},
+    "hy_v4_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1]}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 8},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "num_hidden_layers": 2},
@@ -116,6 +145,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 16), "max_position_embeddings": 256},
     "step3p5": {"sliding_window": WINDOW},
     "unlimited_ocr_text": {"num_key_value_heads": _HEADS},
+    "wavtokenizer_encoder": {"codebook_dim": _HIDDEN, "codebook_size": 8},
     "xlstm": {"chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": _ZAMBA,
@@ -124,9 +154,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
 }
 
 # Model type -> arguments without which its class makes no configuration.
-_NEEDED: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
-}
+_NEEDED: dict[str, dict[str, Any]] = {"gemma4_assistant": {"text_config": _ASSISTANT_TEXT}}
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:

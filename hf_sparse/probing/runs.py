@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import hf_sparse
+from hf_sparse.cache import given_cache
+from hf_sparse.patching.caches import cache_argument
 from hf_sparse.probing.models import positions, text
 
 SHORT, LENGTH, LONG = 31, 48, 150
@@ -57,11 +59,11 @@ def stepped(model: PreTrainedModel, ids: Tensor, stops: Sequence[int]) -> Tensor
         out: Any = model(
             input_ids=ids[:, start:stop],
             attention_mask=mask,
-            past_key_values=past,
             use_cache=True,
+            **cache_argument(model, past),
             **placed(model, positions(mask)[:, start:]),
         )
-        past, start = out.get("past_key_values", past), stop
+        past, start = given_cache(out) if past is None else past, stop
         found.append(out.logits.float())
     return torch.cat(found, dim=1)
 

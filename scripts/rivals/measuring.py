@@ -6,6 +6,7 @@ is read in one pass; what follows it, or each question, is then read in another 
 
 import copy
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -27,6 +28,11 @@ BLOCK = 32
 Block = Callable[[], AbstractContextManager[Any]]
 
 
+def cache_name(model: Any) -> str:
+    """What a model calls its cache: transformers 5.24 gave it the shorter name."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
 def continued(model: Any, cache: Any, ids: Tensor, start: int) -> Tensor:
     """The logits of int64 `(length,)` after a cache, which is extended: `(length, vocabulary)`.
 
@@ -37,7 +43,8 @@ def continued(model: Any, cache: Any, ids: Tensor, start: int) -> Tensor:
         start: The position of its first token.
     """
     positions = torch.arange(start, start + len(ids))[None]
-    logits: Tensor = model(ids[None], past_key_values=cache, position_ids=positions, use_cache=True).logits[0]
+    options = {cache_name(model): cache, "position_ids": positions}
+    logits: Tensor = model(ids[None], use_cache=True, **options).logits[0]
     return logits.float()
 
 
@@ -51,7 +58,7 @@ def read(model: Any, item: dict[str, Any], reading: Block) -> tuple[Any, int]:
     """The cache of a text's context, read in one pass within `reading`, and its length."""
     context = torch.tensor([item["context"]])
     with reading():
-        return model(context, use_cache=True, logits_to_keep=1).past_key_values, context.shape[1]
+        return model(context, use_cache=True, logits_to_keep=1)[cache_name(model)], context.shape[1]
 
 
 @torch.no_grad()
