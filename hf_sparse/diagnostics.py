@@ -15,7 +15,7 @@ with it counted, its mass is retained mass, and all of the above holds unchanged
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,11 +44,21 @@ def observed(model: ModelT, observer: Observer) -> Iterator[ModelT]:
         model: As for `patch`.
         observer: Called as `observer(layer, call)` with the layer's index and its `AttentionCall`.
     """
-    with patched(model):
-        for module, state in states(base_model(model)).items():
-            seen = replace(state, dense_reason="observed", counters=LayerCounters(), observer=observer)
-            setattr(module, STATE, seen)
+    with patched(model), run_by(model, lambda state: replace(state, dense_reason="observed", observer=observer)):
         yield model
+
+
+@contextmanager
+def run_by(model: nn.Module, changed: Callable[[LayerState], LayerState]) -> Iterator[None]:
+    """Run a patched model by changed states of its layers for the length of a `with` block; its own count nothing."""
+    before = states(base_model(model))
+    try:
+        for module, state in before.items():
+            setattr(module, STATE, changed(replace(state, counters=LayerCounters(), observer=None)))
+        yield
+    finally:
+        for module, state in before.items():
+            setattr(module, STATE, state)
 
 
 def audit(model: nn.Module, rows: int = 16, seed: int = 0) -> None:

@@ -4,8 +4,9 @@
 
 Each kernel is launched as usual, but a launch only compiles. An argument is the compute capability of an NVIDIA GPU,
 here of Hopper, or the architecture of one of AMD. A line is printed for what was compiled, with its shared memory in
-bytes and some instructions that it has. More shared memory than a program may use ends the process, and so does a
-register that is spilled to memory. For a GPU with much and for one with little shared memory, more is compiled.
+bytes, the registers of a thread, and some instructions that it has. More shared memory than a program may use ends the
+process, and so does a register that is spilled to memory. For a GPU with much and for one with little shared memory,
+more is compiled.
 """
 
 from __future__ import annotations
@@ -64,15 +65,22 @@ def compile_only(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, 
     text = compiled.asm["ptx"] if "ptx" in compiled.asm else compiled.asm["amdgcn"]
     found = [name for name in INSTRUCTIONS if name in text]
     name = driver.active.name
-    print(name, kernel.__name__, compiled.metadata.shared, *found, flush=True)
+    registers, spilled = taken(compiled)
+    print(name, kernel.__name__, compiled.metadata.shared, registers, *found, flush=True)
     assert compiled.metadata.shared <= SHARED[name] << 10
-    assert spilled(compiled) == 0, f"{kernel.__name__} spills {spilled(compiled)}"
+    assert spilled == 0, f"{kernel.__name__} spills {spilled}"
 
 
-def spilled(compiled: Any) -> int:
-    """Bytes of a thread's stack on a GPU of NVIDIA, vector registers on one of AMD: others go to those."""
+def taken(compiled: Any) -> tuple[int, int]:
+    """Registers of a thread, and what is spilled: bytes of its stack on a GPU of NVIDIA.
+
+    On one of AMD, vector registers, which others are spilled to.
+    """
     if "cubin" not in compiled.asm:
-        return sum(int(count) for count in re.findall(r"vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+        text = compiled.asm["amdgcn"]
+        counts = (re.findall(rf"vgpr_{name}:\s*(\d+)", text) for name in ("count", "spill_count"))
+        registers, spilled = (sum(map(int, found)) for found in counts)
+        return registers, spilled
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -82,7 +90,8 @@ def spilled(compiled: Any) -> int:
             text=True,
             check=True,
         )
-    return max(int(stack) for stack in re.findall(r"STACK:(\d+)", dump.stdout))
+    registers, stack = (max(map(int, re.findall(rf"{name}:(\d+)", dump.stdout))) for name in ("REG", "STACK"))
+    return registers, stack
 
 
 def compile_attend(

@@ -13,6 +13,10 @@ from pathlib import Path
 # No test may depend on what the network says. huggingface_hub reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+# The tests run side by side, one process a core: more threads would only fight over the same cores. NumPy's libraries
+# and processes that tests start read this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
@@ -23,7 +27,6 @@ from filelock import FileLock
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The tests run side by side, one process a core: more threads would only fight over the same cores.
 torch.set_num_threads(1)
 
 from tests import small  # noqa: E402 - imports Triton

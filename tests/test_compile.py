@@ -19,9 +19,9 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import hf_sparse
 from hf_sparse import SparseCache, attention, cache, compiled
 from hf_sparse.visibility import traced
-from tests import tiny
+from tests import sparse, tiny
 from tests.inductor import compiler_present
-from tests.sparse import SPARSE, assert_same, generated, sparse_model
+from tests.sparse import SPARSE, assert_same, generated
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*", "ignore::FutureWarning:torch.*")
 
@@ -41,6 +41,12 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+def sparse_model(name: str, selector: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
+    """A patched model, of one layer where all are alike: tracing takes as long as a model is deep."""
+    layers = {} if name in tiny.HYBRID else {"num_hidden_layers": 1}
+    return hf_sparse.patch(tiny.model(name, dtype, **layers), SPARSE, selector=selector, **fields)
 
 
 def whole(model: Any, backend: str = "aot_eager") -> Any:
@@ -159,7 +165,7 @@ def test_unpatching_and_patching_anew_are_seen_by_a_compiled_model() -> None:
 
 
 def test_what_a_compiled_layer_knows_goes_when_it_is_unpatched() -> None:
-    model = sparse_model("llama", "topk")
+    model = sparse.sparse_model("llama", "topk")
     tiny.logits(whole(model), tiny.tokens(1, 20))
     handles = [state.handle for state in hf_sparse.patching.states(model).values()]
     past = SparseCache(model.config)
@@ -288,7 +294,7 @@ def test_reduce_overhead_gives_the_same_tokens(name: str, selector: str) -> None
 
 def test_layers_compiled_one_by_one_find_their_cache() -> None:
     ids = tiny.tokens(1, 44)
-    model = sparse_model("llama", "grouped")
+    model = sparse.sparse_model("llama", "grouped")
     expected = read(model, SparseCache(model.config), ids, None, [40, *[1] * 4])
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, backend="aot_eager")

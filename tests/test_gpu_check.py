@@ -153,14 +153,33 @@ def test_mistakes_are_named(arguments: list[str], said: str) -> None:
     assert said in done.stderr
 
 
-@pytest.mark.parametrize(("phase", "only"), [("correct", "find/groups"), ("time", "profile/131k")])
-def test_dry_run(phase: str, only: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phase", "only", "cases"),
+    [
+        ("correct", "find/groups", 3),
+        ("time", "profile/131k", 3),
+        pytest.param("correct", "*check", 2, marks=pytest.mark.slow),
+        pytest.param("time", "prefill/*", 8, marks=pytest.mark.slow),
+    ],
+)
+def test_dry_run(phase: str, only: str, cases: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     output = tmp_path / "found.jsonl"
     done = run(output, "--phase", phase, "--only", only)
     assert done.returncode == 0, output.read_text(encoding="utf-8")
     assert set(statuses(output).values()) <= {"ok", "skipped"}
-    assert sum(status == "ok" for status in statuses(output).values()) >= 3
+    assert sum(status == "ok" for status in statuses(output).values()) >= cases
+
+
+def test_a_long_prefill_is_begun_if_a_quarter_of_it_promises_that_it_ends(
+    part: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = part("machine").Machine("interpret")
+    assert next(part("timing").prefill(machine, 131072)).run()["promised_seconds"] > 0
+    monkeypatch.setattr(part("timing"), "_MOST_SECONDS", 0.0)
+    [case] = part("timing").prefill(machine, 131072)
+    with pytest.raises(part("cases").SkippedError, match="a quarter of the length promises"):
+        case.run()
 
 
 def test_every_check_can_be_found_and_needs_little(part: Callable[[str], Any]) -> None:

@@ -252,7 +252,7 @@ def _fresh_compiler() -> Iterator[None]:
         ("gemma2", {}, "aot_eager", {"cache_implementation": "static"}),
         pytest.param(
             "gpt_oss",
-            {},
+            {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
             "inductor",
             None,
             marks=pytest.mark.skipif(not compiler_present(), reason="no C++ compiler"),

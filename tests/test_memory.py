@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_sparse import Engine, SparseAttentionConfig
 from hf_sparse.bench import memory
@@ -14,7 +15,7 @@ from hf_sparse.bench.caches import IN_8_BITS, measure_caches
 from hf_sparse.bench.memory import call_peak, measure_prefills, memory_tables, summarise
 from hf_sparse.bench.shapes import Shape
 from hf_sparse.errors import UserError
-from hf_sparse.results import markdown_table
+from hf_sparse.results import device_name, markdown_table
 from tests.small import run_command
 
 CARD = Path(__file__).parents[1] / "model_cards/memory"
@@ -85,6 +86,7 @@ def test_the_command_leaves_out_what_would_not_fit(tmp_path: Path, capsys: pytes
     assert run_command("memory", *options, "--output", str(tmp_path), "--json") == 0
     summary = json.loads(capsys.readouterr().out)
     assert {each["length"] for each in summary["results"]} == {256}
+    assert summary["device_name"] == device_name(torch.device("cpu"))  # as other commands name it
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert (tmp_path / "memory.png").stat().st_size > 10_000
     assert "masked-sdpa" in (tmp_path / "tables.md").read_text()

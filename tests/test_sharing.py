@@ -125,24 +125,23 @@ class Answers(Dataset[Tensor]):
 
 
 @LINUX
-@pytest.mark.parametrize("threads", [1, 3])
-def test_workers_that_were_forked_after_the_kernels_ran(threads: int) -> None:
+def test_workers_that_were_forked_after_the_kernels_ran() -> None:
     """By several threads before. PyTorch's own operators hang with more than one after a fork; `DataLoader` sets it."""
     code = """
-import sys
 import torch
 from torch.utils.data import DataLoader
 from tests.sparse import sparse_model
 from tests.test_sharing import Answers
 
-torch.set_num_threads(int(sys.argv[1]))
-answers = Answers(sparse_model("llama", "grouped"))
-here = [answers[i] for i in range(len(answers))]
-there = list(DataLoader(answers, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60))
-assert all(torch.equal(one, other) for one, other in zip(here, there, strict=True))
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    answers = Answers(sparse_model("llama", "grouped"))
+    here = [answers[i] for i in range(len(answers))]
+    there = list(DataLoader(answers, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60))
+    assert all(torch.equal(one, other) for one, other in zip(here, there, strict=True)), threads
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code, str(threads)], env=environment, capture_output=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=200)
     assert not done.returncode, done.stderr.decode()
 
 

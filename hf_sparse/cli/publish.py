@@ -41,7 +41,8 @@ class BundleOptions:
     results: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder that perplexity, attention-error or bench wrote. May be repeated.",
+            help="Folder that perplexity, attention-error or bench wrote. May be repeated; of a second one of a "
+            "command, named as in perplexity-decode, what the first does not have is taken.",
             show_default="those in MODEL, if it is a folder",
         ),
     ] = None
@@ -139,7 +140,7 @@ def _bundle(
         options: What goes beside the policy.
         weights: Whether its weights are written.
         in_place: Whether the files are written where `model` lies, beside the weights there if it has any.
-        beside: A folder whose results are taken, too, but for those of commands that `options` give results of.
+        beside: A folder whose results are taken, too, but for those that results of `options` replace.
     """
     ours = _is_policy_folder(model)
     loaded: dict[str, Any] = {}
@@ -155,7 +156,7 @@ def _bundle(
     if options.results is None and ours:
         results = results_beside(Path(model))
     if beside is not None:
-        results += results_beside(beside, without={result.kind for result in results})
+        results += results_beside(beside, without={result.place for result in results})
     bundle = make_bundle(
         policy,
         origin,

@@ -71,9 +71,10 @@ def _write_page(folder: Path, page: Path) -> None:
     """Write an HTML page of the results in a folder and in those inside it, and of the policy that lies with them."""
     names = {ROWS, SUMMARY, CALIBRATION}
     folders = sorted({path.parent for path in folder.rglob("*") if path.name in names})
-    sections = [_section(each, each.relative_to(folder)) for each in folders]
-    for path in sorted(folder.rglob(policy_files.NAME)):
-        policy = policy_files.read(path)
+    policies = {path: policy_files.read(path) for path in sorted(folder.rglob(policy_files.NAME))}
+    drawn = [policy.config.per_head for policy in policies.values()]
+    sections = [_section(each, each.relative_to(folder), drawn) for each in folders]
+    for path, policy in policies.items():
         about = {"base model": str(policy.base_model)} if policy.base_model else {}
         sections.append(
             Section("configuration", facts=about, maps=laws_by_head(policy.config), details={"fields": read_json(path)})
@@ -85,7 +86,8 @@ def _write_page(folder: Path, page: Path) -> None:
     print(page)
 
 
-def _section(folder: Path, name: Path) -> Section:
+def _section(folder: Path, name: Path, drawn: Sequence[object]) -> Section:
+    """The section of one command's results; `drawn` are laws that other sections show."""
     found = _found(folder)
     about = found.summary.get("about", found.summary)
     model = about.get("model") or {}
@@ -98,7 +100,7 @@ def _section(folder: Path, name: Path) -> Section:
         "texts": ", ".join(each["document"] for each in found.summary.get("documents", [])),
     }
     maps = mass_by_layer(found.summary) if found.command == ATTENTION_ERROR.command else []
-    if found.config is not None:
+    if found.config is not None and found.config.per_head not in drawn:
         maps += laws_by_head(found.config)
     unfolded = {"configs", "conditions", "config", "about"}
     details = {key: value for key, value in found.summary.items() if key in unfolded}

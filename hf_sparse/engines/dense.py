@@ -12,9 +12,12 @@ from torch.nn import functional as F
 
 from hf_sparse.call import AttentionCall
 from hf_sparse.engines.common import masked_weights, weighted_values
+from hf_sparse.engines.cpu import Cpu
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.int8 import Int8States
 from hf_sparse.visibility import as_bool, interval_to_mask
+
+_KERNELS = Cpu()
 
 # Elements of a mask, or of scores where SDPA cannot be used, that are alive at a time.
 _BLOCK_ELEMENTS = 1 << 22
@@ -36,7 +39,7 @@ def attend(call: AttentionCall) -> Tensor:
         rows = call.group_size * queries
         many = queries > 1 and rows >= _LEAST_ROWS
         # PyTorch would need all of them in the model's dtype first.
-        if (many or isinstance(call.key, Int8States)) and not _kernel_reason(call):
+        if (many or isinstance(call.key, Int8States)) and not _KERNELS.unsupported_reason(call):
             return _by_kernel(call)
         if plain and rows > 1:
             return _packed(call.dequantized())
@@ -74,13 +77,6 @@ def attend_masked(call: AttentionCall, mask: Tensor) -> Tensor:
     if visible is None:
         raise ValueError("an attention_mask that is a bias cannot be combined with softcap or attention sinks")
     return weighted_values(call, masked_weights(call, visible))
-
-
-def _kernel_reason(call: AttentionCall) -> str | None:
-    """Why the compiled kernels cannot attend in this call; `None` if they can."""
-    if call.learns or call.dropout:
-        return "the compiled kernels have no backward pass and no dropout"
-    return cpu.unsupported_reason(call.key, call.value)
 
 
 def _by_kernel(call: AttentionCall) -> Tensor:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sparse import selectors
-from hf_sparse.attention import STATE, LayerState, Observer
+from hf_sparse.attention import LayerState
 from hf_sparse.cache import SparseCache
 from hf_sparse.call import AttentionCall
+from hf_sparse.diagnostics import run_by
 from hf_sparse.errors import UserError
-from hf_sparse.monitor import LayerCounters
 from hf_sparse.page.render import Section, render
 from hf_sparse.patching import base_model, is_patched, states
 from hf_sparse.patching.caches import cache_argument
@@ -91,34 +89,19 @@ def kept_keys(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     ids = ids.to(model.device)
     cache = cache_argument(base_model(model), SparseCache(model.config))
 
-    def look(state: LayerState) -> Observer:
+    def watched(state: LayerState) -> LayerState:
         def observe(layer: int, call: AttentionCall) -> None:
             if call.query.shape[2] == 1:
                 found[layer] = _selected(state, call)[0, :, 0].cpu()
 
-        return observe
+        return state if state.dense_reason is not None else replace(state, observer=observe)
 
-    with _watched(model, look):
+    with run_by(model, watched):
         model(input_ids=ids[:, :-1], **cache, use_cache=True, logits_to_keep=1)
         model(input_ids=ids[:, -1:], **cache, use_cache=True)
     if not found:
         raise UserError(f"all layers of {type(model).__name__} run dense: there is nothing to look at")
     return KeptKeys(_texts(tokenizer, prompt, ids[0].tolist()), found, dense)
-
-
-@contextmanager
-def _watched(model: nn.Module, look: Callable[[LayerState], Observer]) -> Iterator[None]:
-    """Let observers that `look` makes see every call of a sparse layer, and count nothing."""
-    before = states(base_model(model))
-    try:
-        for module, state in before.items():
-            watched = replace(state, counters=LayerCounters(), observer=None)
-            watched.observer = look(watched) if state.dense_reason is None else None
-            setattr(module, STATE, watched)
-        yield
-    finally:
-        for module, state in before.items():
-            setattr(module, STATE, state)
 
 
 def _selected(state: LayerState, call: AttentionCall) -> Tensor:

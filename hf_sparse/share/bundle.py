@@ -17,7 +17,7 @@ from hf_sparse.config.hub_io import hub_errors
 from hf_sparse.errors import OutOfReachError, UserError, first_line
 from hf_sparse.results import check_writable, inside, leads_out, versions, write_whole
 from hf_sparse.share.card import license_in, make_card, parse_card
-from hf_sparse.share.measured import Results, plots, quality
+from hf_sparse.share.measured import Results, in_order, plots, quality
 
 CARD, CONFIG = "README.md", "config.json"
 
@@ -63,7 +63,7 @@ class Bundle:
         parsed = parse_card(card, name)
         check_writable(folder, (CARD, CONFIG, policy_files.NAME))
         for results in self.results:
-            check_writable(folder / results.kind, (path.name for path in results.files()))
+            check_writable(folder / results.place, (path.name for path in results.files()))
         folder.mkdir(parents=True, exist_ok=True)
         self._write_weights(folder)
         copied = [results.copy_to(folder) for results in self.results]
@@ -114,13 +114,14 @@ def make_bundle(
         tokenizer: The tokenizer that is written with them.
 
     Raises:
-        UserError: if a folder holds no results of this configuration, the base is no name, or the policy holds code.
+        UserError: if a folder holds no results of this configuration, or two are of one command and have no names of
+            their own, the base is no name, or the policy holds code.
     """
     policy_files.check_no_code(policy.config)
     lineage = _lineage(origin) if weights else origin
     if base.name is not None or base.revision is not None:
         lineage = Origin(base.name or lineage.name, base.revision)
-    read = [folder if isinstance(folder, Results) else Results.read(folder) for folder in results]
+    read = in_order(folder if isinstance(folder, Results) else Results.read(folder) for folder in results)
     measured = quality(read, policy.config) if read else policy.quality
     try:
         policy = replace(

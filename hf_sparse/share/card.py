@@ -12,12 +12,18 @@ from hf_sparse.config import Policy
 from hf_sparse.errors import UserError
 from hf_sparse.schema import DENSE
 from hf_sparse.share.card_text import BEGIN, END, section
+from hf_sparse.share.measured import DECODED
 
 TAGS = ("sparse-attention", "long-context", "transformers")
 _LIBRARY = "hf-sparse"
 _TASK = "text-generation"
 _ARGUMENTS = ("method", "low", "high", "density")
-_METRICS = {"perplexity_ratio": "perplexity, sparse / dense", "perplexity": "perplexity"}
+_METRICS = {
+    "perplexity_ratio": "perplexity, sparse / dense",
+    "perplexity": "perplexity",
+    f"{DECODED}perplexity_ratio": "perplexity in decoding, sparse / dense",
+    f"{DECODED}perplexity": "perplexity in decoding",
+}
 
 
 def parse_card(text: str | None, name: str) -> ModelCard:
@@ -108,7 +114,7 @@ def _eval_results(policy: Policy) -> list[EvalResult]:
             metric_args={"context_length": record.length}
             | {name: value for name in _ARGUMENTS if (value := getattr(record, name)) is not None},
         )
-        for record in policy.quality
+        for record in sorted(policy.quality, key=lambda record: not record.metric.startswith(DECODED))
         if record.metric in _METRICS
     ]
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from hf_sparse.results import markdown_table
 from hf_sparse.schema import DENSE, QualityRecord
 
 _PERPLEXITIES = {
-    "perplexity": "**Perplexity** of the same tokens, dense and sparse, after contexts of each length; the ratio is "
-    "sparse / dense with its 95 % bootstrap interval, density is kept / visible keys over all layers.",
-    "decoded_perplexity": "**Perplexity in decoding**: the same, with the context read in one pass and the predicted "
-    "tokens one at a time; density is that of these tokens, all of which see the whole context.",
+    "decoded_perplexity": "**Perplexity in decoding**, as `generate` writes: the context is read in one pass, and the "
+    "predicted tokens one at a time. The ratio is sparse / dense with its 95 % bootstrap interval; density is kept / "
+    "visible keys over all layers, for these tokens, all of which see the whole context.",
+    "perplexity": "**Perplexity in one pass**: the predicted tokens are read together with their context, the same "
+    "tokens at each length; the ratio is sparse / dense with its 95 % bootstrap interval, density is kept / visible "
+    "keys over all layers.",
 }
+_OTHERS = " These are not the tokens of the table above."
 _ERRORS = [(metric, statistic) for metric in ("lost_mass", "output_error") for statistic in ("mean", "worst")]
 _SPEEDUP = "-speedup"
 _COMPARED = ("dense", "sparse", "ratio", "95 % interval")
@@ -49,18 +53,22 @@ def measured(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator
     ):
         if found := list(paragraphs):
             yield from found
-            yield from (f"![{caption}]({path})" for path in plots if path.startswith(f"{kind}/"))
+            yield from (f"![{caption}]({path})" for path in plots if re.match(f"{kind}(-[^/]*)?/", path))
     yield "### Where it loses"
     yield "\n".join(f"- {line}" for line in losses(records))
 
 
 def _perplexity(records: Sequence[QualityRecord]) -> Iterator[str]:
+    dense: dict[int, float] = {}
     for metric, text in _PERPLEXITIES.items():
+        own = {record.length: record.value for record in records if (record.metric, record.method) == (metric, DENSE)}
+        others = any(dense.get(length, value) != value for length, value in own.items())
+        dense |= own
         if ratios := _ratios(records, metric):
             lines = _comparison(records, metric, ratios, value=".2f", ratio=".4f")
             densities = [_cell(record.density, ".3f") for record in ratios]
             lines = [[*line, density] for line, density in zip(lines, densities, strict=True)]
-            yield text
+            yield text + (_OTHERS if others else "")
             yield markdown_table(["context length", *_COMPARED, "density"], lines, left=())
 
 

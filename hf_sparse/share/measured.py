@@ -40,6 +40,12 @@ class Results:
     folder: Path
     summary: Summary
 
+    @property
+    def place(self) -> str:
+        """Name of its folder beside a policy: the command, or, where the folder has such a name, `COMMAND-NAME`."""
+        name = self.folder.name
+        return name if name.startswith(f"{self.kind}-") else self.kind
+
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Results:
         """The results in `folder`.
@@ -82,8 +88,8 @@ class Results:
             yield from self.folder.glob(pattern)
 
     def copy_to(self, folder: Path) -> Results:
-        """Copy records, summary, tables and plots into a folder named after the command in `folder`; gives the copy."""
-        target = folder / self.kind
+        """Copy records, summary, tables and plots into the folder `place` in `folder`; gives the copy."""
+        target = folder / self.place
         if target.resolve() != self.folder.resolve():
             for path in self.files():
                 write_whole(target / path.name, inside(path, self.folder).read_bytes())
@@ -91,33 +97,59 @@ class Results:
 
 
 def results_beside(folder: Path, without: Collection[str] = ()) -> list[Results]:
-    """The results that lie in a folder of a policy, in subfolders named after the commands, `without` some of these.
+    """The results that lie in a folder of a policy, in subfolders with the names `Results.place`, `without` some.
 
     Raises:
         UserError: if one holds records without their summary, or a summary that cannot be read.
     """
     found = []
     for kind in _RECORDS:
-        if kind in without:
-            continue
-        if (folder / kind / SUMMARY).is_file():
-            found.append(folder / kind)
-        elif (folder / kind / ROWS).exists():
+        for own in [folder / kind, *sorted(folder.glob(f"{kind}-*"))]:
+            if own.name in without:
+                continue
+            if (own / SUMMARY).is_file():
+                found.append(Results.read(inside(own, folder)))
+            elif (own / ROWS).exists():
+                raise UserError(
+                    f"{own} holds {ROWS} without {SUMMARY}: make it with hf-sparse {kind} --output {own} and the "
+                    "options of that run, or delete the folder"
+                )
+    return found
+
+
+def in_order(results: Iterable[Results]) -> list[Results]:
+    """The results as cards take them: by command, and of one command that without a name first.
+
+    Raises:
+        UserError: if two have the same place.
+    """
+    found: dict[str, Results] = {}
+    for result in results:
+        if other := found.get(result.place):
             raise UserError(
-                f"{folder / kind} holds {ROWS} without {SUMMARY}: make it with hf-sparse {kind} --output "
-                f"{folder / kind} and the options of that run, or delete the folder"
+                f"{other.folder} and {result.folder} both hold results of {result.kind}, which a policy keeps in "
+                f"{result.place}: name the folder of one of them {result.kind}-NAME"
             )
-    return [Results.read(inside(path, folder)) for path in found]
+        found[result.place] = result
+    return sorted(found.values(), key=lambda result: (list(_RECORDS).index(result.kind), result.place))
 
 
 def plots(results: Iterable[Results]) -> list[str]:
     """Paths of the plots of `results`, where `Results.copy_to` puts them."""
-    return [f"{result.kind}/{path.name}" for result in results for path in sorted(result.folder.glob("*.png"))]
+    return [f"{result.place}/{path.name}" for result in results for path in sorted(result.folder.glob("*.png"))]
 
 
 def quality(results: Iterable[Results], config: SparseAttentionConfig) -> tuple[QualityRecord, ...]:
-    """The records of all `results`; see `Results.records`."""
-    return tuple(record for result in results for record in result.records(config))
+    """The records of all `results`, those of a metric from the first that has it: others predicted other tokens.
+
+    Raises:
+        UserError: see `Results.records`.
+    """
+    found: list[QualityRecord] = []
+    for result in results:
+        known = {record.metric for record in found}
+        found += [record for record in result.records(config) if record.metric not in known]
+    return tuple(found)
 
 
 def _same(found: Mapping[str, Any], config: SparseAttentionConfig, **fields: Any) -> bool:

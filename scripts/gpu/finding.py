@@ -162,8 +162,8 @@ def groups(machine: Machine) -> Iterator[Case]:
     yield _groups_case(decode, machine, "decode, equal keys", equal=True)
     yield _groups_case(prefill, machine, "prefill, equal keys", equal=True)
     yield _groups_case(prefill, machine, "prefill, softcap, budgets by head", uneven=True, softcap=1.5)
-    yield _groups_case(replace(decode, length=machine.pick(131072, 1200)), machine, "decode, long")
-    yield _groups_case(replace(decode, length=machine.pick(1 << 20, 2100), kv_heads=1), machine, "decode, very long")
+    yield _groups_case(replace(decode, length=machine.pick(131072, 700)), machine, "decode, long")
+    yield _groups_case(replace(decode, length=machine.pick(1 << 20, 1200), kv_heads=1), machine, "decode, very long")
     for share in machine.pick((1, 3, 7, 16), ()):
         for dim in (64, 80, 256):
             shape = Shape(3000, queries=128, batch=3, kv_heads=2, share=share, dim=dim, dtype=machine.half)

@@ -34,6 +34,9 @@ _SETS_BYTES = 200e6
 _MOST_SECONDS = 60.0
 """A longer prefill is not begun."""
 
+_LONG = 1 << 16
+"""Queries from which a quarter of them is tried first."""
+
 _BLOCK = 1024
 """Queries at the end of a text that kernels of a prefill are timed with: a layer takes its queries in such blocks."""
 
@@ -218,7 +221,7 @@ def prefill(machine: Machine, length: int) -> Iterator[Case]:
     """As many queries as keys."""
     length = machine.pick(length, 400)
     shape = Shape(length, queries=length, kv_heads=machine.pick(8, 2), dtype=machine.half)
-    if not machine.interprets and length > 1 << 16:
+    if length > machine.pick(_LONG, 300):
         quarter = replace(shape, length=length // 4, queries=length // 4)
         call = settings.with_known_ranges(references.call_of(quarter, machine))
         with torch.no_grad():
