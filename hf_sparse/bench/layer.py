@@ -60,13 +60,15 @@ class Method:
 class SparseStep:
     """A decode step of a patched model: append to the cache that grows in place, select, attend.
 
+    What a query sees, and how many keys it keeps, is known before: a model works it out once a token, for all layers.
+
     Args:
         inputs: One query, whose own key is the last.
         state: The layer's configuration and counters.
     """
 
     def __init__(self, inputs: AttentionCall, state: LayerState) -> None:
-        self._inputs = inputs
+        self._inputs = replace(inputs, known_ranges=inputs.ranges)
         self._state = state
         self._cache = SparseLayer()
         self._cache.update(inputs.key[:, :, :-1], inputs.value[:, :, :-1])
