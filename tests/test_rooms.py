@@ -49,3 +49,12 @@ def test_patching_needs_nothing_that_sits_on_top() -> None:
         waiting += new
     assert {"config", "attention", "engines", "selectors"} <= needed
     assert needed.isdisjoint({"calibration", "measure", "lab", "bench", "share", "cli"})
+
+
+def test_no_engine_imports_another() -> None:
+    shared = {"hf_sparse.engines.base", "hf_sparse.engines.common"}
+    engines = [path for path in (ROOT / "engines").glob("*.py") if path.stem not in {"__init__", "base", "common"}]
+    assert len(engines) >= 5
+    for path in engines:
+        own = {name.rsplit(".", 1)[0] for name in imported(path) if name.startswith("hf_sparse.engines")}
+        assert own <= shared, path.name

@@ -12,12 +12,9 @@ from torch.nn import functional as F
 
 from hf_sparse.call import AttentionCall
 from hf_sparse.engines.common import masked_weights, weighted_values
-from hf_sparse.engines.cpu import Cpu
 from hf_sparse.kernels import cpu
 from hf_sparse.kernels.int8 import Int8States
 from hf_sparse.visibility import as_bool, interval_to_mask
-
-_KERNELS = Cpu()
 
 # Elements of a mask, or of scores where SDPA cannot be used, that are alive at a time.
 _BLOCK_ELEMENTS = 1 << 22
@@ -38,8 +35,9 @@ def attend(call: AttentionCall) -> Tensor:
     if queries <= _FEW_QUERIES and queries < call.key.shape[2]:
         rows = call.group_size * queries
         many = queries > 1 and rows >= _LEAST_ROWS
-        # PyTorch would need all of them in the model's dtype first.
-        if (many or isinstance(call.key, Int8States)) and not _KERNELS.unsupported_reason(call):
+        kernels = not (call.learns or call.dropout or cpu.unsupported_reason(call.key, call.value))
+        # PyTorch would need keys in 8 bits in the model's dtype first.
+        if kernels and (many or isinstance(call.key, Int8States)):
             return _by_kernel(call)
         if plain and rows > 1:
             return _packed(call.dequantized())
