@@ -24,6 +24,7 @@ from hf_sparse.cache import SparseCache, SparseLayer, set_cache_of_pass
 from hf_sparse.call import AttentionCall
 from hf_sparse.kernels.layout import Layout
 from hf_sparse.kernels.quantised import QuantisedKeys
+from hf_sparse.patching.caches import cache_argument
 from hf_sparse.selectors import importance
 from hf_sparse.selectors.grouped import Grouped
 from tests import tiny
@@ -564,3 +565,29 @@ def test_decoding_selects_alike_with_any_cache(left: int, selector: str) -> None
             set_cache_of_pass(given)
             outs.append(hf_sparse.attention.attend(state, AttentionCall(queries, keys, values, intervals, 1.0))[0])
         assert torch.equal(*outs)
+
+
+class HandsOn(LlamaForCausalLM):
+    """A model that names no cache among its arguments, as Evolla's does, and hands all others on."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+class Closed(LlamaForCausalLM):
+    """A model that takes nothing but tokens."""
+
+    def forward(self, input_ids: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(input_ids=input_ids)
+
+
+def test_a_model_that_hands_arguments_on_is_given_its_cache() -> None:
+    made, ids = tiny.model("llama"), tiny.tokens(1, 20)
+    cache = SparseCache(made.config)
+    expected = made(ids).logits[:, -1]
+    assert cache_argument(Closed(made.config), cache) == {}
+    model = HandsOn(made.config).eval()
+    model.load_state_dict(made.state_dict())
+    model(ids[:, :-1], **cache_argument(model, cache))
+    assert cache.get_seq_length() == 19
+    torch.testing.assert_close(model(ids[:, -1:], **cache_argument(model, cache)).logits[:, -1], expected)

@@ -205,9 +205,17 @@ def with_cache(model: PreTrainedModel, kwargs: Mapping[str, Any], cache: Cache) 
 
 
 def cache_argument(taker: PreTrainedModel | type, cache: Cache | None) -> dict[str, Cache | None]:
-    """`cache` as the keyword argument that a model, or a class, has for it; nothing if it takes none."""
-    place = _place_of_cache(taker if isinstance(taker, type) else type(taker).forward)
-    return {} if place is None else {place.name: cache}
+    """`cache` as the keyword argument that a model, or a class, has for it; nothing if it takes none.
+
+    A model that hands all further arguments on has the name that the model inside has.
+    """
+    if isinstance(taker, type):
+        places = [_place_of_cache(taker)]
+    else:
+        places = [_place_of_cache(type(taker).forward)]
+        if any(x.kind is x.VAR_KEYWORD for x in inspect.signature(type(taker).forward).parameters.values()):
+            places += [_place_of_cache(type(decoder).forward) for decoder in _decoders(taker)]
+    return next(({place.name: cache} for place in places if place is not None), {})
 
 
 def _takes_a_cache(model: PreTrainedModel) -> bool:
