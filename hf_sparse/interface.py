@@ -51,6 +51,9 @@ def sparse_attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
     want_weights = bool(kwargs.get("output_attentions"))
+    parts = (mask, state, query, key, value)
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": s_aux}
+    options |= {"dropout": dropout, "want_weights": want_weights}
     if torch.compiler.is_compiling():
         held = written_layer()
         if not (dropout or want_weights):
@@ -58,39 +61,16 @@ def sparse_attention_forward(
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             numbers = (scaling, softcap, autocast, state.handle)
             return compiled.attend(query, key, value, mask, s_aux, *numbers, layer), None
-        found = _out_of_the_graph(
-            mask,
-            state,
-            query,
-            key,
-            value,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=s_aux,
-            dropout=dropout,
-            quantised=None if held is None else held.quantised,
-            held=held,
-            want_weights=want_weights,
-        )
-        return found[0], found[1]
+        quantised = None if held is None else held.quantised
+        out, weights = _out_of_the_graph(*parts, **options, quantised=quantised, held=held)
+        return out, weights
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         # What is kept would be written down once and for all.
         raise ValueError(
             f"torch.jit.trace cannot follow which keys {type(module).__name__} keeps (layer {state.layer}): use "
             "torch.compile or torch.export, or unpatch the model"
         )
-    return attend_under(
-        mask,
-        state,
-        query,
-        key,
-        value,
-        scaling=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout=dropout,
-        want_weights=want_weights,
-    )
+    return attend_under(*parts, **options)
 
 
 _out_of_the_graph = torch.compiler.disable(attend_under)  # type: ignore[no-untyped-call]
