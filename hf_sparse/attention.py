@@ -329,7 +329,7 @@ def _attend_sparsely(
         state.counters.count(ranges.queries, ranges.total, heads, plan.dense_queries, [selection.kept(heads)])
         return out, None
     size = selector.group_queries
-    if size > 1 and queries > 1 and not want_weights and (start := leading_dense(call, plan, size)):
+    if size > 1 and not want_weights and (start := leading_dense(call, plan, size)):
         outs.append(dense.attend(call.queries(0, start).visible_part()))
         kept.append(ranges.visible[:, None, :start].expand(-1, heads, -1))
         sparse, budgets = sparse.queries(start, queries), budgets[..., start:]

@@ -35,9 +35,10 @@ def attend(call: AttentionCall) -> Tensor:
     if queries <= _FEW_QUERIES and queries < call.key.shape[2]:
         rows = call.group_size * queries
         many = queries > 1 and rows >= _LEAST_ROWS
-        kernels = not (call.learns or call.dropout or cpu.unsupported_reason(call.key, call.value))
         # PyTorch would need keys in 8 bits in the model's dtype first.
-        if kernels and (many or isinstance(call.key, Int8States)):
+        if (many or isinstance(call.key, Int8States)) and not (
+            call.learns or call.dropout or cpu.unsupported_reason(call.key, call.value)
+        ):
             return _by_kernel(call)
         if plain and rows > 1:
             return _packed(call.dequantized())

@@ -209,13 +209,13 @@ def cache_argument(taker: PreTrainedModel | type, cache: Cache | None) -> dict[s
 
     A model that hands all further arguments on has the name that the model inside has.
     """
-    if isinstance(taker, type):
-        places = [_place_of_cache(taker)]
-    else:
-        places = [_place_of_cache(type(taker).forward)]
-        if any(x.kind is x.VAR_KEYWORD for x in inspect.signature(type(taker).forward).parameters.values()):
-            places += [_place_of_cache(type(decoder).forward) for decoder in _decoders(taker)]
-    return next(({place.name: cache} for place in places if place is not None), {})
+    forward = taker if isinstance(taker, type) else type(taker).forward
+    place = _place_of_cache(forward)
+    if place is None and not isinstance(taker, type):
+        hands_on = any(x.kind is x.VAR_KEYWORD for x in inspect.signature(forward).parameters.values())
+        inside = _decoders(taker) if hands_on else []
+        place = next((_place_of_cache(type(decoder).forward) for decoder in inside), None)
+    return {} if place is None else {place.name: cache}
 
 
 def _takes_a_cache(model: PreTrainedModel) -> bool:
