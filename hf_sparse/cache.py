@@ -425,8 +425,12 @@ def given_cache(kwargs: Mapping[str, Any]) -> Any:
 
 
 def grow_in_place(cache: Cache, nbits: int | None = None) -> None:
-    """Replace the layers of an empty cache that hold full attention by such as grow in place."""
-    cache.layers = [SparseLayer(nbits) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    """Replace the layers of a cache that hold full attention by such as grow in place, and hold the same."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = growing = SparseLayer(nbits)
+            if layer.keys is not None and layer.values is not None:
+                growing.update(layer.keys, layer.values)
 
 
 # Of each thread, for several may run one model.

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_sparse
-from hf_sparse.cache import SparseCache, SparseLayer, set_cache_of_pass
+from hf_sparse.cache import SparseCache, SparseLayer, grow_in_place, set_cache_of_pass
 from hf_sparse.call import AttentionCall
 from hf_sparse.kernels.layout import Layout
 from hf_sparse.kernels.quantised import QuantisedKeys
@@ -426,6 +426,19 @@ def test_full_attention_grows_in_place_and_the_rest_is_stock() -> None:
     assert cache.get_seq_length() == 30
     assert cache.get_seq_length(1) == 30
     assert [keys.shape[2] for keys, *_ in cache] == [tiny.WINDOW - 1, 30]
+
+
+@torch.no_grad()
+def test_a_filled_cache_of_any_model_can_grow_in_place() -> None:
+    model = tiny.model("gemma3")  # Its sliding windows stay with the layers that transformers has for them.
+    text, token = tiny.tokens(1, 20), tiny.tokens(1, 1, seed=2)
+    caches = [model(text, use_cache=True).past_key_values for _ in range(2)]
+    sliding = [layer for layer in caches[1].layers if type(layer) is not DynamicLayer]
+    grow_in_place(caches[1])
+    assert [layer for layer in caches[1].layers if not isinstance(layer, SparseLayer)] == sliding
+    assert 0 < len(sliding) < len(caches[1].layers)
+    stock, ours = (model(token, past_key_values=cache).logits for cache in caches)
+    assert torch.equal(stock, ours)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "gpt2"])

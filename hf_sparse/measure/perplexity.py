@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from hf_sparse.cache import SparseCache, given_cache
+from hf_sparse.cache import SparseCache, given_cache, grow_in_place
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.measure.evaluation import applied, check_finite, measure_each, sum_counts
 from hf_sparse.measure.methods import DECODED, IN_8_BITS, Methods
@@ -47,11 +47,13 @@ def token_nll(model: PreTrainedModel, input_ids: Tensor, targets: Tensor, cache:
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, input_ids: Tensor) -> Cache | None:
-    """The cache of a model that has read int64 `(length,)`; `None` if there is nothing to read."""
+    """The cache, growing in place, of a model that has read int64 `(length,)`; `None` if there is nothing to read."""
     if not len(input_ids):
         return None
     output = model(input_ids=input_ids[None].to(model.device), use_cache=True, logits_to_keep=1)
     cache: Cache = given_cache(output)
+    if isinstance(cache, DynamicCache):
+        grow_in_place(cache)
     return cache
 
 
