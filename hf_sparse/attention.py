@@ -308,10 +308,6 @@ def _attend_sparsely(
     """Attention a block of queries at a time: `selector` chooses keys, and `engine` attends to them."""
     selector, ranges = state.selector, call.ranges
     heads, queries = call.query.shape[1:3]
-    if reason := selector.uncompiled_reason(call):
-        state.counters.slow[f"{_UNCOMPILED} ({reason})"] += 1
-    if state.engine is None and (reason := engines.slow_reason(call)):
-        state.counters.slow[f"{_UNFUSED} ({reason})"] += 1
     outs, weights, kept, budgets = [], [], [], plan.budgets
     quantised = call.quantised
     if quantised is None and selector.ranks_quantised:
@@ -322,12 +318,11 @@ def _attend_sparsely(
         if call.key.is_cuda:
             state.counters.slow[_DEQUANTIZED] += 1
     if queries == 1 and not want_weights:
-        # As below, without what only many queries need: for a decoded token, it would take as long as its attention.
         with _without_autocast(call):
-            selection = selectors.select(selector, sparse, budgets, state.config.always)
-            out = engines.attend(state.engine, sparse, selection)
-        state.counters.count(ranges.queries, ranges.total, heads, plan.dense_queries, [selection.kept(heads)])
+            out, keys = _decode(state, sparse, budgets)
+        state.counters.count(ranges.queries, ranges.total, heads, plan.dense_queries, [keys])
         return out, None
+    _count_what_is_slow(state, call)
     size = selector.group_queries
     if size > 1 and not want_weights and (start := leading_dense(call, plan, size)):
         outs.append(dense.attend(call.queries(0, start).visible_part()))
@@ -351,6 +346,26 @@ def _attend_sparsely(
     state.counters.count(ranges.queries, ranges.total, heads, plan.dense_queries, kept)
     outs.append(aligned.restored(_joined(parts)))
     return _joined(outs), aligned.restored(_joined(weights)) if weights else None
+
+
+def _decode(state: LayerState, call: AttentionCall, budgets: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of single queries, and how many keys each keeps, `(batch, heads, 1)`.
+
+    As for a block of queries, without what only many need: for a decoded token, it would take as long as its attention.
+    """
+    heads, always = call.query.shape[1], state.config.always
+    if state.engine is None and (out := state.selector.decode(call, budgets, always)) is not None:
+        return out, budgets.expand(-1, heads, -1)
+    _count_what_is_slow(state, call)
+    selection = selectors.select(state.selector, call, budgets, always)
+    return engines.attend(state.engine, call, selection), selection.kept(heads)
+
+
+def _count_what_is_slow(state: LayerState, call: AttentionCall) -> None:
+    if reason := state.selector.uncompiled_reason(call):
+        state.counters.slow[f"{_UNCOMPILED} ({reason})"] += 1
+    if state.engine is None and (reason := engines.slow_reason(call)):
+        state.counters.slow[f"{_UNFUSED} ({reason})"] += 1
 
 
 def _read_in_8_bits(call: AttentionCall) -> bool:

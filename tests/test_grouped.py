@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -300,6 +302,61 @@ def test_keys_that_nobody_sees_change_nothing(select: Select, q_len: int, number
     assert torch.equal(*masks)
 
 
+ALWAYS = CONFIG.always
+
+
+def in_one_call(call: AttentionCall, budgets: Tensor) -> Tensor:
+    out = Grouped().decode(call, budgets, ALWAYS)
+    assert out is not None
+    return out
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("extras", [{}, {"softcap": 1.5, "sinks": True}], ids=["plain", "softcap and sinks"])
+@pytest.mark.parametrize(("kv_len", "heads", "kv_heads"), [(1, 2, 1), (900, 3, 1), (2500, 10, 2), (300, 33, 1)])
+@every_kind
+def test_decoding_in_one_call_is_to_select_and_to_attend(
+    kind: str, kv_len: int, heads: int, kv_heads: int, dtype: torch.dtype, extras: dict[str, Any]
+) -> None:
+    call = calls.inputs(
+        KINDS[kind](1, kv_len), kv_len, heads=heads, kv_heads=kv_heads, dim=16, value_dim=24, dtype=dtype, **extras
+    )
+    # As models have them: heads next to each other, and keys in a cache with room to spare.
+    query, key = call.query.reshape(-1, 1, heads, 16).transpose(1, 2), calls.turned(call.key)
+    call = replace(call, query=query, key=key)
+    for shape in ((1, heads, 1), (1, 1, 1)):
+        budgets = torch.minimum(call.visible[:, None], torch.randint(1, 150, shape))
+        expected = calls.run_engine("cpu", call, compiled(call, budgets))
+        assert torch.equal(in_one_call(replace(call, quantised=QuantisedKeys()), budgets), expected)
+
+
+@needs_kernels
+def test_a_decoding_call_that_fails_leaves_no_key_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, shorter = (calls.inputs(calls.causal_intervals(1, length), 600, dim=16) for length in (600, 599))
+    budgets, keys = torch.full((2, 1, 1), 90), QuantisedKeys()
+    in_one_call(replace(shorter, quantised=keys), budgets)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "decode", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            in_one_call(replace(call, quantised=keys), budgets)
+    _, scales = keys.up_to(call.key, 600, cpu.LAYOUT)
+    assert (scales[:, :, 599] > 0).all()
+    assert torch.equal(in_one_call(replace(call, quantised=keys), budgets), in_one_call(call, budgets))
+
+
+@pytest.mark.parametrize("reason", ["gradients", "dropout", "no kernels"])
+def test_decoding_in_one_call_is_left_to_others_where_it_cannot_be_done(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = calls.inputs(calls.causal_intervals(1, 600), 600, dim=16, dropout=0.1 * (reason == "dropout"))
+    if reason == "gradients":
+        call = replace(call, query=call.query.requires_grad_())
+    if reason == "no kernels":
+        monkeypatch.setattr(Grouped, "uncompiled_reason", lambda *_: "a test wants none")
+    assert Grouped().decode(call, torch.full((2, 1, 1), 90), ALWAYS) is None
+
+
 @needs_kernels
 @pytest.mark.parametrize("q_len", [1, GROUP_QUERIES])
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
@@ -310,6 +367,8 @@ def test_defaults_of_pytorch_do_not_matter(default: torch.dtype | torch.device, 
 
     def attended() -> Tensor:
         fresh = replace(call, intervals=call.intervals.clone())
+        if q_len == 1:
+            return in_one_call(fresh, budgets)
         return calls.run_engine("cpu", fresh, compiled(fresh, budgets))
 
     expected, before = attended(), torch.get_default_dtype()

@@ -42,6 +42,19 @@ class Selector:
         """
         raise NotImplementedError(f"{type(self).__name__} must define select(call, budgets, always)")
 
+    def decode(self, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Tensor | None:
+        """Attention of single queries to the keys that `select` would keep, for a rule whose kernels do both at once.
+
+        Args:
+            call: A query of each sequence.
+            budgets: As for `select`.
+            always: As for `select`.
+
+        Returns:
+            As `Engine.attend`; `None` where `select` and an engine are to do it.
+        """
+        return None
+
     def scored_keys(self, call: AttentionCall, most: int) -> int:
         """Scores that `select` forms for each query and head, which decides how many queries a block has.
 

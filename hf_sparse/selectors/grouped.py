@@ -50,6 +50,14 @@ class Grouped(Selector):
             return by_triton(call, budgets, always, size)
         return _compiled(call, budgets, always, size)
 
+    def decode(self, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Tensor | None:
+        """What compiled kernels for CPUs do in one call: see `Selector.decode`."""
+        if call.key.is_cuda or call.learns or call.dropout:
+            return None
+        if self.uncompiled_reason(call) is not None or cpu.unsupported_reason(call.value) is not None:
+            return None
+        return _decoded(call, budgets, always)
+
     def scored_keys(self, call: AttentionCall, most: int) -> int:
         """Scores are formed a group at a time: see `Selector.scored_keys`. What grows are lists of kept keys.
 
@@ -85,6 +93,31 @@ def _compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: in
         softcap=call.softcap,
     )
     return SharedSelection(positions, runs, size, budgets)
+
+
+def _decoded(call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Tensor:
+    ranges, keys = call.ranges, call.own_quantised
+    codes = call.quantised_up_to(ranges.last_visible, cpu.LAYOUT, left=1)
+    try:
+        out = cpu.decode(
+            call.query,
+            call.key,
+            call.value,
+            codes,
+            keys.center,
+            ranges.last_visible - 1,
+            (ranges.first, ranges.stop),
+            budgets.expand(*call.query.shape[:3]),
+            scaling=call.scaling,
+            sink_keys=always.sink_keys,
+            recent_keys=always.recent_keys,
+            sinks=None if call.sinks is None else call.sinks.float().contiguous(),
+            softcap=call.softcap,
+        )
+    except BaseException:
+        keys.crop(ranges.last_visible - 1)  # The newest key may not be among them.
+        raise
+    return out.to(call.value.dtype)
 
 
 def by_triton(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> SharedSelection:

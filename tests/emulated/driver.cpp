@@ -3,31 +3,18 @@
 // the target in use.
 
 #define HFS hfs
-#include "group.hpp"
+#include "calls.hpp"
 
 #include <cstdio>
 #include <cstdlib>
 
 using namespace hfs;
 
-// As in `attend.cpp`.
-struct Attending {
-    States key, value;
-    const float *query;
-    int64_t batches, heads, kv_heads, q_len, size, width, per_head;
-    const int64_t *positions;
-    const uint8_t *allowed;
-    const int64_t *runs;
-    const float *sinks;
-    double softcap;
-    float *out;
-    int64_t threads;
-};
-
 extern "C" const char *hfs_target();
 extern "C" void hfs_quantise(const States *, const QuantisedKeys *, const float *, int64_t, int64_t, int64_t, int64_t, int64_t);
-extern "C" void hfs_select(const Call *);
+extern "C" void hfs_select(const Selecting *);
 extern "C" void hfs_attend(const Attending *);
+extern "C" void hfs_decode(const Decoding *);
 
 struct Header {
     int64_t batches, heads, kv_heads, q_len, kv_len, dim, value_dim, format;
@@ -78,9 +65,9 @@ static void run(const Header &h) {
 
     const int64_t groups = sequences * (h.q_len / h.size);
     std::vector<int64_t> positions(groups * h.width), runs(groups * share * h.size * RUNS * 2);
-    const Call selecting{quantised, h.dim, query.data(), first.data(), stop.data(), budget.data(), h.heads * h.q_len,
-                         h.q_len, 1, h.batches, h.heads, h.kv_heads, h.q_len, h.size, h.sink_keys, h.recent_keys,
-                         h.softcap, h.width, positions.data(), runs.data(), 1};
+    const Selecting selecting{quantised, h.dim, query.data(), first.data(), stop.data(), budget.data(), h.heads * h.q_len,
+                              h.q_len, 1, h.batches, h.heads, h.kv_heads, h.q_len, h.size, h.sink_keys, h.recent_keys,
+                              h.softcap, h.width, positions.data(), runs.data(), 1};
     hfs_select(&selecting);
 
     std::vector<float> out(h.batches * h.heads * h.q_len * h.value_dim);
@@ -88,6 +75,21 @@ static void run(const Header &h) {
                               h.attended_width, h.per_head, attended.data(), h.masked ? allowed.data() : nullptr,
                               h.masked ? nullptr : attended_runs.data(), nullptr, h.softcap, out.data(), 1};
     hfs_attend(&attending);
+
+    if (h.q_len == 1) { // the same in one call, from scores to outputs
+        std::vector<float> kept(out.size()), decoded(out.size());
+        const Attending to_kept{key, value, query.data(), h.batches, h.heads, h.kv_heads, 1, 1, h.width, 0,
+                                positions.data(), nullptr, runs.data(), nullptr, h.softcap, kept.data(), 1};
+        hfs_attend(&to_kept);
+        const int64_t newest = *std::max_element(stop.begin(), stop.end()) - 1;
+        for (int64_t i = 0; i < sequences; i++) scales[i * keys + newest] = NAN; // to be written again
+        const States plain{query.data(), FLOAT32, h.heads * h.dim, h.dim, h.dim, h.dim};
+        const Decoding decoding{plain, 1, key, value, quantised, center.data(), newest, first.data(), stop.data(),
+                                budget.data(), h.heads, 1, h.batches, h.heads, h.kv_heads, h.sink_keys, h.recent_keys,
+                                nullptr, h.softcap, decoded.data(), 1};
+        hfs_decode(&decoding);
+        if (kept != decoded) std::exit(5);
+    }
     write(codes), write(scales), write(positions), write(runs), write(out);
 }
 

@@ -1,7 +1,7 @@
 // Attention of groups of (query, head) pairs to the keys they keep: an online softmax over tiles of gathered keys.
 
 #include "amx.hpp"
-#include "states.hpp"
+#include "calls.hpp"
 
 #include <algorithm>
 
@@ -9,21 +9,6 @@ using namespace HFS;
 
 namespace {
 
-struct Call {
-    States key, value;
-    const float *query; // (batch, heads, q_len, dim), contiguous, scaled
-    int64_t batches, heads, kv_heads, q_len, size, width;
-    int64_t per_head; // whether a group holds queries of one head instead of all heads that share keys
-    const int64_t *positions; // (batch, kv_heads, groups, width); if `per_head`, groups go by head, then query
-    const uint8_t *allowed;   // (batch, kv_heads, groups, pairs, width), or null
-    const int64_t *runs;      // else (batch, kv_heads, groups, pairs, RUNS, 2): first place and place after the last
-    const float *sinks;       // (heads) logits without a value, or null
-    double softcap;           // 0 for none
-    float *out;               // (batch, heads, q_len, value.dim), contiguous
-    int64_t threads;
-};
-
-constexpr int64_t RUNS = 3;
 constexpr int64_t CHUNK = 256; // keys that are gathered at a time
 constexpr int64_t SCORED = 2 * LANES; // pairs whose scores are found together, one in each lane of two registers
 // Keys whose scores are found together, and pairs that share loaded values: as many as registers hold.
@@ -50,7 +35,7 @@ inline Floats weight_of(Floats score, Floats base) {
 // One group's pairs: running maximum, sum of weights and weighted values of each.
 class Attention {
   public:
-    Attention(const Call &call, int64_t index)
+    Attention(const Attending &call, int64_t index)
         : call(call), share(call.heads / call.kv_heads), pairs(call.per_head ? call.size : share * call.size),
           groups(call.q_len / call.size), group(index % groups), first_head(index / groups * (call.per_head ? 1 : share)),
           kv_head(first_head / share % call.kv_heads), batch(first_head / call.heads),
@@ -106,7 +91,7 @@ class Attention {
     }
 
   private:
-    const Call &call;
+    const Attending &call;
     const int64_t share, pairs, groups, group;
     const int64_t first_head; // counted over the batch
     const int64_t kv_head, batch;
@@ -467,7 +452,7 @@ class Attention {
 };
 
 // Few groups of one query, as in decoding: the threads share the keys of each group.
-void attend_to_few(const Call &call, int64_t groups) {
+void attend_to_few(const Attending &call, int64_t groups) {
     const int64_t pieces = std::max<int64_t>(1, (call.width + PART - 1) / PART);
     std::vector<Attention> parts;
     for (int64_t i = 0; i < groups * pieces; i++) parts.emplace_back(call, i / pieces);
@@ -486,7 +471,7 @@ void attend_to_few(const Call &call, int64_t groups) {
 
 } // namespace
 
-extern "C" void HFS_NAME(attend)(const Call *call) {
+extern "C" void HFS_NAME(attend)(const Attending *call) {
     const int64_t groups = call->batches * (call->per_head ? call->heads : call->kv_heads) * (call->q_len / call->size);
     if (call->q_len == 1 && groups > 0) return attend_to_few(*call, groups);
     in_parallel(groups, call->threads, [&](int64_t index) {

@@ -1,4 +1,4 @@
-"""The compiled kernels, called with tensors. The structures mirror those of the C++ sources, field by field."""
+"""The compiled kernels, called with tensors. The structures mirror those of `calls.hpp`, field by field."""
 
 from __future__ import annotations
 
@@ -81,6 +81,25 @@ class _Attending(ctypes.Structure):
         ("query", c_void_p),
         *((name, c_int64) for name in ("batches", "heads", "kv_heads", "q_len", "size", "width", "per_head")),
         *((name, c_void_p) for name in ("positions", "allowed", "runs", "sinks")),
+        ("softcap", c_double),
+        ("out", c_void_p),
+        ("threads", c_int64),
+    )
+
+
+class _Decoding(ctypes.Structure):
+    _fields_ = (
+        ("query", _States),
+        ("scaling", c_double),
+        ("key", _States),
+        ("value", _States),
+        ("codes", _Quantised),
+        ("center", c_void_p),
+        ("newest", c_int64),
+        *((name, c_void_p) for name in ("first", "stop", "budget")),
+        *((name, c_int64) for name in ("budget_batch", "budget_head")),
+        *((name, c_int64) for name in ("batches", "heads", "kv_heads", "sink_keys", "recent_keys")),
+        ("sinks", c_void_p),
         ("softcap", c_double),
         ("out", c_void_p),
         ("threads", c_int64),
@@ -230,6 +249,65 @@ def attend(
         torch.get_num_threads(),
     )
     _run("hfs_attend", ctypes.byref(call))
+    return out
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codes: tuple[Tensor, Tensor],
+    center: Tensor,
+    newest: int,
+    visible: tuple[Tensor, Tensor],
+    budgets: Tensor,
+    *,
+    scaling: float,
+    sink_keys: int,
+    recent_keys: int,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """`quantise` the newest key, `select` for a query of each sequence, and `attend`.
+
+    Args:
+        query: `(batch, heads, 1, head_dim)`, not scaled.
+        key: As for `attend`.
+        value: As for `attend`.
+        codes: As `quantise` writes them: all but those of the newest key.
+        center: As for `quantise`.
+        newest: Its position.
+        visible: As for `select`.
+        budgets: As for `select`.
+        scaling: Factor of the scores.
+        sink_keys: As for `select`.
+        recent_keys: As for `select`.
+        sinks: As for `attend`.
+        softcap: As for `attend`.
+
+    Returns:
+        float32 `(batch, heads, 1, value_dim)`.
+    """
+    query, key, value, center = adjacent(query), adjacent(key), adjacent(value), center.contiguous()
+    batch, heads = query.shape[:2]
+    out = center.new_empty(batch, heads, 1, value.shape[3])
+    call = _Decoding(
+        _States(query),
+        scaling,
+        _States(key),
+        _States(value),
+        _Quantised(codes),
+        center.data_ptr(),
+        newest,
+        *(x.data_ptr() for x in (*visible, budgets)),
+        *budgets.stride()[:2],
+        *(batch, heads, key.shape[1], sink_keys, recent_keys),
+        None if sinks is None else sinks.data_ptr(),
+        softcap or 0.0,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _run("hfs_decode", ctypes.byref(call))
     return out
 
 

@@ -109,7 +109,8 @@ extern "C" {
     void hfs_##name##_quantise(const void *, const void *, const float *, int64_t, int64_t, int64_t, int64_t,          \
                               int64_t);                                                                                \
     void hfs_##name##_select(const void *);                                                                            \
-    void hfs_##name##_attend(const void *);
+    void hfs_##name##_attend(const void *);                                                                            \
+    void hfs_##name##_decode(const void *);
 TARGETS
 #undef TARGET
 
@@ -123,9 +124,11 @@ struct Target {
     void (*quantise)(const void *, const void *, const float *, int64_t, int64_t, int64_t, int64_t, int64_t);
     void (*select)(const void *);
     void (*attend)(const void *);
+    void (*decode)(const void *);
 };
 
-#define TARGET(name) {#name, hfs_##name##_lanes, hfs_##name##_quantise, hfs_##name##_select, hfs_##name##_attend},
+#define TARGET(name)                                                                                                   \
+    {#name, hfs_##name##_lanes, hfs_##name##_quantise, hfs_##name##_select, hfs_##name##_attend, hfs_##name##_decode},
 constexpr Target LINKED[] = {TARGETS{}};
 #undef TARGET
 
@@ -179,4 +182,8 @@ EXPORTED int32_t hfs_select(const void *call) {
 
 EXPORTED int32_t hfs_attend(const void *call) {
     return failed([&] { used->attend(call); });
+}
+
+EXPORTED int32_t hfs_decode(const void *call) {
+    return failed([&] { used->decode(call); });
 }

@@ -6,34 +6,10 @@
 // lies between: all pairs keep the keys that are most important to them together (`importance.hpp`).
 #pragma once
 
-#include "codes.hpp"
+#include "calls.hpp"
 #include "ranking.hpp"
 
 namespace HFS {
-
-constexpr int64_t RUNS = 3; // runs of places that a pair keeps: from its first key, up to its last, and of the past
-
-// One call for all groups. Sizes in elements.
-struct Call {
-    QuantisedKeys codes;
-    int64_t dim;
-    const float *query;   // (batch, heads, q_len, dim), contiguous, scaled
-    const int64_t *first; // (batch, q_len): the first position that a query sees
-    const int64_t *stop;  // (batch, q_len): one after the last
-    const int64_t *budget;
-    int64_t budget_batch, budget_head, budget_query; // strides
-    int64_t batches, heads, kv_heads, q_len, size;   // `size` queries in a group
-    int64_t sink_keys, recent_keys;
-    double softcap;     // 0 for none
-    int64_t width;      // room in a list of positions, a multiple of TILE
-    int64_t *positions; // (batch, kv_heads, groups, width)
-    int64_t *runs;      // (batch, kv_heads, groups, pairs, RUNS, 2): places that a pair keeps
-    int64_t threads;
-
-    int64_t share() const { return heads / kv_heads; }
-    int64_t groups() const { return q_len / size; }
-    int64_t pairs() const { return share() * size; }
-};
 
 // A query of one head.
 struct Pair {
@@ -55,7 +31,7 @@ class Group {
     int64_t most_ranked = 0;        // keys of the past that some pair keeps
     int64_t least_ranked = INT64_MAX; // the same of the pair that keeps the fewest, but any
 
-    Group(const Call &call, int64_t index) : call(call) {
+    Group(const Selecting &call, int64_t index) : call(call) {
         const int64_t group = index % call.groups(), kv_head = index / call.groups() % call.kv_heads;
         const int64_t batch = index / call.groups() / call.kv_heads;
         codes = call.codes.of(batch, kv_head);
@@ -105,7 +81,7 @@ class Group {
     }
 
   private:
-    const Call &call;
+    const Selecting &call;
     int64_t *positions, *runs;
 
     void find_ranges() {

@@ -45,7 +45,7 @@ void find_importance(const Group &group, const Sets<count> &sets, int64_t dim, i
 }
 
 // Many groups, one thread each.
-void select_many(const Call &call) {
+void select_many(const Selecting &call) {
     in_parallel(call.batches * call.kv_heads * call.groups(), call.threads, [&](int64_t index) {
         Group group(call, index);
         float *importance = nullptr;
@@ -59,7 +59,7 @@ void select_many(const Call &call) {
 }
 
 // Single queries, as in decoding: the threads share the keys of each group.
-template <int count> void select_few(const Call &call) {
+template <int count> void select_few(const Selecting &call) {
     struct Part {
         int64_t group, from, to;
     };
@@ -94,7 +94,7 @@ template <int count> void select_few(const Call &call) {
 } // namespace
 
 // Fills `positions` and `runs`.
-extern "C" void HFS_NAME(select)(const Call *call) {
+extern "C" void HFS_NAME(select)(const Selecting *call) {
     if (call->q_len > 1) return select_many(*call);
     switch (call->share()) {
     case 1: return select_few<1>(*call);
