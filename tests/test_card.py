@@ -151,10 +151,13 @@ def test_what_was_measured_and_where_it_loses(tmp_path: Path) -> None:
         "- Perplexity against dense is worst at 512 tokens, with a ratio of 1.0123 (1.0010 to 1.0200).",
         "- Dense is better, beyond what resampling explains, at 512 tokens.",
         "- Perplexity was measured up to 4,096 tokens, and not beyond.",
-        *(f"- {what} was not measured." for what in ("Perplexity in decoding", "Attention error", "Speed")),
+        *(
+            f"- {what} was not measured."
+            for what in ("Perplexity in decoding", "Attention error", "Retrieval", "Speed")
+        ),
     ):
         assert f"{line}\n" in text
-    for heading in ("**Perplexity in decoding**", "**Attention error**", "**Speed**"):
+    for heading in ("**Perplexity in decoding**", "**Attention error**", "**Retrieval**", "**Speed**"):
         assert heading not in text
 
 
@@ -200,6 +203,38 @@ def test_decoding_fixed_budgets_and_times(tmp_path: Path) -> None:
         "- Slower than dense (a further token of the whole model, after a prompt of n) at 2,048 tokens.",
     ):
         assert f"{line}\n" in text
+
+
+def test_retrieval_and_where_it_is_below_dense(tmp_path: Path) -> None:
+    documents = ("a.txt",)
+    records = tuple(
+        QualityRecord(metric=metric, method=method, length=4096, value=value, density=0.3, documents=documents)
+        for metric, method, value in (
+            ("retrieval_picked", "dense", 0.9),
+            ("retrieval_picked", "grouped", 0.85),
+            ("decoded_retrieval_found", "grouped", 0.5),
+        )
+    )
+    records += (
+        row(8192, -0.05, -0.1, -0.01, metric="retrieval_picked_above_dense"),
+        row(8192, -0.02, -0.1, 0.01, metric="retrieval_found_above_dense"),
+        row(8192, 0.02, -0.1, 0.1, metric="decoded_retrieval_found_above_dense"),
+    )
+    text = make_card(tmp_path, replace(MEASURED, quality=records))
+    together = "read in one pass with the text"
+    for line in (
+        f"| {together} | likelier than three wrong answers | 4,096 | 90 | 85 | 0.300 |",
+        "| read token by token | written | 4,096 | - | 50 | 0.300 |",
+        f"| {together} | likelier than three wrong answers | -5.0 | -10.0 to -1.0 |",
+        "| read token by token | written | +2.0 | -10.0 to +10.0 |",
+        "- Retrieval is 5.0 points below dense (-10.0 to -1.0), beyond what resampling explains: questions "
+        f"{together}, answers likelier than three wrong answers.",
+        f"- Retrieval is 2.0 points below dense (-10.0 to +1.0): questions {together}, answers written.",
+    ):
+        assert f"{line}\n" in text
+    assert text.count("- Retrieval is") == 2
+    text = make_card(tmp_path, replace(MEASURED, quality=records[-1:]))
+    assert "- Retrieval is below dense in nothing that was measured.\n" in text
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hf_sparse.cli.options import Json, Model
 from hf_sparse.config import Origin, Policy
 from hf_sparse.config import files as policy_files
 from hf_sparse.errors import OutOfReachError, UserError
-from hf_sparse.measure.run import ATTENTION_ERROR, PERPLEXITY
+from hf_sparse.measure.run import ATTENTION_ERROR, PERPLEXITY, RETRIEVAL
 from hf_sparse.patching import check_calibration
 from hf_sparse.results import inside, plot_name
 from hf_sparse.share.bundle import CARD, CONFIG, Bundle, card_in, check_publishable, make_bundle
@@ -25,7 +25,7 @@ from hf_sparse.share.publish import MESSAGE
 from hf_sparse.share.remote import Remote
 from hf_sparse.share.source import ModelSource
 
-_DRAWN = {kind.command: kind for kind in (PERPLEXITY, ATTENTION_ERROR)}
+_DRAWN = {kind.command: kind for kind in (PERPLEXITY, ATTENTION_ERROR, RETRIEVAL)}
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class BundleOptions:
     results: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder that perplexity, attention-error or bench wrote. May be repeated; of a second one of a "
-            "command, named as in perplexity-decode, what the first does not have is taken.",
+            help="Folder that perplexity, attention-error, retrieval or bench wrote. May be repeated; of a second "
+            "one of a command, named as in perplexity-decode, what the first does not have is taken.",
             show_default="those in MODEL, if it is a folder",
         ),
     ] = None

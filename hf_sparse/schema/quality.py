@@ -22,8 +22,10 @@ class QualityRecord:
     Args:
         metric: What `value` is, such as `"perplexity"`, `"perplexity_ratio"` (sparse / dense on the same tokens),
             either of these after `"decoded_"` (the targets read one at a time), `"ratio_to_fixed"` (sparse / a fixed
-            number of keys at equal cost), `"lost_mass"`, `"output_error"`, or a time such as `"generate-token"` in
-            seconds with its `"generate-token-speedup"` (dense / sparse).
+            number of keys at equal cost), `"lost_mass"`, `"output_error"`, `"retrieval_picked"` or `"retrieval_found"`
+            (shares of answers, also after `"decoded_"`) with `"retrieval_picked_above_dense"` and so on (over all
+            lengths up to `length`), or a time such as `"generate-token"` in seconds with its
+            `"generate-token-speedup"` (dense / sparse).
         method: `"dense"`, or the selector of the policy.
         statistic: Over the queries: `"mean"`, or `"worst"` (mean of the worst 1 %).
         length: Context length in tokens.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from hf_sparse.results import markdown_table
 from hf_sparse.schema import DENSE, QualityRecord
+from hf_sparse.share import card_retrieval
 
 _PERPLEXITIES = {
     "decoded_perplexity": "**Perplexity in decoding**, as `generate` writes: the context is read in one pass, and the "
@@ -41,6 +42,7 @@ def measured(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator
     for record in records:
         if record.documents:
             what = "attention error" if (record.metric, record.statistic) in _ERRORS else "perplexity"
+            what = "retrieval" if card_retrieval.is_retrieval(record) else what
             where.setdefault((record.model, record.dtype, record.device, record.documents), {})[what] = None
     for (model, dtype, device, documents), measures in where.items():
         stored = ", dequantised" if model.endswith(".gguf") else ""
@@ -49,6 +51,7 @@ def measured(records: Sequence[QualityRecord], plots: Sequence[str]) -> Iterator
     for kind, paragraphs, caption in (
         ("perplexity", _perplexity(records), "Perplexity ratio, perplexity and density against context length"),
         ("attention-error", _attention_error(records), "Attention error against visible keys"),
+        ("retrieval", card_retrieval.tables(records), "Retrieval by task and length"),
         ("bench", _speed(records), "Time against length"),
     ):
         if found := list(paragraphs):
@@ -128,6 +131,7 @@ def losses(records: Sequence[QualityRecord]) -> Iterator[str]:
         yield _lengths(what, fixed, _surely_above_one)
     if not any((record.metric, record.statistic) in _ERRORS for record in records):
         yield "Attention error was not measured."
+    yield from card_retrieval.losses(records)
     found = _speedups(records)
     for metric, own in found.items():
         yield _lengths(f"Slower than dense ({_TIMES.get(metric, metric)})", own, lambda record: record.value < 1)

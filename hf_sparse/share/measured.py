@@ -31,7 +31,7 @@ class Results:
     """A folder that an evaluation wrote.
 
     Attributes:
-        kind: The command: `"perplexity"`, `"attention-error"` or `"bench"`.
+        kind: The command: `"perplexity"`, `"attention-error"`, `"retrieval"` or `"bench"`.
         folder: Where it lies.
         summary: Its `summary.json`.
     """
@@ -60,9 +60,8 @@ class Results:
             if kind not in _RECORDS:
                 raise ValueError(f"it is of {kind}")
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{folder} holds no results: pass a folder that hf-sparse perplexity, attention-error or bench wrote"
-            ) from error
+            commands = " or ".join((", ".join(list(_RECORDS)[:-1]), list(_RECORDS)[-1]))
+            raise UserError(f"{folder} holds no results: pass a folder that hf-sparse {commands} wrote") from error
         return cls(kind, Path(folder), summary)
 
     def records(self, config: SparseAttentionConfig) -> list[QualityRecord]:
@@ -203,6 +202,22 @@ def _error_records(summary: Mapping[str, Any], config: SparseAttentionConfig) ->
                 yield QualityRecord(metric=metric, statistic=statistic, **_interval(value, "value"), **own)
 
 
+def _retrieval_records(summary: Mapping[str, Any], config: SparseAttentionConfig) -> Iterator[QualityRecord]:
+    about, selector = _about(summary), selector_name(config.selector)
+    for method in _methods(summary, config)[:1]:
+        for verdict in _of(summary["verdicts"], (DENSE, method)):
+            metric = f"{DECODED if verdict['mode'] == 'decode' else ''}retrieval_{verdict['score']}"
+            own = about | {"method": DENSE if verdict["method"] == DENSE else selector}
+            for found in verdict["lengths"]:
+                if found["counted"]:
+                    place = {"length": found["length"], "density": found["density"]}
+                    yield QualityRecord(metric=metric, value=found["score"], **place, **own)
+            if verdict["method"] == method and verdict["above_dense"] is not None:
+                place = {"length": max(summary["lengths"]), "density": verdict["density"]}
+                difference = _interval(verdict["above_dense"], "value")
+                yield QualityRecord(metric=f"{metric}_above_dense", **difference, **place, **own)
+
+
 def _bench_records(summary: Mapping[str, Any], config: SparseAttentionConfig) -> Iterator[QualityRecord]:
     about, name = summary["about"], selector_name(config.selector)
     own = {"dtype": about["dtype"], "device": about["device_name"], "model": about["model"]["name"]}
@@ -233,4 +248,9 @@ def _interval(record: Mapping[str, Any], value: str) -> dict[str, Any]:
     return {"value": record[value], "low": record["low"], "high": record["high"]}
 
 
-_RECORDS = {"perplexity": _perplexity_records, "attention-error": _error_records, "bench": _bench_records}
+_RECORDS = {
+    "perplexity": _perplexity_records,
+    "attention-error": _error_records,
+    "retrieval": _retrieval_records,
+    "bench": _bench_records,
+}
