@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from hf_sparse.bench import dense
 from hf_sparse.bench.card import card, installed
 from hf_sparse.bench.generation import Generation
 from hf_sparse.bench.inputs import capture, gaussian
-from hf_sparse.bench.layer import SparseStep, _number_of_sets, time_decode, time_prefill
+from hf_sparse.bench.layer import SparseStep, time_decode, time_prefill
 from hf_sparse.bench.plot import plot_bench
 from hf_sparse.bench.run import evaluate, with_random_weights
 from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
@@ -207,11 +208,20 @@ def test_what_is_compiled_is_timed_apart_as_often_as_the_others(monkeypatch: pyt
     assert order[-6:] == ["sdpa"] * 3 + ["flex"] * 3
 
 
-@pytest.mark.parametrize(
-    ("device", "size", "number"), [("cpu", 1 << 29, 1), ("cuda", 1 << 29, 2), ("cuda", 1 << 20, 16)]
-)
-def test_inputs_alternate_where_a_cache_could_hold_them(device: str, size: int, number: int) -> None:
-    assert _number_of_sets(size, torch.device(device)) == number
+def test_no_method_reads_keys_that_another_has_just_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be in the CPU's cache, where those of a model's next layer are not."""
+    read: list[int] = []
+
+    def noted(inputs: AttentionCall) -> None:
+        read.append(inputs.key.data_ptr())
+
+    sdpa, step = dense.sdpa, SparseStep.attend
+    monkeypatch.setattr(dense, "sdpa", lambda inputs, **_: noted(inputs) or sdpa(inputs))
+    monkeypatch.setattr(SparseStep, "attend", lambda self: noted(self.inputs) or step(self))
+    time_decode(gaussian(SHAPE, torch.float32, CPU, 0), 300, SparseAttentionConfig(), Rounds(20, 0.0))
+    timed = read[-40:]
+    assert len(set(timed)) > 2
+    assert all(one != other for one, other in pairwise(timed))
 
 
 def test_times_of_host_and_gpu_have_tables_of_their_own() -> None:

@@ -345,7 +345,12 @@ def test_a_decoding_call_that_fails_leaves_no_key_out(monkeypatch: pytest.Monkey
     assert torch.equal(in_one_call(replace(call, quantised=keys), budgets), in_one_call(call, budgets))
 
 
-@pytest.mark.parametrize("reason", ["gradients", "dropout", "no kernels"])
+class Other(Grouped):
+    def select(self, call: AttentionCall, *args: Any) -> Selection:
+        return super().select(call, *args)
+
+
+@pytest.mark.parametrize("reason", ["gradients", "dropout", "no kernels", "another selection"])
 def test_decoding_in_one_call_is_left_to_others_where_it_cannot_be_done(
     reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +359,8 @@ def test_decoding_in_one_call_is_left_to_others_where_it_cannot_be_done(
         call = replace(call, query=call.query.requires_grad_())
     if reason == "no kernels":
         monkeypatch.setattr(Grouped, "uncompiled_reason", lambda *_: "a test wants none")
-    assert Grouped().decode(call, torch.full((2, 1, 1), 90), ALWAYS) is None
+    selector = Other() if reason == "another selection" else Grouped()
+    assert selector.decode(call, torch.full((2, 1, 1), 90), ALWAYS) is None
 
 
 @needs_kernels

@@ -29,11 +29,10 @@ Found = dict[str, dict[str, Any]]
 
 # A call that takes longer than this is not repeated to measure its peak of memory alone.
 _QUICK = 1.0
-# Several sets of inputs stand for the layers of a model: one set would stay in the CPU's cache. A GPU's is larger than
-# what sparse attention reads of one set of any length.
+# Several sets of inputs stand for the layers of a model, whose keys are no longer in the CPU's cache when their turn
+# comes again. A GPU's is larger than what sparse attention reads of one set of any length.
 _SETS_BYTES = 1 << 28
-_MOST_SETS = 16
-_LEAST_SETS_ON_GPUS = 2
+_LEAST_SETS, _MOST_SETS = 2, 16
 # Share of the free memory that a method may take.
 _SHARE = 0.6
 
@@ -43,7 +42,7 @@ class Method:
     """One way to do a task.
 
     Attributes:
-        prepare: Gives the input of the call of that number, the same for every method; not timed.
+        prepare: Gives the input of the call of that number; not timed.
         run: The timed call, from that input to `(1, heads, queries, head_dim)`.
         needs: Bytes formed besides inputs and output, where that is known to be much.
         compiled: Whether the first call compiles it. Such a method is timed apart, after all others.
@@ -96,7 +95,7 @@ class SparseStep:
 @torch.no_grad()
 def time_decode(inputs: LayerInputs, length: int, config: SparseAttentionConfig, rounds: Rounds) -> Found:
     """Measure a decode step that sees `length` keys; see `_measure` for the result."""
-    number = _number_of_sets(inputs.kv_bytes * length, inputs.device)
+    number = max(_LEAST_SETS, min(_MOST_SETS, _SETS_BYTES // (inputs.kv_bytes * length)))
     state = _state(config, inputs.layer)
     steps = [SparseStep(inputs.decode(length, index), state) for index in range(number)]
     sets = [step.inputs for step in steps]
@@ -116,7 +115,7 @@ def time_prefill(
     inputs: LayerInputs, length: int, config: SparseAttentionConfig, rounds: Rounds, left_out: frozenset[str]
 ) -> Found:
     """Measure causal attention of `length` queries to as many keys; see `_measure` for the result."""
-    different = 1 if inputs.device.type == "cpu" else _LEAST_SETS_ON_GPUS
+    different = 1 if inputs.device.type == "cpu" else _LEAST_SETS
     given = _in_turn([inputs.prefill(length, index) for index in range(different)])
     methods = {SDPA: Method(given, dense.sdpa)}
     if MASKED not in left_out:
@@ -131,11 +130,6 @@ def time_prefill(
     state = _state(config, inputs.layer)
     methods[SPARSE] = Method(given, lambda call: attend(state, call)[0])
     return _measure(methods, state, inputs.device, rounds)
-
-
-def _number_of_sets(size: int, device: torch.device) -> int:
-    """Sets of keys and values of `size` bytes each that calls take in turn."""
-    return max(1 if device.type == "cpu" else _LEAST_SETS_ON_GPUS, min(_MOST_SETS, _SETS_BYTES // size))
 
 
 def _in_turn(items: list[Any]) -> Callable[[int], Any]:
@@ -177,8 +171,10 @@ def _measure(methods: dict[str, Method], state: LayerState, device: torch.device
     del reference, out
     found[SPARSE]["density"] = make_report({state.layer: state.counters}).density
 
+    # Whichever method it is of, a call takes the next inputs: none finds in a cache what another has just read.
+    number = count()
+
     def sampler(method: Method) -> Callable[[], dict[str, float]]:
-        number = count()
         return lambda: timed(lambda: method.prepare(next(number)), method.run, device)
 
     working = {name: sampler(methods[name]) for name, facts in found.items() if "skipped" not in facts}

@@ -54,7 +54,6 @@ class QuantisedKeys:
         """Bytes of codes and scales, with the room for further keys."""
         return 0 if self._parts is None else sum(part.nbytes for part in self._parts)
 
-    @torch.no_grad()
     def up_to(
         self, key: Tensor, stop: int, layout: Layout, *, texts: Callable[[], Texts] | None = None, left: int = 0
     ) -> tuple[Tensor, Tensor]:
@@ -71,11 +70,12 @@ class QuantisedKeys:
         if self._parts is not None and not self._fits(self._parts[1], key, layout):
             self._parts, self._length, self._center = None, 0, None
         self._layout = layout
-        parts = self._parts = self._with_room(key, stop, layout)
-        if self._center is None or any(end - start < CENTRED for start, end in self._centred):
-            self._set_center(key, texts)
-        if stop - left > self._length:
-            layout.quantise(key, self._length, stop - left, parts, self.center)
+        with torch.no_grad():
+            parts = self._parts = self._with_room(key, stop, layout)
+            if self._center is None or any(end - start < CENTRED for start, end in self._centred):
+                self._set_center(key, texts)
+            if stop - left > self._length:
+                layout.quantise(key, self._length, stop - left, parts, self.center)
         self._length = max(self._length, stop)
         return parts
 
@@ -112,7 +112,8 @@ class QuantisedKeys:
             self._center = torch.cat([_mean(key.narrow(0, i, 1), *span) for i, span in enumerate(centred)])
 
     def _fits(self, scales: Tensor, key: Tensor, layout: Layout) -> bool:
-        return layout == self._layout and scales.shape[:2] == key.shape[:2] and scales.device == key.device
+        same = layout is self._layout or layout == self._layout  # comparing takes time
+        return same and scales.shape[:2] == key.shape[:2] and scales.device == key.device
 
     def _with_room(self, key: Tensor, stop: int, layout: Layout) -> tuple[Tensor, Tensor]:
         old = self._parts

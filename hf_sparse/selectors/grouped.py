@@ -52,11 +52,9 @@ class Grouped(Selector):
 
     def decode(self, call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Tensor | None:
         """What compiled kernels for CPUs do in one call: see `Selector.decode`."""
-        if call.key.is_cuda or call.learns or call.dropout:
+        if type(self).select is not Grouped.select or call.key.is_cuda or call.learns or call.dropout:
             return None
-        if self.uncompiled_reason(call) is not None or cpu.unsupported_reason(call.value) is not None:
-            return None
-        return _decoded(call, budgets, always)
+        return None if self.uncompiled_reason(call, call.value) else _decoded(call, budgets, always)
 
     def scored_keys(self, call: AttentionCall, most: int) -> int:
         """Scores are formed a group at a time: see `Selector.scored_keys`. What grows are lists of kept keys.
@@ -68,13 +66,16 @@ class Grouped(Selector):
             return -(-(call.key.shape[2] + kept) // (GROUP_QUERIES * call.group_size))
         return max(1024, kept)
 
-    def uncompiled_reason(self, call: AttentionCall) -> str | None:
-        """Why PyTorch looks for the keys of this call, and no compiled kernel; `None` if one does."""
+    def uncompiled_reason(self, call: AttentionCall, *others: Tensor) -> str | None:
+        """Why PyTorch looks for the keys of this call, and no compiled kernel; `None` if one does.
+
+        `others` are what a kernel is to read besides.
+        """
         if call.key.is_cuda:
             return on_gpus.unsupported_reason(call)
         if call.key.shape[3] % 8:
             return f"the compiled kernels take heads of a multiple of 8 components, not {call.key.shape[3]}"
-        return cpu.unsupported_reason(call.key)
+        return cpu.unsupported_reason(call.key, *others)
 
 
 def _compiled(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> SharedSelection:
@@ -107,7 +108,7 @@ def _decoded(call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Tensor
             keys.center,
             ranges.last_visible - 1,
             (ranges.first, ranges.stop),
-            budgets.expand(*call.query.shape[:3]),
+            budgets,
             scaling=call.scaling,
             sink_keys=always.sink_keys,
             recent_keys=always.recent_keys,
@@ -117,7 +118,7 @@ def _decoded(call: AttentionCall, budgets: Tensor, always: AlwaysKept) -> Tensor
     except BaseException:
         keys.crop(ranges.last_visible - 1)  # The newest key may not be among them.
         raise
-    return out.to(call.value.dtype)
+    return out if out.dtype == call.value.dtype else out.to(call.value.dtype)
 
 
 def by_triton(call: AttentionCall, budgets: Tensor, always: AlwaysKept, size: int) -> SharedSelection:

@@ -278,7 +278,7 @@ def decode(
         center: As for `quantise`.
         newest: Its position.
         visible: As for `select`.
-        budgets: As for `select`.
+        budgets: int64 `(batch or 1, heads or 1, 1)`.
         scaling: Factor of the scores.
         sink_keys: As for `select`.
         recent_keys: As for `select`.
@@ -300,7 +300,7 @@ def decode(
         center.data_ptr(),
         newest,
         *(x.data_ptr() for x in (*visible, budgets)),
-        *budgets.stride()[:2],
+        *(stride if size > 1 else 0 for size, stride in zip(budgets.shape[:2], budgets.stride(), strict=False)),
         *(batch, heads, key.shape[1], sink_keys, recent_keys),
         None if sinks is None else sinks.data_ptr(),
         softcap or 0.0,
