@@ -1,7 +1,7 @@
 """llama.cpp after a prompt: time to the first token and to each later one, with keys and values in 8 bits.
 
 pip install llama-cpp-python
-python scripts/rivals/llama_cpp.py MODEL.gguf --text TEXT --tokens 8000,32000 --output FOLDER
+python scripts/rivals/with_llama_cpp.py MODEL.gguf --text TEXT --tokens 8000,32000 --output FOLDER
 
 It computes with the weights as the file has them (4 bits, for the models here). `hf-sparse bench MODEL.gguf --text
 TEXT --generate 8000,32000` times the same file, whose weights transformers expands to the `--dtype` given.
