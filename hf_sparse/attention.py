@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_sparse import engines, selectors
 from hf_sparse.cache import SparseLayer, cache_of_pass, layer_that_holds
-from hf_sparse.call import AttentionCall, align, leading_dense
+from hf_sparse.call import AlwaysKept, AttentionCall, align, leading_dense
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.engines import dense
 from hf_sparse.engines.common import masked_weights, weighted_values
@@ -146,6 +146,11 @@ class LayerState:
     def engine(self) -> engines.Engine | None:
         """What attends to them; `None` for the fastest that can."""
         return engines.find_engine(self.config.engine)
+
+    @cached_property
+    def always(self) -> AlwaysKept:
+        """The keys that every query keeps within its budget."""
+        return self.config.always
 
     def plan(self, ranges: VisibleRanges) -> BudgetPlan | None:
         """The budgets of a call; `None` for a layer, or in a pass, that runs dense."""
@@ -334,9 +339,7 @@ def _attend_sparsely(
     for start in range(0, length, step):
         block = aligned.call if length <= step else aligned.call.queries(start, min(length, start + step))
         with _without_autocast(call):
-            selection = selectors.select(
-                selector, block, aligned.budgets[..., start : start + step], state.config.always
-            )
+            selection = selectors.select(selector, block, aligned.budgets[..., start : start + step], state.always)
             kept.append(selection.kept(heads))
             if want_weights:
                 weights.append(masked_weights(block, selection.mask(heads, call.key.shape[2])))
@@ -349,16 +352,16 @@ def _attend_sparsely(
 
 
 def _decode(state: LayerState, call: AttentionCall, budgets: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of single queries, and how many keys each keeps, `(batch, heads, 1)`.
+    """Attention of single queries, and how many keys each keeps, `(batch, heads or 1, 1)`.
 
     As for a block of queries, without what only many need: for a decoded token, it would take as long as its attention.
     """
-    heads, always = call.query.shape[1], state.config.always
+    always = state.always
     if state.engine is None and (out := state.selector.decode(call, budgets, always)) is not None:
-        return out, budgets.expand(-1, heads, -1)
+        return out, budgets
     _count_what_is_slow(state, call)
     selection = selectors.select(state.selector, call, budgets, always)
-    return engines.attend(state.engine, call, selection), selection.kept(heads)
+    return engines.attend(state.engine, call, selection), selection.kept(call.query.shape[1])
 
 
 def _count_what_is_slow(state: LayerState, call: AttentionCall) -> None:

@@ -67,7 +67,7 @@ class LayerCounters:
             visible: Visible keys, summed over the queries.
             heads: Query heads of the layer.
             dense_queries: Reason -> queries that ran dense for it.
-            kept: int64 `(batch, heads, q_len)`, kept keys, in parts; `None` if all visible keys were.
+            kept: int64 `(batch, heads or 1, q_len)`, kept keys, in parts; `None` if all visible keys were.
         """
         with _counting:
             self.calls += 1
@@ -89,7 +89,7 @@ class LayerCounters:
         """Attended keys, summed over the queries, for each query head."""
         with _counting:
             self._add_up()
-        own = [0] * self.heads if self._kept is None else self._kept.tolist()
+        own = [0] * self.heads if self._kept is None else self._kept.expand(self.heads).tolist()
         return [number + self._kept_by_all for number in own]
 
     def _add_up(self) -> None:
