@@ -203,6 +203,16 @@ def test_dense_keeps_everything_visible(kind: str, elements: int, monkeypatch: p
     assert_close(dense.attend(call).double(), calls.attend(call, calls.visible_mask(call)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("least", [0, 1 << 40])
+@pytest.mark.parametrize("left", [(0, 0), (0, 5)])
+def test_the_heads_of_a_single_query_are_packed_or_not(
+    left: tuple[int, int], least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "_LEAST_PACKED", least)
+    call = calls.inputs(calls.causal_intervals(1, 300, left=left), 300, heads=6, kv_heads=2)
+    assert_close(dense.attend(call).double(), calls.attend(call, calls.visible_mask(call)), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks", "padded"])
 @pytest.mark.parametrize("form", ["bool", "finfo", "-inf"])
 def test_dense_under_any_mask(kind: str, form: str) -> None:

@@ -33,7 +33,7 @@ OPTIONAL = (MASKED, FLEX, STATIC)
 """Dense methods that can be left out."""
 
 BASELINES = {"decode": SDPA, "prefill": SDPA, "cached": DYNAMIC, "generate": DYNAMIC, "padded": DYNAMIC}
-"""Task -> the dense method that break-even is against, unless `PACKED` was measured, too.
+"""Task -> the dense method that break-even is against; or `PACKED`, where that is measured and stays ahead for longer.
 
 `decode` and `prefill` are one attention layer. `cached`, `generate` and `padded` are a model that generates: after full
 caches, after a prompt, and after a prompt behind one pad token, as in batches of unequal texts.

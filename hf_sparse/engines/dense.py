@@ -24,6 +24,10 @@ _BLOCK_ELEMENTS = 1 << 22
 _FEW_QUERIES = 32
 _LEAST_ROWS = 16
 
+# A single query is not packed for short texts on a CPU, where SDPA has more tasks for its threads: this is the least
+# size, in bytes, of one component of all keys of a head, times the heads that read them.
+_LEAST_PACKED = 40_000
+
 
 def attend(call: AttentionCall) -> Tensor:
     """Attend to every visible key: `(batch, heads, q_len, value_dim)`; zeros for a query that sees none.
@@ -40,7 +44,7 @@ def attend(call: AttentionCall) -> Tensor:
             call.learns or call.dropout or cpu.unsupported_reason(call.key, call.value)
         ):
             return _by_kernel(call)
-        if plain and rows > 1:
+        if plain and rows > 1 and not _is_better_apart(call):
             return _packed(call.dequantized())
     call = call.dequantized()
     if plain and _is_causal(call):
@@ -99,6 +103,12 @@ def _by_kernel(call: AttentionCall) -> Tensor:
         softcap=call.softcap,
     )
     return out.view(batch, heads, queries, -1).to(call.value.dtype)
+
+
+def _is_better_apart(call: AttentionCall) -> bool:
+    """Whether the heads of a single query need no mask, and too few keys for one reading to be what counts."""
+    size = call.last_visible * call.key.dtype.itemsize * call.group_size
+    return call.query.shape[2] == 1 and size < _LEAST_PACKED and not call.key.is_cuda and _is_causal(call)
 
 
 def _packed(call: AttentionCall) -> Tensor:
