@@ -1,4 +1,4 @@
-"""llama.cpp after a prompt: time to the first token and to each later one, with keys and values in 8 bits.
+"""llama.cpp after a prompt: time to the first token and to each later one, with keys and values in 8 or 16 bits.
 
 pip install llama-cpp-python
 python scripts/rivals/with_llama_cpp.py MODEL.gguf --text TEXT --tokens 8000,32000 --output FOLDER
@@ -46,9 +46,11 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--cache", choices=("q8_0", "f16"), default="q8_0", help="type of keys and values")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    kind = llama_cpp.GGML_TYPE_Q8_0 if args.cache == "q8_0" else llama_cpp.GGML_TYPE_F16
     for tokens in map(int, args.tokens.split(",")):
         model = llama_cpp.Llama(
             str(args.model),
@@ -57,9 +59,9 @@ def main() -> None:
             n_ubatch=BATCH,
             n_threads=args.threads,
             n_threads_batch=args.threads,
-            flash_attn=True,
-            type_k=llama_cpp.GGML_TYPE_Q8_0,
-            type_v=llama_cpp.GGML_TYPE_Q8_0,
+            flash_attn=args.cache == "q8_0",  # which values in 8 bits need
+            type_k=kind,
+            type_v=kind,
             verbose=False,
         )
         text = args.text.read_bytes()[: 16 * tokens]
@@ -75,7 +77,7 @@ def main() -> None:
                 "first_token_seconds": first,
                 "token_seconds": statistics.median(later),
                 "threads": args.threads,
-                "cache": "q8_0",
+                "cache": args.cache,
                 "versions": {"llama-cpp-python": version("llama-cpp-python"), "python": platform.python_version()},
                 "system": llama_cpp.llama_print_system_info().decode(),
             }
