@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import hf_sparse
 from hf_sparse import SparseAttentionConfig
 from hf_sparse.attention import LayerState
-from hf_sparse.bench import dense
+from hf_sparse.bench import dense, layer
 from hf_sparse.bench.card import card, installed
 from hf_sparse.bench.generation import Generation
 from hf_sparse.bench.inputs import capture, gaussian
@@ -215,12 +215,14 @@ def test_no_method_reads_keys_that_another_has_just_read(monkeypatch: pytest.Mon
     def noted(inputs: AttentionCall) -> None:
         read.append(inputs.key.data_ptr())
 
-    sdpa, step = dense.sdpa, SparseStep.attend
-    monkeypatch.setattr(dense, "sdpa", lambda inputs, **_: noted(inputs) or sdpa(inputs))
+    step = SparseStep.attend
+    for place, name in ((dense, "sdpa"), (layer, "attend_densely"), (dense, "cached_step")):
+        whole = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda inputs, whole=whole, **_: noted(inputs) or whole(inputs))
     monkeypatch.setattr(SparseStep, "attend", lambda self: noted(self.inputs) or step(self))
     time_decode(gaussian(SHAPE, torch.float32, CPU, 0), 300, SparseAttentionConfig(), Rounds(20, 0.0))
-    timed = read[-40:]
-    assert len(set(timed)) > 2
+    timed = read[-80:]
+    assert len(set(timed)) > 4
     assert all(one != other for one, other in pairwise(timed))
 
 

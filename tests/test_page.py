@@ -55,9 +55,8 @@ def test_a_page_of_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             assert "--" in cell or f">{cell.strip()}<" in page.text
     laws = json.loads((folder / "sparse_config.json").read_text())["per_head"]
     heads = sum(map(len, laws.values()))
-    assert (
-        sum(title.startswith("layer ") for title in page.titles) == 2 * heads
-    )  # keys and exponent, of the calibration and of the configuration alike
+    # Keys and exponent, of the calibration and of the configuration alike.
+    assert sum(title.startswith("layer ") for title in page.titles) == 2 * heads
     assert f"layer 3, head 5: {laws['3'][5][1]:.4g}" in page.titles
 
 
