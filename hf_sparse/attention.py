@@ -55,7 +55,7 @@ REFUSED = frozenset({"position_bias", "indices", "block_indices", "sinks", "alib
 
 # Elements of scores that a block of queries may form: queries x heads x keys scored.
 _BLOCK_ELEMENTS = 1 << 23
-_LEAST_QUERIES, _MOST_QUERIES = 64, 1024
+_LEAST_QUERIES, _MOST_QUERIES = 64, 2048
 
 # The same on a GPU, which is idle between blocks: one for so many bytes of its memory, a few numbers each.
 _BYTES_PER_ELEMENT = 128
@@ -334,7 +334,7 @@ def _attend_sparsely(
         kept.append(ranges.visible[:, None, :start].expand(-1, heads, -1))
         sparse, budgets = sparse.queries(start, queries), budgets[..., start:]
     aligned = align(sparse, budgets, size)
-    length, step = aligned.call.query.shape[2], _block_queries(aligned.call, selector, plan.most)
+    length, step = aligned.call.query.shape[2], _block_queries(aligned.call, state, plan.most)
     parts: list[Tensor] = []
     for start in range(0, length, step):
         block = aligned.call if length <= step else aligned.call.queries(start, min(length, start + step))
@@ -387,13 +387,17 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([x.transpose(1, 2) for x in parts], dim=1).transpose(1, 2)
 
 
-def _block_queries(call: AttentionCall, selector: Selector, most: int) -> int:
+def _block_queries(call: AttentionCall, state: LayerState, most: int) -> int:
     """Queries of a block, whole groups, if no query keeps more than `most` keys."""
+    selector = state.selector
     batch, heads = call.query.shape[:2]
     whole = selector.group_queries * -(-_LEAST_QUERIES // selector.group_queries)
     elements, queries = _BLOCK_ELEMENTS, _MOST_QUERIES
     if call.key.is_cuda:
         memory = torch.cuda.get_device_properties(call.key.device).total_memory
         elements, queries = memory // _BYTES_PER_ELEMENT, _MOST_QUERIES_ON_GPUS
-    fit = elements // (batch * heads * max(1, selector.scored_keys(call, most)))
+    scored = selector.scored_keys(call, most)
+    if state.engine is not None and not call.key.is_cuda:
+        scored = max(scored, most)  # What an engine forms that was chosen by name is not known.
+    fit = elements // (batch * heads * max(1, scored))
     return min(max(1, queries // whole), max(1, fit // whole)) * whole

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from hf_sparse import SparseAttentionConfig
@@ -211,6 +213,29 @@ def test_the_heads_of_a_single_query_are_packed_or_not(
     monkeypatch.setattr(dense, "_LEAST_PACKED", least)
     call = calls.inputs(calls.causal_intervals(1, 300, left=left), 300, heads=6, kv_heads=2)
     assert_close(dense.attend(call).double(), calls.attend(call, calls.visible_mask(call)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "matrix_unit", "rows"),
+    [(torch.float32, False, 6), (torch.bfloat16, True, 6), (torch.bfloat16, False, 2), (torch.float16, True, 2)],
+)
+def test_few_keys_of_16_bits_are_read_once_where_sdpa_is_slow(
+    dtype: torch.dtype, matrix_unit: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rows`: heads that SDPA is given, 6 query heads, or the 2 key heads that they share."""
+    monkeypatch.setattr(dense, "_HAS_MATRIX_UNIT", matrix_unit)
+    seen: list[int] = []
+
+    def recorded(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(query.shape[1])
+        return scaled_dot_product_attention(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    call = calls.inputs(calls.causal_intervals(1, 300), 300, heads=6, kv_heads=2)
+    exact = calls.attend(call, calls.visible_mask(call))
+    call = replace(call, query=call.query.to(dtype), key=call.key.to(dtype), value=call.value.to(dtype))
+    assert_close(dense.attend(call).double(), exact, atol=0.03, rtol=0.03)
+    assert seen == [rows]
 
 
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks", "padded"])

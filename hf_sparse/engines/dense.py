@@ -24,9 +24,12 @@ _BLOCK_ELEMENTS = 1 << 22
 _FEW_QUERIES = 32
 _LEAST_ROWS = 16
 
-# A single query is not packed for short texts on a CPU, where SDPA has more tasks for its threads: this is the least
-# size, in bytes, of one component of all keys of a head, times the heads that read them.
+# A single query is not packed for short texts on a CPU, where SDPA has more tasks for its threads, unless its products
+# are slow: this is the least size, in bytes, of one component of all keys of a head, times the heads that read them.
 _LEAST_PACKED = 40_000
+
+# Without a matrix unit (AMX), SDPA reads keys of 16 bits far more slowly than of 32. Not all versions of PyTorch know.
+_HAS_MATRIX_UNIT = not hasattr(torch.cpu, "get_capabilities") or bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def attend(call: AttentionCall) -> Tensor:
@@ -107,8 +110,11 @@ def _by_kernel(call: AttentionCall) -> Tensor:
 
 def _is_better_apart(call: AttentionCall) -> bool:
     """Whether the heads of a single query need no mask, and too few keys for one reading to be what counts."""
-    size = call.last_visible * call.key.dtype.itemsize * call.group_size
-    return call.query.shape[2] == 1 and size < _LEAST_PACKED and not call.key.is_cuda and _is_causal(call)
+    dtype = call.key.dtype
+    size = call.last_visible * dtype.itemsize * call.group_size
+    if call.query.shape[2] > 1 or size >= _LEAST_PACKED or call.key.is_cuda:
+        return False
+    return (dtype.itemsize > 2 or (dtype == torch.bfloat16 and _HAS_MATRIX_UNIT)) and _is_causal(call)
 
 
 def _packed(call: AttentionCall) -> Tensor:

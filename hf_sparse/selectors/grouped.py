@@ -61,10 +61,10 @@ class Grouped(Selector):
 
         On a GPU, the importance of all keys is held for each group beside the list.
         """
-        kept = min(call.key.shape[2], most)
-        if call.key.is_cuda and self.uncompiled_reason(call) is None:
-            return -(-(call.key.shape[2] + kept) // (GROUP_QUERIES * call.group_size))
-        return max(1024, kept)
+        kept, on_gpu = min(call.key.shape[2], most), call.key.is_cuda
+        if self.uncompiled_reason(call, call.value) is not None or (not on_gpu and (call.learns or call.dropout)):
+            return max(1024, kept)
+        return -(-(kept + on_gpu * call.key.shape[2]) // (GROUP_QUERIES * call.group_size))
 
     def uncompiled_reason(self, call: AttentionCall, *others: Tensor) -> str | None:
         """Why PyTorch looks for the keys of this call, and no compiled kernel; `None` if one does.
