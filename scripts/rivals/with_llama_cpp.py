@@ -21,6 +21,13 @@ import llama_cpp
 BATCH = 512
 
 
+def processor() -> str:
+    """Its name, as Linux has it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0]
+
+
 def timed(model: llama_cpp.Llama, prompt: list[int], new_tokens: int) -> tuple[float, list[float]]:
     """Seconds to the first token, and for each of the later ones."""
     model.reset()
@@ -77,6 +84,7 @@ def main() -> None:
                 "first_token_seconds": first,
                 "token_seconds": statistics.median(later),
                 "threads": args.threads,
+                "device_name": processor(),
                 "cache": args.cache,
                 "versions": {"llama-cpp-python": version("llama-cpp-python"), "python": platform.python_version()},
                 "system": llama_cpp.llama_print_system_info().decode(),
