@@ -53,7 +53,7 @@ def measure(cell: Cell, setting: Setting) -> Record:
     n, source = cell["n"], Input.of(cell)
     kept, places = kept_keys([WINDOW], n), [NORMS.index(name) for name in MEASURED]
     # What row_radius gives for a query with ||W^T x||_2 = R, which is what it is on average over bounded queries.
-    radius = row_radius(source.norm_at(n), 1.0, n, DELTA)
+    radius = row_radius(source.norm_at(n), n, DELTA)
 
     def look(logits: Array, values: Array) -> list[float]:
         weights = softmax(logits)

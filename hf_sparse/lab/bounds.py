@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.special import expit
 
 from hf_sparse.measure.statistics import FloatArray
 
@@ -52,88 +51,43 @@ def spectral_scale(query: FloatArray, key: FloatArray) -> float:
     return float(np.linalg.norm(query, 2) * np.linalg.norm(key, 2))
 
 
-def tail_probability(t: float, scale: float, spectral: float) -> float:
-    """Upper bound of P(x^T W y >= t) for two different tokens: exp(-t^2 / (2 (R^2 + S t))).
-
-    Assumes: as for `rope_scales`; `scale` is R and `spectral` at least B^2 ||W||_2.
-    Source: bounded centred entries are sub-Gaussian with variance B^2 (Hoeffding), so comparing with Gaussian vectors
-        gives E exp(l x^T W y) <= det(1 - l^2 B^4 W W^T)^(-1/2) <= exp(l^2 R^2 / (2 (1 - l S))), and Chernoff's bound
-        with l = t / (R^2 + S t) does the rest.
-    Tight: the exponent, for +-B entries and t between R and R^2 / S, where logits are close to Gaussian.
-    """
-    return 1.0 if t <= 0 else math.exp(-(t**2) / (2 * (scale**2 + spectral * t)))
-
-
 def logit_radius(scale: float, spectral: float, pairs: float, delta: float) -> float:
     """r = R sqrt(2 u) + S u, u = ln(2 pairs / delta): `pairs` logits are all in [-r, r] with probability 1 - delta.
 
     `pairs` is n for a query, n^2 for a matrix. R sqrt(log n) alone needs heads of high stable rank (R / S)^2.
 
-    Assumes: as for `rope_scales`; a token's logit with itself is not covered.
-    Source: the moment generating function in `tail_probability` and a union bound.
+    Assumes: as for `rope_scales`, of which `scale` is the result; `spectral` is at least B^2 ||W||_2. A token's logit
+        with itself is not covered.
+    Source: bounded centred entries are sub-Gaussian with variance B^2 (Hoeffding), so comparing with Gaussian vectors
+        gives E exp(l x^T W y) <= det(1 - l^2 B^4 W W^T)^(-1/2) <= exp(l^2 R^2 / (2 (1 - l S))). Chernoff's bound with
+        l = t / (R^2 + S t) makes it P(x^T W y >= t) <= exp(-t^2 / (2 (R^2 + S t))); then a union bound.
     Tight: +-B entries and high stable rank: the largest of n logits is then close to R sqrt(2 ln n).
     """
     u = math.log(2 * pairs / delta)
     return scale * math.sqrt(2 * u) + spectral * u
 
 
-def row_radius(slope_norm: float, bound: float, keys: int, delta: float) -> float:
-    """r = B ||W^T x_i||_2 sqrt(2 ln(2 n / delta)): one given query's logits are in [-r, r], probability 1 - delta.
+def row_radius(slope_norm: float, keys: int, delta: float) -> float:
+    """r = ||W^T x_i||_2 sqrt(2 ln(2 n / delta)) at B = 1: one given query's logits are in [-r, r], odds 1 - delta.
 
-    Assumes: entries of the n keys independent, mean 0, at most B; `slope_norm` is ||W^T x_i||_2 of the given query.
+    Assumes: entries of the n keys independent, mean 0, at most 1; `slope_norm` is ||W^T x_i||_2 of the given query.
     Source: Hoeffding's inequality and a union bound.
-    Tight: +-B entries and a W^T x_i spread over many dimensions: the largest logit tends to r as n grows.
+    Tight: entries +1 or -1 and a W^T x_i spread over many dimensions: the largest logit tends to r as n grows.
     """
-    return bound * slope_norm * math.sqrt(2 * math.log(2 * keys / delta))
-
-
-def entry_bounds(keys: float, spread: float) -> tuple[float, float]:
-    """Smallest and largest weight of a softmax over n logits that lie within an interval of `spread`.
-
-    1 / (1 + (n - 1) e^spread) <= A_ij <= 1 / (1 + (n - 1) e^-spread). Logits within [-r, r] have spread 2 r, so that
-    r = o(log n) gives A_ij = n^(-1 +- o(1)). By `logit_radius`, R = o(sqrt(log n)) and S = o(1) are enough for that.
-
-    Assumes: nothing but the spread. Source: the softmax; the threshold sqrt(log n) is that of Alman and Song for fast
-        attention, as summaries say. Tight: one logit at one end of the interval and all others at the other end.
-    """
-    others = math.log(keys - 1) if keys > 1 else -math.inf
-    return float(expit(-others - spread)), float(expit(spread - others))
+    return slope_norm * math.sqrt(2 * math.log(2 * keys / delta))
 
 
 def is_vacuous(keys: float, spread: float) -> bool:
-    """Whether logits of this spread leave room for one weight above 1/2: spread > ln(n - 1).
+    """Whether n logits of this spread, largest minus smallest, leave room for one weight above 1/2: spread > ln(n - 1).
 
-    Assumes: nothing else. Source: `entry_bounds`. Tight: as there.
+    Logits within [-r, r] have spread 2 r; r = o(log n) gives A_ij = n^(-1 +- o(1)), for which, by `logit_radius`,
+    R = o(sqrt(log n)) and S = o(1) are enough.
+
+    Assumes: nothing but the spread. Source: 1 / (1 + (n - 1) e^spread) <= A_ij <= 1 / (1 + (n - 1) e^-spread), by the
+        softmax; the threshold sqrt(log n) is that of Alman and Song for fast attention, as summaries say.
+    Tight: one logit at one end of the interval and all others at the other end.
     """
-    return entry_bounds(keys, spread)[1] > 0.5
-
-
-def lost_mass_bounds(keys: int, kept: int, spread: float) -> tuple[float, float]:
-    """Least and most mass that top-k can lose: (n - k) / (n - k + k e^spread) <= tau <= 1 - k / n.
-
-    At a bounded spread, n^C keys with C < 1 lose nearly all mass as n grows: no n^C-sparsity in total variation.
-
-    Assumes: logits within an interval of length `spread`. Source: the softmax. Tight: below, k logits at the upper end
-        and the others at the lower end; above, equal logits.
-    """
-    least = (keys - kept) * math.exp(-spread)
-    return least / (least + kept), 1 - kept / keys
-
-
-def max_entry_bound(keys: int, kept: int, spread: float, *, renormalise: bool) -> float:
-    """Most that ||q - p||_inf of top-k can be: about e^spread / k if renormalised, e^spread / n if not.
-
-    Unnormalised: p_(k+1) <= 1 / (k + 1 + (n - k - 1) e^-spread). Renormalised: the larger of that and
-    (1 - k / n) / (1 + (k - 1) e^-spread). In this sense alpha n^C keys have "decreasing loss" (abstract of arXiv
-    2404.02690) for logits of bounded spread, and unnormalised top-k has it for any k.
-
-    Assumes: logits within an interval of length `spread`. Source: the closed forms of `topk`.
-    Tight: unnormalised, k + 1 logits at the upper end and the others at the lower end; renormalised, one logit at the
-        upper end and the others at the lower end, as n grows.
-    """
-    dropped = 1 / (kept + 1 + (keys - kept - 1) * math.exp(-spread)) if kept < keys else 0.0
-    whole = (1 - kept / keys) / (1 + (kept - 1) * math.exp(-spread))
-    return max(dropped, whole) if renormalise else dropped
+    return spread > math.log(keys - 1)
 
 
 def max_entry_floor(tau: float, kept: int) -> float:
@@ -151,26 +105,21 @@ def max_entry_floor(tau: float, kept: int) -> float:
 def output_bound(tau: float, diameter: float) -> float:
     """Most that the output error of renormalised top-k can be: tau times the diameter of the values.
 
-    Unnormalised, the largest norm of a value is the `diameter`. The relative error has no bound.
-
-    Assumes: nothing. Source: the identity in `topk`; also in arXiv 2512.07647.
+    Assumes: nothing. The relative error has no bound. Source: the identity in `topk`; also in arXiv 2512.07647.
     Tight: kept values all equal, dropped values all equal, and the two as far apart as the diameter.
     """
     return tau * diameter
 
 
-def certificate(kept: FloatArray, dropped: float | FloatArray, ceiling: FloatArray | None = None) -> FloatArray:
-    """Upper bound `(...)` of the mass that a query has lost, from the logits `(..., k)` of its kept keys alone.
+def certificate(kept: FloatArray, dropped: int) -> float:
+    """Upper bound of the mass that a query has lost, from the logits `(k,)` of its kept keys alone.
 
-    (n - k) e^c / (sum of e^s over kept keys + (n - k) e^c), where c is the ceiling of the `dropped` = n - k logits, of
-    which none is read, so that the engine of a sparse layer can compute it.
+    (n - k) e^c / (sum of e^s over kept keys + (n - k) e^c), where c is the smallest kept logit and `dropped` = n - k
+    logits are not read, so that the engine of a sparse layer can compute it.
 
-    Assumes: no dropped logit is above the ceiling `(...)`. The default, the smallest kept logit, is one only if the
-        kept keys are the true top-k: with an approximate selector the result certifies nothing.
-    Source: the softmax. Tight: all dropped logits equal to the ceiling.
+    Assumes: no dropped logit is above c, as for the true top-k: with an approximate selector it certifies nothing.
+    Source: the softmax. Tight: all dropped logits equal to c.
     """
-    ceiling = kept.min(-1) if ceiling is None else ceiling
-    top = np.maximum(kept.max(-1), ceiling)
-    head = np.exp(kept - top[..., None]).sum(-1)
-    tail = dropped * np.exp(ceiling - top)
-    return np.asarray(tail / (head + tail))
+    scaled = np.exp(kept - kept.max())
+    tail = dropped * scaled.min()
+    return float(tail / (scaled.sum() + tail))
