@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hf_sparse.calibration.laws import cheapest, interpolated
 from hf_sparse.calibration.projection import output_weights
@@ -22,7 +23,7 @@ from hf_sparse.lab import fits, probe
 from hf_sparse.lab.bounds import certificate, max_entry_floor, output_bound
 from hf_sparse.lab.experiment import Cell, Findings, Setting
 from hf_sparse.lab.plots import Plot
-from hf_sparse.lab.topk import NORMS, top_k_errors
+from hf_sparse.lab.topk import top_k_errors
 from hf_sparse.laws import bisect
 from hf_sparse.measure.statistics import FloatArray, log_slope
 from hf_sparse.results import Record
@@ -45,8 +46,6 @@ MASS = "per head, by 95 % mass"
 OURS = "per head, by error"
 BOUNDS = ("lost", "certified", "max_entry", "floor", "output", "output_bound")
 
-_GRID = [(alpha, exponent) for exponent in (0.0, 0.25, 0.5, 0.75, 1.0) for alpha in np.geomspace(0.01, 4096, 60)]
-
 
 def cells(setting: Setting) -> Sequence[Cell]:
     """Every document."""
@@ -58,9 +57,9 @@ def measure(cell: Cell, setting: Setting) -> Record:
     """See `head_errors`: a list with an entry per layer and n."""
     layers = {layer.index: layer for layer in probe.layers_of(setting.model)}
 
-    def look(sample: probe.Sample) -> Record:
-        needed = concentration(sample.dense)["keys_95"][0].mean(-1).tolist()
-        return head_errors(sample, layers[sample.layer], cell["alpha"]) | {"keys_95": needed}
+    def look(sample: probe.Sample) -> dict[str, ArrayLike]:
+        needed = concentration(sample.dense)["keys_95"][0]
+        return {**head_errors(sample, layers[sample.layer], cell["alpha"]), "keys_95": needed}
 
     lengths = probe.row_lengths(cell["length"], cell["least"])
     return {"curves": probe.visit_samples(cell, setting, look, lengths)}
@@ -71,42 +70,37 @@ def key_counts(length: int) -> list[int]:
     return [LEAST_KEYS << i for i in range(32) if LEAST_KEYS << i < length]
 
 
-def head_errors(sample: probe.Sample, layer: probe.Layer, alpha: float) -> dict[str, Any]:
-    """Errors of exact top-k for every head, means over the queries.
+def head_errors(sample: probe.Sample, layer: probe.Layer, alpha: float) -> dict[str, FloatArray]:
+    """Errors of exact top-k for every head and query.
 
     Returns:
-        - `error`, `(heads, key_counts)`: ||W_O (o_k - o)||^2 of the head over ||W_O o||^2 of all heads together, the
-          share of the layer's attention output that it gets wrong;
-        - for k = alpha sqrt(n), `(heads,)`: `lost`, the lost mass tau; `certified`, the certificate from kept logits
-          alone; `max_entry`, ||q - p||_inf; `floor`, tau / k; `output`, ||o_k - o||; `output_bound`, tau times twice
-          the largest distance of a value from their mean, which is at least the diameter.
+        - `error`, `(heads, queries, key_counts)`: ||W_O (o_k - o)||^2 of the head over ||W_O o||^2 of all heads
+          together, the share of the layer's attention output that it gets wrong;
+        - `BOUNDS`, for k = alpha sqrt(n), `(heads, queries)`: the lost mass tau and its certificate; ||q - p||_inf and
+          tau / k; ||o_k - o|| and its bound, tau times twice the largest distance of a value from their mean, which is
+          at least the diameter.
     """
     counts = key_counts(sample.length)
     weights, logits, values = (x.double().numpy() for x in (sample.weights, sample.logits, sample.values))
     projection = output_weights(layer.attention, len(weights), values.shape[-1]).double().cpu().numpy()
     exact = np.einsum("hqk,hkd->hqd", weights, values, optimize=True)
     whole = np.square(np.einsum("hqd,hod->qo", exact, projection, optimize=True)).sum(-1).clip(min=1e-30)
-    heads = []
+    found: dict[str, list[Any]] = {name: [] for name in ("error", *BOUNDS)}
     for head, own in enumerate(values):
         diameter = 2 * float(np.linalg.norm(own - own.mean(0), axis=1).max())
         gram = projection[head].T @ projection[head]
-        queries = []
         for query, visible in enumerate(sample.visible.tolist()):
             kept = min(math.ceil(alpha * math.sqrt(sample.length)), visible)
             errors, difference = top_k_errors(weights[head, query], own, [*counts, kept])
-            here = dict(zip(NORMS, errors[:, -1], strict=True))
-            found = {
-                "error": ((difference @ gram) * difference).sum(-1)[:-1].clip(min=0) / whole[query],
-                "lost": here["lost mass"],
-                "certified": certificate(np.sort(logits[head, query])[-kept:], visible - kept),
-                "max_entry": here["max entry"],
-                "floor": max_entry_floor(here["lost mass"], kept),
-                "output": here["output"],
-                "output_bound": output_bound(here["lost mass"], diameter),
-            }
-            queries.append(found)
-        heads.append({name: np.mean([found[name] for found in queries], axis=0) for name in queries[0]})
-    return {name: [found[name] for found in heads] for name in heads[0]}
+            largest, lost, output = errors[:3, -1]  # in the order of NORMS
+            found["error"].append(((difference @ gram) * difference).sum(-1)[:-1].clip(min=0) / whole[query])
+            found["lost"].append(lost)
+            found["certified"].append(certificate(np.sort(logits[head, query])[-kept:], visible - kept))
+            found["max_entry"].append(largest)
+            found["floor"].append(max_entry_floor(lost, kept))
+            found["output"].append(output)
+            found["output_bound"].append(output_bound(lost, diameter))
+    return {name: np.reshape(each, (len(values), len(whole), *np.shape(each)[1:])) for name, each in found.items()}
 
 
 @dataclass(frozen=True)
@@ -128,56 +122,51 @@ class Curves:
         return cls({n: np.pad(curves, ((0, 0), (0, 1))) for n, curves in columns["error"].items()}, columns["keys_95"])
 
     def errors(self, keys: FloatArray) -> FloatArray:
-        """Errors under the keys of a law, as `keys_of` gives them: `(lengths, heads, 1 or laws)`."""
+        """Errors under the keys of laws, as `keys_of` gives them: `(lengths, heads, laws)`."""
         curves = zip(self.error.items(), keys, strict=True)
         return np.stack([interpolated([*key_counts(n), n], error, kept) for (n, error), kept in curves])
 
 
 Law = tuple[FloatArray, FloatArray]
-"""alpha and C, of one law for each head `(heads, 1)`, or of several for all heads `(laws,)`."""
+"""alpha and C, `(heads or 1, laws)`: a law for each head or for all, or several to choose from."""
 
 
 def keys_of(law: Law, lengths: Sequence[int]) -> FloatArray:
-    """k at every n, at least `LEAST_KEYS` and at most n: `(lengths, heads, 1)` or `(lengths, laws)`."""
-    n = np.asarray(lengths, np.float64).reshape(-1, *[1] * np.ndim(law[0]))
+    """k at every n, at least `LEAST_KEYS` and at most n: `(lengths, heads or 1, laws)`."""
+    n = np.reshape(np.asarray(lengths, np.float64), (-1, 1, 1))
     return np.asarray(np.clip(law[0] * n ** law[1], LEAST_KEYS, n))
 
 
-def spend(make: Callable[[float], Law], lengths: Sequence[int], cost: float) -> Law:
-    """The law `make(x)`, whose keys grow with x > 0, of at most `cost` keys a query, mean over heads and n."""
-    cheap, _ = bisect(lambda x: bool(keys_of(make(x), lengths).mean() < cost), 1e-8, 1e8, logarithmic=True)
-    return make(cheap)
-
-
 def laws_of(curves: Curves, cost: float) -> dict[str, Law]:
-    """The laws that are compared, of equal cost: one for all heads, and two ways to one per head."""
-    lengths, needed = list(curves.needed), np.stack(list(curves.needed.values()))
-    ones = np.ones((needed.shape[1], 1))
+    """The laws that are compared, of `cost` keys a query, mean over heads and n: for all heads, and two for each."""
+    lengths = list(curves.error)
+
+    def spend(make: Callable[[float], Law]) -> Law:
+        """The law `make(x)` of at most that cost; its keys grow with x > 0."""
+        cheap, _ = bisect(lambda x: bool(keys_of(make(x), lengths).mean() < cost), 1e-8, 1e8, logarithmic=True)
+        return make(cheap)
 
     def uniform(exponent: float) -> Law:
-        return spend(lambda alpha: (alpha * ones, exponent * ones), lengths, cost)
+        return spend(lambda alpha: (np.array([[alpha]]), np.array([[exponent]])))
 
-    def error(law: Law) -> float:
-        return float(curves.errors(keys_of(law, lengths)).sum())
-
-    slopes, level = log_slope(lengths, needed.T)
-    by_mass = np.exp(level)[:, None], np.clip(slopes, 0, 1)[:, None]
-    # Errors and costs of a grid of laws for every head, `(heads, laws)` and `(laws,)`.
-    alphas, powers = (np.array(column) for column in zip(*_GRID, strict=True))
-    keys = keys_of((alphas, powers), lengths)
-    errors, costs = curves.errors(keys).mean(0), keys.mean(0)
+    slopes, level = log_slope(lengths, np.transpose(list(curves.needed.values())))
+    scale, power = np.exp(level)[:, None], np.clip(slopes, 0, 1)[:, None]
+    alphas, exponents = np.tile(np.geomspace(0.01, 4096, 60), 5)[None], np.repeat([0.0, 0.25, 0.5, 0.75, 1.0], 60)[None]
+    keys = keys_of((alphas, exponents), lengths)
+    errors, costs = curves.errors(keys).mean(0), keys.mean((0, 1))
 
     def by_error(keys_a_price: float) -> Law:
         best = cheapest(errors, costs, 1 / keys_a_price)[:, None]
-        return alphas[best], powers[best]
+        return alphas[0, best], exponents[0, best]
 
+    single = [uniform(exponent) for exponent in np.linspace(0, 1, 21)]
     return {
         RULE: uniform(0.5),
         "fixed": uniform(0.0),
         "fraction": uniform(1.0),
-        BEST: min((uniform(exponent) for exponent in np.linspace(0, 1, 21)), key=error),
-        MASS: spend(lambda factor: (factor * by_mass[0], by_mass[1]), lengths, cost),
-        OURS: spend(by_error, lengths, cost),
+        BEST: min(single, key=lambda law: curves.errors(keys_of(law, lengths)).sum()),
+        MASS: spend(lambda factor: (factor * scale, power)),
+        OURS: spend(by_error),
     }
 
 

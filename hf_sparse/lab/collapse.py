@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ def measure(cell: Cell, setting: Setting) -> Record:
     model, window = setting.model, probe.find_window(cell, setting)
     mixed: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def look(sample: Sample) -> Record:
+    def look(sample: Sample) -> dict[str, Tensor]:
         output = weighted_values(sample.dense.call, sample.dense.weights)[0]
         mixed.setdefault(sample.layer, []).append((output, sample.values[:, sample.visible - 1]))
         entry = detect(sample.logits, sample.visible)
@@ -82,18 +82,17 @@ def measure(cell: Cell, setting: Setting) -> Record:
     return out
 
 
-def detect(logits: Tensor, visible: Tensor) -> dict[str, list[float]]:
-    """The quantities of the detectors, means over the queries; arguments are those of `Sample`.
+def detect(logits: Tensor, visible: Tensor) -> dict[str, Tensor]:
+    """The quantities of the detectors, `(heads, queries)` by name; arguments are those of `Sample`.
 
-    Returns:
-        Lists over the heads: `above`, entries above `EPSILON`; `largest`, the largest entry; `effective`, e^H with H
-        in nats; `first`, mass of the first `SINKS` keys; of the other keys, renormalised, `rest_largest` and
-        `rest_share`, their entropy over the logarithm of their number.
+    `above`: entries above `EPSILON`; `largest`: the largest entry; `effective`: e^H with H in nats; `first`: mass of
+    the first `SINKS` keys; of the other keys, renormalised, `rest_largest` and `rest_share`, their entropy over the
+    logarithm of their number.
     """
     weights = logits.softmax(-1)
     rest = logits[..., SINKS:].softmax(-1)
     entropy, rest_entropy = (torch.special.entr(w).sum(-1) for w in (weights, rest))
-    found = {
+    return {
         "above": (weights > EPSILON).sum(-1),
         "largest": weights.amax(-1),
         "effective": entropy.exp(),
@@ -101,7 +100,6 @@ def detect(logits: Tensor, visible: Tensor) -> dict[str, list[float]]:
         "rest_largest": rest.amax(-1),
         "rest_share": rest_entropy / (visible - SINKS).log(),
     }
-    return {name: value.double().mean(-1).tolist() for name, value in found.items()}
 
 
 def kind_of(first: float, rest_largest: float, rest_share: float) -> str:
@@ -143,11 +141,11 @@ def log_n_scaling(model: PreTrainedModel, reference: int) -> Iterator[None]:
 
         return hook
 
-    with ExitStack() as stack:
-        for layer in probe.layers_of(model):
-            if getattr(layer.attention, "sliding_window", None) is None:
-                module = getattr(layer.attention, "q_norm", layer.attention.q_proj)
-                stack.callback(module.register_forward_hook(scale(layer.heads("q"))).remove)
+    with probe.hooked(
+        (getattr(layer.attention, "q_norm", layer.attention.q_proj), scale(layer.heads("q")))
+        for layer in probe.layers_of(model)
+        if getattr(layer.attention, "sliding_window", None) is None
+    ):
         yield
 
 

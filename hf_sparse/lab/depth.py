@@ -9,12 +9,11 @@ or explode within a few layers, whatever attention does.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,7 +23,7 @@ from hf_sparse.lab.experiment import Cell, Findings, Setting
 from hf_sparse.lab.fits import shortened
 from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.tiny import random_model, random_tokens
-from hf_sparse.patching import base_model, patched, report
+from hf_sparse.patching import patched, report
 from hf_sparse.results import Record
 
 ALPHA = 2.0
@@ -84,7 +83,6 @@ def without(model: PreTrainedModel, *, residual: bool, norm: bool) -> Iterator[N
             del block.forward
 
 
-@torch.no_grad()
 def errors_through_depth(model: PreTrainedModel, ids: Tensor, alpha: float) -> Record:
     """Relative errors of the hidden states after every layer, means over the second half of the tokens.
 
@@ -125,10 +123,8 @@ def _hidden_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
         hidden = result[0] if isinstance(result, tuple) else result
         found.append(hidden[0, len(ids) // 2 :].float().cpu().clone())
 
-    with ExitStack() as stack:
-        for layer in probe.layers_of(model):
-            stack.callback(layer.block.register_forward_hook(note).remove)
-        base_model(model).base_model(input_ids=ids[None].to(model.device), use_cache=False)
+    with probe.hooked((layer.block, note) for layer in probe.layers_of(model)):
+        probe.read(model, ids)
     return found
 
 

@@ -27,14 +27,10 @@ CHANCE = 0.05
 
 @dataclass(frozen=True)
 class Setting:
-    """What an experiment runs on.
+    """What an experiment runs on: the scale, `small` (a check of minutes) or `full`, and the seed of everything random.
 
-    Attributes:
-        scale: `small`, a check of minutes, or `full`.
-        seed: Of everything random.
-        model: For experiments that need one: unpatched.
-        windows: What the model reads: one of every document at every length.
-        about: Provenance of the model.
+    Experiments on models also take an unpatched model, the windows that it reads (one of every document at every
+    length), and the provenance of the model.
     """
 
     scale: str
@@ -79,7 +75,7 @@ def judge(claim: Mapping[str, Any], held: Any, quantities: Mapping[str, Any]) ->
 
 @dataclass(frozen=True)
 class Findings:
-    """The conclusions from the records of an experiment, and from nothing else.
+    """What an experiment concludes.
 
     Attributes:
         figures: Quantities for `summary.json` and `tables.md`.
@@ -101,11 +97,9 @@ class Experiment:
     Attributes:
         name: On the command line, in `claims.toml` and of the plot.
         cells: Lists what to measure.
-        measure: Measures one cell: a dictionary without the cell's own entries, numbers finite. Everything random
-            comes from `Setting.rng(cell)`.
+        measure: Measures one cell, with finite numbers; everything random comes from `Setting.rng(cell)`.
         conclude: Turns the records (each a cell and its measurements), in the order of the cells, into findings. It
             does not see the setting, so that committed summaries can be checked against committed records.
-        needs_model: Whether it needs a model.
     """
 
     name: str

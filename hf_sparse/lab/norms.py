@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from hf_sparse.lab import fits, probe
-from hf_sparse.lab.bounds import is_vacuous, logit_radius
+from hf_sparse.lab.bounds import is_vacuous, logit_radius, spectral_scale
 from hf_sparse.lab.experiment import Cell, Findings, Setting
 from hf_sparse.lab.fits import quartiles
 from hf_sparse.lab.plots import Plot
-from hf_sparse.lab.scales import input_scales, logit_spread, watched_inputs, weight_scales
+from hf_sparse.lab.scales import head_forms, input_scales, largest_scales, logit_spread, watched_inputs
 from hf_sparse.measure.statistics import FloatArray, log_slope
 from hf_sparse.results import Record
 
@@ -29,12 +30,14 @@ def cells(setting: Setting) -> Sequence[Cell]:
 
 
 def measure(cell: Cell, setting: Setting) -> Record:
-    """See `weight_scales`, `input_scales` and `logit_spread`; a list `spread` with an entry per layer and n."""
+    """R and S of every head with B = 1, without RoPE and over all distances; or B and the logits of a text."""
     model, length = setting.model, cell["length"]
     if cell["part"] == "weights":
-        return {"scales": fits.shortened(weight_scales(model, np.arange(length, dtype=np.float64)))}
+        spectral = [[spectral_scale(*form) for form in head_forms(layer)] for layer in probe.layers_of(model)]
+        scales = {"plain": largest_scales(model, 1), "rope": largest_scales(model, length), "spectral": spectral}
+        return {"scales": fits.shortened(scales)}
 
-    def look(sample: probe.Sample) -> Record:
+    def look(sample: probe.Sample) -> dict[str, Tensor]:
         return logit_spread(sample.logits, sample.visible)
 
     with watched_inputs(model) as moments:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -86,13 +88,11 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x[0] if token_axis(x, heads) == 2 else x[0].reshape(x.shape[1], heads, -1).transpose(0, 1)
 
 
-def longest_windows(setting: Setting, at_most: int | None = None) -> list[Window]:
-    """For each document its longest window, or the longest of `at_most` tokens if there is one that short."""
-    found: dict[str, list[Window]] = {}
-    for window in setting.windows:
-        found.setdefault(window.document, []).append(window)
-    short = {name: [w for w in own if at_most is None or w.length <= at_most] for name, own in found.items()}
-    return [max(short[name] or own[:1], key=lambda window: window.length) for name, own in found.items()]
+def longest_windows(setting: Setting, at_most: float = math.inf) -> list[Window]:
+    """The longest window of each document, of `at_most` tokens if there is one that short."""
+    lengths = sorted({window.length for window in setting.windows})
+    longest = max((length for length in lengths if length <= at_most), default=lengths[0])
+    return [window for window in setting.windows if window.length == longest]
 
 
 def window_cell(window: Window, **more: Any) -> Cell:
@@ -113,11 +113,9 @@ def row_lengths(length: int, least: int = 128) -> list[int]:
 
 @dataclass(frozen=True)
 class Sample:
-    """Some queries of one layer that see about `length` keys, all of them from the first key on.
+    """Some queries of a layer, by its index, that see `length` = n keys or a few less, from the first key on.
 
     Attributes:
-        layer: Index of the layer.
-        length: n, the number of keys of the query that sees the most.
         dense: Attention of the queries, for all heads, on the CPU in float32.
         logits: `(heads, queries, length)`: what the softmax takes; -inf for keys that a query does not see.
         weights: `(heads, queries, length)`.
@@ -157,16 +155,16 @@ class Sample:
 
 
 def visit_samples(
-    cell: Cell, setting: Setting, look: Callable[[Sample], Record], lengths: Sequence[int]
+    cell: Cell, setting: Setting, look: Callable[[Sample], Mapping[str, ArrayLike]], lengths: Sequence[int]
 ) -> list[Record]:
-    """Run the model dense over a window and look at some queries of every layer at every number of visible keys.
+    """Look at some queries of every layer, at each n of the rising `lengths`, while the model reads a window dense.
 
-    The cell names the window (see `window_cell`) and gives `rows`, the number of queries at each n of the rising
-    `lengths`: they are spread evenly between `NEAR` n and n. Attention is causal, so one pass serves all n. Layers
-    whose sliding window hides keys at the largest n are left out: to them n does not grow with the text.
+    The cell names the window (see `window_cell`) and gives `rows`, the number of queries at each n: they are spread
+    evenly between `NEAR` n and n. Attention is causal, so one pass serves all n. Layers whose sliding window hides keys
+    at the largest n are left out: to them n does not grow with the text.
 
     Returns:
-        What `look` returns, numbers shortened, with `layer` and `n`.
+        For each `layer` and `n` the means over the queries of what `look` returns, `(heads, queries, ...)` by name.
     """
     found: list[Record] = []
 
@@ -175,13 +173,27 @@ def visit_samples(
             return
         for n in lengths:
             sample = Sample.of(layer, n, inputs, torch.linspace(NEAR * n, n, cell["rows"]).long() - 1)
-            found.append({"layer": layer, "n": n, **shortened(look(sample))})
+            means = {name: np.asarray(values, np.float64).mean(1) for name, values in look(sample).items()}
+            found.append({"layer": layer, "n": n, **shortened(means)})
 
-    ids = find_window(cell, setting).input_ids[None].to(setting.model.device)
-    with observed(setting.model, observer), torch.no_grad():
-        # Without the head: the logits of a long text take more memory than all the rest.
-        base_model(setting.model).base_model(input_ids=ids, use_cache=False)
+    with observed(setting.model, observer):
+        read(setting.model, find_window(cell, setting).input_ids)
     return found
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, ids: Tensor) -> None:
+    """Run `model` over the tokens `(length,)`, without its head: logits of a long text would take the most memory."""
+    base_model(model).base_model(input_ids=ids[None].to(model.device), use_cache=False)
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """A `with` block in which modules have these forward hooks."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
 
 
 def frequencies_of(model: PreTrainedModel, layer: Layer) -> FloatArray:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from hf_sparse.diagnostics import concentration
 from hf_sparse.lab import fits, probe
-from hf_sparse.lab.bounds import rope_scales
 from hf_sparse.lab.experiment import Cell, Findings, Setting
 from hf_sparse.lab.norms import trivial_rotation
 from hf_sparse.lab.plots import Plot
-from hf_sparse.lab.scales import head_forms, logit_spread
+from hf_sparse.lab.scales import largest_scales, logit_spread
 from hf_sparse.measure.perplexity import token_nll
 from hf_sparse.measure.statistics import log_slope
 from hf_sparse.results import Record
@@ -36,22 +36,18 @@ def measure(cell: Cell, setting: Setting) -> Record:
     """With the base of the cell: ||W_D||_F of every head, spread and concentration of its attention, and the loss."""
     model, window = setting.model, probe.find_window(cell, setting)
 
-    def look(sample: probe.Sample) -> Record:
+    def look(sample: probe.Sample) -> dict[str, Tensor]:
         return {
             "deviation": logit_spread(sample.logits, sample.visible)["deviation"],
-            "keys_90": concentration(sample.dense)["keys_90"][0].mean(-1).tolist(),
-            "first_keys": sample.weights[..., : probe.SINKS].sum(-1).mean(-1).tolist(),
+            "keys_90": concentration(sample.dense)["keys_90"][0],
+            "first_keys": sample.weights[..., : probe.SINKS].sum(-1),
         }
 
-    distances = np.arange(_DISTANCES, dtype=np.float64)
     with probe.rope_base(model, cell["factor"]):
         found = probe.visit_samples(cell, setting, look, probe.row_lengths(cell["length"]))
         nll = float(token_nll(model, window.input_ids, window.targets).mean())
-        over = [
-            [rope_scales(*form, probe.frequencies_of(model, layer), distances) for form in head_forms(layer)]
-            for layer in probe.layers_of(model)
-        ]
-    return {"scale": {"largest": fits.shortened(np.max(over, axis=-1))}, "rows": found, "nll": nll}
+        scales = largest_scales(model, _DISTANCES)
+    return {"scale": {"largest": fits.shortened(scales)}, "rows": found, "nll": nll}
 
 
 def conclude(records: Sequence[Record]) -> Findings:

@@ -10,7 +10,7 @@ A softmax ignores a constant added to all logits of a query, so they are taken r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_sparse.lab.bounds import rope_scales, spectral_scale
-from hf_sparse.lab.probe import SINKS, Layer, frequencies_of, layers_of, split_heads
+from hf_sparse.lab.bounds import rope_scales
+from hf_sparse.lab.probe import SINKS, Layer, frequencies_of, hooked, layers_of, split_heads
 from hf_sparse.measure.statistics import FloatArray
 from hf_sparse.results import Record
 
@@ -56,19 +56,16 @@ def head_forms(layer: Layer) -> list[Form]:
     return [(attention.scaling * query[head], key[head * len(key) // heads]) for head in range(heads)]
 
 
-def weight_scales(model: PreTrainedModel, distances: FloatArray) -> dict[str, list[Any]]:
-    """||W_D||_F of every head with B = 1, from the weights alone.
+def largest_scales(model: PreTrainedModel, distances: int) -> list[list[float]]:
+    """max ||W_D||_F over the `distances` D = 0, 1, ... of query and key, from the weights alone: by layer, then head.
 
-    Lists by layer, then head: `plain`, without RoPE; `rope`, the maximum over `distances` of query and key in tokens;
-    `spectral`, a bound of the spectral norm.
+    One distance is the same as no RoPE.
     """
-    out: dict[str, list[Any]] = {"plain": [], "rope": [], "spectral": []}
-    for layer in layers_of(model):
-        frequencies, forms = frequencies_of(model, layer), head_forms(layer)
-        out["plain"].append([rope_scales(*form, 0 * frequencies, np.zeros(1))[0] for form in forms])
-        out["rope"].append([rope_scales(*form, frequencies, distances).max() for form in forms])
-        out["spectral"].append([spectral_scale(*form) for form in forms])
-    return out
+    over = np.arange(distances, dtype=np.float64)
+    return [
+        [float(rope_scales(*form, frequencies_of(model, layer), over).max()) for form in head_forms(layer)]
+        for layer in layers_of(model)
+    ]
 
 
 @contextmanager
@@ -86,10 +83,10 @@ def watched_inputs(model: PreTrainedModel) -> Iterator[dict[tuple[int, str], Mom
 
         return hook
 
-    with ExitStack() as stack:
-        for layer, side in product(layers_of(model), "qk"):
-            module = getattr(layer.attention, f"{side}_{'norm' if is_normed(layer) else 'proj'}")
-            stack.callback(module.register_forward_hook(note(layer, side)).remove)
+    with hooked(
+        (getattr(layer.attention, f"{side}_{'norm' if is_normed(layer) else 'proj'}"), note(layer, side))
+        for layer, side in product(layers_of(model), "qk")
+    ):
         yield found
 
 
@@ -115,8 +112,8 @@ def input_scales(model: PreTrainedModel, moments: dict[tuple[int, str], Moments]
     return out
 
 
-def logit_spread(logits: Tensor, visible: Tensor) -> dict[str, list[float]]:
-    """How far the logits of each head spread, means over the queries.
+def logit_spread(logits: Tensor, visible: Tensor) -> dict[str, Tensor]:
+    """How far the logits of each head and query spread, `(heads, queries)` by name.
 
     - `deviation`: standard deviation of the logits a query sees; `rest`: the same without the first `SINKS` keys;
     - `sub_gaussian`: the least s with E exp(l (x - mean)) <= exp(l^2 s^2 / 2) at the tilts l that are tried;
@@ -135,14 +132,13 @@ def logit_spread(logits: Tensor, visible: Tensor) -> dict[str, list[float]]:
         log_sum = (centred * tilt.unsqueeze(-1)).masked_fill(~seen, -torch.inf).logsumexp(-1)
         return (2 * (log_sum - seen.sum(-1).log()).clamp(min=0)).sqrt() / tilt.abs()
 
-    found = {
+    return {
         "deviation": deviation,
         "rest": _standardise(logits, seen & (keys >= SINKS))[1],
         "sub_gaussian": torch.stack([*(scale(tilt / deviation) for tilt in _TILTS), deviation]).amax(0),
         "tilted": scale(torch.ones_like(deviation)),
         "spread": logits.amax(-1) - logits.masked_fill(~seen, torch.inf).amin(-1),
     }
-    return {name: value.double().mean(-1).tolist() for name, value in found.items()}
 
 
 def _standardise(logits: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
