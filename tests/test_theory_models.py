@@ -156,9 +156,12 @@ def test_the_inputs_that_are_watched_are_those_of_the_projections(subject: Setti
             np.testing.assert_allclose(deviation[0], x.std(0).numpy(), rtol=1e-3)
 
 
-def test_the_spread_of_gaussian_logits_is_their_deviation() -> None:
+def test_the_spread_of_gaussian_logits_is_their_deviation(subject: Setting) -> None:
+    one = samples(subject, [64])[0]
+
     def spread_of(logits: torch.Tensor) -> dict[str, list[float]]:
-        found = logit_spread(logits, torch.tensor([logits.shape[-1]] * 4))
+        keys = logits.shape[-1]
+        found = logit_spread(replace(one, length=keys, logits=logits, visible=torch.tensor([keys] * 4)))
         return {name: value.mean(-1).tolist() for name, value in found.items()}
 
     logits = 1.5 * torch.randn(2, 4, 20_000, generator=torch.Generator().manual_seed(0)) + 7

@@ -21,8 +21,7 @@ from hf_sparse.calibration.projection import output_weights
 from hf_sparse.diagnostics import concentration
 from hf_sparse.lab import fits, probe
 from hf_sparse.lab.bounds import certificate, max_entry_floor, output_bound
-from hf_sparse.lab.experiment import Cell, Findings, Setting
-from hf_sparse.lab.plots import Plot
+from hf_sparse.lab.experiment import Cell, Findings, Plot, Setting
 from hf_sparse.lab.topk import top_k_errors
 from hf_sparse.laws import bisect
 from hf_sparse.measure.statistics import FloatArray, log_slope

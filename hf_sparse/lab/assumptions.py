@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 
 from hf_sparse.lab.bounds import row_radius
-from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Findings, Plot, Setting
 from hf_sparse.lab.fits import shortened, slope, trend
 from hf_sparse.lab.inputs import Array, Input, by_input, over_rows
-from hf_sparse.lab.plots import Plot
-from hf_sparse.lab.topk import NORMS, keys_90, softmax, top_k_errors
+from hf_sparse.lab.topk import RENORMALISED, keys_90, softmax, top_k_errors
 from hf_sparse.lab.windows import SIZES, kept_keys
 from hf_sparse.results import Record
 
 WINDOW = "n^0.5"
-MEASURED = ("max entry", "lost mass", "output", "relative output")
 DELTA = 0.05
 
 MARGIN = 0.05
@@ -51,30 +49,30 @@ def cells(setting: Setting) -> list[Cell]:
 def measure(cell: Cell, setting: Setting) -> Record:
     """Errors of the window, keys for 90 % of the mass, and the logits against their bound: one number per repeat."""
     n, source = cell["n"], Input.of(cell)
-    kept, places = kept_keys([WINDOW], n), [NORMS.index(name) for name in MEASURED]
+    kept = kept_keys([WINDOW], n)
     # What row_radius gives for a query with ||W^T x||_2 = R, which is what it is on average over bounded queries.
     radius = row_radius(source.norm_at(n), n, DELTA)
 
     def look(logits: Array, values: Array) -> list[float]:
         weights = softmax(logits)
-        errors = top_k_errors(weights, values, kept)[0][places, 0]
+        errors = top_k_errors(weights, values, kept)[0][: len(RENORMALISED), 0]
         # A shift of all logits changes nothing: what counts is their distance from their mean.
         return [*errors, keys_90(weights), np.abs(logits - logits.mean()).max() / radius]
 
     columns = over_rows(cell, setting, look).mean(1).T
-    return dict(zip((*MEASURED, "keys_90", "logit_over_bound"), shortened(columns), strict=True))
+    return dict(zip((*RENORMALISED, "keys_90", "logit_over_bound"), shortened(columns), strict=True))
 
 
 def fit_input(label: str, records: Sequence[Record]) -> dict[str, Any]:
     """Slopes over all lengths of one input, and its values at the longest."""
     lengths = [record["n"] for record in records]
-    slopes = {name: slope(lengths, [record[name] for record in records]) for name in (*MEASURED, "keys_90")}
+    slopes = {name: slope(lengths, [record[name] for record in records]) for name in (*RENORMALISED, "keys_90")}
     last = {name: shortened(np.mean(records[-1][name])) for name in ("lost mass", "keys_90", "logit_over_bound")}
     return {
         "input": label,
         "lengths": lengths,
         **{name: fit.to_dict() for name, fit in slopes.items()},
-        "trends": {name: trend(lengths, slopes[name]) for name in MEASURED},
+        "trends": {name: trend(lengths, slopes[name]) for name in RENORMALISED},
         "lost_mass_at_longest": last["lost mass"],
         "keys_90_at_longest": last["keys_90"],
         "logit_over_bound": last["logit_over_bound"],
@@ -90,8 +88,8 @@ def conclude(records: Sequence[Record]) -> Findings:
     held = []
     for name, sources in VIOLATIONS.items():
         own = [fits[source.label] for source in sources]
-        held.append([[fit[norm]["low"] > baseline[norm]["high"] + MARGIN for norm in MEASURED] for fit in own])
-        worse = [", ".join(norm for norm, case in zip(MEASURED, c, strict=True) if case) for c in held[-1]]
+        held.append([[fit[norm]["low"] > baseline[norm]["high"] + MARGIN for norm in RENORMALISED] for fit in own])
+        worse = [", ".join(norm for norm, case in zip(RENORMALISED, c, strict=True) if case) for c in held[-1]]
         more["worse"].append("; ".join(f"{w} ({f['input']})" for w, f in zip(worse, own, strict=True) if w) or "none")
         more["beyond"].append("; ".join(fit["input"] for fit in own if fit["logit_over_bound"] > 1) or "none")
         more[name] = {

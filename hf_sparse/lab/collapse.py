@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.engines.common import weighted_values
 from hf_sparse.lab import fits, probe
-from hf_sparse.lab.experiment import Cell, Findings, Setting
-from hf_sparse.lab.plots import Plot
+from hf_sparse.lab.experiment import Cell, Findings, Plot, Setting
 from hf_sparse.lab.probe import SINKS, Sample
 from hf_sparse.lab.topk import EPSILON
 from hf_sparse.measure.perplexity import token_nll

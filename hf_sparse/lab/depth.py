@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.lab import probe
-from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Findings, Plot, Setting
 from hf_sparse.lab.fits import shortened
-from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.tiny import random_model, random_tokens
 from hf_sparse.patching import patched, report
 from hf_sparse.results import Record

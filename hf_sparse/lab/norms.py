@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from hf_sparse.lab import fits, probe
 from hf_sparse.lab.bounds import is_vacuous, logit_radius, spectral_scale
-from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Findings, Plot, Setting
 from hf_sparse.lab.fits import quartiles
-from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.scales import head_forms, input_scales, largest_scales, logit_spread, watched_inputs
 from hf_sparse.measure.statistics import FloatArray, log_slope
 from hf_sparse.results import Record
@@ -37,11 +35,8 @@ def measure(cell: Cell, setting: Setting) -> Record:
         scales = {"plain": largest_scales(model, 1), "rope": largest_scales(model, length), "spectral": spectral}
         return {"scales": fits.shortened(scales)}
 
-    def look(sample: probe.Sample) -> dict[str, Tensor]:
-        return logit_spread(sample.logits, sample.visible)
-
     with watched_inputs(model) as moments:
-        spread = probe.visit_samples(cell, setting, look, probe.row_lengths(length))
+        spread = probe.visit_samples(cell, setting, logit_spread, probe.row_lengths(length))
     return {"inputs": fits.shortened(input_scales(model, moments, length)), "spread": spread}
 
 

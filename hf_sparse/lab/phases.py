@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from hf_sparse.lab import fits
-from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Findings, Plot, Setting
 from hf_sparse.lab.fits import Interval
 from hf_sparse.lab.inputs import Array, Input, by_input, over_rows
-from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.topk import EPSILON, keys_90, softmax
 from hf_sparse.lab.windows import LATE
 from hf_sparse.measure.statistics import log_slope

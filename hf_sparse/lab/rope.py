@@ -10,9 +10,8 @@ from torch import Tensor
 
 from hf_sparse.diagnostics import concentration
 from hf_sparse.lab import fits, probe
-from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Findings, Plot, Setting
 from hf_sparse.lab.norms import trivial_rotation
-from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.scales import largest_scales, logit_spread
 from hf_sparse.measure.perplexity import token_nll
 from hf_sparse.measure.statistics import log_slope
@@ -38,7 +37,7 @@ def measure(cell: Cell, setting: Setting) -> Record:
 
     def look(sample: probe.Sample) -> dict[str, Tensor]:
         return {
-            "deviation": logit_spread(sample.logits, sample.visible)["deviation"],
+            "deviation": logit_spread(sample)["deviation"],
             "keys_90": concentration(sample.dense)["keys_90"][0],
             "first_keys": sample.weights[..., : probe.SINKS].sum(-1),
         }

@@ -131,8 +131,4 @@ def _figure_tables(name: str, figures: Mapping[str, Any]) -> list[Table]:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, Mapping) and value.keys() == {"value", "low", "high"}:
-        return "{} [{}, {}]".format(*(words(value[end]) for end in ("value", "low", "high")))
-    if isinstance(value, list | tuple):
-        return ", ".join(_cell(entry) for entry in value)
     return "-" if value is None else words(value)

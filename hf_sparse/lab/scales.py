@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.lab.bounds import rope_scales
-from hf_sparse.lab.probe import SINKS, Layer, frequencies_of, hooked, layers_of, split_heads
+from hf_sparse.lab.probe import SINKS, Layer, Sample, frequencies_of, hooked, layers_of, split_heads
 from hf_sparse.measure.statistics import FloatArray
 from hf_sparse.results import Record
 
@@ -112,7 +112,7 @@ def input_scales(model: PreTrainedModel, moments: dict[tuple[int, str], Moments]
     return out
 
 
-def logit_spread(logits: Tensor, visible: Tensor) -> dict[str, Tensor]:
+def logit_spread(sample: Sample) -> dict[str, Tensor]:
     """How far the logits of each head and query spread, `(heads, queries)` by name.
 
     - `deviation`: standard deviation of the logits a query sees; `rest`: the same without the first `SINKS` keys;
@@ -120,11 +120,9 @@ def logit_spread(logits: Tensor, visible: Tensor) -> dict[str, Tensor]:
     - `tilted`: sqrt(2 (ln mean exp(x) - mean)), the s at the tilt of the softmax itself: Gaussian logits with that
       deviation have the same normaliser;
     - `spread`: largest minus smallest logit.
-
-    Logits are `(heads, queries, keys)`; a query sees `visible` keys, `(queries,)`, all from the first one on.
     """
-    keys = torch.arange(logits.shape[-1])
-    seen = keys < visible[:, None]
+    logits, keys = sample.logits, torch.arange(sample.length)
+    seen = keys < sample.visible[:, None]
     centred, deviation = _standardise(logits, seen)
 
     def scale(tilt: Tensor) -> Tensor:

@@ -24,15 +24,8 @@ from numpy.typing import NDArray
 
 from hf_sparse.measure.statistics import FloatArray
 
-NORMS = (
-    "max entry",
-    "lost mass",
-    "output",
-    "relative output",
-    "max entry, unnormalised",
-    "output, unnormalised",
-    "relative output, unnormalised",
-)
+RENORMALISED = ("max entry", "lost mass", "output", "relative output")
+NORMS = (*RENORMALISED, "max entry, unnormalised", "output, unnormalised", "relative output, unnormalised")
 """Largest error of an entry; tau; Euclidean error of the output; the same over the norm of the exact output.
 Unnormalised: kept entries stay as they are and the others become 0."""
 

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Findings, Plot, Setting
 from hf_sparse.lab.fits import Interval, shortened, slope, trend
 from hf_sparse.lab.inputs import Input, by_input, over_rows
-from hf_sparse.lab.plots import Plot
 from hf_sparse.lab.topk import NORMS, softmax, top_k_errors
 from hf_sparse.laws import Budget
 from hf_sparse.results import Record

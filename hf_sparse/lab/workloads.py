@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_sparse.lab.experiment import Cell, Findings, Setting
+from hf_sparse.lab.experiment import Cell, Findings, Plot, Setting
 from hf_sparse.lab.fits import Interval, shortened
 from hf_sparse.lab.inputs import Input, by_input, draw_rows
-from hf_sparse.lab.plots import Plot
-from hf_sparse.lab.topk import NORMS, softmax, top_k_errors
+from hf_sparse.lab.topk import NORMS, RENORMALISED, softmax, top_k_errors
 from hf_sparse.laws import Budget, LawName, match_cost, total_cost
 from hf_sparse.measure.statistics import FloatArray
 from hf_sparse.results import Record
@@ -33,7 +32,6 @@ LAWS: dict[str, tuple[LawName, float | None]] = {
 }
 LAW = "n^0.5"
 OTHERS_NORM = "lost mass"
-COMPARED = ("max entry", "lost mass", "output", "relative output")
 STATISTICS = ("mean", "worst length")
 WORKLOADS = ("even", "short", "long")
 
@@ -84,11 +82,8 @@ def measure(cell: Cell, setting: Setting) -> Record:
         repeats.append(np.mean(errors, axis=0))
     values = np.stack(repeats, axis=-1).reshape(len(NORMS), len(WORKLOADS), len(LAWS), -1)
     return {
-        norm: {
-            name: dict(zip(LAWS, shortened(values[NORMS.index(norm), i]), strict=True))
-            for i, name in enumerate(WORKLOADS)
-        }
-        for norm in COMPARED
+        norm: {name: dict(zip(LAWS, shortened(of_norm[i]), strict=True)) for i, name in enumerate(WORKLOADS)}
+        for norm, of_norm in zip(RENORMALISED, values, strict=False)
     }
 
 
@@ -124,7 +119,7 @@ def conclude(records: Sequence[Record]) -> Findings:
     # Every norm for the law of the claim; one for the others, which show the effect of the exponent.
     comparisons = [
         compare(law, label, inputs[label], norm, workload, statistic)
-        for law, label, norm, workload, statistic in product(LAWS, inputs, COMPARED, WORKLOADS, STATISTICS)
+        for law, label, norm, workload, statistic in product(LAWS, inputs, RENORMALISED, WORKLOADS, STATISTICS)
         if law == LAW or (law != "fixed" and norm == OTHERS_NORM)
     ]
     costs = [
@@ -137,19 +132,15 @@ def conclude(records: Sequence[Record]) -> Findings:
         for name in WORKLOADS
         for law, budget in budgets(name, lengths).items()
     ]
-
-    def place(c: dict[str, Any]) -> str:
-        ratio = "{value:.2f} [{low:.2f}, {high:.2f}]".format(**c["ratio"])
-        return f"{ratio} ({c['input']}, {c['workload']} workload, {c['norm']})"
-
     held, counts, extremes = [], {}, {}
     for statistic in STATISTICS:
         ours = [c for c in comparisons if (c["law"], c["statistic"]) == (LAW, statistic)]
-        better = {norm: [c["better"] for c in ours if c["norm"] == norm] for norm in COMPARED}
-        ordered = sorted(ours, key=lambda c: float(c["ratio"]["value"]))
+        better = {norm: [c["better"] for c in ours if c["norm"] == norm] for norm in RENORMALISED}
         held.append([c["better"] == LAW for c in ours])
         counts[statistic] = ", ".join(f"{norm} {b.count(LAW)} / {b.count('fixed')}" for norm, b in better.items())
-        extremes[statistic] = {"least": place(ordered[0]), "largest": place(ordered[-1])}
+        rising = sorted(ours, key=lambda c: float(c["ratio"]["value"]))
+        form = "{ratio[value]:.2f} [{ratio[low]:.2f}, {ratio[high]:.2f}] ({input}, {workload} workload, {norm})"
+        extremes[statistic] = {"least": form.format(**rising[0]), "largest": form.format(**rising[-1])}
     lines = {
         f"{label}, {statistic}": [
             c["ratio"]["value"]
