@@ -11,7 +11,6 @@ import numpy as np
 from hf_sparse.lab import fits, probe
 from hf_sparse.lab.bounds import is_vacuous, logit_radius, spectral_scale
 from hf_sparse.lab.experiment import Cell, Findings, Plot, Setting
-from hf_sparse.lab.fits import quartiles
 from hf_sparse.lab.scales import head_forms, input_scales, largest_scales, logit_spread, watched_inputs
 from hf_sparse.measure.statistics import FloatArray, log_slope
 from hf_sparse.results import Record
@@ -73,14 +72,14 @@ def conclude(records: Sequence[Record]) -> Findings:
         "heads": len(measured),
         "sqrt_ln_n": root,
         "freezing": fits.freezing_norm(n),
-        "R_rope": quartiles(rope),
-        "R_plain": quartiles(plain),
-        "rope_over_plain": quartiles(gain),
-        "independent": quartiles(independent),
-        "measured": {n: quartiles(values) for n, values in deviation.items()},
-        "without_sinks": quartiles(spreads["rest"][n]),
-        **{name: quartiles(spreads[name][n]) for name in ("sub_gaussian", "tilted", "spread")},
-        "independent_over_measured": quartiles(ratio),
+        "R_rope": fits.quartiles(rope),
+        "R_plain": fits.quartiles(plain),
+        "rope_over_plain": fits.quartiles(gain),
+        "independent": fits.quartiles(independent),
+        "measured": {n: fits.quartiles(values) for n, values in deviation.items()},
+        "without_sinks": fits.quartiles(spreads["rest"][n]),
+        **{name: fits.quartiles(spreads[name][n]) for name in ("sub_gaussian", "tilted", "spread")},
+        "independent_over_measured": fits.quartiles(ratio),
         "share_vacuous": np.mean([is_vacuous(n, 2 * radius) for radius in radii]),
         "share_below_sqrt_ln_n": {name: np.mean(values < root) for name, values in scales.items()},
         "share_below_freezing": {n: np.mean(values < fits.freezing_norm(n)) for n, values in deviation.items()},
@@ -90,7 +89,7 @@ def conclude(records: Sequence[Record]) -> Findings:
     }
     more = {
         "first": lengths[0],
-        "deviation": quartiles(measured),
+        "deviation": fits.quartiles(measured),
         "median deviation": medians,
         "exponent of keys for a share of the mass": fits.random_energy_exponent(in_units[n]),
         "by construction": trivial_rotation(gain),

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_sparse.lab import fits
 from hf_sparse.lab.experiment import Cell, Findings, Plot, Setting
-from hf_sparse.lab.fits import Interval
+from hf_sparse.lab.fits import Interval, freezing_norm, normal_keys, random_energy_exponent, shortened, slope
 from hf_sparse.lab.inputs import Array, Input, by_input, over_rows
 from hf_sparse.lab.topk import EPSILON, keys_90, softmax
 from hf_sparse.lab.windows import LATE
@@ -55,7 +54,7 @@ def measure(cell: Cell, setting: Setting) -> Record:
         return [keys_90(weights), int(np.count_nonzero(weights > EPSILON))]
 
     keys, above = over_rows(cell, setting, look).mean(1).T
-    return {"keys_90": fits.shortened(keys), "above": fits.shortened(above)}
+    return {"keys_90": shortened(keys), "above": shortened(above)}
 
 
 def fit_keys(records: Sequence[Record]) -> dict[str, Any]:
@@ -63,16 +62,16 @@ def fit_keys(records: Sequence[Record]) -> dict[str, Any]:
     source, lengths = Input.of(records[0]), [record["n"] for record in records]
     keys = np.array([record["keys_90"] for record in records])
     # The closed form at the same lengths, where it says more than one key: its exponent converges as slowly.
-    expected = [n * fits.normal_keys(source.norm_at(n), LOST) for n in lengths]
+    expected = [n * normal_keys(source.norm_at(n), LOST) for n in lengths]
     return {
         "input": source.label,
         **source.fields(),
         "lengths": [lengths[0], lengths[-1]],
-        "exponent": fits.slope(lengths, keys).to_dict(),
-        "late_exponent": fits.slope(lengths[-LATE:], keys[-LATE:]).to_dict(),
+        "exponent": slope(lengths, keys).to_dict(),
+        "late_exponent": slope(lengths[-LATE:], keys[-LATE:]).to_dict(),
         "closed_form_exponent": round(float(log_slope(lengths, expected)[0]), 4) if min(expected) > 1 else None,
-        "limit": 1.0 if source.growth == 0 else fits.random_energy_exponent(source.norm),
-        "longest": {"n": lengths[-1], "keys_90": fits.shortened(keys[-1].mean())},
+        "limit": 1.0 if source.growth == 0 else random_energy_exponent(source.norm),
+        "longest": {"n": lengths[-1], "keys_90": shortened(keys[-1].mean())},
     }
 
 
@@ -83,7 +82,7 @@ def conclude(records: Sequence[Record]) -> Findings:
     shares = [
         {"n": record["n"], "sigma": record["norm"]}
         | Interval.of(np.array(record["keys_90"]) / record["n"]).to_dict()
-        | {"closed_form": round(fits.normal_keys(record["norm"], LOST), 4)}
+        | {"closed_form": round(normal_keys(record["norm"], LOST), 4)}
         for record in grid
         if record["norm"] <= 2
     ]
@@ -94,7 +93,7 @@ def conclude(records: Sequence[Record]) -> Findings:
     norms = [fit["norm"] for fit in found if sublinear[fit["input"]] and (fit["kind"], fit["growth"]) == ("logits", 0)]
     n = max(record["n"] for record in grid)
     longest = {f"sigma = {record['norm']:g}": record for record in grid if record["n"] == n}
-    below = {s: r for s, r in longest.items() if r["norm"] < fits.freezing_norm(n) / 2}
+    below = {s: r for s, r in longest.items() if r["norm"] < freezing_norm(n) / 2}
     form = "{value:.4f} [{low:.4f}, {high:.4f}] and {closed_form:.4f}"
     at_longest = {f"sigma = {share['sigma']:g}": share for share in shares if share["n"] == n}
     more: dict[str, Any] = {
@@ -107,7 +106,7 @@ def conclude(records: Sequence[Record]) -> Findings:
         "C": exponents,
         "limit": {c: fit["limit"] for c, fit in growing.items()},
         "n": n,
-        "freezing_sigma": fits.freezing_norm(n),
+        "freezing_sigma": freezing_norm(n),
         "k_90 / n below freezing": {s: float(np.mean(r["keys_90"])) / n for s, r in below.items()},
         f"entries above {EPSILON:g}": {s: float(np.mean(r["above"])) for s, r in longest.items()},
         "k_90 / n and closed form": {sigma: form.format(**share) for sigma, share in at_longest.items()},

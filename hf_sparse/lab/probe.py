@@ -38,7 +38,7 @@ _LEAST_LAYERS = 3
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its index, its attention module, and the module that maps hidden states to hidden states."""
+    """A decoder layer: its index, its attention module, and the block that maps hidden states to hidden states."""
 
     index: int
     attention: Any
@@ -202,7 +202,7 @@ def frequencies_of(model: PreTrainedModel, layer: Layer) -> FloatArray:
     Raises:
         UserError: if only a part of the dimensions is rotated.
     """
-    buffers = {name.rpartition(".")[2]: buffer for _, name, buffer in _frequencies(model)}
+    buffers = {name: buffer for _, name, buffer in _frequencies(model)}
     kind = getattr(layer.attention, "layer_type", None)
     half = layer.attention.head_dim // 2
     buffer = buffers.get(f"{kind}_inv_freq", buffers.get("inv_freq", torch.zeros(half)))
