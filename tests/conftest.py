@@ -16,6 +16,10 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 # The tests run side by side, one process a core: more threads would only fight over the same cores. NumPy's libraries
 # and processes that tests start read this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# For a handful of kernels, inductor need not start a process a core that imports PyTorch, nor try which vectors the C++
+# compiler knows by programs of its own: each takes longer than the kernels.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import hypothesis
 import pytest

@@ -136,8 +136,9 @@ def cases() -> dict[str, Case]:
 
 
 def arm_program(folder: Path) -> None:
-    """Write a program with the kernels for all ARM CPUs."""
-    objects = compiler.compile_objects((str(ARM_COMPILER),), SOURCES, compiler.targets("aarch64"), folder)
+    """Write a program with the kernels for all ARM CPUs, optimised less than usual, which halves the time it takes."""
+    targets = {name: (*flags, "-O1") for name, flags in compiler.targets("aarch64").items()}
+    objects = compiler.compile_objects((str(ARM_COMPILER),), SOURCES, targets, folder)
     compile_driver(str(ARM_COMPILER), folder, "-static", *objects)
 
 

@@ -156,8 +156,8 @@ def test_mistakes_are_named(arguments: list[str], said: str) -> None:
 @pytest.mark.parametrize(
     ("phase", "only", "cases"),
     [
-        ("correct", "find/groups", 3),
         ("time", "profile/131k", 3),
+        pytest.param("correct", "find/groups", 3, marks=pytest.mark.slow),
         pytest.param("correct", "*check", 2, marks=pytest.mark.slow),
         pytest.param("time", "prefill/*", 8, marks=pytest.mark.slow),
     ],
@@ -169,6 +169,14 @@ def test_dry_run(phase: str, only: str, cases: int, tmp_path: Path) -> None:
     assert done.returncode == 0, output.read_text(encoding="utf-8")
     assert set(statuses(output).values()) <= {"ok", "skipped"}
     assert sum(status == "ok" for status in statuses(output).values()) >= cases
+
+
+def test_cases_of_a_check(part: Callable[[str], Any]) -> None:
+    """In this process, which has imported what they need."""
+    machine = part("machine").Machine("interpret")
+    found = [part("child").result_of(case, machine) for case in part("finding").groups(machine)]
+    assert {case["status"] for case in found} <= {"ok", "skipped"}, found
+    assert sum(case["status"] == "ok" for case in found) >= 3
 
 
 def test_a_long_prefill_is_begun_if_a_quarter_of_it_promises_that_it_ends(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -46,6 +46,12 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 every_shape = pytest.mark.parametrize(("q_len", "kv_len", "heads", "kv_heads"), SHAPES)
 
 
+def with_and_without_softcap(kinds: Iterable[str]) -> pytest.MarkDecorator:
+    """Every kind with every shape, every other of them with a soft cap: each kind and each shape has both."""
+    drawn = [(kind, *shape, (None, 1.5)[(i + j) % 2]) for i, kind in enumerate(kinds) for j, shape in enumerate(SHAPES)]
+    return pytest.mark.parametrize(("kind", "q_len", "kv_len", "heads", "kv_heads", "softcap"), drawn)
+
+
 def compiled(call: AttentionCall, budgets: Tensor, config: SparseAttentionConfig = CONFIG) -> Selection:
     """What the compiled kernels keep."""
     assert Grouped().uncompiled_reason(call) is None
@@ -86,9 +92,7 @@ def overlap(mask: Tensor, expected: Tensor) -> float:
 
 
 @needs_kernels
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@every_kind
-@every_shape
+@with_and_without_softcap(KINDS)
 def test_what_is_kept(kind: str, q_len: int, kv_len: int, heads: int, kv_heads: int, softcap: float | None) -> None:
     """Kernels and PyTorch add up numbers in another order than the loops: another key may win by a rounding error."""
     for call, budgets in problems(kind, q_len, kv_len, heads, kv_heads, softcap):
@@ -101,9 +105,7 @@ def test_what_is_kept(kind: str, q_len: int, kv_len: int, heads: int, kv_heads: 
 
 
 @both_ways
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("kind", ["causal", "sliding"])
-@every_shape
+@with_and_without_softcap(["causal", "sliding"])
 def test_rough_exponentials_change_little(
     select: Select, kind: str, q_len: int, kv_len: int, heads: int, kv_heads: int, softcap: float | None
 ) -> None:

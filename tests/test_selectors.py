@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -105,16 +106,23 @@ def test_each_row_keeps_its_budget_of_keys_that_it_sees(selector: str, data: st.
     assert not (mask & ~calls.visible_mask(call)).any()
 
 
+@cache
+def call_and_visible(kind: str, q_len: int, kv_len: int) -> tuple[AttentionCall, Tensor]:
+    """A call, and which keys its queries see: the same for every selector, and slow to find by loops."""
+    call = calls.inputs(INTERVALS[kind](q_len, kv_len), kv_len, heads=2, kv_heads=1, dim=4)
+    # These may be late queries of a long text: keys that they no longer see came before.
+    call = replace(call, origin=torch.zeros(2, dtype=torch.int64))
+    return call, calls.visible_mask(call)
+
+
 @pytest.mark.parametrize("kind", INTERVALS)
 @pytest.mark.parametrize("kv_len", [0, 20, 1500])
 @pytest.mark.parametrize("q_len", [1, 7, GROUP_QUERIES, 2 * GROUP_QUERIES])
 def test_budgets_of_every_kind(selector: str, kind: str, kv_len: int, q_len: int) -> None:
     """As above, for all combinations."""
     kv_len += q_len
-    call = calls.inputs(INTERVALS[kind](q_len, kv_len), kv_len, heads=2, kv_heads=1, dim=4)
-    # These may be late queries of a long text: keys that they no longer see came before.
-    call = replace(call, origin=torch.zeros(2, dtype=torch.int64))
-    visible = calls.visible_mask(call)
+    call, visible = call_and_visible(kind, q_len, kv_len)
+    call = replace(call)  # without what another selector has kept of its keys
     config = SparseAttentionConfig(sink_keys=2, recent_keys=3)
     for most in (1, 5, 100, 190, kv_len):
         budgets = call.visible[:, None].clamp(max=most)

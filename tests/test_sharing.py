@@ -72,12 +72,12 @@ def reported(model: PreTrainedModel) -> list[tuple[int, int, int]]:
 def test_threads_run_models_at_once(shared: bool, selector: str) -> None:
     """Decoding, too, with a cache each; what is counted is what all of them did together."""
     one = sparse_model("llama", selector)
-    wanted = tiny.logits(one, IDS), generated(one, new=20)
-    once, times = reported(one), 3
+    wanted = tiny.logits(one, IDS), generated(one)
+    once, times = reported(one), 2
     models = [sparse_model("llama", selector)] * 4 if shared else [sparse_model("llama", selector) for _ in range(4)]
 
     def run(model: PreTrainedModel) -> list[tuple[Tensor, list[list[int]]]]:
-        return [(tiny.logits(model, IDS), generated(model, new=20)) for _ in range(times)]
+        return [(tiny.logits(model, IDS), generated(model)) for _ in range(times)]
 
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(run, models):
@@ -178,10 +178,10 @@ def generate(model: PreTrainedModel, times: int) -> None:
 @pytest.mark.parametrize("selector", ["grouped", "topk"])
 def test_generating_leaves_nothing_behind(selector: str) -> None:
     model = sparse_model("llama", selector)
-    generate(model, 20)
+    generate(model, 10)
     hf_sparse.report(model)  # adds up counts that wait
     before = held()
-    generate(model, 40)
+    generate(model, 20)
     hf_sparse.report(model)
     assert grown(before) == {}
 

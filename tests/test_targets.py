@@ -51,12 +51,15 @@ def runnable() -> list[str]:
     return [name for name, flags in every if library.hfs_supports(name.encode()) and compiler.knows(command, flags)]
 
 
+@pytest.mark.parametrize("optimised", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", compiler.targets())
-def test_every_target_does_the_same(target: str, made_once: MadeOnce, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_target_does_the_same(
+    target: str, optimised: bool, made_once: MadeOnce, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if target not in runnable():
         pytest.skip(f"this CPU, or the compiler, does not support {target}")
     native = [attended(*case) for case in CASES]
-    library = build._load(installed_library(made_once))
+    library = build._load(installed_library(made_once, optimised=optimised))
     assert library.hfs_use(target.encode())
     assert library.hfs_target().decode() == target
     monkeypatch.setattr(build, "library", lambda: library)

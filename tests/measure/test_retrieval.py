@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -201,16 +202,14 @@ def test_sharing_a_pass_over_the_text_changes_nothing(
             nll = [token_nll(model, torch.cat([ids, answer])[:-1], answer).sum() for answer in asked.candidates]
             assert whole["nll"] == pytest.approx(nll[0].item(), rel=1e-4)
             assert whole["margin"] == pytest.approx((min(nll[1:]) - nll[0]).item(), abs=1e-3)
-        nll = []
-        for answer in asked.candidates:
-            cache = prefill(model, prompt.input_ids)
-            steps = torch.cat([asked.input_ids, answer])
-            nll.append(decoded_nll(model, cache, steps[:1], steps[1:])[len(asked.input_ids) - 1 :].sum())
+        cache = prefill(model, prompt.input_ids)
+        for token in asked.input_ids[:-1]:
+            cache, _ = read(model, cache, token[None, None])
+        last = asked.input_ids[-1:]
+        nll = [decoded_nll(model, copy.deepcopy(cache), last, answer).sum() for answer in asked.candidates]
         assert stepwise["nll"] == pytest.approx(nll[0].item(), rel=1e-4)
         assert stepwise["margin"] == pytest.approx((min(nll[1:]) - nll[0]).item(), abs=1e-3)
-        after, logits = read(model, prefill(model, prompt.input_ids), asked.input_ids[None, :1])
-        for token in asked.input_ids[1:]:
-            after, logits = read(model, after, token[None, None])
+        after, logits = read(model, cache, last[None])
         assert stepwise["written"] == decode(retrieval.written(model, after, logits, count))
     same = [a["nll"] == pytest.approx(b["nll"], rel=1e-4) for a, b in zip(found[:COUNT], found[COUNT:], strict=True)]
     assert all(same) == (selector != "grouped")  # whose queries choose together only where they are read together
