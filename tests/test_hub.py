@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,6 +158,12 @@ def test_a_card_is_edited_and_other_files_stay(world: World) -> None:
     assert json.loads(world.files("ada/card")[POLICY])["alpha"] == 3.0
 
 
+@pytest.fixture
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub waits for seconds before it tries again."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(time=time.time, sleep=lambda _: None))
+
+
 CREATE, COMMIT = "POST /api/repos/create", "POST .*/commit/"
 STATUS = {401: "token", 403: "right", 404: "", 409: "again", 412: "again", 429: "requests", 500: "later"}
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
@@ -168,6 +176,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.usefixtures("_no_waiting")
 @pytest.mark.parametrize(("where", "fault", "word"), FAULTS)
 def test_an_upload_that_fails(
     where: str, fault: dict[str, Any], word: str, world: World, logits: tuple[Tensor, Tensor]
