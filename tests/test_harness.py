@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -127,7 +128,8 @@ def test_refusals(folder: Path, arguments: dict[str, Any], error: str) -> None:
 
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, which has imported the harness already, and without its thousands of tasks: both take long."""
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+    tasks = importlib.import_module("lm_eval.tasks")
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     command = ["lm-eval", "--model", "hf-sparse", "--tasks", "choose"]
     command += ["--model_args", f"pretrained={folder / 'model'},{OPTIONS}", "--include_path", str(folder / "tasks")]
     monkeypatch.setattr(sys, "argv", [*command, "--output_path", str(tmp_path / "out")])
