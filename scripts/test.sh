@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh                # all of it but slow tests
 #   bash scripts/test.sh -k padding     # arguments go to pytest
-#   bash scripts/test.sh -m slow        # what is left out above: Triton's kernels compiled for more GPUs, those for CPUs at -O3
+#   bash scripts/test.sh -m slow        # what is left out above: kernels compiled for more GPUs, and at -O3
 #
 # HF_SPARSE_TEST_ENV: folder of the virtual environment, .venv-test in the repository by default.
 # HF_SPARSE_TEST_EXTRA: `integrations` installs PEFT, optimum-quanto and torchao, too; without them some tests are skipped.
