@@ -6,7 +6,7 @@ python scripts/lossless_texts.py MODEL --dtype bfloat16 --sample --output FOLDER
 Each prompt is read densely once; dense decoding (stock attention, on a cache that grows in place) and lossless
 generation both go on from copies of its cache. FOLDER/records.jsonl gets a record for every prompt, and a table of all
 is printed. Where texts differ, `gap` is by how much the dense model prefers its own token in a pass over one token, and
-`gap_in_check` in a pass over several: of different sign, the dense model disagrees with itself.
+`gaps_in_checks` in passes over 2, 3, ... tokens: of different sign, the dense model disagrees with itself.
 """
 
 import argparse
@@ -30,7 +30,10 @@ from hf_sparse.patching.caches import cache_argument
 from hf_sparse.results import ResultFile, provenance, record_key, resume, text_table
 from hf_sparse.share.source import ModelSource
 
+GAPS = ("gap", "gaps_in_checks")
 HEADER = ("length", "prompts", "same text", "accepted", "tokens a check", "plain", "ms dense", "ms lossless", "ratio")
+WIDEST = 9
+"""Tokens of the widest pass in which the dense model is asked again."""
 
 
 def continued(generate: Callable[..., Tensor], ids: Tensor, args: argparse.Namespace) -> tuple[list[int], float]:
@@ -57,12 +60,14 @@ def compared(model: PreTrainedModel, prompt: Tensor, args: argparse.Namespace) -
     found = {"same_tokens": same, "dense_seconds": dense_seconds, "seconds": seconds, "drafts": drafts}
     if same < len(dense):
         text = torch.cat([ids, torch.tensor([dense[:same]], device=ids.device)], dim=1)
-        for name, queries in (("gap", 1), ("gap_in_check", min(5, same + 1))):
+        gaps = []
+        for queries in range(1, min(WIDEST, same + 1) + 1):
             past = cache_argument(model, copy.deepcopy(cache))
             if text.shape[1] - queries > ids.shape[1] - 1:
                 model(text[:, ids.shape[1] - 1 : -queries], **past)
             logits = model(text[:, -queries:], **past).logits[0, -1]
-            found[name] = float(logits[dense[same]] - logits[ours[same]])
+            gaps.append(float(logits[dense[same]] - logits[ours[same]]))
+        found |= {"gap": gaps[0], "gaps_in_checks": gaps[1:]}
     return found
 
 
@@ -119,9 +124,7 @@ def main() -> None:
     print(text_table(HEADER, table))
     for row in rows:
         if "gap" in row:
-            print(
-                json.dumps({name: row[name] for name in ("document", "length", "same_tokens", "gap", "gap_in_check")})
-            )
+            print(json.dumps({name: row[name] for name in ("document", "length", "same_tokens", *GAPS)}))
 
 
 if __name__ == "__main__":

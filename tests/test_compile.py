@@ -139,6 +139,7 @@ def test_storage_that_grows_is_compiled_for_twice(monkeypatch: pytest.MonkeyPatc
     torch._dynamo.utils.counters.clear()
     past = SparseCache(model.config)
     assert_same(read(whole(model, "eager"), past, ids, None, [20, *[1] * 50]), expected)
+    assert past.layers[0].quantised.nbytes, "keys are quantised at every token"
     # A prompt, a token, and for storage of another size each of: storage to grow, and a token.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 

@@ -135,9 +135,10 @@ def cases() -> dict[str, Case]:
     return {name: Case(name) for name in CALLS}
 
 
-def arm_program(folder: Path) -> None:
-    """Write a program with the kernels for all ARM CPUs, optimised less than usual, which halves the time it takes."""
-    targets = {name: (*flags, "-O1") for name, flags in compiler.targets("aarch64").items()}
+def arm_program(folder: Path, optimised: bool) -> None:
+    """Write a program with the kernels for all ARM CPUs: as users have them, or less optimised, in half the time."""
+    less = () if optimised else ("-O1",)
+    targets = {name: (*flags, *less) for name, flags in compiler.targets("aarch64").items()}
     objects = compiler.compile_objects((str(ARM_COMPILER),), SOURCES, targets, folder)
     compile_driver(str(ARM_COMPILER), folder, "-static", *objects)
 
@@ -148,23 +149,30 @@ def compile_driver(compiler: str, folder: Path, *linked: str | Path) -> None:
     subprocess.run(list(map(str, command)), check=True)
 
 
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["-O1", "-O3"])
+def optimised(request: pytest.FixtureRequest) -> bool:
+    """Whether kernels are compiled as users have them."""
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module", params=CPUS, ids=lambda x: f"{x[0]}-{x[1]}")
 def found(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, made_once: MadeOnce
+    request: pytest.FixtureRequest, optimised: bool, tmp_path_factory: pytest.TempPathFactory, made_once: MadeOnce
 ) -> dict[str, list[Tensor]]:
     """What the kernels give for all calls on an emulated CPU: see `Case.parts`."""
     machine, model, target = request.param
     emulator = shutil.which(f"qemu-{machine}") or shutil.which(f"qemu-{machine}-static")
     if emulator is None or (machine == "aarch64" and ARM_COMPILER is None):
         pytest.skip(f"there is no qemu-{machine}, or no compiler for it: {WANTED}")
+    level = "optimised" if optimised else "quick"
     if machine == "aarch64":
-        program = made_once("arm", arm_program) / "driver"
+        program = made_once(f"{level}-arm", lambda folder: arm_program(folder, optimised)) / "driver"
     elif platform.machine() != machine:
         pytest.skip(f"the kernels for {machine} are compiled on {machine}")
     else:
-        library = installed_library(made_once)
+        library = installed_library(made_once, optimised=optimised)
         linked = (library, f"-Wl,-rpath,{library.parent}")
-        made = made_once("driver", lambda folder: compile_driver(compiler.find_compiler()[0], folder, *linked))
+        made = made_once(f"{level}-driver", lambda folder: compile_driver(compiler.find_compiler()[0], folder, *linked))
         program = made / "driver"
     folder = tmp_path_factory.mktemp("emulated")
     wanted, results = (folder / name for name in ("calls", "results"))
