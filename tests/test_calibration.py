@@ -362,16 +362,18 @@ def test_the_model_is_left_as_it_was(folder: Path, result: Calibration) -> None:
     assert torch.equal(tiny.logits(model, ids), before)
 
 
-def test_a_selector_of_a_users_own_is_calibrated_and_no_file_claims_to_hold_it(tmp_path: Path) -> None:
+def test_a_selector_of_a_users_own_is_calibrated_and_no_file_claims_to_hold_it(
+    tmp_path: Path, result: Calibration
+) -> None:
     selector = parse_selector(f"{Path(__file__).parents[1] / 'scripts' / 'selectors' / 'key_norm.py'}:KeyNorm")
-    found = calibration(tmp_path, config=replace(CONFIG, selector=selector))
+    found = calibration(tmp_path, texts=DOCUMENTS[:3], config=replace(CONFIG, selector=selector))
     assert found.met
     assert found.config.selector == selector
     assert found.config.calibration is not None
     assert found.config.calibration.selector == "key-norm"
     assert json.loads((tmp_path / "calibration.json").read_text())["config"]["selector"]["class"] == "KeyNorm"
     assert not (tmp_path / policy_files.NAME).exists()
-    assert calibration(config=replace(CONFIG, selector="topk")).check["results"] != found.check["results"]
+    assert found.check["results"] != result.check["results"]
 
 
 def test_beyond_the_fitted_length_only_on_request() -> None:

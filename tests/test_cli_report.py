@@ -14,7 +14,6 @@ from tests.small import refusal, run_command
 CARDS = Path(__file__).parents[1] / "model_cards"
 # A folder of each command, one of its plots, and what its tables say.
 FOLDERS = {
-    "gemma-3-270m/perplexity": ("perplexity.png", "ratio to dense"),
     "SmolLM2-135M-Instruct/attention-error": ("attention_error.png", "retained mass"),
     "bench/two-layers": ("bench.png", "dynamic-cache / hf_sparse"),
     "memory": ("memory.png", "grows as n to the"),

@@ -200,7 +200,7 @@ def test_every_check_can_be_found_and_needs_little(part: Callable[[str], Any]) -
         "    assert callable(getattr(importlib.import_module('gpu.' + module), function)), place\n"
         # The tests of the kernels need a little more.
         "del sys.modules['rich'], sys.modules['typer']\n"
-        "import tests.conftest, tests.test_triton\n"
+        "import tests.fixtures, tests.test_triton\n"
     )
     path = os.pathsep.join((str(ROOT / "scripts"), str(ROOT)))
     command = [sys.executable, "-c", program]

@@ -248,8 +248,8 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "fields", "backend", "generate"),
     [
-        ("llama", {"num_hidden_layers": 1}, "eager", {}),
-        ("gemma2", {}, "aot_eager", {"cache_implementation": "static"}),
+        ("llama", {"num_hidden_layers": 1}, "aot_eager", {}),
+        ("gemma2", {}, "eager", {"cache_implementation": "static"}),
     ],
 )
 def test_invariant_05_compiled(name: str, fields: dict[str, Any], backend: str, generate: dict[str, Any]) -> None:
