@@ -4,9 +4,9 @@ python scripts/lossless_texts.py MODEL --text TEXT ... --lengths 4096,8192,16384
 python scripts/lossless_texts.py MODEL --dtype bfloat16 --sample --output FOLDER  # Python's language reference
 
 Each prompt is read densely once; dense decoding (stock attention, on a cache that grows in place) and lossless
-generation both go on from copies of its cache. FOLDER/records.jsonl gets a record for every prompt, and a table of all
-is printed. Where texts differ, `gap` is by how much the dense model prefers its own token in a pass over one token, and
-`gaps_in_checks` in passes over 2, 3, ... tokens: of different sign, the dense model disagrees with itself.
+generation both go on from copies of its cache. FOLDER/records.jsonl gets a record for every prompt, and tables.md the
+table that is printed. Where texts differ, `gap` is by how much the dense model prefers its own token in a pass over
+one token, and `gaps_in_checks` in passes over 2, 3, ... tokens: of different sign, the dense model disagrees with itself.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from hf_sparse.bench.generation import Clock
 from hf_sparse.measure.data import load_documents
 from hf_sparse.measure.windows import cut_windows
 from hf_sparse.patching.caches import cache_argument
-from hf_sparse.results import ResultFile, provenance, record_key, resume, text_table
+from hf_sparse.results import ResultFile, markdown_table, provenance, record_key, resume, text_table
 from hf_sparse.share.source import ModelSource
 
 GAPS = ("gap", "gaps_in_checks")
@@ -122,6 +122,7 @@ def main() -> None:
     rows = resume(results, wanted, measure)
     table = [line(length, [row for row in rows if row["length"] == length]) for length in lengths]
     print(text_table(HEADER, table))
+    (args.output / "tables.md").write_text(markdown_table(HEADER, table) + "\n", encoding="utf-8")
     for row in rows:
         if "gap" in row:
             print(json.dumps({name: row[name] for name in ("document", "length", "same_tokens", *GAPS)}))
