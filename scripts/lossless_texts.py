@@ -6,7 +6,7 @@ python scripts/lossless_texts.py MODEL --dtype bfloat16 --sample --output FOLDER
 Each prompt is read densely once; dense decoding (stock attention, on a cache that grows in place) and lossless
 generation both go on from copies of its cache. FOLDER/records.jsonl gets a record for every prompt, and tables.md the
 table that is printed. Where texts differ, `gap` is by how much the dense model prefers its own token in a pass over
-one token, and `gaps_in_checks` in passes over 2, 3, ... tokens: of different sign, the dense model disagrees with itself.
+one token, and `gaps_in_checks` in passes over 2, 3, ...: of different sign, the dense model disagrees with itself.
 """
 
 import argparse
