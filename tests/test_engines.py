@@ -205,37 +205,54 @@ def test_dense_keeps_everything_visible(kind: str, elements: int, monkeypatch: p
     assert_close(dense.attend(call).double(), calls.attend(call, calls.visible_mask(call)), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("least", [0, 1 << 40])
-@pytest.mark.parametrize("left", [(0, 0), (0, 5)])
-def test_the_heads_of_a_single_query_are_packed_or_not(
-    left: tuple[int, int], least: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dense, "_LEAST_PACKED", least)
-    call = calls.inputs(calls.causal_intervals(1, 300, left=left), 300, heads=6, kv_heads=2)
-    assert_close(dense.attend(call).double(), calls.attend(call, calls.visible_mask(call)), atol=1e-5, rtol=1e-5)
+KERNELS = "cpu" in NAMES
 
 
 @pytest.mark.parametrize(
-    ("dtype", "matrix_unit", "rows"),
-    [(torch.float32, False, 6), (torch.bfloat16, True, 6), (torch.bfloat16, False, 2), (torch.float16, True, 2)],
+    ("kernels", "matrix_unit", "dtype", "kv_len", "way"),
+    [
+        (True, True, torch.float32, 300, "apart"),
+        (True, True, torch.float32, 600, "by the kernels"),
+        (True, True, torch.bfloat16, 3000, "apart"),
+        (True, True, torch.bfloat16, 7000, "packed"),
+        (True, False, torch.bfloat16, 300, "by the kernels"),
+        (True, True, torch.float16, 300, "by the kernels"),
+        (False, True, torch.float32, 3000, "apart"),
+        (False, True, torch.float32, 4000, "packed"),
+        (False, False, torch.bfloat16, 300, "packed"),
+    ],
 )
-def test_few_keys_of_16_bits_are_read_once_where_sdpa_is_slow(
-    dtype: torch.dtype, matrix_unit: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("left", [(0, 0), (0, 5)])
+def test_a_single_query_takes_the_fastest_way(
+    left: tuple[int, int],
+    kernels: bool,
+    matrix_unit: bool,
+    dtype: torch.dtype,
+    kv_len: int,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`rows`: heads that SDPA is given, 6 query heads, or the 2 key heads that they share."""
+    """SDPA for its heads apart needs that no mask is needed."""
+    if kernels and not KERNELS:
+        pytest.skip("there are no compiled kernels here")
     monkeypatch.setattr(dense, "_HAS_MATRIX_UNIT", matrix_unit)
-    seen: list[int] = []
+    seen: list[str] = []
 
     def recorded(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append(query.shape[1])
+        seen.append({2: "packed", 6: "apart"}[query.shape[1]])
         return scaled_dot_product_attention(query, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
-    call = calls.inputs(calls.causal_intervals(1, 300), 300, heads=6, kv_heads=2)
+    if not kernels:
+        monkeypatch.setattr(dense.cpu, "unsupported_reason", lambda *_: "none are here")
+    call = calls.inputs(calls.causal_intervals(1, kv_len, left=left), kv_len, heads=6, kv_heads=2)
     exact = calls.attend(call, calls.visible_mask(call))
     call = replace(call, query=call.query.to(dtype), key=call.key.to(dtype), value=call.value.to(dtype))
-    assert_close(dense.attend(call).double(), exact, atol=0.03, rtol=0.03)
-    assert seen == [rows]
+    near = 1e-5 if dtype == torch.float32 else 0.03
+    assert_close(dense.attend(call).double(), exact, atol=near, rtol=near)
+    if any(left) and way == "apart":
+        way = "by the kernels" if kernels and dtype == torch.float32 else "packed"
+    assert (seen or ["by the kernels"]) == [way]
 
 
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks", "padded"])

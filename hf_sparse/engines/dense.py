@@ -19,14 +19,16 @@ from hf_sparse.visibility import as_bool, interval_to_mask
 # Elements of a mask, or of scores where SDPA cannot be used, that are alive at a time.
 _BLOCK_ELEMENTS = 1 << 22
 
-# Up to this many queries are packed. From this many rows on, the compiled kernels are not slower than SDPA: as many as
-# a matrix unit takes.
+# Up to this many queries are made one.
 _FEW_QUERIES = 32
-_LEAST_ROWS = 16
 
-# A single query is not packed for short texts on a CPU, where SDPA has more tasks for its threads, unless its products
-# are slow: this is the least size, in bytes, of one component of all keys of a head, times the heads that read them.
-_LEAST_PACKED = 40_000
+# For short texts, SDPA has more tasks for its threads if the heads of a single query stay apart. These are the sizes from
+# which they do not, in bytes of one component of all keys of a head times the heads that read them: for the compiled
+# kernels, and packed for SDPA.
+_LEAST_IN_KERNELS, _LEAST_PACKED = 6_000, 40_000
+
+# Products of 16 bits are SDPA's on a matrix unit (AMX), but for as many rows as the kernels give to it themselves.
+_LEAST_ROWS = 16
 
 # Without a matrix unit (AMX), SDPA reads keys of 16 bits far more slowly than of 32. Not all versions of PyTorch know.
 _HAS_MATRIX_UNIT = not hasattr(torch.cpu, "get_capabilities") or bool(torch.cpu.get_capabilities().get("amx_bf16"))
@@ -40,14 +42,9 @@ def attend(call: AttentionCall) -> Tensor:
     batch, heads, queries, _ = call.query.shape
     plain = call.softcap is None and call.sinks is None
     if queries <= _FEW_QUERIES and queries < call.key.shape[2]:
-        rows = call.group_size * queries
-        many = queries > 1 and rows >= _LEAST_ROWS
-        # PyTorch would need keys in 8 bits in the model's dtype first.
-        if (many or isinstance(call.key, Int8States)) and not (
-            call.learns or call.dropout or cpu.unsupported_reason(call.key, call.value)
-        ):
+        if _is_better_by_kernel(call, plain):
             return _by_kernel(call)
-        if plain and rows > 1 and not _is_better_apart(call):
+        if plain and call.group_size * queries > 1 and not _is_better_apart(call, _LEAST_PACKED):
             return _packed(call.dequantized())
     call = call.dequantized()
     if plain and _is_causal(call):
@@ -90,14 +87,18 @@ def _by_kernel(call: AttentionCall) -> Tensor:
     batch, heads, queries, _ = call.query.shape
     kv_heads, kv_len = call.key.shape[1:3]
     length = -(-call.last_visible // cpu.TILE) * cpu.TILE
-    positions = torch.arange(length, device="cpu").clamp(max=kv_len - 1).expand(batch, kv_heads, 1, -1)
-    runs = positions.new_zeros(batch, kv_heads, 1, call.group_size, queries, 3, 2)
-    runs[..., 0, :] = torch.stack([call.ranges.first, call.ranges.stop], dim=-1)[:, None, None, None]
+    plans, place = call.ranges.plans, ("every position", kv_heads, call.group_size, length, kv_len)
+    if place not in plans:  # For all layers of a forward pass.
+        positions = torch.arange(length, device="cpu").clamp(max=kv_len - 1).repeat(batch, kv_heads, 1, 1)
+        runs = positions.new_zeros(batch, kv_heads, 1, call.group_size, queries, 3, 2)
+        runs[..., -1, :] = torch.stack([call.ranges.first, call.ranges.stop], dim=-1)[:, None, None, None]
+        plans[place] = positions, runs
+    positions, runs = plans[place]
     out = cpu.attend(
         call.scaled_query.view(batch, heads * queries, 1, -1),
         call.key,
         call.value,
-        positions.contiguous(),
+        positions,
         allowed=None,
         runs=runs,
         size=1,
@@ -108,13 +109,29 @@ def _by_kernel(call: AttentionCall) -> Tensor:
     return out.view(batch, heads, queries, -1).to(call.value.dtype)
 
 
-def _is_better_apart(call: AttentionCall) -> bool:
+def _is_better_by_kernel(call: AttentionCall, plain: bool) -> bool:
+    """Whether the compiled kernels can do these few queries, and are not slower than SDPA, if it can do them: `plain`."""
+    if call.learns or call.dropout or cpu.unsupported_reason(call.key, call.value):
+        return False
+    if isinstance(call.key, Int8States):  # PyTorch would need them in the model's dtype first.
+        return True
+    queries = call.query.shape[2]
+    if _has_matrix_unit_for(call.key.dtype):
+        return queries > 1 and call.group_size * queries >= _LEAST_ROWS
+    return not (plain and _is_better_apart(call, _LEAST_IN_KERNELS))
+
+
+def _is_better_apart(call: AttentionCall, least: int) -> bool:
     """Whether the heads of a single query need no mask, and too few keys for one reading to be what counts."""
     dtype = call.key.dtype
     size = call.last_visible * dtype.itemsize * call.group_size
-    if call.query.shape[2] > 1 or size >= _LEAST_PACKED or call.key.is_cuda:
+    if call.query.shape[2] > 1 or size >= least or call.key.is_cuda:
         return False
-    return (dtype.itemsize > 2 or (dtype == torch.bfloat16 and _HAS_MATRIX_UNIT)) and _is_causal(call)
+    return (dtype.itemsize > 2 or _has_matrix_unit_for(dtype)) and _is_causal(call)
+
+
+def _has_matrix_unit_for(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and _HAS_MATRIX_UNIT
 
 
 def _packed(call: AttentionCall) -> Tensor:

@@ -10,15 +10,18 @@ using namespace HFS;
 namespace {
 
 constexpr int64_t CHUNK = 256; // keys that are gathered at a time
-constexpr int64_t SCORED = 2 * LANES; // pairs whose scores are found together, one in each lane of two registers
+constexpr int64_t SCORED = 2 * LANES; // pairs whose scores are found together, one in each lane of two registers or one
 // Keys whose scores are found together, and pairs that share loaded values: as many as registers hold.
 #if defined(__aarch64__)
 constexpr int64_t KEYS = 8, SUMMED = 8;
 #else
 constexpr int64_t KEYS = LANES > 8 ? 12 : 6, SUMMED = LANES > 8 ? 8 : 6;
 #endif
+constexpr int64_t LINE = 64 / sizeof(float); // numbers in a line of the cache
+constexpr int64_t KEYS_AHEAD = 2 * KEYS, VALUES_AHEAD = 16; // what is prefetched, a line at a time, where it is read in a row
 constexpr int64_t FEW = 4;    // pairs that read keys and values where they lie
-constexpr int64_t PART = 512; // places of the list that a thread takes where all threads share one group
+constexpr int64_t PART = 512; // places of the list that a thread takes where all threads share one group, at least
+constexpr int64_t MOST_PARTS = 64;
 constexpr float LOWEST = -1e38f; // below every score
 
 // NaN, which the vector functions take for a small number, shows in the result, as in every other engine.
@@ -214,6 +217,14 @@ class Attention {
         if (vector != to) std::copy(vector, vector + states.dim, to);
     }
 
+    // The keys or values at `own`, if that is where they lie in memory one after the other as floats; else null.
+    const float *in_a_row(const States &states, const int64_t *own, int64_t width) const {
+        if (states.format != FLOAT32 || states.position_stride != states.dim) return nullptr;
+        for (int64_t i = 1; i < width; i++)
+            if (own[i] != own[0] + i) return nullptr;
+        return states.vector(batch, kv_head, own[0], nullptr);
+    }
+
     // Queries, turned: (sets, dim, SCORED).
     void turn() {
         const int64_t dim = call.key.dim, sets = (pairs + SCORED - 1) / SCORED;
@@ -225,31 +236,41 @@ class Attention {
         }
     }
 
-    // The same for many pairs, which share copies of the keys and values.
+    // The same for many pairs, which share copies of the keys and values, or read those that lie in a row.
     void attend_to_copies(int64_t from, int64_t count, const int64_t *own) {
         const int64_t width = count * LANES, dim = call.key.dim;
         const int64_t room = round_up(CHUNK, KEYS);
-        float *keys = scratch<float, 16>(room * dim), *values = scratch<float, 17>(CHUNK * padded);
-        for (int64_t i = 0; i < width; i++) {
-            if (i + VECTORS_AHEAD < width) {
-                call.key.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
-                call.value.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
-            }
-            copy(call.key, own[i], keys + i * dim);
-            value(own[i], values + i * padded);
+        float *copies = scratch<float, 16>(room * dim), *copied = scratch<float, 17>(CHUNK * padded);
+        const float *keys = in_a_row(call.key, own, width), *values = in_a_row(call.value, own, width);
+        if (padded != call.value.dim) values = nullptr;
+        for (int64_t i = keys ? width / KEYS * KEYS : 0; i < width; i++) {
+            if (!keys && i + VECTORS_AHEAD < width) call.key.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
+            copy(call.key, own[i], copies + i * dim);
+        }
+        for (int64_t i = 0; !values && i < width; i++) {
+            if (i + VECTORS_AHEAD < width) call.value.prefetch(batch, kv_head, own[i + VECTORS_AHEAD]);
+            value(own[i], copied + i * padded);
         }
         float *weights = scratch<float, 19>(room * SCORED);
         for (int64_t set = 0; set < pairs; set += SCORED) {
             const int64_t number = std::min(SCORED, pairs - set);
-            for (int64_t i = 0; i < width; i += KEYS)
-                find_scores(queries + set * dim, keys + i * dim, dim, weights + i * SCORED);
+            for (int64_t i = 0; i < width; i += KEYS) {
+                const bool in_memory = keys && i + KEYS <= width;
+                const auto find = number > LANES ? in_memory ? find_scores<2, true> : find_scores<2, false>
+                                  : in_memory    ? find_scores<1, true>
+                                                 : find_scores<1, false>;
+                find(queries + set * dim, (in_memory ? keys : copies) + i * dim, dim, weights + i * SCORED);
+            }
             weigh_set(set, number, used + from, width, weights);
             for (int64_t p = 0; p < number; p += SUMMED) {
                 const int64_t summed = std::min(SUMMED, number - p);
                 int64_t part = 0;
                 for (; padded - part >= 2 * LANES; part += 2 * LANES)
-                    add_values<2>(set + p, summed, weights + p, values, width, part);
-                if (part < padded) add_values<1>(set + p, summed, weights + p, values, width, part);
+                    if (values)
+                        add_values<2, true>(set + p, summed, weights + p, values, width, part);
+                    else
+                        add_values<2, false>(set + p, summed, weights + p, copied, width, part);
+                if (part < padded) add_values<1, false>(set + p, summed, weights + p, values ? values : copied, width, part);
             }
         }
     }
@@ -310,18 +331,21 @@ class Attention {
     }
 #endif
 
-    // Scores (KEYS, SCORED) of a set of pairs for as many keys.
+    // Scores (KEYS, SCORED) of a set of pairs, which fill so many registers, for as many keys.
+    template <int registers, bool in_memory>
     static void find_scores(const float *queries, const float *keys, int64_t dim, float *out) {
-        Floats sums[KEYS][2] = {};
+        Floats sums[KEYS][registers] = {};
         for (int64_t j = 0; j < dim; j++) {
-            const Floats low = load(queries + j * SCORED), high = load(queries + j * SCORED + LANES);
+            if (in_memory) __builtin_prefetch(keys + KEYS_AHEAD * dim + j * LINE);
+            Floats query[registers];
+            for (int r = 0; r < registers; r++) query[r] = load(queries + j * SCORED + r * LANES);
             for (int64_t i = 0; i < KEYS; i++) {
                 const Floats key = all(keys[i * dim + j]);
-                sums[i][0] += low * key;
-                sums[i][1] += high * key;
+                for (int r = 0; r < registers; r++) sums[i][r] += query[r] * key;
             }
         }
-        for (int64_t i = 0; i < KEYS; i++) store(out + i * SCORED, sums[i][0]), store(out + i * SCORED + LANES, sums[i][1]);
+        for (int64_t i = 0; i < KEYS; i++)
+            for (int r = 0; r < registers; r++) store(out + i * SCORED + r * LANES, sums[i][r]);
     }
 
     // Scores -> weights of the kept keys of a set of pairs, (width, SCORED), relative to the highest score so far.
@@ -329,7 +353,7 @@ class Attention {
         const float softcap = float(call.softcap);
         float *kept_of = nullptr; // 1 and 0, (width, SCORED), unless all pairs keep all keys
         if (!all_keep(set, number, places, width)) kept_of = kept_by(set, number, places, width);
-        for (int64_t half = 0; half < SCORED; half += LANES) {
+        for (int64_t half = 0; half < number; half += LANES) {
             Floats most = all(-INFINITY);
             for (int64_t i = 0; i < width; i++) {
                 Floats score = load(weights + i * SCORED + half);
@@ -354,7 +378,7 @@ class Attention {
     }
 
     bool all_keep(int64_t set, int64_t number, const int64_t *places, int64_t width) const {
-        if (!runs || number < SCORED) return false;
+        if (!runs) return false;
         const int64_t first = places[0], stop = places[width / LANES - 1] + LANES;
         for (int64_t p = set; p < set + number; p++) {
             const int64_t *run = runs + p * RUNS * 2;
@@ -422,12 +446,14 @@ class Attention {
         highest_of[p] = score;
     }
 
-    template <int parts>
+    template <int parts, bool in_memory>
     void add_values(int64_t set, int64_t number, const float *weights, const float *values, int64_t count, int64_t part) {
         Floats sums[SUMMED][parts] = {};
         for (int64_t i = 0; i < count; i++) {
             Floats value[parts];
             for (int j = 0; j < parts; j++) value[j] = load(values + i * padded + part + j * LANES);
+            for (int j = 0; in_memory && j < parts; j++)
+                __builtin_prefetch(values + (i + VALUES_AHEAD) * padded + part + j * LANES);
             for (int64_t p = 0; p < SUMMED; p++)
                 for (int j = 0; j < parts; j++) sums[p][j] += value[j] * weights[i * SCORED + p];
         }
@@ -453,15 +479,16 @@ class Attention {
 
 // Few groups of one query, as in decoding: the threads share the keys of each group.
 void attend_to_few(const Attending &call, int64_t groups) {
-    const int64_t pieces = std::max<int64_t>(1, (call.width + PART - 1) / PART);
+    const int64_t part = std::max(PART, round_up((call.width + MOST_PARTS - 1) / MOST_PARTS, LANES));
+    const int64_t pieces = std::max<int64_t>(1, (call.width + part - 1) / part);
     std::vector<Attention> parts;
     for (int64_t i = 0; i < groups * pieces; i++) parts.emplace_back(call, i / pieces);
     const int64_t room = parts[0].room();
     std::vector<float> states(parts.size() * room);
     in_parallel(parts.size(), call.threads, [&](int64_t i) {
-        const int64_t from = i % pieces * PART;
+        const int64_t from = i % pieces * part;
         parts[i].start(states.data() + i * room);
-        parts[i].attend(from, std::min(from + PART, call.width));
+        parts[i].attend(from, std::min(from + part, call.width));
     });
     for (size_t i = 0; i < parts.size(); i += pieces) {
         for (int64_t piece = 1; piece < pieces; piece++) parts[i].add(parts[i + piece]);
