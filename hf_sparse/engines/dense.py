@@ -22,9 +22,9 @@ _BLOCK_ELEMENTS = 1 << 22
 # Up to this many queries are made one.
 _FEW_QUERIES = 32
 
-# For short texts, SDPA has more tasks for its threads if the heads of a single query stay apart. These are the sizes from
-# which they do not, in bytes of one component of all keys of a head times the heads that read them: for the compiled
-# kernels, and packed for SDPA.
+# For short texts, SDPA has more tasks for its threads if the heads of a single query stay apart. These are the sizes
+# from which they do not, in bytes of one component of all keys of a head times the heads that read them: for the
+# compiled kernels, and packed for SDPA.
 _LEAST_IN_KERNELS, _LEAST_PACKED = 6_000, 40_000
 
 # Products of 16 bits are SDPA's on a matrix unit (AMX), but for as many rows as the kernels give to it themselves.
@@ -110,7 +110,7 @@ def _by_kernel(call: AttentionCall) -> Tensor:
 
 
 def _is_better_by_kernel(call: AttentionCall, plain: bool) -> bool:
-    """Whether the compiled kernels can do these few queries, and are not slower than SDPA, if it can do them: `plain`."""
+    """Whether the compiled kernels can do these few queries, and are not slower than SDPA, if it can (`plain`)."""
     if call.learns or call.dropout or cpu.unsupported_reason(call.key, call.value):
         return False
     if isinstance(call.key, Int8States):  # PyTorch would need them in the model's dtype first.
