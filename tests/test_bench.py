@@ -121,8 +121,9 @@ def test_flex_under_causal_blocks_is_causal_attention() -> None:
 def test_a_sparse_step_is_taken_back_before_the_next() -> None:
     config = SparseAttentionConfig(min_keys=8, alpha=2.0, recent_keys=8)
     found = time_decode(gaussian(SHAPE, torch.float32, CPU, 0), 300, config, Rounds(4, 0.0))
-    assert list(found) == ["sdpa", "packed-sdpa", "dynamic-cache", "hf_sparse"]
+    assert list(found) == ["sdpa", "packed-sdpa", "dense-layer", "dynamic-cache", "hf_sparse"]
     assert found["packed-sdpa"]["output_error"]["worst"] < 1e-5
+    assert found["dense-layer"]["output_error"]["worst"] < 1e-5
     assert found["hf_sparse"]["density"] == math.ceil(2 * 300**0.5) / 300
     assert found["dynamic-cache"]["output_error"]["worst"] < 1e-5
     assert 0 < found["hf_sparse"]["output_error"]["mean"] < 1

@@ -50,6 +50,12 @@ def sdpa(inputs: AttentionCall, backend: str | None = None) -> Tensor:
         )
 
 
+def packed_sdpa(inputs: AttentionCall) -> Tensor:
+    """SDPA for a single query, with the heads that share keys as the rows of one matrix."""
+    rows = inputs.query.view(1, inputs.key.shape[1], inputs.group_size, -1)
+    return F.scaled_dot_product_attention(rows, inputs.key, inputs.value, scale=inputs.scaling).view_as(inputs.query)
+
+
 def cached_step(inputs: AttentionCall) -> Tensor:
     """A decode step of stock transformers: the last key and value are concatenated to all others, then attended to."""
     layer = DynamicLayer()  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_sparse.attention import LayerState, attend
 from hf_sparse.bench import dense
 from hf_sparse.bench.inputs import LayerInputs
-from hf_sparse.bench.tasks import DYNAMIC, FLEX, MASKED, PACKED, SDPA, SPARSE
+from hf_sparse.bench.tasks import DENSE_LAYER, DYNAMIC, FLEX, MASKED, PACKED, SDPA, SPARSE
 from hf_sparse.bench.timing import Rounds, available_bytes, mebibytes, synchronize, timed, with_peak
 from hf_sparse.cache import SparseLayer
 from hf_sparse.call import AttentionCall
@@ -101,7 +101,8 @@ def time_decode(inputs: LayerInputs, length: int, config: SparseAttentionConfig,
     sets = [step.inputs for step in steps]
     methods = {
         SDPA: Method(_in_turn(sets), dense.sdpa),
-        PACKED: Method(_in_turn(sets), attend_densely),
+        PACKED: Method(_in_turn(sets), dense.packed_sdpa),
+        DENSE_LAYER: Method(_in_turn(sets), attend_densely),
         DYNAMIC: Method(_in_turn(sets), dense.cached_step),
     }
     for name in dense.backends(inputs.device):

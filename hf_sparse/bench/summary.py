@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 from statistics import fmean, linear_regression, median
 
-from hf_sparse.bench.tasks import BASELINES, LAYER_TASKS, PACKED, SPARSE
+from hf_sparse.bench.tasks import BASELINES, LAYER_BASELINES, LAYER_TASKS, SPARSE
 from hf_sparse.results import Record, Summary
 
 FIT_FROM = 16384
@@ -60,7 +60,8 @@ def summarise(rows: Sequence[Record]) -> Summary:
     crossings = {}
     for task in tasks:
         own = [each for each in results if each["kind"] == task]
-        dense = [name for name in (BASELINES[task], PACKED) if any(each["method"] == name for each in own)]
+        measured = {each["method"] for each in own}
+        dense = [name for name in dict.fromkeys((BASELINES[task], *LAYER_BASELINES)) if name in measured]
         # Against the way to attend to all keys that stays ahead the longest.
         found = [break_even(own, name) for name in dense]
         crossings[task] = max(found, key=lambda crossing: crossing["length"] or math.inf)
