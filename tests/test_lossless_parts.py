@@ -66,14 +66,17 @@ def test_a_fixed_length_is_kept_where_there_is_room(length: int, left: int) -> N
 
 
 @pytest.mark.parametrize("queries", [1, 2, 3, 5, 9, 32])
-@pytest.mark.parametrize("kind", ["plain", "softcap", "sinks", "padded", "window", "static"])
+@pytest.mark.parametrize("kind", ["plain", "long", "softcap", "sinks", "padded", "window", "static"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kernels", [True, False])
 def test_few_queries_attend_to_all_they_see(
     queries: int, kind: str, dtype: torch.dtype, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last queries of a text, the first sequence of which is padded, or sees a window, or has unwritten keys."""
-    kv_len = 173
+    """The last queries of a text, the first sequence of which is padded, or sees a window, or has unwritten keys.
+
+    The kernels read many keys of a long text where they lie, if they lie in a row.
+    """
+    kv_len = 700 if kind == "long" else 173
     intervals = calls.causal_intervals(
         queries,
         kv_len,
@@ -86,12 +89,13 @@ def test_few_queries_attend_to_all_they_see(
         kv_len=kv_len,
         heads=6,
         kv_heads=2,
-        dim=16,
+        dim=48 if kind == "long" else 16,
         softcap=3.0 if kind == "softcap" else None,
         sinks=kind == "sinks",
         dtype=dtype,
     )
-    call = replace(call, key=calls.turned(call.key))
+    if kind != "long":
+        call = replace(call, key=calls.turned(call.key))
     if not kernels:
         monkeypatch.setattr(dense.cpu, "unsupported_reason", lambda *states: "they are switched off")
     out = dense.attend(call)
