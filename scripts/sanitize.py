@@ -28,7 +28,12 @@ SANITIZERS = {
         "libasan.so",
         {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},  # Python frees little as it ends
         [
-            *("tests/test_matrix_unit.py", "tests/test_engines.py", "tests/test_grouped.py", "tests/test_lossless_parts.py"),
+            *(
+                "tests/test_matrix_unit.py",
+                "tests/test_engines.py",
+                "tests/test_grouped.py",
+                "tests/test_lossless_parts.py",
+            ),
             "-k",
             "(matrix_unit and 3]) or cpu or threads_change or 4_bits_follow or in_one_call or (no_number and compiled) "
             "or single_query or few_queries",
