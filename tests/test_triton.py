@@ -568,7 +568,7 @@ def test_a_model_runs_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "gpus",
     [
-        "--brief 90",
+        "--brief 90 gfx942",
         *(pytest.param(gpus, marks=pytest.mark.slow) for gpus in ("80 86", "89", "90", "100 120", "gfx942")),
     ],
 )

@@ -40,6 +40,7 @@ caches, after a prompt, and after a prompt behind one pad token, as in batches o
 """
 
 LAYER_BASELINES = (SDPA, PACKED, DENSE_LAYER)
+"""Dense ways of one layer, any of which break-even may be against."""
 
 TASKS = tuple(BASELINES)
 LAYER_TASKS = TASKS[:2]

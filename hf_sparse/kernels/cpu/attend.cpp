@@ -21,7 +21,7 @@ constexpr int64_t LINE = 64 / sizeof(float); // numbers in a line of the cache
 constexpr int64_t KEYS_AHEAD = 2 * KEYS, VALUES_AHEAD = 16; // what is prefetched, a line at a time, where it is read in a row
 constexpr int64_t FEW = 4;    // pairs that read keys and values where they lie
 constexpr int64_t PART = 512; // places of the list that a thread takes where all threads share one group, at least
-constexpr int64_t MOST_PARTS = 64;
+constexpr int64_t MOST_PARTS = 64; // of a group, which one thread joins
 constexpr float LOWEST = -1e38f; // below every score
 
 // NaN, which the vector functions take for a small number, shows in the result, as in every other engine.
