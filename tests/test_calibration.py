@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig
-from hf_sparse.calibration import measurements
+from hf_sparse.calibration import measurements, solve
+from hf_sparse.calibration.answers import TASKS, lost_share
 from hf_sparse.calibration.calibrate import Calibration, run_calibration
 from hf_sparse.calibration.curves import ErrorCurve, budget_grid, error_curves, visible_grid
 from hf_sparse.calibration.laws import FAMILIES, Candidates, LawFit, interpolated
@@ -33,6 +34,7 @@ from hf_sparse.patching import LayerSupport
 from hf_sparse.selectors import parse_selector
 from hf_sparse.selectors.grouped import GROUP_QUERIES
 from tests import small, tiny
+from tests.measure import retrieval_texts
 
 COMMITTED = sorted(path.parent for path in (Path(__file__).parents[1] / "model_cards").rglob("calibration.json"))
 LENGTH = 1024
@@ -323,6 +325,51 @@ def test_a_perplexity_is_sought_on_fitted_texts_and_measured_on_others(folder: P
     assert found.reached == measured["ratio"]
 
 
+def answered(*methods: tuple[str, list[bool]]) -> list[dict[str, Any]]:
+    """Records of one prompt: whether the true answers are picked, by method."""
+    return [
+        {"method": method, "prompt_sha256": "a", "answers": [{"picked": one} for one in picked]}
+        for method, picked in methods
+    ]
+
+
+def test_answers_are_lost_of_those_that_the_dense_model_picks() -> None:
+    dense = [True, True, True, True, False, False]
+    assert lost_share(answered(("dense", dense), ("calibrated", dense))) == 0
+    assert lost_share(answered(("calibrated", [True, False, True, True, True, False]), ("dense", dense))) == 1 / 4
+    with pytest.raises(UserError, match=r"the dense model picks none of 2 answers \(needle-single, .*retrieval_loss"):
+        lost_share(answered(("dense", [False, False]), ("calibrated", [True, True])))
+
+
+def test_lost_answers_are_sought_on_fitted_texts_and_measured_on_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solve, "_TRIALS", 3)
+    texts = [Document(f"d{i}", retrieval_texts.text(LENGTH + 80, i)) for i in range(4)]
+    model = retrieval_texts.model(max_position_embeddings=2048)
+    tokenizer = retrieval_texts.tokenizer()
+    found = run_calibration(
+        model, tokenizer, texts, "retrieval_loss=0.2", config=CONFIG, length=LENGTH, folder=tmp_path
+    )
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert {row["task"] for row in rows} == set(TASKS)
+    assert {row["length"] for row in rows} == {LENGTH}
+
+    def losses(document: str) -> dict[float, float]:
+        """Lost answers about a text, by the density of what was tried."""
+        own = [row for row in rows if row["document"] == document]
+        tried = {row["density"] for row in own} - {1.0}
+        return {at: lost_share([row for row in own if row["density"] in (1, at)]) for at in tried}
+
+    # One text is held out, and as many are tried: the sparsest laws that lose few enough are checked on the other.
+    tried, [(density, lost)] = losses("d0"), losses("d3").items()
+    assert {row["document"] for row in rows} == {"d0", "d3"}
+    assert tried[density] <= 0.2
+    assert {at for at, share in tried.items() if share > 0.2} == {at for at in tried if at < density} != set()
+    assert found.reached == lost
+    assert found.met == (lost <= 0.2)
+
+
 def test_a_target_that_is_not_reached_is_said_so(folder: Path, result: Calibration) -> None:
     with pytest.warns(UserWarning, match=r"the target density=0\.01 was not reached: 0\.\d"):
         config = hf_sparse.calibrate(
@@ -409,6 +456,8 @@ def test_beyond_the_fitted_length_only_on_request() -> None:
         ({"target": "speed=2"}, "target metric must be one of density"),
         ({"target": "density=2"}, "density must be above 0 and below 1; got 2.0"),
         ({"target": "perplexity_ratio=0.9"}, "above 1 and below inf"),
+        ({"target": "retrieval_loss=0"}, "retrieval_loss must be above 0 and below 1; got 0.0"),
+        ({"target": "retrieval_loss=0.1"}, "d0 has 0 different words that copying can use"),
         ({"target": "density"}, "METRIC=VALUE or METRIC=VALUE@LENGTH"),
         ({"target": "density=1e"}, "METRIC=VALUE or METRIC=VALUE@LENGTH"),
     ],
@@ -445,7 +494,7 @@ def test_a_patched_model_and_one_that_cannot_be_are_refused() -> None:
 
 
 def test_targets_are_written_as_they_are_read() -> None:
-    for text in ("density=0.15@4096", "output_error=0.01", "perplexity_ratio=1.005"):
+    for text in ("density=0.15@4096", "output_error=0.01", "perplexity_ratio=1.005", "retrieval_loss=0.02@8192"):
         assert str(Target.parse(text)) == text
     assert Target.parse(" density = 0.15 @ 4096 ") == Target("density", 0.15, 4096)
     assert math.isclose(Target.parse("output_error=1e-3").value, 1e-3)

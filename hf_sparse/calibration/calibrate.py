@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse.calibration.answers import ask
 from hf_sparse.calibration.laws import LawFit
 from hf_sparse.calibration.lookups import with_lookups
 from hf_sparse.calibration.measurements import Measurements, calibrated_ratio
@@ -23,7 +24,8 @@ from hf_sparse.config import Policy, SparseAttentionConfig, origin_of
 from hf_sparse.config import files as policy_files
 from hf_sparse.errors import UserError
 from hf_sparse.measure.data import Document
-from hf_sparse.measure.windows import cut_windows
+from hf_sparse.measure.retrieval_prompts import Prompt
+from hf_sparse.measure.windows import Window, cut_windows
 from hf_sparse.patching import base_model, inspect, is_patched
 from hf_sparse.results import CALIBRATE, CALIBRATION, Summary, check_folder, provenance, write_json
 from hf_sparse.schema import CalibrationRecord
@@ -47,7 +49,8 @@ class Calibration:
     Attributes:
         config: The calibrated configuration, with its record.
         target: What it was to reach.
-        reached: The value of the target's metric that it reached; a perplexity is that of the held-out texts.
+        reached: The value of the target's metric that it reached; perplexities and answers are those of the held-out
+            texts.
         met: Whether that is at most the value of the target.
         price: Nats a token that a key had to save.
         density: Kept over visible keys of the layers with laws, at the target's length.
@@ -165,6 +168,7 @@ def run_calibration(
     check_config(base, config)
     length = fitted_length(target, length, [*fitted, *checked], tokenizer, base, support, extrapolate=extrapolate)
     at = target.length or length
+    prose = fitted
     if lookups:
         # In pairs: layers are probed on a text with look-ups, too.
         pairs = zip(fitted, with_lookups(fitted, seed), strict=True)
@@ -173,9 +177,13 @@ def run_calibration(
     windows = cut_windows(fitted, tokenizer, [length], targets=1)
     probes = cut_windows(fitted[:PROBED], tokenizer, [min(length, PROBE_TOKENS)], targets=1)
     checks = cut_windows(checked, tokenizer, [at], min(CHECKED_TOKENS, at // 2))
-    trials = []
+    sought = prose[: len(checked)]
+    trials: Sequence[Window] = []
+    questions: Sequence[Sequence[Prompt]] = []
     if target.metric == "perplexity_ratio":
-        trials = cut_windows(fitted[: len(checked)], tokenizer, [at], min(CHECKED_TOKENS, at // 2))
+        trials = cut_windows(sought, tokenizer, [at], min(CHECKED_TOKENS, at // 2))
+    elif target.metric == "retrieval_loss":
+        questions = [ask(documents, tokenizer, at, seed) for documents in (sought, checked)]
     about = provenance(info or _info(base), base, seed)
     if folder is not None:
         check_folder(folder, CALIBRATE, about["model"])
@@ -184,15 +192,21 @@ def run_calibration(
         curves = measured.curves(windows)
         fit = LawFit(curves, measured.sensitivity(probes, curves), config.min_keys, config.budget().dense_below)
         solver = Solver(fit, config, measured.layers, measured.dense)
-        price = solver.price(target, at, lambda trial: measured.ratio(trial, trials))
+
+        def trial(config: SparseAttentionConfig) -> float:
+            if questions:
+                return measured.lost_answers(config, questions[0], tokenizer)
+            return measured.ratio(config, trials)
+
+        price = solver.price(target, at, trial)
         found = solver.config_at(price)
         check = measured.check(found, checks)
-    density = solver.density(price, at)
-    reached = {
-        "density": density,
-        "output_error": fit.held_out_error(price),
-        "perplexity_ratio": calibrated_ratio(check),
-    }[target.metric]
+        reached = {
+            "density": lambda: solver.density(price, at),
+            "output_error": lambda: fit.held_out_error(price),
+            "perplexity_ratio": lambda: calibrated_ratio(check),
+            "retrieval_loss": lambda: measured.lost_answers(found, questions[1], tokenizer),
+        }[target.metric]()
     intervals = fit.by_layer(fit.intervals(price, seed))
     revision = about["model"]["revision"]
     record = CalibrationRecord(
@@ -221,7 +235,7 @@ def run_calibration(
         reached=reached,
         met=reached <= target.value,
         price=price,
-        density=density,
+        density=solver.density(price, at),
         predicted=fit.risk_of(fit.choose(price)),
         families=fit.held_out(price),
         check=check,

@@ -7,19 +7,23 @@ from pathlib import Path
 
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse.calibration.answers import lost_share
 from hf_sparse.calibration.curves import ErrorCurve, error_curves, visible_grid
 from hf_sparse.calibration.sensitivity import divergences, layer_sensitivity
 from hf_sparse.calibration.texts import SHORTEST
 from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
+from hf_sparse.measure import retrieval
 from hf_sparse.measure.equal_cost import matched
+from hf_sparse.measure.methods import Methods
 from hf_sparse.measure.perplexity import evaluate
 from hf_sparse.measure.perplexity_summary import summarise
+from hf_sparse.measure.retrieval_prompts import Prompt
 from hf_sparse.measure.windows import Window
 from hf_sparse.patching import SupportReport
-from hf_sparse.results import Record, ResultFile, Summary, identity, record_key, resume
+from hf_sparse.results import DENSE, Record, ResultFile, Summary, identity, record_key, resume
 
 
 class Measurements:
@@ -121,6 +125,16 @@ class Measurements:
         records = evaluate(self.model, windows, methods, results, self.about)
         with results.summed_up():
             return summarise(records, self.about["seed"])
+
+    def lost_answers(
+        self, config: SparseAttentionConfig, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+    ) -> float:
+        """Of the answers that the dense model picks, the share that is lost under `config`."""
+        results = ResultFile(self.folder / "answers.jsonl")
+        methods: Methods = {DENSE: None, "calibrated": config}
+        records = retrieval.evaluate(self.model, tokenizer, prompts, methods, results, self.about)
+        with results.summed_up():
+            return lost_share(records)
 
     def _key(self, command: str, window: Window, **more: object) -> str:
         return record_key(command=command, window=window.sha256, about=self._decisive, **more)

@@ -20,7 +20,7 @@ PRICES = (1e-12, 1e-1)
 DENSE_SHARE = 0.7
 """A layer that would keep more of its keys than this at the longest fitted length stays dense: that is faster."""
 
-# Densities between which a perplexity is sought, and trials: each is a run over texts.
+# Densities between which runs over texts are tried, and how many.
 _DENSITIES = (0.02, DENSE_SHARE)
 _TRIALS = 5
 
@@ -54,17 +54,17 @@ class Solver:
         """Kept over visible keys in the layers with laws to fit, for an input of `length` tokens."""
         return density(self.config_at(price), self.layers, [length])
 
-    def price(self, target: Target, length: int, ratio: Callable[[SparseAttentionConfig], float]) -> float:
+    def price(self, target: Target, length: int, trial: Callable[[SparseAttentionConfig], float]) -> float:
         """The price of a key at which the laws meet `target` at `length` tokens, or come nearest to it.
 
-        `ratio` measures the perplexity of a configuration over that of the dense model.
+        `trial` measures what the target's metric is under a configuration, if it takes a run of the model.
         """
         match target.metric:
             case "density":
                 return self._price_of_density(target.value, length)
             case "output_error":
                 return _last(lambda price: self.fit.held_out_error(price) <= target.value, *PRICES)
-            case "perplexity_ratio":
+            case "perplexity_ratio" | "retrieval_loss":
                 # Bisected over the density, which says more evenly than a price how sparse a trial is.
                 least, most = _DENSITIES
                 sparsest = max(least, self.density(PRICES[1], length))
@@ -73,7 +73,7 @@ class Solver:
                     return self._price_of_density(1 / inverse, length)
 
                 def holds(inverse: float) -> bool:
-                    return ratio(self.config_at(price_of(inverse))) <= target.value
+                    return trial(self.config_at(price_of(inverse))) <= target.value
 
                 return price_of(_last(holds, 1 / most, max(1 / most, 1 / sparsest), _TRIALS))
 

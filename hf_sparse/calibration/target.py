@@ -23,11 +23,13 @@ class Target:
     - `output_error`: the squared error of a layer's output relative to that output, mean over layers with laws and
       over queries at all fitted lengths, as measured layer by layer on documents left out of the fit;
     - `perplexity_ratio`: perplexity over that of the dense model at `length` tokens. It is sought on documents of the
-      fit, and what was reached is measured on held-out ones.
+      fit, and what was reached is measured on held-out ones;
+    - `retrieval_loss`: of the answers to questions about `length` tokens of text that the dense model picks among wrong
+      ones, the share that is lost (`hf_sparse.calibration.answers`). It is sought and measured as a perplexity is.
 
     Args:
         metric: One of `TARGETS`.
-        value: The aim; a density or an error below 1, a ratio above 1.
+        value: The aim; a density, an error or a share below 1, a ratio above 1.
         length: Tokens; `None` for the length of the texts that laws are fitted to.
 
     Raises:

@@ -17,6 +17,7 @@ from hf_sparse.cli.options import Documents, KeyOptions, Model, RunOptions, Text
 from hf_sparse.errors import UserError
 from hf_sparse.measure.run import Outcome
 from hf_sparse.results import CALIBRATE, process_state, write_tables
+from hf_sparse.schema import TARGETS
 from hf_sparse.share.source import ModelSource
 
 
@@ -32,7 +33,7 @@ class CalibrationOptions(KeyOptions, TextOptions):
     ] = None
     documents: Documents = 8
     target: Annotated[
-        str, typer.Option(help="METRIC=VALUE[@LENGTH] with the metric density, output_error or perplexity_ratio.")
+        str, typer.Option(help=f"METRIC=VALUE[@LENGTH] with one of the metrics {', '.join(TARGETS)}.")
     ] = "density=0.15"
     length: Annotated[
         int | None,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from hf_sparse.schema import checks
 
-Target = Literal["density", "output_error", "perplexity_ratio"]
+Target = Literal["density", "output_error", "perplexity_ratio", "retrieval_loss"]
 TARGETS: tuple[str, ...] = get_args(Target)
 
 SCHEMA_VERSION = 1
@@ -61,7 +61,7 @@ class CalibrationRecord:
         held_out: Names of the texts that `reached` was measured on.
         fitted_from: Fewest visible keys of the queries that were fitted.
         fitted_to: Most visible keys of the queries that were fitted.
-        target: What was aimed at: `"density"`, `"output_error"` or `"perplexity_ratio"`.
+        target: What was aimed at, one of `TARGETS`.
         target_value: The value of it that was aimed at.
         reached: The value measured on the held-out texts.
         reached_at: Length in tokens at which it was measured.

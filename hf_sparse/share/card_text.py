@@ -22,6 +22,7 @@ _TARGETS = {
     "density": "a density (kept / visible keys)",
     "output_error": "an error of a head's output",
     "perplexity_ratio": "a perplexity ratio to dense",
+    "retrieval_loss": "a share of lost answers",
 }
 
 

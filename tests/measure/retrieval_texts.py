@@ -58,6 +58,6 @@ def text(words: int, seed: int = 0) -> str:
     return "".join(f" {word}" + "." * (i % 6 == 5) for i, word in enumerate(chosen[:words]))
 
 
-def model(name: str = "llama") -> PreTrainedModel:
+def model(name: str = "llama", max_position_embeddings: int = 1024) -> PreTrainedModel:
     """A tiny model with that many tokens."""
-    return tiny.model(name, vocab_size=len(VOCAB), max_position_embeddings=1024)
+    return tiny.model(name, vocab_size=len(VOCAB), max_position_embeddings=max_position_embeddings)
