@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-QUOTE = re.compile(r"<!-- table: (\S+) (\d+) -->\n\n((?:\|.*\n)*)")
+QUOTE = re.compile(r"<!-- table: (\S+) (\d+) -->\n\n(?:\|.*\n)*\n*")
 
 
 def pages() -> list[Path]:
@@ -29,10 +29,11 @@ def tables(path: str) -> list[str]:
 
 
 def with_tables(text: str) -> str:
-    """A page with every quoted table as the results have it."""
-    return QUOTE.sub(
-        lambda quote: f"<!-- table: {quote[1]} {quote[2]} -->\n\n{tables(quote[1])[int(quote[2])]}\n", text
+    """A page with every quoted table as the results have it, and an empty line after it, which ends a table."""
+    quoted = QUOTE.sub(
+        lambda quote: f"<!-- table: {quote[1]} {quote[2]} -->\n\n{tables(quote[1])[int(quote[2])]}\n\n", text
     )
+    return quoted.rstrip() + "\n"
 
 
 def main() -> None:
