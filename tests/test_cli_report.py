@@ -17,7 +17,7 @@ FOLDERS = {
     "SmolLM2-135M-Instruct/attention-error": ("attention_error.png", "retained mass"),
     "bench/two-layers": ("bench.png", "dynamic-cache / hf_sparse"),
     "memory": ("memory.png", "grows as n to the"),
-    "retrieval/qwen2.5-coder-0.5b": ("retrieval.png", "answer likelier than three wrong ones"),
+    "retrieval/qwen2.5-coder-1.5b": ("retrieval.png", "answer likelier than three wrong ones"),
     "theory/synthetic": ("windows.png", "HOLDS IN PART"),
     "SmolLM2-135M-Instruct-calibrated/calibration": (None, "law of a head"),
     "gemma-3-270m-calibrated/perplexity": ("perplexity.png", "worst ratio"),
