@@ -370,6 +370,17 @@ def test_lost_answers_are_sought_on_fitted_texts_and_measured_on_others(
     assert found.met == (lost <= 0.2)
 
 
+def test_a_model_that_answers_nothing_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "TASKS", TASKS[:1])
+    monkeypatch.setattr(measurements, "error_curves", None)
+    texts = [Document(f"d{i}", retrieval_texts.text(LENGTH + 80, i)) for i in range(4)]
+    model = retrieval_texts.model(max_position_embeddings=2048)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    with pytest.raises(UserError, match="the dense model picks none of 16 answers"):
+        run_calibration(model, retrieval_texts.tokenizer(), texts, "retrieval_loss=0.2", config=CONFIG, length=LENGTH)
+
+
 def test_a_target_that_is_not_reached_is_said_so(folder: Path, result: Calibration) -> None:
     with pytest.warns(UserWarning, match=r"the target density=0\.01 was not reached: 0\.\d"):
         config = hf_sparse.calibrate(

@@ -22,23 +22,38 @@ def ask(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, lengt
     return make_prompts(cut_windows(documents, tokenizer, [length], targets=1), tokenizer, TASKS, MAX_QUESTIONS, seed)
 
 
-def lost_share(records: Sequence[Record]) -> float:
-    """Of the answers that the dense model picks among wrong ones, the share that another method does not.
+def answered(records: Sequence[Record]) -> list[bool]:
+    """Whether the dense model picks each true answer among wrong ones.
 
     Args:
-        records: Of `hf_sparse.measure.retrieval.evaluate`, of the dense model and one other method.
+        records: Of `hf_sparse.measure.retrieval.evaluate`, of the dense model among others.
 
     Raises:
-        UserError: if the dense model picks none.
+        UserError: if it picks none.
     """
-    picked: dict[bool, list[bool]] = {True: [], False: []}
-    for record in sorted(records, key=lambda record: str(record["prompt_sha256"])):
-        picked[record["method"] == DENSE] += [answer["picked"] for answer in record["answers"]]
-    answered = sum(picked[True])
-    if not answered:
+    found = _picked([record for record in records if record["method"] == DENSE])
+    if not any(found):
         raise UserError(
-            f"the dense model picks none of {len(picked[True])} answers ({', '.join(TASKS)}): a retrieval_loss needs a "
-            "model that retrieves"
+            f"the dense model picks none of {len(found)} answers ({', '.join(TASKS)}): a retrieval_loss needs a model "
+            "that retrieves"
         )
-    both = zip(picked[True], picked[False], strict=True)
-    return sum(dense and not sparse for dense, sparse in both) / answered
+    return found
+
+
+def lost_share(records: Sequence[Record]) -> float:
+    """Of the answers that the dense model picks, the share that another method does not.
+
+    Args:
+        records: As for `answered`, of the dense model and one other method.
+
+    Raises:
+        UserError: see `answered`.
+    """
+    dense, sparse = answered(records), _picked([record for record in records if record["method"] != DENSE])
+    return sum(own and not other for own, other in zip(dense, sparse, strict=True)) / sum(dense)
+
+
+def _picked(records: Sequence[Record]) -> list[bool]:
+    """Of all answers, in the order of the prompts' hashes."""
+    ordered = sorted(records, key=lambda record: str(record["prompt_sha256"]))
+    return [bool(answer["picked"]) for record in ordered for answer in record["answers"]]

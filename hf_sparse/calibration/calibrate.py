@@ -189,6 +189,8 @@ def run_calibration(
         check_folder(folder, CALIBRATE, about["model"])
     with tempfile.TemporaryDirectory() as temporary, _evaluating(base):
         measured = Measurements(base, support, config, folder or Path(temporary), about)
+        for asked in questions:
+            measured.check_answers(asked, tokenizer)
         curves = measured.curves(windows)
         fit = LawFit(curves, measured.sensitivity(probes, curves), config.min_keys, config.budget().dense_below)
         solver = Solver(fit, config, measured.layers, measured.dense)

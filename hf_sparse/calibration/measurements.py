@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_sparse.calibration.answers import lost_share
+from hf_sparse.calibration.answers import answered, lost_share
 from hf_sparse.calibration.curves import ErrorCurve, error_curves, visible_grid
 from hf_sparse.calibration.sensitivity import divergences, layer_sensitivity
 from hf_sparse.calibration.texts import SHORTEST
@@ -17,7 +17,6 @@ from hf_sparse.config import SparseAttentionConfig
 from hf_sparse.errors import UserError
 from hf_sparse.measure import retrieval
 from hf_sparse.measure.equal_cost import matched
-from hf_sparse.measure.methods import Methods
 from hf_sparse.measure.perplexity import evaluate
 from hf_sparse.measure.perplexity_summary import summarise
 from hf_sparse.measure.retrieval_prompts import Prompt
@@ -54,6 +53,7 @@ class Measurements:
         self.dense = sorted(layer.layer for layer in support.layers if layer.layer in out)
         if not self.layers:
             raise UserError(f"{support.architecture} has no layer to fit a law to: all {len(self.dense)} are dense")
+        self._answers = ResultFile(folder / "answers.jsonl")
         self._modules: dict[int, nn.Module] = {layer.layer: model.get_submodule(layer.name) for layer in self.layers}
         self._decisive = [
             identity(about),
@@ -126,14 +126,17 @@ class Measurements:
         with results.summed_up():
             return summarise(records, self.about["seed"])
 
+    def check_answers(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse questions none of which the dense model answers."""
+        answered(retrieval.evaluate(self.model, tokenizer, prompts, {DENSE: None}, self._answers, self.about))
+
     def lost_answers(
         self, config: SparseAttentionConfig, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
     ) -> float:
         """Of the answers that the dense model picks, the share that is lost under `config`."""
-        results = ResultFile(self.folder / "answers.jsonl")
-        methods: Methods = {DENSE: None, "calibrated": config}
-        records = retrieval.evaluate(self.model, tokenizer, prompts, methods, results, self.about)
-        with results.summed_up():
+        methods = {DENSE: None, "calibrated": config}
+        records = retrieval.evaluate(self.model, tokenizer, prompts, methods, self._answers, self.about)
+        with self._answers.summed_up():
             return lost_share(records)
 
     def _key(self, command: str, window: Window, **more: object) -> str:
