@@ -128,7 +128,9 @@ class Measurements:
 
     def check_answers(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse questions none of which the dense model answers."""
-        answered(retrieval.evaluate(self.model, tokenizer, prompts, {DENSE: None}, self._answers, self.about))
+        records = retrieval.evaluate(self.model, tokenizer, prompts, {DENSE: None}, self._answers, self.about)
+        with self._answers.summed_up():
+            answered(records)
 
     def lost_answers(
         self, config: SparseAttentionConfig, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
