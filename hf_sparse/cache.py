@@ -190,7 +190,7 @@ class SparseLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         own, other = _stored(keys), _stored(key)
         if own.data_ptr() == other.data_ptr() and own.stride() == other.stride():
             return True
-        some = torch.linspace(0, key.shape[2] - 1, _COMPARED, device=key.device).long()
+        some = torch.arange(_COMPARED, device=key.device) * (key.shape[2] - 1) // (_COMPARED - 1)
         return keys.dtype == key.dtype and bool(torch.equal(keys[:, :, some], key[:, :, some]))
 
     @property

@@ -98,14 +98,15 @@ class LayerAudit:
     def __init__(self, state: LayerState, queries: int, seed: int) -> None:
         self._state = replace(state, counters=LayerCounters(), observer=None)
         self._queries = queries
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
         self._measured: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def __call__(self, layer: int, call: AttentionCall) -> None:
         """Measure some queries of a call."""
         length = call.query.shape[2]
-        start = int(torch.randint(max(1, length - self._queries + 1), (), generator=self._generator))
+        places = max(1, length - self._queries + 1)
+        start = int(torch.randint(places, (), generator=self._generator, device="cpu"))
         stop = min(length, start + self._queries)
         # Queries of a group choose keys together: with so many neighbours on either side, all groups are whole.
         more = self._state.selector.group_queries - 1

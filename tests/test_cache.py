@@ -176,6 +176,21 @@ def test_a_layer_knows_what_it_holds() -> None:
     assert not layer.holds(keys)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_copy_is_known_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    """In few bits, the place of the last key may be rounded to one that there is not."""
+    layer = SparseLayer()
+    keys, _ = layer.update(*states(2200))
+    copy, other = keys.clone(), keys.clone()
+    other[:, :, -1] += 1
+    torch.set_default_dtype(dtype)
+    try:
+        assert layer.holds(copy)
+        assert not layer.holds(other)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_copy_without_hidden_keys_grows_with_its_layer() -> None:
     layer = SparseLayer()
     layer.update(*states(50))

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig
@@ -208,11 +208,24 @@ def test_an_exception_leaves_nothing_behind() -> None:
 def test_patched_inside_a_patch_restores_the_patch() -> None:
     model = hf_sparse.patch(tiny.model("llama"), SPARSE)
     outer = tiny.logits(model, IDS)
-    calls = hf_sparse.report(model).rows[0]["calls"]
+    hf_sparse.generate_lossless(model, IDS[:1], max_new_tokens=4, gamma=2)
+    cache = DynamicCache(config=model.config)
+
+    def decode() -> None:
+        with torch.no_grad():
+            model(IDS[:, :1], past_key_values=cache)
+
+    decode()
+    decode()
+    before = hf_sparse.report(model)
     with hf_sparse.patched(model, SPARSE, alpha=1.0):
         assert not torch.allclose(tiny.logits(model, IDS), outer, atol=1e-3)
+        decode()
+        hf_sparse.generate_lossless(model, IDS[:1], max_new_tokens=4, gamma=2)
     assert hf_sparse.is_patched(model)
-    assert hf_sparse.report(model).rows[0]["calls"] == calls
+    assert hf_sparse.report(model) == before
+    assert before.drafts.drafted
+    assert before.notes
     assert torch.equal(tiny.logits(model, IDS), outer)
 
 

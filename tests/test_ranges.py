@@ -13,6 +13,7 @@ from torch import Tensor
 
 import hf_sparse
 from hf_sparse import SparseAttentionConfig
+from hf_sparse.cache import SparseCache
 from hf_sparse.laws import BudgetTable
 from hf_sparse.visibility import VisibleRanges, interval_mask, ranges, seen_through
 from tests import calls, tiny
@@ -99,3 +100,21 @@ def test_the_default_device_decides_nothing() -> None:
     place, expected = tiny.positions(mask), tiny.logits(model, ids, mask)
     with torch.device("meta"):
         assert torch.equal(tiny.logits(model, ids, mask, position_ids=place), expected)
+
+
+def test_the_default_device_moves_no_cache_and_no_audit() -> None:
+    model = hf_sparse.patch(tiny.model("llama"), SPARSE)
+    ids, order = tiny.tokens(2, 60), torch.tensor([1, 0])
+
+    @torch.no_grad()
+    def decoded() -> Tensor:
+        hf_sparse.audit(model, rows=4)
+        cache = SparseCache(model.config)
+        model(ids[:, :59], past_key_values=cache)
+        cache.reorder_cache(order)
+        out: Tensor = model(ids[order, 59:], past_key_values=cache).logits
+        return out
+
+    expected = decoded()
+    with torch.device("meta"):
+        assert torch.equal(decoded(), expected)

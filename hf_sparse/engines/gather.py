@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_sparse.call import AttentionCall, Selection, as_vectors, take_keys
+from hf_sparse.call import AttentionCall, Selection, accurate, as_vectors, take_keys
 from hf_sparse.engines.base import Engine
 from hf_sparse.engines.common import attention_weights
 from hf_sparse.kernels.int8 import Int8States
@@ -30,7 +30,8 @@ class Gather(Engine):
         """Attention to copies of the kept keys and values: see `Engine.attend`."""
         heads = call.query.shape[1]
         kv_heads = call.key.shape[1]
-        query = selection.pairs_of(call.query, kv_heads)
+        dtype = accurate(call.query.dtype)  # Products of float16 numbers may be too large for float16.
+        query = selection.pairs_of(call.query, kv_heads).to(dtype)
         batch, _, groups, pairs, dim = query.shape
         width = selection.positions.shape[-1]
         sinks = None
@@ -44,7 +45,7 @@ class Gather(Engine):
         for start in range(0, groups, step):
             part = slice(start, start + step)
             positions = selection.positions[:, :, part]
-            scores = query[:, :, part] @ take_keys(call.key, positions).transpose(-1, -2)
+            scores = query[:, :, part] @ take_keys(call.key, positions).to(dtype).transpose(-1, -2)
             part_sinks = None if sinks is None else sinks[:, :, part]
             allowed = selection.allowed[:, :, part]
             weights = attention_weights(scores, allowed, part_sinks, call)

@@ -92,7 +92,7 @@ class QuantisedKeys:
         if self._center is not None:
             self._center = change(self._center)
         if self._centred:
-            order = change(torch.arange(len(self._centred))).tolist()
+            order = change(torch.arange(len(self._centred), device="cpu")).tolist()
             self._centred = [self._centred[i] for i in order]
 
     def _set_center(self, key: Tensor, texts: Callable[[], Texts] | None) -> None:

@@ -51,25 +51,19 @@ class CacheHooks:
         return cls(_BeforeForward(_place_of_cache(type(model).forward)), vars(model).get(_METHOD))
 
 
-class _BeforeForward:
-    """Runs before the forward pass of a patched model.
+@dataclass
+class CacheCosts:
+    """What the caches of a model cost it since it was patched.
 
     Attributes:
         concatenated_calls: Forward passes in which a cache made new tensors of all its keys and values.
         concatenated_bytes: What it copied for that.
         rounded_calls: Forward passes with a cache that holds keys and values in 8 bits.
-        place: How many arguments come before the cache in the model's `forward`, and its name; `None` if it takes none.
     """
 
-    def __init__(self, place: _Place | None) -> None:
-        self.place = place
-        self.reset()
-
-    def reset(self) -> None:
-        """Count anew."""
-        self.concatenated_calls = 0
-        self.concatenated_bytes = 0
-        self.rounded_calls = 0
+    concatenated_calls: int = 0
+    concatenated_bytes: int = 0
+    rounded_calls: int = 0
 
     def notes(self) -> tuple[str, ...]:
         """What a report should say about it."""
@@ -80,6 +74,19 @@ class _BeforeForward:
         rounded = f"{self.rounded_calls} forward passes with a cache that holds keys and values in 8 bits"
         counts = {copied: self.concatenated_calls, rounded: self.rounded_calls}
         return tuple(note for note, count in counts.items() if count)
+
+
+@dataclass(eq=False)
+class _BeforeForward:
+    """Runs before the forward pass of a patched model.
+
+    Attributes:
+        place: How many arguments come before the cache in the model's `forward`, and its name; `None` if it takes none.
+        costs: What it counted.
+    """
+
+    place: _Place | None
+    costs: CacheCosts = field(default_factory=CacheCosts)
 
     def __call__(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -96,9 +103,9 @@ class _BeforeForward:
         layers = cache.layers if isinstance(cache, Cache) else []
         copied = sum(x.nbytes for layer in layers if type(layer) is DynamicLayer for x in _states(layer))
         if copied:
-            self.concatenated_calls += 1
-            self.concatenated_bytes += copied
-        self.rounded_calls += any(isinstance(layer, SparseLayer) and bool(layer.nbits) for layer in layers)
+            self.costs.concatenated_calls += 1
+            self.costs.concatenated_bytes += copied
+        self.costs.rounded_calls += any(isinstance(layer, SparseLayer) and bool(layer.nbits) for layer in layers)
 
 
 @dataclass(frozen=True)

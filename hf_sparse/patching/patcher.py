@@ -18,7 +18,7 @@ from hf_sparse.engines import find_engine
 from hf_sparse.interface import register
 from hf_sparse.laws import BudgetTable, warn_if_too_slow
 from hf_sparse.monitor import DraftCounters, SparsityReport, make_report
-from hf_sparse.patching.caches import CacheHooks, install, remove
+from hf_sparse.patching.caches import CacheCosts, CacheHooks, install, remove
 from hf_sparse.patching.configs import OwnConfigs, asked_for
 from hf_sparse.patching.suitability import check_calibration, warn_of_another_base
 from hf_sparse.patching.support import SupportReport, inspect
@@ -112,8 +112,7 @@ def patch(model: ModelT, config: ConfigLike = None, **fields: Any) -> ModelT:
     try:
         _hold(base, policy, made)
         handle: _Patch = getattr(base, _HANDLE)
-        handle.hooks.forward.reset()
-        handle.drafts = DraftCounters()
+        handle.drafts, handle.hooks.forward.costs = DraftCounters(), CacheCosts()
     except BaseException:  # KeyboardInterrupt, too, may come between any two lines.
         restore()
         raise
@@ -165,7 +164,7 @@ def report(model: nn.Module) -> SparsityReport:
     found = sorted(states(base).values(), key=lambda state: state.layer)
     # Not every observer has something to report.
     audits: list[list[dict[str, Any]]] = [getattr(state.observer, "report", list)() for state in found]
-    notes = (*handle.hooks.forward.notes(), *_notes_of_others(base))
+    notes = (*handle.hooks.forward.costs.notes(), *_notes_of_others(base))
     counted = make_report({state.layer: state.counters for state in found}, notes)
     return replace(counted, audit=[head for heads in audits for head in heads], drafts=replace(handle.drafts))
 
@@ -224,13 +223,18 @@ def _hold(model: PreTrainedModel, policy: Policy, layers: Mapping[nn.Module, Lay
 
 def _restorer(model: PreTrainedModel) -> Callable[[], None]:
     """What makes `model` again what it is now, patched or not."""
-    before, policy = states(model), policy_of(model) if is_patched(model) else None
+    before, held = states(model), getattr(model, _HANDLE, None)
+    # Read now, for a patch in between replaces them in `held`.
+    kept = None if held is None else (held.policy, held.drafts, held.hooks.forward.costs)
 
     def restore() -> None:
-        if policy is None:
+        if kept is None:
             unpatch(model)
-        else:
-            _hold(model, policy, before)
+            return
+        policy, drafts, costs = kept
+        _hold(model, policy, before)
+        handle: _Patch = getattr(model, _HANDLE)
+        handle.drafts, handle.hooks.forward.costs = drafts, costs
 
     return restore
 
