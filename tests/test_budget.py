@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse.laws import LAWS, Budget, bisect, match_cost, total_cost, warn_if_too_slow
+from hf_sparse.laws import LAWS, Budget, BudgetTable, bisect, match_cost, total_cost, warn_if_too_slow
 
 ALPHA = st.floats(1e-3, 1e3)
 EXPONENT = st.floats(0.0, 1.0)
@@ -220,3 +220,21 @@ def test_bisection_ends_where_a_condition_turns_false(logarithmic: bool) -> None
     )
     assert bisect(lambda _: False, 2.0, 1e3, logarithmic=logarithmic)[0] == pytest.approx(2, rel=1e-12)
     assert bisect(lambda _: True, 1e-3, 50.0, logarithmic=logarithmic)[1] == pytest.approx(50, rel=1e-12)
+
+
+def test_a_table_grows_by_a_little_and_works_nothing_out_twice() -> None:
+    asked: list[int] = []
+
+    def law(n: torch.Tensor) -> torch.Tensor:
+        asked.append(n.numel())
+        return 3 * n.sqrt()
+
+    table, budget = BudgetTable(Budget(law)), Budget("power", alpha=3.0)
+    for longest in (10, 5, 3000, 3500, 80_000, 80_001):
+        found = table.up_to(longest)
+        assert longest < found.shape[-1] <= longest + max(3500, longest // 8) + 2
+        assert torch.equal(found[0].long(), budget.table(found.shape[-1] - 1))
+    assert sum(asked) == found.shape[-1]
+    heads = BudgetTable(replace(budget, alpha=(3.0, 5.0)))
+    for longest in (10, 5000):
+        assert torch.equal(heads.up_to(longest).long(), heads.law.table(heads.up_to(longest).shape[-1] - 1))

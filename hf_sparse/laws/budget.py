@@ -75,7 +75,7 @@ class Budget:
                 k = alpha * n.clamp(min=1).log()
             case law:
                 k = _own(law, n)
-        k = (k * (1 - _ROUNDING_GUARD)).ceil().clamp(min=self.min_keys, max=self.max_keys)
+        k = (k * (1 - _ROUNDING_GUARD)).ceil_().clamp_(min=self.min_keys, max=self.max_keys)
         k = torch.where(n < self.dense_below, n, torch.minimum(k, n))
         return k.to(torch.int64).to(visible.device)
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from hf_sparse.laws.budget import Budget
 from hf_sparse.visibility import VisibleRanges
+
+_AHEAD = 1024
+"""Numbers of visible keys that a table has at least beyond those that were asked for: the next tokens need them."""
 
 
 class BudgetTable:
@@ -18,11 +22,14 @@ class BudgetTable:
         self._table: Tensor | None = None
 
     def up_to(self, longest: int) -> Tensor:
-        """Kept keys for any number of visible keys up to `longest`: int64 `(heads or 1, longest + 1 or more)`."""
-        if self._table is None or self._table.shape[-1] <= longest:
-            table = self.law.table(1 << longest.bit_length())
-            self._table = table.view(-1, table.shape[-1])
-        return self._table
+        """Kept keys for any number of visible keys up to `longest`: int32 `(heads or 1, longest + 1 or more)`."""
+        table = self._table
+        known = 0 if table is None else table.shape[1]
+        if table is None or known <= longest:
+            more = self.law(torch.arange(known, longest + 1 + max(_AHEAD, longest // 8), device="cpu")).int()
+            more = more.view(-1, more.shape[-1])
+            self._table = table = more if table is None else torch.cat([table, more], dim=1)
+        return table
 
     def plan(self, ranges: VisibleRanges) -> BudgetPlan:
         """The budgets of a call, worked out once for all layers that share this table."""
@@ -38,7 +45,7 @@ class BudgetPlan:
     Args:
         ranges: What the queries see.
         law: The law.
-        table: Its budgets, int64 `(heads or 1, at least ranges.last_visible + 1)`.
+        table: Its budgets, int32 `(heads or 1, at least ranges.last_visible + 1)`.
 
     Attributes:
         dense: Whether every query keeps all the keys that it sees.
@@ -69,7 +76,7 @@ class BudgetPlan:
     @cached_property
     def budgets(self) -> Tensor:
         """Kept keys, int64 `(batch, heads or 1, q_len)`, on the CPU."""
-        return self._table[:, self._seen].transpose(0, 1)
+        return self._table[:, self._seen].transpose(0, 1).long()
 
     @cached_property
     def most(self) -> int:
