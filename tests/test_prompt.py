@@ -62,6 +62,8 @@ def test_refusals() -> None:
     hf_sparse.patch(model, CONFIG)
     with pytest.raises(ValueError, match="at least 2 tokens; got 1"):
         hf_sparse.kept_keys(model, tokenizer(bos=False), words(1))
+    with pytest.raises(ValueError, match="at most 256 tokens, the model's maximum; got 257"):
+        hf_sparse.kept_keys(model, tokenizer(), words(257))
     hf_sparse.patch(model, dense_layers=[0, 1])
     with pytest.raises(ValueError, match="all layers of LlamaForCausalLM run dense"):
         hf_sparse.kept_keys(model, tokenizer(), words(TOKENS))
