@@ -107,3 +107,5 @@ def test_the_command_refuses(model_folder: Path, capsys: pytest.CaptureFixture[s
     assert "dtype" in refusal(capsys, *arguments, "--dtype", "int3")
     assert "is not a policy" in refusal(capsys, *arguments, "--policy", "./missing")
     assert "cannot write to the folder" in refusal(capsys, *arguments, "--page", prompt + "/page.html")
+    for option, value in {"--policy": "./missing", "--dtype": "int3", "--page": "page.html"}.items():
+        assert f"{option} needs a --prompt" in refusal(capsys, "inspect", str(model_folder), option, value)
