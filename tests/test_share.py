@@ -23,6 +23,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.patching import policy_of, warn_of_another_base
 from hf_sparse.schema import QualityRecord
 from hf_sparse.selectors import parse_selector
+from hf_sparse.share.measured import Results
 from tests import small, tiny
 
 IDS = tiny.tokens(1, 80)
@@ -327,3 +328,18 @@ def test_code_is_not_published(
     else:
         with pytest.raises(UserError, match="holds no measurement of this configuration"):
             hf_sparse.save_pretrained(plain, tmp_path / "new", results=[results])
+
+
+def test_retrieval_that_does_not_count_is_not_taken_for_that_of_another_policy(tmp_path: Path) -> None:
+    committed = Path(__file__).parents[1] / "model_cards/retrieval/qwen2.5-coder-1.5b/summary.json"
+    summary = json.loads(committed.read_text(encoding="utf-8"))
+    for verdict in summary["verdicts"]:
+        verdict["above_dense"] = None
+        for each in verdict["lengths"]:
+            each["counted"] = 0
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    found = Results.read(tmp_path)
+    with pytest.raises(UserError, match="no retrieval that counts: nowhere is the dense model surely better"):
+        found.records(SparseAttentionConfig())
+    with pytest.raises(UserError, match="holds no measurement of this configuration"):
+        found.records(SparseAttentionConfig(alpha=99.0))

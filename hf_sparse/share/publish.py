@@ -57,8 +57,8 @@ def save_pretrained(
         weights: Also write the weights and the tokenizer, so that plain `AutoModelForCausalLM` opens the folder
             (dense).
         tokenizer: The tokenizer to write with the weights; that of the base model if `None`.
-        results: Folders that `hf-sparse perplexity`, `attention-error` and `bench` wrote: the card reports what they
-            measured of this configuration, and nothing else.
+        results: Folders that `hf-sparse perplexity`, `attention-error`, `retrieval` and `bench` wrote: the card reports
+            what they measured of this configuration, and nothing else.
         base_model: Hub id of the base model, where the model in hand was loaded from somewhere else.
         base_revision: Its commit, where several were downloaded and transformers does not say which one was loaded.
 
