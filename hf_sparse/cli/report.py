@@ -222,7 +222,9 @@ def _calibration(folder: Path) -> _Found:
     if records := list(ResultFile(checks).records().values()):
         chosen = _chosen(PERPLEXITY, records, data["check"], checks)
         data["check"] = PERPLEXITY.summarise(chosen, data["check"]["seed"])
-    result = Calibration.from_dict(data)
+    # A selector of a user's own is named there, and shown in no table.
+    known = {name: value for name, value in data["config"].items() if name != "selector" or isinstance(value, str)}
+    result = Calibration.from_dict(data | {"config": known})
     tables = calibration_tables(result)
     show, write = partial(print, Outcome(data, tables)), partial(write_tables, folder, tables)
     return _Found(CALIBRATE, data, tables, show, write, result.config)
