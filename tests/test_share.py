@@ -120,6 +120,9 @@ def test_what_is_wrong_is_found_first(
         hf_sparse.save_pretrained(model, nothing)
     with pytest.raises(UserError, match="holds no results"):
         hf_sparse.save_pretrained(model, "new", results=[tmp_path])
+    one: Any = str(tmp_path)
+    with pytest.raises(TypeError, match="results must be a list of folders; got '/"):
+        hf_sparse.save_pretrained(model, "new", results=one)
     with pytest.raises(TypeError, match="repo_id must be user/name, or name; got None"):
         hf_sparse.push_to_hub(model, nothing)
     for base_model in (None, "/some/folder"):
