@@ -136,6 +136,12 @@ def test_the_metadata_is_what_the_hub_expects(tmp_path: Path) -> None:
     assert data["model-index"][0]["name"] == tmp_path.name
 
 
+def test_a_name_with_quotes_is_python_in_the_card(tmp_path: Path) -> None:
+    folder = tmp_path / 'a "b"'
+    folder.mkdir()
+    assert r'model = hf_sparse.from_pretrained("a \"b\"")' in make_card(folder, MEASURED)
+
+
 def test_what_was_not_measured_is_not_there(tmp_path: Path) -> None:
     text = make_card(tmp_path, Policy(base_model="/home/me/model"))
     assert "Nothing was measured with this configuration yet." in text

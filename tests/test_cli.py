@@ -124,6 +124,8 @@ def test_inspect_says_yes_and_no(capsys: pytest.CaptureFixture[str]) -> None:
         ("perplexity texts", "there is no config.json"),
         ("inspect ./missing", "is not a model"),
         ("inspect ", "'' is not a model: pass a Hub id"),
+        (f"inspect {'a' * 300}", "aaa: File name too long"),
+        (f"perplexity tiny-llama --text {'a' * 300} --lengths 48 --targets 8", "aaa: File name too long"),
         ("inspect tiny-llama --revision x", "tiny-llama is here, not on the Hub: it has no revision 'x'"),
         ("perplexity tiny-llama --revision x", "tiny-llama is here, not on the Hub: it has no revision 'x'"),
         ("perplexity tiny-llama --text= --lengths 48 --targets 8", "'' is not a text: pass a file"),

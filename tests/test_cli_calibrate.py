@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def test_report_shows_what_calibrate_found(policy: Path, capsys: pytest.CaptureF
     assert run_command("report", "policy", "--write") == 0
     assert "law of a head" in capsys.readouterr().out
     assert (policy / "tables.md").read_text() == before
+
+
+def test_laws_for_a_selector_of_ones_own_leave_no_older_policy(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(policy, folder)
+    selector = Path(__file__).parents[1] / "scripts/selectors/key_norm.py"
+    options = ["--selector", f"{selector}:KeyNorm", "--text", "texts", "--target", "density=0.3", "--device", "cpu"]
+    assert run_command("calibrate", "tiny-llama", *options, *FLOORS, "--output", str(folder)) == 0
+    assert "calibration.json and no sparse_config.json" in capsys.readouterr().out
+    assert not (folder / "sparse_config.json").exists()
+    assert run_command("report", str(folder)) == 0
+    assert "first quartile" in capsys.readouterr().out
 
 
 def test_calibrate_prints_tables_and_resumes(

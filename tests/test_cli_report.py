@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.small import refusal, run_command
+from tests.small import refusal, run_command, save_model, save_texts
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 # A folder of each command, one of its plots, and what its tables say.
@@ -79,8 +79,22 @@ def test_other_settings_in_the_same_file_are_left_out(run: Path, capsys: pytest.
     change(run, 0, key="a", config={"alpha": 3.0})
     change(run, 0, key="b", text_sha256="other")
     change(run, 0, key="c", length=64)
+    change(run, 0, key="d", dtype="float16")
+    change(run, 0, key="e", device="cuda")
+    change(run, 0, key="f", tokens=64)
     assert run_command("report", str(run)) == 0
     assert capsys.readouterr().out == shown
+
+
+def test_a_folder_with_two_dtypes_shows_the_last_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, texts, folder = save_model(tmp_path / "model"), save_texts(tmp_path / "texts"), str(tmp_path / "run")
+    options = ["--text", str(texts), "--lengths", "48,96", "--methods", "topk", "--device", "cpu", "--output", folder]
+    assert run_command("attention-error", str(model), *options, "--dtype", "bfloat16") == 0
+    capsys.readouterr()
+    assert run_command("attention-error", str(model), *options, "--dtype", "float32") == 0
+    shown = capsys.readouterr().out
+    assert run_command("report", folder) == 0
+    assert capsys.readouterr().out.strip() in shown
 
 
 def test_tables_come_from_the_records(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +111,7 @@ def test_tables_come_from_the_records(run: Path, capsys: pytest.CaptureFixture[s
     [
         (lambda run: [path.unlink() for path in run.iterdir()], "holds no results"),
         (shutil.rmtree, "holds no results: pass a folder that a command of hf-sparse wrote"),
-        (lambda run: change(run, 0, key="again"), "rows.jsonl holds 2 measurements of "),
+        (lambda run: change(run, 0, key="again"), "one is needed: run the command that wrote it again, into another"),
         (lambda run: (run / "rows.jsonl").write_text('{"key": "a", "command": "perplexity"}\n'), "KeyError: 'method'"),
         (lambda run: (run / "rows.jsonl").write_text("garbage\n"), "line 1 is not a record"),
         (lambda run: (run / "summary.json").write_text("[]"), "summary.json cannot be read"),

@@ -62,6 +62,8 @@ def test_refusals() -> None:
     hf_sparse.patch(model, CONFIG)
     with pytest.raises(ValueError, match="at least 2 tokens; got 1"):
         hf_sparse.kept_keys(model, tokenizer(bos=False), words(1))
+    with pytest.raises(ValueError, match="at most 256 tokens, the model's maximum; got 257"):
+        hf_sparse.kept_keys(model, tokenizer(), words(257))
     hf_sparse.patch(model, dense_layers=[0, 1])
     with pytest.raises(ValueError, match="all layers of LlamaForCausalLM run dense"):
         hf_sparse.kept_keys(model, tokenizer(), words(TOKENS))
@@ -105,3 +107,5 @@ def test_the_command_refuses(model_folder: Path, capsys: pytest.CaptureFixture[s
     assert "dtype" in refusal(capsys, *arguments, "--dtype", "int3")
     assert "is not a policy" in refusal(capsys, *arguments, "--policy", "./missing")
     assert "cannot write to the folder" in refusal(capsys, *arguments, "--page", prompt + "/page.html")
+    for option, value in {"--policy": "./missing", "--dtype": "int3", "--page": "page.html"}.items():
+        assert f"{option} needs a --prompt" in refusal(capsys, "inspect", str(model_folder), option, value)

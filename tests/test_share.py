@@ -23,6 +23,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.patching import policy_of, warn_of_another_base
 from hf_sparse.schema import QualityRecord
 from hf_sparse.selectors import parse_selector
+from hf_sparse.share.measured import Results
 from tests import small, tiny
 
 IDS = tiny.tokens(1, 80)
@@ -119,6 +120,9 @@ def test_what_is_wrong_is_found_first(
         hf_sparse.save_pretrained(model, nothing)
     with pytest.raises(UserError, match="holds no results"):
         hf_sparse.save_pretrained(model, "new", results=[tmp_path])
+    one: Any = str(tmp_path)
+    with pytest.raises(TypeError, match="results must be a list of folders; got '/"):
+        hf_sparse.save_pretrained(model, "new", results=one)
     with pytest.raises(TypeError, match="repo_id must be user/name, or name; got None"):
         hf_sparse.push_to_hub(model, nothing)
     for base_model in (None, "/some/folder"):
@@ -327,3 +331,18 @@ def test_code_is_not_published(
     else:
         with pytest.raises(UserError, match="holds no measurement of this configuration"):
             hf_sparse.save_pretrained(plain, tmp_path / "new", results=[results])
+
+
+def test_retrieval_that_does_not_count_is_not_taken_for_that_of_another_policy(tmp_path: Path) -> None:
+    committed = Path(__file__).parents[1] / "model_cards/retrieval/qwen2.5-coder-1.5b/summary.json"
+    summary = json.loads(committed.read_text(encoding="utf-8"))
+    for verdict in summary["verdicts"]:
+        verdict["above_dense"] = None
+        for each in verdict["lengths"]:
+            each["counted"] = 0
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    found = Results.read(tmp_path)
+    with pytest.raises(UserError, match="no retrieval that counts: nowhere is the dense model surely better"):
+        found.records(SparseAttentionConfig())
+    with pytest.raises(UserError, match="holds no measurement of this configuration"):
+        found.records(SparseAttentionConfig(alpha=99.0))

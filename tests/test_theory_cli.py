@@ -87,6 +87,7 @@ def test_a_second_run_measures_nothing_and_a_killed_one_goes_on(
     ("arguments", "message"),
     [
         (["--scale", "huge"], "scale must be among small, full; got 'huge'"),
+        (["--text", "texts"], "--text needs a --model that reads it"),
         (["--experiment", "window"], "experiment must be among windows, phases, workloads, assumptions"),
         (["--scale", "full", "--experiment", "norms"], "needs --model at full scale"),
         (["--experiment", "norms", "--model", "nowhere/at/all"], "nowhere/at/all is not a model"),

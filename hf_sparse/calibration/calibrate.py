@@ -143,7 +143,8 @@ def run_calibration(
         lookups: Fit to each text once more with notes in it that are repeated later (`with_lookups`), so that heads
             that look things up get the keys for it.
         folder: Where measurements, `calibration.json` and `sparse_config.json` go; nothing is kept if `None`. No
-            `sparse_config.json` is written where `config` holds code, a selector or an engine of your own.
+            `sparse_config.json` is written where `config` holds code, a selector or an engine of your own, and one of
+            an earlier run is removed.
         extrapolate: Accept a target at a greater length than laws are fitted on.
         seed: Seed of the bootstraps.
         info: `ModelSource.info()` of the model for the results; from its configuration if `None`.
@@ -244,7 +245,10 @@ def run_calibration(
     )
     if folder is not None:
         write_json(folder / CALIBRATION, result.to_dict())
-    if folder is not None and not config.code:
+    if folder is not None and config.code:
+        # No file can hold it, and one of an earlier run says something else.
+        (folder / policy_files.NAME).unlink(missing_ok=True)
+    elif folder is not None:
         origin = origin_of(base)
         name, commit = (None, None) if origin.is_local else (origin.name, origin.revision)
         policy = Policy(result.config, name, commit, versions=about["versions"])

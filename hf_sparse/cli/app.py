@@ -64,9 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         # Bad options: Typer's own exceptions, whose classes moved between releases.
         describe = getattr(error, "format_message", None)
-        if not isinstance(error, UserError) and describe is None:
+        if isinstance(error, OSError) and error.filename is not None:
+            # Nobody foresaw it, but it is a path of the user's: not readable, or with too long a name.
+            message = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, UserError) or describe is not None:
+            message = str(error) if describe is None else describe()
+        else:
             raise
-        message = str(error) if describe is None else describe()
         print("hf-sparse:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)

@@ -87,5 +87,6 @@ def calibrate(model: Model, options: CalibrationOptions, run: RunOptions) -> Non
         print(json.dumps(outcome.summary))
     else:
         print(f"{outcome}\n\nintervals: 95 %, bootstrap over {result.check['resampled']}")
-        print(f"measurements, calibration.json and sparse_config.json: {folder}")
+        policy = "no sparse_config.json, which holds no code" if config.code else "sparse_config.json"
+        print(f"measurements, calibration.json and {policy}: {folder}")
     raise typer.Exit(0 if result.met else 1)

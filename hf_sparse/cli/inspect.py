@@ -17,15 +17,19 @@ from hf_sparse.patching import patched
 from hf_sparse.results import check_writable, process_state, text_table, write_whole
 from hf_sparse.share.source import ModelSource, check_config, check_loading
 
+_PAGE = Path("results/prompt.html")
+
 
 def inspect(
     model: Model,
     prompt: Annotated[
         Path | None, typer.Option(help="Load the model, and show which keys the last token of this text keeps.")
     ] = None,
-    page: Annotated[Path, typer.Option(help="HTML page for that.")] = Path("results/prompt.html"),
+    page: Annotated[Path | None, typer.Option(help="HTML page for that.", show_default=str(_PAGE))] = None,
     policy: Policy = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as stored).")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or auto (as stored).", show_default="auto")
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -33,9 +37,13 @@ def inspect(
 
     With --prompt: what sparse attention does to that text.
     """
+    for option, value in {"page": page, "policy": policy, "dtype": dtype}.items():
+        if prompt is None and value is not None:
+            raise UserError(f"--{option} needs a --prompt: without one, the configuration of the model alone is read")
     source = ModelSource.find(model, revision)
     if prompt is not None and source.support.supported:
-        _show_prompt(source, read_policy(policy, source.policy), prompt, page, dtype, as_json=as_json)
+        own = read_policy(policy, source.policy)
+        _show_prompt(source, own, prompt, page or _PAGE, dtype or "auto", as_json=as_json)
         return
     print(json.dumps(asdict(source.support)) if as_json else source.support)
     raise typer.Exit(0 if source.support.supported else 1)

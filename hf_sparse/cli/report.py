@@ -173,6 +173,7 @@ def _chosen(kind: Kind, records: Sequence[Record], summary: Summary | None, path
     """
     rows = summary["results"] if summary else records
     places: list[tuple[Any, ...]]
+    same: Record = {}
     if kind is BENCH:
         names: tuple[str, ...] = ("kind", "length")
         places = list(dict.fromkeys((row["kind"], row["length"]) for row in rows))
@@ -184,19 +185,21 @@ def _chosen(kind: Kind, records: Sequence[Record], summary: Summary | None, path
         lengths = sorted({row["length"] for row in rows})
         tasks = [(task,) for task in dict.fromkeys(row["task"] for row in rows)] if kind is RETRIEVAL else [()]
         places = [(m, length, text, *task) for text, length, task, m in product(texts, lengths, tasks, methods)]
-        same = {"modes": summary["modes"]} if kind is RETRIEVAL and summary else {}
+        if summary:
+            same |= {name: summary["about"][name] for name in ("dtype", "device")}
+            same |= {"modes": summary["modes"]} if kind is RETRIEVAL else {}
+            same |= {"tokens": summary["targets"]} if kind is PERPLEXITY else {}
         settings = {name: {"config": config} | same for name, config in (summary or {}).get("configs", {}).items()}
     found: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         place = tuple(record[name] for name in names)
-        if settings.get(place[0], {}).items() <= record.items():
+        if settings.get(place[0], same).items() <= record.items():
             found.setdefault(place, []).append(record)
     for place in places:
         if (number := len(found.get(place, []))) != 1:
             what = f"{place[0]} at {place[1]} tokens" + (" of one text" if len(place) > 2 else "")
-            raise UserError(
-                f"{path} holds {number} measurements of {what}, and one is needed: run the command that wrote it again"
-            )
+            advice = "run the command that wrote it again" + (", into another folder" if number else "")
+            raise UserError(f"{path} holds {number} measurements of {what}, and one is needed: {advice}")
     return [found[place][0] for place in places]
 
 
@@ -219,7 +222,9 @@ def _calibration(folder: Path) -> _Found:
     if records := list(ResultFile(checks).records().values()):
         chosen = _chosen(PERPLEXITY, records, data["check"], checks)
         data["check"] = PERPLEXITY.summarise(chosen, data["check"]["seed"])
-    result = Calibration.from_dict(data)
+    # A selector of a user's own is named there, and shown in no table.
+    known = {name: value for name, value in data["config"].items() if name != "selector" or isinstance(value, str)}
+    result = Calibration.from_dict(data | {"config": known})
     tables = calibration_tables(result)
     show, write = partial(print, Outcome(data, tables)), partial(write_tables, folder, tables)
     return _Found(CALIBRATE, data, tables, show, write, result.config)

@@ -72,6 +72,8 @@ def theory(options: TheoryOptions, run: RunOptions) -> None:
 
     if options.scale not in _LENGTHS:
         raise UserError(f"scale must be among {', '.join(_LENGTHS)}; got {options.scale!r}")
+    if options.text and not options.model:
+        raise UserError("--text needs a --model that reads it: random tiny models read random tokens")
     chosen = lab.find_experiments(options.experiment or [])
     synthetic = [experiment for experiment in chosen if not experiment.needs_model]
     on_models = [experiment for experiment in chosen if experiment.needs_model]

@@ -101,7 +101,7 @@ def error_methods(
     No names, `None`, are all laws and built-in selectors, `topk` first; with laws per head, `calibrated` and all laws.
 
     Raises:
-        UserError: for an unknown name, or if a law cannot match the cost.
+        UserError: for an unknown name, none besides `dense`, or if a law cannot match the cost.
     """
     laws: tuple[LawName, ...] = get_args(LawName)
     per_head = config.per_head is not None
@@ -123,6 +123,8 @@ def error_methods(
         else:
             known = (DENSE, *SELECTORS, *laws, *([CALIBRATED] if per_head else []))
             _add(methods, *_with_selector(config, name, known))
+    if not methods:
+        raise UserError(f"methods must name one besides {DENSE}, whose errors are 0; got {DENSE!r}")
     return methods
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 
 import datasets
 import evaluate
@@ -23,3 +24,10 @@ class TokenPerplexity(evaluate.Metric):  # type: ignore[misc]
 
     def _compute(self, nll: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:
         return {"token_perplexity": math.exp(math.fsum(nll) / sum(tokens))}
+
+
+def token_perplexity(nll: Sequence[float], tokens: Sequence[int]) -> float:
+    """The metric of some texts. Its folder is a temporary one: the user's home may be read-only."""
+    with TemporaryDirectory() as folder:
+        metric = TokenPerplexity(keep_in_memory=True, cache_dir=folder)
+        return float(metric.compute(nll=nll, tokens=tokens)["token_perplexity"])

@@ -76,12 +76,12 @@ def _result(series: _Series, method: str, length: int) -> dict[str, Any]:
     value, draws = series.excess(method)
     i = series.grid.lengths.index(length)
     # Imported where it is used: the command line and the tests start without datasets and evaluate, too.
-    from hf_sparse.measure.metric import TokenPerplexity
+    from hf_sparse.measure.metric import token_perplexity
 
     return {
         "method": method,
         "length": length,
-        "perplexity": TokenPerplexity(keep_in_memory=True).compute(nll=nll, tokens=tokens)["token_perplexity"],
+        "perplexity": token_perplexity(nll, tokens),
         **_ratio(value[i], draws[:, i]),
         **{name: _mean(records, name) for name in ("density", "sparse_density", "mean_keys", "seconds")},
         "tokens": sum(tokens),

@@ -19,6 +19,7 @@ from hf_sparse.errors import UserError
 from hf_sparse.page.render import Section, render
 from hf_sparse.patching import base_model, is_patched, states
 from hf_sparse.patching.caches import cache_argument
+from hf_sparse.share.source import max_positions
 from hf_sparse.visibility import interval_to_mask
 
 
@@ -74,16 +75,19 @@ def kept_keys(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     Args:
         model: A patched model; its report counts nothing of this.
         tokenizer: Its tokenizer.
-        prompt: A text of at least two tokens.
+        prompt: A text of at least two tokens, and no more than the model was made for.
 
     Raises:
-        ValueError: If the model is not patched, no layer of it is sparse, or the prompt is too short.
+        ValueError: If the model is not patched, no layer of it is sparse, or the prompt is too short or too long.
     """
     if not is_patched(base_model(model)):
         raise ValueError(f"{type(model).__name__} is not patched: call hf_sparse.patch(model)")
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.shape[1] < 2:
         raise UserError(f"a prompt must have at least 2 tokens; got {ids.shape[1]}")
+    longest = max_positions(model.config)
+    if longest is not None and ids.shape[1] > longest:
+        raise UserError(f"a prompt must have at most {longest} tokens, the model's maximum; got {ids.shape[1]}")
     found: dict[int, Tensor] = {}
     dense = [state.layer for state in states(base_model(model)).values() if state.dense_reason is not None]
     ids = ids.to(model.device)

@@ -36,17 +36,24 @@ class ResultFile:
                 file.truncate(data.rfind(b"\n") + 1)
 
     def append(self, record: Record) -> None:
-        """Add a record, stamped with the time in UTC."""
+        """Add a record, stamped with the time in UTC.
+
+        Raises:
+            UserError: naming the file, if it cannot be written, or the disk is full.
+        """
         record = {**record, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write in append mode: lines of several processes do not mix.
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            if os.write(file, line) != len(line):
-                raise OSError(f"{self.path.name}: only a part of a record was written; is the disk full?")
-        finally:
-            os.close(file)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One write in append mode: lines of several processes do not mix.
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                if os.write(file, line) != len(line):
+                    raise OSError("only a part of a record was written; is the disk full?")
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or first_line(error)}") from error
         self._appended.add(record["key"])
 
     def records(self) -> dict[str, Record]:

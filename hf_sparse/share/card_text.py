@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from statistics import median
 
@@ -39,6 +40,7 @@ def section(policy: Policy, name: str, plots: Sequence[str] = (), license: str |
         holds = f"a policy, `sparse_config.json`, for {base}, and no weights"
         pinned = " at that revision" if policy.revision else ""
         loads, plain = f"It loads the base model{pinned} and patches it. ", ""
+    quoted = json.dumps(name, ensure_ascii=False)
     paragraphs = "\n\n".join([*_law(policy.config), *measured(policy.quality, plots)])
     return f"""{BEGIN}
 
@@ -54,10 +56,10 @@ The weights are under the licence of the base model{f": `{license}`" if license 
 ```python
 import hf_sparse
 
-model = hf_sparse.from_pretrained("{name}")
+model = hf_sparse.from_pretrained({quoted})
 ```
 
-{loads}`hf_sparse.patch(model, "{name}")` patches a model that is loaded already.{plain}
+{loads}`hf_sparse.patch(model, {quoted})` patches a model that is loaded already.{plain}
 
 {paragraphs}
 

@@ -74,6 +74,11 @@ class Results:
             records = list(_RECORDS[self.kind](self.summary, config))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.folder / SUMMARY} was not written by this release: it lacks {error}") from error
+        if not records and self.kind == "retrieval" and _methods(self.summary, config):
+            raise UserError(
+                f"{self.folder} holds no retrieval that counts: nowhere is the dense model surely better than chance; "
+                "leave it out, or measure other tasks, lengths or more questions"
+            )
         if not records:
             raise UserError(
                 f"{self.folder} holds no measurement of this configuration: what it measured has other settings; "

@@ -57,8 +57,8 @@ def save_pretrained(
         weights: Also write the weights and the tokenizer, so that plain `AutoModelForCausalLM` opens the folder
             (dense).
         tokenizer: The tokenizer to write with the weights; that of the base model if `None`.
-        results: Folders that `hf-sparse perplexity`, `attention-error` and `bench` wrote: the card reports what they
-            measured of this configuration, and nothing else.
+        results: Folders that `hf-sparse perplexity`, `attention-error`, `retrieval` and `bench` wrote: the card reports
+            what they measured of this configuration, and nothing else.
         base_model: Hub id of the base model, where the model in hand was loaded from somewhere else.
         base_revision: Its commit, where several were downloaded and transformers does not say which one was loaded.
 
@@ -67,7 +67,7 @@ def save_pretrained(
 
     Raises:
         ValueError: if the model is not patched, or a folder of results does not hold any.
-        TypeError: if `folder` is not a path.
+        TypeError: if `folder` is not a path, or `results` is one and not a list.
     """
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path; got {type(folder).__name__}")
@@ -200,6 +200,8 @@ def _bundle(
     results: Sequence[PathLike],
 ) -> Bundle:
     """The files of a patched model; `named` is what the caller says of its base."""
+    if isinstance(results, str | os.PathLike):
+        raise TypeError(f"results must be a list of folders; got {shown(results)}")
     base = unwrapped(model)
     policy, origin = policy_of(base), origin_of(base)
     if base is not model and weights:

@@ -230,6 +230,8 @@ def test_methods_are_those_that_are_named(model: PreTrainedModel) -> None:
     assert list(error_methods(["topk", "calibrated"], calibrated, LENGTHS, support)) == ["topk", "calibrated"]
     with pytest.raises(UserError, match=r"methods must be among dense, grouped, topk, window, power, .*; got 'magic'"):
         error_methods(["magic"], CONFIG, LENGTHS, support)
+    with pytest.raises(UserError, match="one besides dense, whose errors are 0; got 'dense'"):
+        error_methods(["dense"], CONFIG, LENGTHS, support)
 
 
 def test_lengths_without_a_cost_are_a_users_mistake(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,19 @@ def test_rows_that_are_a_folder_are_refused(tmp_path: Path) -> None:
     for use in (ResultFile.records, ResultFile.repair):
         with pytest.raises(UserError, match="it cannot be read: Is a directory; delete the file"):
             use(ResultFile(tmp_path))
+
+
+def test_rows_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*rows\.jsonl: Is a directory"):
+        ResultFile(tmp_path / "rows.jsonl").append({"key": "a"})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*new\.jsonl: only a part of a record was written; is the"):
+            ResultFile(tmp_path / "new.jsonl").append({"key": "a"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_what_stored_rows_lack_is_said_and_errors_with_new_ones_are_ours(tmp_path: Path) -> None:
