@@ -166,7 +166,8 @@ def test_a_broken_model(kind: str, weights: bool, world: World) -> None:
 def test_links_out_of_a_folder_are_not_followed(linked: str, words: str, world: World, tmp_path: Path) -> None:
     """Neither is what they lead to published, nor is it written over."""
     secret, folder = tmp_path / "secret", tmp_path / "folder"
-    secret.write_text('{"architectures": ["the secret"]}')
+    text = '{"alpha": 3.0, "architectures": ["the secret"]}'
+    secret.write_text(text)
     folder.mkdir()
     (folder / POLICY).write_text(json.dumps({"base_model": BASE, "revision": world.commit}))
     (folder / linked).unlink(missing_ok=True)
@@ -178,7 +179,7 @@ def test_links_out_of_a_folder_are_not_followed(linked: str, words: str, world: 
         assert {"path": linked, "bytes": len(world.base[linked])} in shown["files"]
     with contextlib.suppress(ValueError):
         command("card", str(folder))
-    assert secret.read_text() == '{"architectures": ["the secret"]}'
+    assert secret.read_text() == text
 
 
 CARDS = {

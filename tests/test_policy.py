@@ -92,12 +92,16 @@ REFUSED: list[tuple[Any, str]] = [
     ("[1, 2]", "it must hold a JSON object; got list"),
     ('{"alpha": NaN}', "numbers must be finite; got NaN"),
     ('{"alpha": 1e999}', "alpha must be a finite number"),
-    ('{"new": 1e999}', "extra must be what JSON can hold"),
+    ('{"alpha": 1, "new": 1e999}', "extra must be what JSON can hold"),
     ('{"min_keys": 1' + "0" * 9999 + "}", "digits"),
     ('{"alpha": 1, "alpha": 2}', "each key must stand once; got 'alpha' 2 times"),
     ('{"new": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested at most 20 deep"),
     ('{"new": ' + "[" * 21 + "]" * 21 + "}", "nested at most 20 deep"),
     (" " * (MAX_BYTES + 1), f"must be at most {MAX_BYTES:,} bytes"),
+    (
+        {"config": {}, "reached": 0.15},
+        "it must be a policy; none of its fields is one of a sparse_config.json",
+    ),
     ({"base_model": "a/b/c"}, "base_model must be a Hub id or an absolute path; got 'a/b/c'"),
     ({"quality": [{}, {"speed": 3}]}, "quality[1]: fields must be among metric, method"),
     ({"quality": [{"metric": "My Metric"}]}, "quality[0]: metric must be a name"),
@@ -194,6 +198,11 @@ def test_what_a_name_stands_for(name: str, tmp_path: Path, monkeypatch: pytest.M
     asked = r"cannot read .*: HF_HUB_OFFLINE is set"
     with pytest.raises(UserError, match=asked if name in HUB_IDS else r"is not a policy|holds no sparse_config\.json"):
         load(name)
+
+
+def test_a_name_that_is_too_long_is_one_error() -> None:
+    with pytest.raises(UserError, match=r"cannot read 'x{50,}\.\.\.: File name too long"):
+        load("x" * 300)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,11 @@ def load(name_or_path: str | os.PathLike[str], *, revision: str | None = None, *
     if not name:
         raise UserError("'' is not a policy: pass a Hub id, a folder or a file")
     path = Path(name).expanduser()
-    if revision is not None and path.exists():
+    try:
+        is_here = path.exists()
+    except OSError as error:
+        raise UserError(f"cannot read {shown(name)}: {error.strerror}") from error
+    if revision is not None and is_here:
         raise UserError(f"{name} is here, not on the Hub: it has no revision {revision!r}")
     if path.is_dir():
         path = path / NAME
@@ -67,7 +71,7 @@ def load(name_or_path: str | os.PathLike[str], *, revision: str | None = None, *
             raise UserError(f"{name} holds no {NAME}")
     if path.is_file():
         return replace(read(path), origin=Origin(str(path.parent.absolute())))
-    if path.exists() or not is_hub_id(name) or name.endswith(".json"):
+    if is_here or not is_hub_id(name) or name.endswith(".json"):
         raise UserError(f"{shown(name)} is not a policy: pass a Hub id, a folder that holds a {NAME}, or such a file")
     with hub_errors(f"cannot read {NAME} of {name}" + (f" at {revision}" if revision else "")):
         found = hf_hub_download(name, NAME, revision=revision, dry_run=True, **hub_options)
@@ -98,7 +102,7 @@ def read(path: Path, name: str | None = None) -> Policy:
         raise UserError(f"cannot read {name}: {error.strerror or error}") from error
     _check_size(name, len(data))
     try:
-        return Policy.from_dict(_parse(data))
+        return Policy.from_dict(_policy_in(_parse(data)))
     except ValueError as error:
         said = str(error)
         raise UserError(f"{name}: {said if len(said) <= _LONGEST_ERROR else said[:_LONGEST_ERROR] + '...'}") from error
@@ -157,6 +161,13 @@ def _parse(data: bytes) -> dict[str, Any]:
         # As results name what they measured.
         if isinstance(parsed.get(field), dict) and isinstance(parsed[field].get("name"), str):
             raise ValueError(_is_code(field, parsed[field]["name"]))
+    return parsed
+
+
+def _policy_in(parsed: dict[str, Any]) -> dict[str, Any]:
+    """`parsed`, unless all of it is unknown: it describes something else then, and no default is to stand for it."""
+    if parsed and not parsed.keys() & Policy().to_dict().keys():
+        raise ValueError(f"it must be a policy; none of its fields is one of a {NAME}")
     return parsed
 
 
