@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import subprocess
@@ -188,6 +189,13 @@ def test_a_programming_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> N
 def test_help_is_printed(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(*command, "-h") == 0
     assert "Usage: " in capsys.readouterr().out
+
+
+def test_names_that_the_encoding_of_stdout_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(piped, "ascii", write_through=True))
+    assert run_command("card", "tiny-llama", "--output", str(tmp_path / "模型")) == 0
+    assert rb"/\u6a21\u578b:" in piped.getvalue()
 
 
 def test_options_that_are_not_given_are_the_packages_defaults() -> None:

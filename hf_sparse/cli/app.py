@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: What follows the name of the program; `sys.argv[1:]` if `None`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names and cards may hold what the encoding of a terminal or a pipe does not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # A Hub out of reach is one line, not one for every retry.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
