@@ -178,13 +178,13 @@ def run_calibration(
     windows = cut_windows(fitted, tokenizer, [length], targets=1)
     probes = cut_windows(fitted[:PROBED], tokenizer, [min(length, PROBE_TOKENS)], targets=1)
     checks = cut_windows(checked, tokenizer, [at], min(CHECKED_TOKENS, at // 2))
-    sought = prose[: len(checked)]
     trials: Sequence[Window] = []
     questions: Sequence[Sequence[Prompt]] = []
     if target.metric == "perplexity_ratio":
-        trials = cut_windows(sought, tokenizer, [at], min(CHECKED_TOKENS, at // 2))
+        trials = cut_windows(prose[: len(checked)], tokenizer, [at], min(CHECKED_TOKENS, at // 2))
     elif target.metric == "retrieval_loss":
-        questions = [ask(documents, tokenizer, at, seed) for documents in (sought, checked)]
+        # About all texts: laws that lose no answer about one kind of text may lose some about another.
+        questions = [ask(documents, tokenizer, at, seed) for documents in (prose, checked)]
     about = provenance(info or _info(base), base, seed)
     if folder is not None:
         check_folder(folder, CALIBRATE, about["model"])

@@ -22,10 +22,11 @@ class Target:
       attention layers, or in a hybrid model those without a sliding window;
     - `output_error`: the squared error of a layer's output relative to that output, mean over layers with laws and
       over queries at all fitted lengths, as measured layer by layer on documents left out of the fit;
-    - `perplexity_ratio`: perplexity over that of the dense model at `length` tokens. It is sought on documents of the
-      fit, and what was reached is measured on held-out ones;
+    - `perplexity_ratio`: perplexity over that of the dense model at `length` tokens. It is sought on as many
+      documents of the fit as are held out, and what was reached is measured on those;
     - `retrieval_loss`: of the answers to questions about `length` tokens of text that the dense model picks among wrong
-      ones, the share that is lost (`hf_sparse.calibration.answers`). It is sought and measured as a perplexity is.
+      ones, the share that is lost (`hf_sparse.calibration.answers`). It is sought on all documents of the fit, and
+      measured on held-out ones.
 
     Args:
         metric: One of `TARGETS`.
