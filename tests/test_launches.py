@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_sparse import SparseAttentionConfig, engines
 from hf_sparse.attention import LayerState, attend
-from hf_sparse.call import AlwaysKept, AttentionCall
+from hf_sparse.call import AlwaysKept, AttentionCall, Selection
 from hf_sparse.kernels import gpu as kernels
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.selectors import on_gpus
@@ -47,12 +47,14 @@ class Gpu(TorchDispatchMode):
     Attributes:
         given: Names of operations and kernels.
         waits: Those among them for which the host waits.
+        grids: Programs of each kernel along each axis.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.given: list[str] = []
         self.waits: list[str] = []
+        self.grids: list[tuple[int, ...]] = []
         self._without_memory = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,8 +91,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+
+    def launch(self: Any, *_: Any, grid: tuple[int, ...], **__: Any) -> None:
+        gpu.given.append(self.fn.__name__)
+        gpu.grids.append(grid)
+
     for kernel in (interpreted, compiled):
-        monkeypatch.setattr(kernel, "run", lambda self, *_, **__: gpu.given.append(self.fn.__name__))
+        monkeypatch.setattr(kernel, "run", launch)
     known = (common._multiprocessors, common.shared_memory, kernels.reason_of_gpu)
     for each in known:
         each.cache_clear()
@@ -171,6 +178,18 @@ def test_a_block_of_a_prefill(gpu: Gpu) -> None:
     assert gpu.given == [*CENTRED, "_write", *SELECTED[:2], *COPIED, SELECTED[2], "_order", *ATTENDED]
     assert gpu.waits == []
     assert state.counters.slow == {}
+
+
+def test_grids_are_no_larger_than_a_gpu_takes(gpu: Gpu) -> None:
+    """8 heads that share one, of which each chooses keys for 8,192 queries, are 65,536 groups."""
+    states = [torch.empty(1, heads, 8192, 256, dtype=torch.bfloat16, device="cuda") for heads in (8, 1, 1)]
+    call = AttentionCall(*states, torch.empty(1, 1, 8192, 2, dtype=torch.int32, device="cuda"), 256**-0.5)
+    positions = torch.empty(1, 1, 8 * 8192, 16, dtype=torch.int64, device="cuda")
+    allowed = torch.empty(1, 1, 8 * 8192, 1, 16, dtype=torch.bool, device="cuda")
+    ENGINE.attend(call, Selection(positions, allowed, queries_per_group=1, per_head=True))
+    attend(layer(), llama(16_384, LENGTH))
+    assert gpu.given[0] == gpu.given[-1] == "_attend_tile"
+    assert all(programs < 1 << 16 for grid in gpu.grids for programs in grid[1:]), gpu.grids
 
 
 def test_what_a_gpu_cannot_do_is_reported(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
