@@ -69,11 +69,12 @@ def timed(prepare: Callable[[], Any], run: Callable[[Any], object], device: torc
     given = prepare()
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        stream = torch.cuda.current_stream(device)  # the device need not be the current one
         torch.cuda.synchronize(device)
         begin = perf_counter()
-        start.record()
+        start.record(stream)
         run(given)
-        stop.record()
+        stop.record(stream)
         torch.cuda.synchronize(device)
         host = perf_counter() - begin
         return {"seconds": float(start.elapsed_time(stop)) / 1000, HOST: host}
