@@ -481,6 +481,30 @@ def test_what_is_no_number_does_not_hold_a_call_up(q_len: int, number: float) ->
     assert torch.equal(*(by_kernels(x, budgets).mask(2, 120) for x in (call, hidden)))
 
 
+def test_a_token_that_is_cut_short_leaves_no_key_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that writes its key was not launched."""
+    full = moved(calls.inputs(calls.causal_intervals(1, 300), 300, heads=2, kv_heads=1, dim=16))
+    quantised = QuantisedKeys()
+
+    def step(length: int) -> None:
+        intervals = full.intervals.clone()
+        intervals[..., 0], intervals[..., 1] = 0, length
+        call = replace(full, key=full.key[:, :, :length], intervals=intervals, quantised=quantised)
+        by_triton(call, torch.full((1, 1, 1), 30), ALWAYS, 1)
+
+    def scales() -> Tensor:
+        return quantised.up_to(full.key, 1, codes.LAYOUT)[1]
+
+    step(298)
+    scales()[:, :, 298:] = torch.nan
+    with monkeypatch.context() as broken:
+        broken.setattr(importlib.import_module("hf_sparse.kernels.triton.importance"), "_totals", {})
+        with pytest.raises(KeyError):
+            step(299)
+    step(300)
+    assert scales()[:, :, :300].isfinite().all()
+
+
 def test_a_key_that_outweighs_everything_is_found() -> None:
     """Weights do not fit into a float."""
     call = calls.inputs(calls.causal_intervals(1, 300, left=(0,), right=(0,)), 300, heads=2, kv_heads=1)

@@ -60,7 +60,11 @@ def by_triton(
         fresh=call.key if is_new else None,
         center=call.own_quantised.center,
     )
-    values, counts, arrived = importance(call.query, groups, WINDOW, PERIOD)
+    try:
+        values, counts, arrived = importance(call.query, groups, WINDOW, PERIOD)
+    except BaseException:
+        call.own_quantised.crop(stop - 1)  # The newest key may not be among them.
+        raise
     moved, differ = _moved(call, budgets)
     positions, runs = best(values, counts, arrived, groups, moved, past, differ=size > 1 or differ)
     return SharedSelection(positions, runs, size, budgets.expand(call.query.shape[:3]))
