@@ -79,6 +79,26 @@ class Gpu(TorchDispatchMode):
         return out
 
 
+get_item = Tensor.__getitem__
+
+
+def part_of(x: Tensor, index: Any) -> Tensor:
+    """`x[index]` by the operators that it calls, for PyTorch without CUDA does not index such tensors itself."""
+    if x.device.type != "cuda":
+        return get_item(x, index)
+    if Ellipsis in index:
+        at, taken = index.index(Ellipsis), sum(each is not None for each in index) - 1
+        index = (*index[:at], *[slice(None)] * (x.dim() - taken), *index[at + 1 :])
+    dim = 0
+    for each in index:
+        if isinstance(each, int):
+            x = x.select(dim, each)
+            continue
+        x = x.unsqueeze(dim) if each is None else aten.slice.Tensor(x, dim, each.start, each.stop)
+        dim += 1
+    return x
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """An H100 that does nothing, as far as this package asks what it has."""
@@ -98,6 +118,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 
     for kernel in (interpreted, compiled):
         monkeypatch.setattr(kernel, "run", launch)
+    monkeypatch.setattr(Tensor, "__getitem__", part_of)
     known = (common._multiprocessors, common.shared_memory, kernels.reason_of_gpu)
     for each in known:
         each.cache_clear()
@@ -178,6 +199,24 @@ def test_a_block_of_a_prefill(gpu: Gpu) -> None:
     assert gpu.given == [*CENTRED, "_write", *SELECTED[:2], *COPIED, SELECTED[2], "_order", *ATTENDED]
     assert gpu.waits == []
     assert state.counters.slow == {}
+
+
+@pytest.mark.parametrize("length", [4096, 4100])
+def test_a_whole_prompt(gpu: Gpu, length: int) -> None:
+    """Its first queries are dense. Nothing waits, whether or not the last group of queries is whole."""
+    state = layer()
+    attend(state, llama(length, length))
+    assert {*SELECTED, "_order", "_attend_tile"} <= set(gpu.given)
+    assert state.counters.dense_queries
+    assert state.counters.kept()[0] < state.counters.visible
+    assert gpu.waits == []
+
+
+def test_few_queries_that_begin_within_a_group(gpu: Gpu) -> None:
+    """As the check of a draft has them."""
+    attend(layer(), llama(8, LENGTH))
+    assert gpu.given.count("aten.gather.default") == 2
+    assert gpu.waits == []
 
 
 def test_grids_are_no_larger_than_a_gpu_takes(gpu: Gpu) -> None:
