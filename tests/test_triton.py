@@ -397,7 +397,8 @@ def test_one_set_of_launches_decodes_a_text_that_grows(monkeypatch: pytest.Monke
     room, lengths = 500, torch.tensor([379, 290])
     full = moved(calls.inputs(calls.causal_intervals(1, room), room, heads=2, kv_heads=1, dim=16))
     launched: list[Any] = []
-    run = interpreter.InterpretedFunction.run
+    kernel = type(importlib.import_module("hf_sparse.kernels.triton.attend")._attend_tile)  # compiled or interpreted
+    run = kernel.run
 
     def noted(self: Any, *args: Any, grid: Any, **options: Any) -> None:
         facts = [tuple(x.shape) if isinstance(x, Tensor) else x for x in (*args, *options.values())]
@@ -418,7 +419,7 @@ def test_one_set_of_launches_decodes_a_text_that_grows(monkeypatch: pytest.Monke
         return ENGINE.attend(call, selection)
 
     monkeypatch.setattr(common, "_multiprocessors", lambda _: 8)
-    monkeypatch.setattr(interpreter.InterpretedFunction, "run", noted)
+    monkeypatch.setattr(kernel, "run", noted)
     quantised, seen = QuantisedKeys(), []
     written = torch.arange(room) < lengths.view(2, 1, 1) - 1
     quantised.up_to(full.key * written[..., None].to(DEVICE), room, codes.LAYOUT, texts=lambda: [(0, room)] * 2)
