@@ -191,6 +191,15 @@ def test_a_long_prefill_is_begun_if_a_quarter_of_it_promises_that_it_ends(
         case.run()
 
 
+def test_ways_to_generate_are_timed_one_by_one(part: Callable[[str], Any]) -> None:
+    """So that dense ones are timed if ours crashes, and none twice."""
+    models = part("models")
+    whole = models._generation(part("machine").Machine("interpret"))
+    assert len(whole.methods) > 2
+    for name in whole.methods:
+        assert models._one(whole, name).methods == [name]
+
+
 def test_every_check_can_be_found_and_needs_little(part: Callable[[str], Any]) -> None:
     """Its function is there, where packages that a bare machine lacks are missing."""
     places = [check.source for check in part("table").CHECKS if check.name != "faults/start"]
