@@ -31,7 +31,7 @@ from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
 from hf_sparse.bench.summary import break_even, exponent, median_interval, summarise
 from hf_sparse.bench.tables import bench_tables
 from hf_sparse.bench.tasks import COMPILED, TASKS, BenchSettings
-from hf_sparse.bench.timing import Rounds, timed, with_peak
+from hf_sparse.bench.timing import Rounds, available_bytes, timed, with_peak
 from hf_sparse.call import AttentionCall
 from hf_sparse.errors import UserError
 from hf_sparse.kernels.cpu import build
@@ -271,6 +271,12 @@ def test_a_gpu_is_timed_in_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> No
     found = timed(lambda: None, lambda _: recorded.append("run"), torch.device("cuda:1"))
     assert recorded == ["cuda:1", "run", "cuda:1"]
     assert found["seconds"] == 0.002
+
+
+def test_memory_that_pytorch_keeps_to_use_again_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("memory_reserved", 60), ("memory_allocated", 10), ("mem_get_info", (20, 80))):
+        monkeypatch.setattr(torch.cuda, name, lambda _, size=size: size)
+    assert available_bytes(torch.device("cuda:1")) == 70
 
 
 def test_real_inputs_are_repeated_and_end_with_the_texts_end() -> None:

@@ -129,7 +129,8 @@ def mebibytes(size: float) -> float:
 def available_bytes(device: torch.device) -> float:
     """Free memory of `device` in bytes; infinite where it is unknown."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, to use again
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     return _read_bytes(_MEMORY, "MemAvailable") if _MEMORY.exists() else float("inf")
 
 
