@@ -331,7 +331,7 @@ def _attend_sparsely(
     size = selector.group_queries
     if size > 1 and not want_weights and (start := leading_dense(call, plan, size)):
         outs.append(dense.attend(call.queries(0, start).visible_part()))
-        kept.append(ranges.visible[:, None, :start].expand(-1, heads, -1))
+        kept.append(ranges.seen[:, None, :start].expand(-1, heads, -1))
         sparse, budgets = sparse.queries(start, queries), budgets[..., start:]
     aligned = align(sparse, budgets, size)
     length, step = aligned.call.query.shape[2], _block_queries(aligned.call, state, plan.most)

@@ -31,7 +31,7 @@ from hf_sparse.bench.shapes import SHAPES, Shape, parse_shape
 from hf_sparse.bench.summary import break_even, exponent, median_interval, summarise
 from hf_sparse.bench.tables import bench_tables
 from hf_sparse.bench.tasks import COMPILED, TASKS, BenchSettings
-from hf_sparse.bench.timing import Rounds, with_peak
+from hf_sparse.bench.timing import Rounds, available_bytes, timed, with_peak
 from hf_sparse.call import AttentionCall
 from hf_sparse.errors import UserError
 from hf_sparse.kernels.cpu import build
@@ -250,6 +250,33 @@ def test_records_of_a_gpu_say_what_decides_its_times(monkeypatch: pytest.MonkeyP
     assert card(CPU) is None
     assert installed("torch") == version("torch")
     assert installed("no-such-package") is None
+
+
+def test_a_gpu_is_timed_in_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another one is current, whose stream would be empty."""
+    recorded: list[object] = []
+
+    class Event:
+        def __init__(self, **_: object) -> None: ...
+
+        def record(self, stream: object = "cuda:0") -> None:
+            recorded.append(stream)
+
+        def elapsed_time(self, _: object) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", str)
+    found = timed(lambda: None, lambda _: recorded.append("run"), torch.device("cuda:1"))
+    assert recorded == ["cuda:1", "run", "cuda:1"]
+    assert found["seconds"] == 0.002
+
+
+def test_memory_that_pytorch_keeps_to_use_again_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("memory_reserved", 60), ("memory_allocated", 10), ("mem_get_info", (20, 80))):
+        monkeypatch.setattr(torch.cuda, name, lambda _, size=size: size)
+    assert available_bytes(torch.device("cuda:1")) == 70
 
 
 def test_real_inputs_are_repeated_and_end_with_the_texts_end() -> None:

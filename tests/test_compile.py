@@ -323,6 +323,15 @@ def call_arguments(model: PreTrainedModel) -> tuple[Any, ...]:
     return (*parts, mask, torch.zeros(4, requires_grad=True), 0.25, 2.0, None, state.handle, None)
 
 
+def test_cuda_graphs_leave_the_operators_out() -> None:
+    """Numbers cannot be read while one is captured, and nothing is looked at when it is replayed."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("hf_sparse::")}
+    assert names == {f"hf_sparse::{name}" for name in ("attend", "attend_backward", "own_mask", "visible")}
+    for name in names:
+        operator = getattr(torch.ops.hf_sparse, name.removeprefix("hf_sparse::")).default
+        assert torch.Tag.cudagraph_unsafe in operator.tags, name
+
+
 def test_the_operators_keep_the_rules_of_operators() -> None:
     model = sparse_model("llama", "topk")
     torch.library.opcheck(compiled.attend, call_arguments(model))

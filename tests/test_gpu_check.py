@@ -171,12 +171,13 @@ def test_dry_run(phase: str, only: str, cases: int, tmp_path: Path) -> None:
     assert sum(status == "ok" for status in statuses(output).values()) >= cases
 
 
-def test_cases_of_a_check(part: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize(("module", "check", "cases"), [("finding", "groups", 3), ("graphs", "decode", 1)])
+def test_cases_of_a_check(module: str, check: str, cases: int, part: Callable[[str], Any]) -> None:
     """In this process, which has imported what they need."""
     machine = part("machine").Machine("interpret")
-    found = [part("child").result_of(case, machine) for case in part("finding").groups(machine)]
+    found = [part("child").result_of(case, machine) for case in getattr(part(module), check)(machine)]
     assert {case["status"] for case in found} <= {"ok", "skipped"}, found
-    assert sum(case["status"] == "ok" for case in found) >= 3
+    assert sum(case["status"] == "ok" for case in found) >= cases
 
 
 def test_a_long_prefill_is_begun_if_a_quarter_of_it_promises_that_it_ends(
@@ -188,6 +189,15 @@ def test_a_long_prefill_is_begun_if_a_quarter_of_it_promises_that_it_ends(
     [case] = part("timing").prefill(machine, 131072)
     with pytest.raises(part("cases").SkippedError, match="a quarter of the length promises"):
         case.run()
+
+
+def test_ways_to_generate_are_timed_one_by_one(part: Callable[[str], Any]) -> None:
+    """So that dense ones are timed if ours crashes, and none twice."""
+    models = part("models")
+    whole = models._generation(part("machine").Machine("interpret"))
+    assert len(whole.methods) > 2
+    for name in whole.methods:
+        assert models._one(whole, name).methods == [name]
 
 
 def test_every_check_can_be_found_and_needs_little(part: Callable[[str], Any]) -> None:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_sparse import SparseAttentionConfig, engines
 from hf_sparse.attention import LayerState, attend
-from hf_sparse.call import AlwaysKept, AttentionCall
+from hf_sparse.call import AlwaysKept, AttentionCall, Selection
 from hf_sparse.kernels import gpu as kernels
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.selectors import on_gpus
@@ -47,12 +47,14 @@ class Gpu(TorchDispatchMode):
     Attributes:
         given: Names of operations and kernels.
         waits: Those among them for which the host waits.
+        grids: Programs of each kernel along each axis.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.given: list[str] = []
         self.waits: list[str] = []
+        self.grids: list[tuple[int, ...]] = []
         self._without_memory = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,6 +79,26 @@ class Gpu(TorchDispatchMode):
         return out
 
 
+get_item = Tensor.__getitem__
+
+
+def part_of(x: Tensor, index: Any) -> Tensor:
+    """`x[index]` by the operators that it calls, for PyTorch without CUDA does not index such tensors itself."""
+    if x.device.type != "cuda":
+        return get_item(x, index)
+    if Ellipsis in index:
+        at, taken = index.index(Ellipsis), sum(each is not None for each in index) - 1
+        index = (*index[:at], *[slice(None)] * (x.dim() - taken), *index[at + 1 :])
+    dim = 0
+    for each in index:
+        if isinstance(each, int):
+            x = x.select(dim, each)
+            continue
+        x = x.unsqueeze(dim) if each is None else aten.slice.Tensor(x, dim, each.start, each.stop)
+        dim += 1
+    return x
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """An H100 that does nothing, as far as this package asks what it has."""
@@ -89,8 +111,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+
+    def launch(self: Any, *_: Any, grid: tuple[int, ...], **__: Any) -> None:
+        gpu.given.append(self.fn.__name__)
+        gpu.grids.append(grid)
+
     for kernel in (interpreted, compiled):
-        monkeypatch.setattr(kernel, "run", lambda self, *_, **__: gpu.given.append(self.fn.__name__))
+        monkeypatch.setattr(kernel, "run", launch)
+    monkeypatch.setattr(Tensor, "__getitem__", part_of)
     known = (common._multiprocessors, common.shared_memory, kernels.reason_of_gpu)
     for each in known:
         each.cache_clear()
@@ -171,6 +199,36 @@ def test_a_block_of_a_prefill(gpu: Gpu) -> None:
     assert gpu.given == [*CENTRED, "_write", *SELECTED[:2], *COPIED, SELECTED[2], "_order", *ATTENDED]
     assert gpu.waits == []
     assert state.counters.slow == {}
+
+
+@pytest.mark.parametrize("length", [4096, 4100])
+def test_a_whole_prompt(gpu: Gpu, length: int) -> None:
+    """Its first queries are dense. Nothing waits, whether or not the last group of queries is whole."""
+    state = layer()
+    attend(state, llama(length, length))
+    assert {*SELECTED, "_order", "_attend_tile"} <= set(gpu.given)
+    assert state.counters.dense_queries
+    assert state.counters.kept()[0] < state.counters.visible
+    assert gpu.waits == []
+
+
+def test_few_queries_that_begin_within_a_group(gpu: Gpu) -> None:
+    """As the check of a draft has them."""
+    attend(layer(), llama(8, LENGTH))
+    assert gpu.given.count("aten.gather.default") == 2
+    assert gpu.waits == []
+
+
+def test_grids_are_no_larger_than_a_gpu_takes(gpu: Gpu) -> None:
+    """8 heads that share one, of which each chooses keys for 8,192 queries, are 65,536 groups."""
+    states = [torch.empty(1, heads, 8192, 256, dtype=torch.bfloat16, device="cuda") for heads in (8, 1, 1)]
+    call = AttentionCall(*states, torch.empty(1, 1, 8192, 2, dtype=torch.int32, device="cuda"), 256**-0.5)
+    positions = torch.empty(1, 1, 8 * 8192, 16, dtype=torch.int64, device="cuda")
+    allowed = torch.empty(1, 1, 8 * 8192, 1, 16, dtype=torch.bool, device="cuda")
+    ENGINE.attend(call, Selection(positions, allowed, queries_per_group=1, per_head=True))
+    attend(layer(), llama(16_384, LENGTH))
+    assert gpu.given[0] == gpu.given[-1] == "_attend_tile"
+    assert all(programs < 1 << 16 for grid in gpu.grids for programs in grid[1:]), gpu.grids
 
 
 def test_what_a_gpu_cannot_do_is_reported(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

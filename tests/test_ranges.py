@@ -38,7 +38,7 @@ def known(intervals: Tensor, config: SparseAttentionConfig) -> tuple[object, ...
     found = VisibleRanges(intervals)
     plan = BudgetTable(config.budget(1)).plan(found)
     numbers = (found.queries, found.total, found.most_visible, found.last_visible, plan.dense, plan.dense_queries)
-    tensors = (found.first, found.stop, found.seen, found.visible, plan.budgets)
+    tensors = (found.first, found.stop, found.seen, plan.budgets)
     return *numbers, *(x.tolist() for x in tensors), [found.causal(length) for length in (5, 6, 40)]
 
 

@@ -397,7 +397,8 @@ def test_one_set_of_launches_decodes_a_text_that_grows(monkeypatch: pytest.Monke
     room, lengths = 500, torch.tensor([379, 290])
     full = moved(calls.inputs(calls.causal_intervals(1, room), room, heads=2, kv_heads=1, dim=16))
     launched: list[Any] = []
-    run = interpreter.InterpretedFunction.run
+    kernel = type(importlib.import_module("hf_sparse.kernels.triton.attend")._attend_tile)  # compiled or interpreted
+    run = kernel.run
 
     def noted(self: Any, *args: Any, grid: Any, **options: Any) -> None:
         facts = [tuple(x.shape) if isinstance(x, Tensor) else x for x in (*args, *options.values())]
@@ -418,7 +419,7 @@ def test_one_set_of_launches_decodes_a_text_that_grows(monkeypatch: pytest.Monke
         return ENGINE.attend(call, selection)
 
     monkeypatch.setattr(common, "_multiprocessors", lambda _: 8)
-    monkeypatch.setattr(interpreter.InterpretedFunction, "run", noted)
+    monkeypatch.setattr(kernel, "run", noted)
     quantised, seen = QuantisedKeys(), []
     written = torch.arange(room) < lengths.view(2, 1, 1) - 1
     quantised.up_to(full.key * written[..., None].to(DEVICE), room, codes.LAYOUT, texts=lambda: [(0, room)] * 2)
@@ -479,6 +480,30 @@ def test_what_is_no_number_does_not_hold_a_call_up(q_len: int, number: float) ->
     seen = calls.visible_mask(call)[:, :1].any(2)[..., None]
     hidden = replace(call, key=call.key.masked_fill(~seen, number))
     assert torch.equal(*(by_kernels(x, budgets).mask(2, 120) for x in (call, hidden)))
+
+
+def test_a_token_that_is_cut_short_leaves_no_key_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that writes its key was not launched."""
+    full = moved(calls.inputs(calls.causal_intervals(1, 300), 300, heads=2, kv_heads=1, dim=16))
+    quantised = QuantisedKeys()
+
+    def step(length: int) -> None:
+        intervals = full.intervals.clone()
+        intervals[..., 0], intervals[..., 1] = 0, length
+        call = replace(full, key=full.key[:, :, :length], intervals=intervals, quantised=quantised)
+        by_triton(call, torch.full((1, 1, 1), 30), ALWAYS, 1)
+
+    def scales() -> Tensor:
+        return quantised.up_to(full.key, 1, codes.LAYOUT)[1]
+
+    step(298)
+    scales()[:, :, 298:] = torch.nan
+    with monkeypatch.context() as broken:
+        broken.setattr(importlib.import_module("hf_sparse.kernels.triton.importance"), "_totals", {})
+        with pytest.raises(KeyError):
+            step(299)
+    step(300)
+    assert scales()[:, :, :300].isfinite().all()
 
 
 def test_a_key_that_outweighs_everything_is_found() -> None:

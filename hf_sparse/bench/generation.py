@@ -83,7 +83,7 @@ class Generation:
         """All methods, the baseline first."""
         names = [DYNAMIC, STATIC, *dense.backends(self.model.device)]
         names += [IN_PLACE, LOSSLESS] if self.lossless else []
-        return [name for name in names if name not in self.left_out] + [SPARSE]
+        return [name for name in (*names, SPARSE) if name not in self.left_out]
 
     def from_prompt(self, prompt: Tensor, rounds: Rounds, pads: int = 0) -> Found:
         """Measure all methods after a prompt, int64 `(tokens,)`, behind `pads` pad tokens; see `_measure`.

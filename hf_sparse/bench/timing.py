@@ -69,11 +69,12 @@ def timed(prepare: Callable[[], Any], run: Callable[[Any], object], device: torc
     given = prepare()
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        stream = torch.cuda.current_stream(device)  # the device need not be the current one
         torch.cuda.synchronize(device)
         begin = perf_counter()
-        start.record()
+        start.record(stream)
         run(given)
-        stop.record()
+        stop.record(stream)
         torch.cuda.synchronize(device)
         host = perf_counter() - begin
         return {"seconds": float(start.elapsed_time(stop)) / 1000, HOST: host}
@@ -128,7 +129,8 @@ def mebibytes(size: float) -> float:
 def available_bytes(device: torch.device) -> float:
     """Free memory of `device` in bytes; infinite where it is unknown."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, to use again
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     return _read_bytes(_MEMORY, "MemAvailable") if _MEMORY.exists() else float("inf")
 
 

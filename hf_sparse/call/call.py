@@ -160,15 +160,16 @@ class AttentionCall:
         alive = stop > first
         low = int(first[alive].min()) if bool(alive.any()) else 0
         keys = slice(low, self.last_visible)
-        seen = self.intervals[..., 1:] > self.intervals[..., :1]
+        intervals = (self.intervals - low) * (self.intervals[..., 1:] > self.intervals[..., :1])
         return replace(
             self,
             key=self.key[:, :, keys],
             value=self.value[:, :, keys],
-            intervals=(self.intervals - low) * seen,
+            intervals=intervals,
             origin=None,
             end=None,
             quantised=None,
+            known_ranges=VisibleRanges(intervals, (first - low) * alive, (stop - low) * alive),
         )
 
 
@@ -210,6 +211,11 @@ def as_vectors(states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     sequence = torch.arange(batch, device=positions.device).view(-1, 1) * steps[0]
     base = sequence + torch.arange(kv_heads, device=positions.device) * steps[1]
     return vectors, positions * steps[2] + base.view(batch, kv_heads, *[1] * (positions.dim() - 2))
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the CPU as one on `device`. From other memory than pinned, a GPU would have to finish all else."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_sparse.call.call import AttentionCall
+from hf_sparse.call.call import AttentionCall, sent
 from hf_sparse.laws import BudgetPlan
 from hf_sparse.visibility import VisibleRanges
 
@@ -34,7 +34,7 @@ class Aligned:
         """`(batch, heads, q_len, ...)` of the aligned call as `(batch, heads, queries, ...)` of the original one."""
         if self.place is None:
             return x
-        place = self.place.to(x.device)[:, None, :, None]
+        place = sent(self.place, x.device)[:, None, :, None]
         found = x.gather(2, place.clamp(min=0).expand(-1, x.shape[1], -1, x.shape[3]))
         return found.masked_fill(place < 0, 0)
 
@@ -75,8 +75,8 @@ def align(call: AttentionCall, budgets: Tensor, size: int) -> Aligned:
     source = source.clamp(min=0)
     first, stop = (x.gather(1, source) * inside for x in (first, stop))
     device = call.query.device
-    index = source.to(device)[:, None, :, None].expand(-1, call.query.shape[1], -1, call.query.shape[3])
-    intervals = torch.stack([first, stop], dim=-1).to(torch.int32)[:, None].to(device)
+    index = sent(source, device)[:, None, :, None].expand(-1, call.query.shape[1], -1, call.query.shape[3])
+    intervals = sent(torch.stack([first, stop], dim=-1).to(torch.int32)[:, None], device)
     moved = replace(
         call,
         query=call.query.gather(2, index),

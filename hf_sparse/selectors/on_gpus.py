@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_sparse.call import AlwaysKept, AttentionCall, SharedSelection
+from hf_sparse.call import AlwaysKept, AttentionCall, SharedSelection, sent
 from hf_sparse.kernels import gpu
 from hf_sparse.kernels.layout import adjacent
 from hf_sparse.selectors.importance import PERIOD, WINDOW
@@ -60,7 +60,11 @@ def by_triton(
         fresh=call.key if is_new else None,
         center=call.own_quantised.center,
     )
-    values, counts, arrived = importance(call.query, groups, WINDOW, PERIOD)
+    try:
+        values, counts, arrived = importance(call.query, groups, WINDOW, PERIOD)
+    except BaseException:
+        call.own_quantised.crop(stop - 1)  # The newest key may not be among them.
+        raise
     moved, differ = _moved(call, budgets)
     positions, runs = best(values, counts, arrived, groups, moved, past, differ=size > 1 or differ)
     return SharedSelection(positions, runs, size, budgets.expand(call.query.shape[:3]))
@@ -88,9 +92,7 @@ def _moved(call: AttentionCall, budgets: Tensor) -> tuple[Tensor, bool]:
     key = ("budgets", budgets.data_ptr(), budgets.shape, budgets.stride(), heads, device)
     known = call.ranges.plans.get(key)
     if known is None:
-        moved = budgets.to(torch.int32)
-        if device.type == "cuda":
-            moved = moved.pin_memory().to(device, non_blocking=True)
+        moved = sent(budgets.to(torch.int32), device)
         differ = bool((budgets != budgets[:, :1]).any())
         # The budgets are held, too, so that no others come to lie where they do.
         known = call.ranges.plans[key] = (moved.expand(batch, heads, queries), differ, budgets)

@@ -74,11 +74,6 @@ class VisibleRanges:
         alive = self.stop > self.first
         return int(self.first[alive].min()) if self.queries else 0
 
-    @cached_property
-    def visible(self) -> Tensor:
-        """The same on the device of the call."""
-        return self.seen.to(self.intervals.device)
-
     def spread(self, size: int) -> tuple[int, int]:
         """How far apart the first keys of `size` neighbouring queries lie at most, and how far their last ones.
 

@@ -51,7 +51,10 @@ def seen_causally(batch: int, own: Tensor, kv_length: int) -> Tensor:
 
 
 @torch.library.custom_op(
-    "hf_sparse::visible", mutates_args=(), schema="(Tensor seen, Tensor own, Tensor? real) -> Tensor"
+    "hf_sparse::visible",
+    mutates_args=(),
+    schema="(Tensor seen, Tensor own, Tensor? real) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def visible(seen: Tensor, own: Tensor, real: Tensor | None) -> Tensor:
     """What each query sees, as `Visible.packed` has it, with room for the positions of all keys if there is padding.
@@ -84,11 +87,13 @@ def _(seen: Tensor, own: Tensor, real: Tensor | None) -> Tensor:
     return seen.new_empty((batch, 1, length, 2), dtype=torch.int32)
 
 
-@torch.library.custom_op("hf_sparse::own_mask", mutates_args=(), schema="(Tensor mask) -> Tensor")
+@torch.library.custom_op(
+    "hf_sparse::own_mask", mutates_args=(), schema="(Tensor mask) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,)
+)
 def own_mask(mask: Tensor) -> Tensor:
     """A copy of a mask, in memory that a compiled graph uses for nothing else as long as the mask is needed.
 
-    What it shows is remembered for the tensor that it is.
+    What it shows is remembered for the tensor that it is: a CUDA graph would give the same one for every token.
     """
     return mask.clone()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from statistics import median
 from typing import Any
 
@@ -81,8 +81,9 @@ def generate(machine: Machine) -> Iterator[Case]:
         parts = (torch.cat(part) for part in zip(*alone, strict=True))
         return logits_compared(together, (next(parts), next(parts)), LIMITS[model.dtype])
 
-    def static(model: PreTrainedModel) -> dict[str, Any]:
-        fixed = generated(model, ids, mask, new, "triton", cache_implementation="static", disable_compile=True)
+    def static(model: PreTrainedModel, *, compiled: bool = False) -> dict[str, Any]:
+        options = {"cache_implementation": "static", "disable_compile": not compiled}
+        fixed = generated(model, ids, mask, new, "triton", **options)
         return logits_compared(fixed, generated(model, ids, mask, new, "triton"), LIMITS[model.dtype])
 
     def automatic(model: PreTrainedModel) -> dict[str, Any]:
@@ -94,6 +95,8 @@ def generate(machine: Machine) -> Iterator[Case]:
     yield case("padded against alone", torch.float32, padded)
     yield case("static cache against growing cache", torch.float32, static)
     yield case("engine auto against gather, padded", torch.float32, automatic)
+    # What `generate` does with such a cache on a GPU, if nobody forbids it.
+    yield case("static cache, CUDA graphs", torch.float32, partial(static, compiled=True))
 
 
 def _generation(machine: Machine) -> Generation:

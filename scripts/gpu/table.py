@@ -49,7 +49,9 @@ CHECKS = (
     _correct("attend/basic", "kernels.basic", "the attention kernel in the shape of Llama-8B, three dtypes"),
     _correct("select/basic", "selection.basic", "the selector against PyTorch on the CPU: decode, prefill, padding"),
     _correct("layer/basic", "layers.basic", "selector and engine of a layer, Triton against plain PyTorch"),
-    _correct("model/generate", "models.generate", "a random Llama: generate by Triton, gather, padded, static cache"),
+    _correct(
+        "model/generate", "models.generate", "a random Llama: generate by Triton, gather, padded, static cache", 120
+    ),
     _correct("graph/decode", "graphs.decode", "tokens in a cache of fixed room, by one CUDA graph that is replayed"),
     _correct("find/codes", "finding.codes", "keys in 4 bits: every number, and the memory around them"),
     _correct(

@@ -80,7 +80,8 @@ def attend(
     part_shape = (batch, kv_heads, groups, pairs, parts)
     sums = out if parts == 1 else value.new_empty(*part_shape, value_dim, dtype=torch.float32)
     highest, mass = (None, None) if parts == 1 else sums.new_empty(2, *part_shape)
-    _attend_tile[tiles * parts, groups, batch * kv_heads](
+    # Groups of one head are more than the 65,535 programs that a grid has along any axis but the first.
+    _attend_tile[groups * tiles * parts, batch * kv_heads](
         query,
         key,
         value,
@@ -206,11 +207,12 @@ def _attend_tile(
     KEYS: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    """Grid: (tiles of pairs x parts of the keys, groups, batch x kv_heads). `RUNS`: 0 where `keep` is a mask."""
-    group = tl.program_id(1)
-    batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
-    part = tl.program_id(0) % parts
-    pair = tl.program_id(0) // parts * PAIRS + tl.arange(0, PAIRS)
+    """Grid: (groups x tiles of pairs x parts of the keys, batch x kv_heads). `RUNS`: 0 where `keep` is a mask."""
+    programs = tl.cdiv(pairs, PAIRS) * parts
+    group, own = tl.program_id(0) // programs, tl.program_id(0) % programs
+    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
+    part = own % parts
+    pair = own // parts * PAIRS + tl.arange(0, PAIRS)
     real = pair < pairs
     own_head, query_index = _place(group, pair, share, q_len, queries_per_group)
     head = kv_head * share + own_head
@@ -224,7 +226,7 @@ def _attend_tile(
     q = tl.load(query + query_start[:, None] + d[None, :], mask=real[:, None] & d_real, other=0.0)
     key += batch * key_strides[0] + kv_head * key_strides[1]
     value += batch * value_strides[0] + kv_head * value_strides[1]
-    positions += batch * position_strides[0] + kv_head * position_strides[1] + group * position_strides[2]
+    positions += batch * position_strides[0] + kv_head * position_strides[1] + group.to(tl.int64) * position_strides[2]
     keep += batch * keep_strides[0] + kv_head * keep_strides[1] + group.to(tl.int64) * keep_strides[2]
     keep += pair.to(tl.int64) * keep_strides[3]
     if RUNS > 0:
@@ -266,7 +268,8 @@ def _attend_tile(
         sums = sums / tl.where(mass > 0, mass, 1.0)[:, None]
         place = (batch * q_len + query_index) * (kv_heads * share) + head
     else:
-        place = ((tl.program_id(2) * tl.num_programs(1) + group).to(tl.int64) * pairs + pair) * parts + part
+        row = (tl.program_id(1) * (tl.num_programs(0) // programs) + group).to(tl.int64)
+        place = (row * pairs + pair) * parts + part
         tl.store(highest_out + place, highest, mask=real)
         tl.store(mass_out + place, mass, mask=real)
     tl.store(
