@@ -191,6 +191,21 @@ def test_only_kept_keys_get_a_gradient(name: str) -> None:
         assert (grad[:, :, :5] != 0).any()
 
 
+def test_keys_that_sdpa_cannot_share_on_a_gpu_are_repeated() -> None:
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    query, key, value = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    key, value, shared = dense.for_sdpa(key.as_subclass(OnGpu), value.as_subclass(OnGpu), 3, flash=True)
+    assert not shared
+    assert key.shape == value.shape == (2, 6, 7, 8)
+    key, value = (x.as_subclass(Tensor) for x in (key, value))
+    plain = (key[:, ::3], value[:, ::3])
+    assert dense.for_sdpa(*plain, 3, flash=True) == (*plain, True)
+    expected = scaled_dot_product_attention(query, *plain, enable_gqa=True)
+    assert_close(scaled_dot_product_attention(query, key, value), expected)
+
+
 @pytest.mark.parametrize("name", [*WITH_GRADIENTS, "dense"])
 def test_dropout_drops_weights_and_keeps_the_mean(name: str) -> None:
     call = CALLS["plain"]()

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from hf_sparse import SparseAttentionConfig, engines
 from hf_sparse.attention import LayerState, attend
 from hf_sparse.call import AlwaysKept, AttentionCall, Selection
+from hf_sparse.engines import dense
 from hf_sparse.kernels import gpu as kernels
 from hf_sparse.kernels.quantised import QuantisedKeys
 from hf_sparse.selectors import on_gpus
@@ -216,6 +217,30 @@ def test_few_queries_that_begin_within_a_group(gpu: Gpu) -> None:
     """As the check of a draft has them."""
     attend(layer(), llama(8, LENGTH))
     assert gpu.given.count("aten.gather.default") == 2
+    assert gpu.waits == []
+
+
+def test_sdpa_shares_keys_where_flash_attention_does(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would form the scores of all queries and keys: under a mask, in float32 and for wide heads."""
+    asked = []
+
+    def sdpa(
+        query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, enable_gqa: bool, **_: Any
+    ) -> Tensor:
+        asked.append((key.shape[1], value.shape[1], attn_mask is not None, enable_gqa))
+        return query.new_empty(query.shape)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+    whole = llama(4096, 4096)
+    dense.attend(whole)
+    windowed = VisibleRanges(whole.intervals, (whole.ranges.stop - 1024).clamp(min=0), whole.ranges.stop)
+    dense.attend(replace(whole, known_ranges=windowed))
+    dense.attend(replace(whole, query=whole.query.float(), key=whole.key.float(), value=whole.value.float()))
+    assert asked[0] == (8, 8, False, True)
+    assert set(asked[1:-1]) == {(32, 32, True, False)}
+    assert asked[-1] == (32, 32, False, False)
+    wide = torch.empty(1, 2, 16, 320, dtype=torch.bfloat16, device="cuda")
+    assert dense.for_sdpa(wide, wide, 4, flash=True)[0].shape == (1, 8, 16, 320)
     assert gpu.waits == []
 
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_sparse.call import AttentionCall
+from hf_sparse.engines.dense import for_sdpa
 from hf_sparse.visibility import interval_to_mask
 
 _BACKENDS = {
@@ -39,14 +40,15 @@ def pinned(backend: str | None) -> AbstractContextManager[object]:
 
 def sdpa(inputs: AttentionCall, backend: str | None = None) -> Tensor:
     """SDPA called directly, causal if there is more than one query."""
+    key, value, shared = for_sdpa(inputs.key, inputs.value, inputs.group_size, flash=backend != "efficient")
     with pinned(backend):
         return F.scaled_dot_product_attention(
             inputs.query,
-            inputs.key,
-            inputs.value,
+            key,
+            value,
             is_causal=inputs.query.shape[2] > 1,
             scale=inputs.scaling,
-            enable_gqa=inputs.group_size > 1,
+            enable_gqa=shared,
         )
 
 

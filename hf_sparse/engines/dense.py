@@ -58,7 +58,7 @@ def attend(call: AttentionCall) -> Tensor:
             # SDPA gives NaN for a query that sees nothing: let it see the first key, and drop the result.
             alive = mask.any(-1, keepdim=True)
             first = torch.arange(mask.shape[-1], device=mask.device) == 0
-            parts.append(_sdpa(block, mask | (~alive & first), causal=False) * alive)
+            parts.append(_sdpa(block, mask | (alive.logical_not() & first), causal=False) * alive)
         else:
             parts.append(weighted_values(block, masked_weights(block, mask)))
     return torch.cat(parts, dim=2)
@@ -161,10 +161,28 @@ def _is_causal(call: AttentionCall) -> bool:
     return call.query.shape[2] in (1, kv_len) and call.ranges.causal(kv_len)
 
 
+def for_sdpa(key: Tensor, value: Tensor, share: int, *, flash: bool) -> tuple[Tensor, Tensor, bool]:
+    """Keys and values for SDPA, repeated where it would else form all scores, and whether it is to share them.
+
+    On CUDA, only flash attention shares them: in 16 bits, for heads of at most 256 components, and without a mask.
+
+    Args:
+        key: `(batch, kv_heads, kv_len, head_dim)`.
+        value: `(batch, kv_heads, kv_len, value_dim)`.
+        share: Query heads of a key head.
+        flash: Whether SDPA may use flash attention: it can't under a mask.
+    """
+    shared = flash and key.dtype.itemsize == 2 and key.shape[3] == value.shape[3] <= 256
+    if share == 1 or shared or not key.is_cuda:
+        return key, value, share > 1
+    return key.repeat_interleave(share, dim=1), value.repeat_interleave(share, dim=1), False
+
+
 def _sdpa(call: AttentionCall, mask: Tensor | None, *, causal: bool) -> Tensor:
     key, value = call.key, call.value
     if mask is not None:
         key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
+    key, value, shared = for_sdpa(key, value, call.group_size, flash=mask is None)
     return F.scaled_dot_product_attention(
         call.query,
         key,
@@ -173,5 +191,5 @@ def _sdpa(call: AttentionCall, mask: Tensor | None, *, causal: bool) -> Tensor:
         dropout_p=call.dropout,
         is_causal=causal,
         scale=call.scaling,
-        enable_gqa=call.group_size > 1,
+        enable_gqa=shared,
     )
