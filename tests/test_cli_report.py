@@ -111,6 +111,7 @@ def test_tables_come_from_the_records(run: Path, capsys: pytest.CaptureFixture[s
     [
         (lambda run: [path.unlink() for path in run.iterdir()], "holds no results"),
         (shutil.rmtree, "holds no results: pass a folder that a command of hf-sparse wrote"),
+        (lambda run: change(run, 0, key="again"), "rows.jsonl holds 2 measurements of "),
         (lambda run: change(run, 0, key="again"), "one is needed: run the command that wrote it again, into another"),
         (lambda run: (run / "rows.jsonl").write_text('{"key": "a", "command": "perplexity"}\n'), "KeyError: 'method'"),
         (lambda run: (run / "rows.jsonl").write_text("garbage\n"), "line 1 is not a record"),
