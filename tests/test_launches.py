@@ -234,7 +234,10 @@ def test_sdpa_shares_keys_where_flash_attention_does(gpu: Gpu, monkeypatch: pyte
     whole = llama(4096, 4096)
     dense.attend(whole)
     windowed = VisibleRanges(whole.intervals, (whole.ranges.stop - 1024).clamp(min=0), whole.ranges.stop)
+    gpu.given.clear()
     dense.attend(replace(whole, known_ranges=windowed))
+    assert len(asked) > 2
+    assert gpu.given.count("aten.clone.default") == 2  # keys and values, repeated for all blocks at once
     dense.attend(replace(whole, query=whole.query.float(), key=whole.key.float(), value=whole.value.float()))
     assert asked[0] == (8, 8, False, True)
     assert set(asked[1:-1]) == {(32, 32, True, False)}

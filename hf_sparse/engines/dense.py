@@ -6,6 +6,8 @@ one: the heads of a GQA group and their queries become the rows of one matrix, w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,6 +51,9 @@ def attend(call: AttentionCall) -> Tensor:
     call = call.dequantized()
     if plain and _is_causal(call):
         return _sdpa(call, mask=None, causal=queries > 1)
+    if plain:  # Once, and not for each block.
+        key, value, _ = for_sdpa(call.key, call.value, call.group_size, flash=False)
+        call = replace(call, key=key, value=value)
     step = max(1, _BLOCK_ELEMENTS // (call.key.shape[2] * batch * (1 if plain else heads)))
     parts = []
     for start in range(0, queries, step):
